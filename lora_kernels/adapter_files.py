@@ -1,0 +1,296 @@
+"""Save and load adapters of LoRALinear models in PEFT's on-disk layout, without peft.
+
+adapter_model.safetensors   base_model.model.<path>.lora_A.weight   [r, in_features]
+                            base_model.model.<path>.lora_B.weight   [out_features, r]
+                            base_model.model.<path>.base_layer.bias with bias "lora_only"
+adapter_config.json         the fields of peft.LoraConfig that these layers have
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.nn import LoRALinear
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+PREFIX = "base_model.model."
+_KEY = re.compile(re.escape(PREFIX) + r"(?:(?P<path>.+)\.)?(?P<part>lora_A\.weight|lora_B\.weight)")
+# Settings that change what an adapter computes and that LoRALinear does not have.
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the adapters of a model's LoRALinear layers as PEFT would.
+
+    Args:
+        model: a module with LoRALinear layers, whose paths become the keys.
+        directory: made if absent. Both files are written under temporary names and moved into
+            place, so a failure leaves what was there.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: no LoRALinear layer, or settings that differ from layer to layer where PEFT's
+            layout has one value (lora_dropout, use_rslora, bias).
+    """
+    from safetensors.torch import save_file
+
+    layers = _lora_layers(model)
+    if not layers:
+        raise ValueError(f"model: expected LoRALinear layers, got none in {type(model).__name__}")
+    config = _config_of(model, layers)
+    tensors = _tensors_of(model, layers, config["bias"])
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as draft:
+        weights_draft, config_draft = Path(draft, WEIGHTS_NAME), Path(draft, CONFIG_NAME)
+        save_file(tensors, weights_draft, metadata={"format": "pt"})
+        config_draft.write_text(text)
+        os.replace(weights_draft, target / WEIGHTS_NAME)
+        os.replace(config_draft, target / CONFIG_NAME)
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Read an adapter that `save_adapter` or PEFT wrote into a model's layers.
+
+    A LoRALinear named in the file gets its weights, lora_alpha, lora_dropout and use_rslora; a
+    plain nn.Linear is replaced by a LoRALinear around it. Everything is checked before anything
+    changes.
+
+    Args:
+        model: a module whose submodules have the paths in the file.
+        directory: holds adapter_model.safetensors and adapter_config.json.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        FileNotFoundError: a file is absent; pickle files (adapter_model.bin) are not read.
+        ValueError: a file that can't be read, a setting or tensor without counterpart in
+            LoRALinear, a missing or additional layer, or shapes that don't fit.
+    """
+    config, tensors = _read(Path(directory))
+    pairs, biases = _parse(tensors)
+    missing = sorted(set(_lora_layers(model)) - set(pairs))
+    if missing:
+        raise ValueError(f"{WEIGHTS_NAME}: expected weights of layer {missing[0]!r}, got none")
+    writes = [_plan_layer(model, path, a, b, config) for path, (a, b) in pairs.items()]
+    writes += [_plan_bias(model, path, bias) for path, bias in biases.items()]
+    for write in writes:
+        write()
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+    shared = {}
+    for ours, field in (
+        ("lora_dropout", "lora_dropout"),
+        ("use_rslora", "use_rslora"),
+        ("bias_mode", "bias"),
+    ):
+        values = {getattr(layer, ours) for layer in layers.values()}
+        if len(values) > 1:
+            raise ValueError(
+                f"{field}: expected one value for all layers, as PEFT's layout has, got {values}"
+            )
+        shared[field] = values.pop()
+    rank, alpha = (
+        Counter(getattr(layer, name) for layer in layers.values()).most_common(1)[0][0]
+        for name in ("r", "lora_alpha")
+    )
+    # PEFT matches pattern keys as suffixes and takes the first: so all paths, longest first.
+    paths = sorted(layers, key=len, reverse=True)
+    ranks = {path: layers[path].r for path in paths}
+    alphas = {path: layers[path].lora_alpha for path in paths}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        **shared,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": ranks if len(set(ranks.values())) > 1 else {},
+        "alpha_pattern": alphas if len(set(alphas.values())) > 1 else {},
+        "target_modules": _target_modules(model, layers),
+    }
+
+
+def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str:
+    """Return the layers' paths; one regular expression where PEFT's suffix match takes more."""
+    others = [path for path, _ in model.named_modules() if path not in layers]
+    if any(other.endswith(f".{path}") for path in layers for other in others):
+        return "|".join(re.escape(path) for path in layers)
+    return sorted(layers)
+
+
+def _tensors_of(model: nn.Module, layers: dict[str, LoRALinear], bias: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        tensors[_join(path, "lora_A.weight")] = layer.lora_A.weight
+        tensors[_join(path, "lora_B.weight")] = layer.lora_B.weight
+        if bias == "lora_only" and layer.bias is not None:
+            tensors[_join(path, "base_layer.bias")] = layer.bias
+    if bias == "all":
+        tensors |= {k: v for k, v in model.state_dict().items() if k.split(".")[-1] == "bias"}
+    # Cloned, since safetensors refuses tensors that share memory.
+    return {PREFIX + key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"directory: expected {name} in {directory}, got none")
+    try:
+        config = json.loads((directory / CONFIG_NAME).read_text())
+        tensors = load_file(directory / WEIGHTS_NAME)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{CONFIG_NAME}: expected JSON, got {error}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS_NAME}: expected a safetensors file, got {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{CONFIG_NAME}: expected peft_type LORA, got {config!r:.80}")
+    for field in _UNSUPPORTED:
+        if config.get(field):
+            raise ValueError(
+                f"{CONFIG_NAME}: {field} has no counterpart in LoRALinear, got {config[field]!r}"
+            )
+    return config, tensors
+
+
+def _parse(
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Split a file's tensors into (A, B) by layer path and biases by parameter path."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    biases = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match:
+            parts.setdefault(match["path"] or "", {})[match["part"]] = tensor
+        elif key.startswith(PREFIX) and key.split(".")[-1] == "bias":
+            biases[key.removeprefix(PREFIX)] = tensor
+        else:
+            raise ValueError(f"{WEIGHTS_NAME}: expected lora_A and lora_B weights, got key {key!r}")
+    for path, found in parts.items():
+        for part in ("lora_A.weight", "lora_B.weight"):
+            if part not in found:
+                raise ValueError(f"{WEIGHTS_NAME}: expected {_join(path, part)!r}, got none")
+    return {path: (p["lora_A.weight"], p["lora_B.weight"]) for path, p in parts.items()}, biases
+
+
+def _plan_layer(
+    model: nn.Module, path: str, a: Tensor, b: Tensor, config: dict[str, Any]
+) -> Callable[[], None]:
+    """Check one layer's tensors against the model; return what writes them."""
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"model: expected a layer {path!r}, got none") from error
+    if not isinstance(layer, LoRALinear | nn.Linear) or (
+        layer is model and type(layer) is nn.Linear
+    ):
+        raise ValueError(
+            f"model: expected {path!r} to be a LoRALinear or an nn.Linear inside the model, "
+            f"got {type(layer).__name__}"
+        )
+    expected = ([a.shape[0], layer.in_features], [layer.out_features, a.shape[0]])
+    for name, t, shape in (("lora_A", a, expected[0]), ("lora_B", b, expected[1])):
+        if list(t.shape) != shape:
+            raise ValueError(f"{_join(path, name)}: expected shape {shape}, got {list(t.shape)}")
+    settings = {
+        "lora_alpha": _pattern_value(config.get("alpha_pattern"), path, config["lora_alpha"]),
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "use_rslora": bool(config.get("use_rslora", False)),
+    }
+    if isinstance(layer, LoRALinear):
+        if layer.r != a.shape[0]:
+            raise ValueError(f"{_join(path, 'r')}: expected rank {layer.r}, got {a.shape[0]}")
+        if layer.merged:
+            raise ValueError(f"model: expected {path!r} unmerged, got a merged layer")
+    return lambda: _write_layer(model, path, layer, a, b, settings, config.get("bias", "none"))
+
+
+def _write_layer(
+    model: nn.Module,
+    path: str,
+    layer: nn.Module,
+    a: Tensor,
+    b: Tensor,
+    settings: dict[str, Any],
+    bias: str,
+) -> None:
+    if not isinstance(layer, LoRALinear):
+        adapted = LoRALinear.from_linear(
+            layer, r=a.shape[0], bias=bias, adapter_dtype=a.dtype, **settings
+        )
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, adapted)
+        layer = adapted
+    for name, value in settings.items():
+        setattr(layer, name, value)
+    with torch.no_grad():
+        layer.lora_A.weight.copy_(a)
+        layer.lora_B.weight.copy_(b)
+
+
+def _plan_bias(model: nn.Module, path: str, value: Tensor) -> Callable[[], None]:
+    # A bias of a layer that is about to be wrapped has its plain path until then.
+    owner = path.removesuffix(".bias").removesuffix(".base_layer").removesuffix("base_layer")
+    try:
+        bias = model.get_submodule(owner).bias
+    except AttributeError as error:
+        raise ValueError(f"model: expected a bias at {path!r}, got none") from error
+    if not isinstance(bias, Tensor) or bias.shape != value.shape:
+        got = list(bias.shape) if isinstance(bias, Tensor) else None
+        raise ValueError(f"{path}: expected shape {list(value.shape)}, got {got}")
+
+    def write() -> None:
+        with torch.no_grad():
+            bias.copy_(value)
+
+    return write
+
+
+def _pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """Return the first pattern's value that matches the path as PEFT matches it, else default."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default

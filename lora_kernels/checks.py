@@ -1,0 +1,140 @@
+"""Argument checks of the public functions, made before anything is written."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SEED_RANGE = (-(1 << 63), (1 << 63) - 1)
+
+
+def check_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    *,
+    cast: torch.dtype | None,
+) -> None:
+    """Check the tensors of a call against each other; `cast` is autocast's dtype, None outside it.
+
+    Raises:
+        TypeError: not a tensor, not a supported float dtype, or dtypes that can't be combined.
+        ValueError: shapes or devices that don't fit.
+    """
+    _check_float_tensors(x, weight, lora_A, lora_B, bias)
+    if x.ndim < 1:
+        raise ValueError("x: expected at least one dimension [..., K], got a 0-dim tensor")
+    _check_matrices(x, weight, lora_A, lora_B)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if cast is None:
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None and t.dtype != x.dtype:
+                raise TypeError(
+                    f"{name}: expected the dtype of x, {x.dtype}, got {t.dtype} "
+                    "(only lora_A and lora_B may have a dtype of their own)"
+                )
+
+
+def _check_float_tensors(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> None:
+    tensors = (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias))
+    for name, t in tensors:
+        if t is None and name == "bias":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}"
+            )
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+
+
+def _check_matrices(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    for name, t, dims in (
+        ("weight", weight, "[N, K]"),
+        ("lora_A", lora_A, "[R, K]"),
+        ("lora_B", lora_B, "[N, R]"),
+    ):
+        if t.ndim != 2:
+            raise ValueError(f"{name}: expected two dimensions {dims}, got shape {list(t.shape)}")
+    features, (n, k), rank = x.shape[-1], weight.shape, lora_A.shape[0]
+    if features != k:
+        hint = "; weight looks transposed" if features == n else ""
+        raise ValueError(
+            f"weight: expected shape [N, {features}] for x of shape {list(x.shape)}, "
+            f"got {[n, k]}{hint}"
+        )
+    if lora_A.shape[1] != k or lora_B.shape[0] != n:
+        swapped = lora_B.shape[1] == k and lora_A.shape[0] == n
+        hint = "; lora_A and lora_B look swapped" if swapped else ""
+        name, t, expected = (
+            ("lora_A", lora_A, f"[R, {k}]")
+            if lora_A.shape[1] != k
+            else ("lora_B", lora_B, f"[{n}, R]")
+        )
+        raise ValueError(f"{name}: expected shape {expected}, got {list(t.shape)}{hint}")
+    if rank < 1:
+        raise ValueError(f"lora_A: expected a rank of at least 1, got shape {list(lora_A.shape)}")
+    if lora_B.shape[1] != rank:
+        raise ValueError(f"lora_B: expected shape [{n}, {rank}], got {list(lora_B.shape)}")
+
+
+def check_scaling(scaling: Any) -> None:
+    """Check that scaling is a finite number or a 0-dim float tensor without gradient."""
+    if isinstance(scaling, Tensor):
+        if scaling.ndim != 0 or not scaling.is_floating_point() or scaling.requires_grad:
+            raise ValueError(
+                "scaling: expected a 0-dim float tensor that doesn't require grad, got "
+                f"shape {list(scaling.shape)}, {scaling.dtype}, "
+                f"requires_grad={scaling.requires_grad}"
+            )
+        return
+    check_finite(scaling, name="scaling")
+
+
+def check_finite(value: Any, *, name: str) -> None:
+    """Check that value is a finite number, no bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_dropout_p(dropout_p: Any, *, name: str = "dropout_p") -> None:
+    """Check that dropout_p is a number in [0, 1)."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:  # false for NaN as well
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {dropout_p}")
+
+
+def check_seed(seed: Any, device: torch.device) -> None:
+    """Check that seed is None, a 64-bit signed int, or a 0-dim int64 tensor on `device`."""
+    if seed is None:
+        return
+    if isinstance(seed, Tensor):
+        if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device != device:
+            raise ValueError(
+                f"seed: expected a 0-dim int64 tensor on {device}, got shape {list(seed.shape)}, "
+                f"{seed.dtype}, on {seed.device}"
+            )
+    elif isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"seed: expected None, an int or a tensor, got {type(seed).__name__}")
+    elif not SEED_RANGE[0] <= seed <= SEED_RANGE[1]:
+        raise ValueError(f"seed: expected a signed 64-bit integer, got {seed}")
+
+
+def check_rank(r: Any) -> None:
+    """Check that r is a positive int."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r: expected an int, got {type(r).__name__}")
+    if r < 1:
+        raise ValueError(f"r: expected a rank of at least 1, got {r}")

@@ -1,0 +1,203 @@
+"""The public functions: what may be passed, what comes back, and at which precision."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kernels import reference
+from lora_kernels.autograd import CallParams, LoraLinearFunction
+from lora_kernels.checks import check_dropout_p, check_lora_linear, check_scaling, check_seed
+from lora_kernels.dispatch import IMPLEMENTATIONS, Problem, check_impl, choose, refusals
+from lora_kernels.dropout import drop_threshold
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Apply a linear layer with a LoRA adapter.
+
+        y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ
+
+    D drops elements of the adapter branch's input with probability `dropout_p` and scales the
+    kept ones so that the expectation is x; it is the identity unless `training`.
+
+    Args:
+        x: [..., K], float16, bfloat16, float32 or float64; any strides, M = 0 allowed.
+        weight: [N, K], x's dtype. Frozen by convention; if it requires grad, its gradient dyᵀ x is
+            computed by one plain matmul.
+        lora_A: [R, K], R >= 1, any of the float dtypes.
+        lora_B: [N, R], likewise.
+        bias: [N], x's dtype, or None.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA; a float or a 0-dim tensor
+            that doesn't require grad.
+        dropout_p: probability in [0, 1), applied in steps of 1/65536.
+        training: whether dropout is applied.
+        seed: key of the dropout mask, a signed 64-bit int or a 0-dim int64 tensor on x's device;
+            None draws one from torch's generator of x's device, so `torch.manual_seed`
+            reproduces a run and activation checkpointing redraws the same mask.
+        impl: "auto", "eager" or "reference". A named implementation serves the call or raises.
+
+    Returns:
+        y, [..., N], in x's dtype.
+
+    Precision: matrix products accumulate as torch's matmul does on x's device, in float32 for
+    16-bit inputs. lora_A and lora_B are rounded to x's dtype, D(x) Aᵀ, x Wᵀ and y once each.
+    Gradients: lora_A's and lora_B's come back in their own dtypes. Under autocast x, weight and
+    bias are cast to autocast's dtype (float64 is left as it is) and y has that dtype.
+
+    Raises:
+        TypeError: an argument is not a tensor or number, or dtypes that can't be combined.
+        ValueError: shapes, devices, ranges, or an `impl` that can't serve the call.
+    """
+    cast = _autocast_dtype(x)
+    check_lora_linear(x, weight, lora_A, lora_B, bias, cast=cast)
+    check_scaling(scaling)
+    check_dropout_p(dropout_p)
+    check_seed(seed, x.device)
+    if cast is not None:
+        x, weight = x.to(cast), weight.to(cast)
+        bias = None if bias is None else bias.to(cast)
+
+    threshold = drop_threshold(dropout_p) if training else 0
+    key = _seed_tensor(seed, x.device) if threshold else None
+    scaling_tensor = scaling if isinstance(scaling, Tensor) else None
+    number = 1.0 if isinstance(scaling, Tensor) else float(scaling)
+    chosen = choose(impl, Problem(x.device.type, x.dtype, lora_A.shape[0], threshold > 0))
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
+        params = CallParams(chosen.forward, chosen.backward, number, threshold)
+        return LoraLinearFunction.apply(
+            x, weight, lora_A, lora_B, bias, key, scaling_tensor, params
+        )
+    return chosen.forward(x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold)[
+        0
+    ]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the implementation that "auto" takes, and why others do not serve."""
+
+    choice: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"auto -> {self.choice or 'none'}"]
+        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    impl: str = "auto",
+) -> Explanation:
+    """Say which implementation `lora_linear` takes for the same arguments; nothing is computed.
+
+    Args:
+        As `lora_linear`; `impl` is checked only, the choice reported is that of "auto".
+
+    Returns:
+        An `Explanation`: `choice`, and `reasons`, a sentence for every other implementation.
+
+    Raises:
+        As `lora_linear` for bad arguments; an implementation's refusal is reported, not raised.
+    """
+    cast = _autocast_dtype(x)
+    check_lora_linear(x, weight, lora_A, lora_B, bias, cast=cast)
+    check_scaling(scaling)
+    check_dropout_p(dropout_p)
+    check_seed(seed, x.device)
+    check_impl(impl)
+    dropout = training and drop_threshold(dropout_p) > 0
+    problem = Problem(x.device.type, cast or x.dtype, lora_A.shape[0], dropout)
+    reasons = refusals(problem)
+    choice = next((i.name for i in IMPLEMENTATIONS if i.name not in reasons), None)
+    for implementation in IMPLEMENTATIONS:
+        if implementation.name not in (choice, *reasons):
+            reasons[implementation.name] = f"serves the call too; {choice} comes first"
+    return Explanation(choice, reasons)
+
+
+def dropout_mask(
+    shape: Sequence[int],
+    dropout_p: float,
+    seed: int | Tensor,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return the keep mask that a `lora_linear` call with this seed uses.
+
+        D(x) = x · mask · 65536 / (65536 - t),  t = min(round(65536 p), 65535)
+
+    Args:
+        shape: shape of x, [..., K]; at least one dimension.
+        dropout_p: probability in [0, 1).
+        seed: the call's seed, a signed 64-bit int or a 0-dim int64 tensor on `device`.
+        device: where the mask is made; its values don't depend on it.
+
+    Returns:
+        bool tensor of `shape`, True where the element is kept.
+
+    Source: Philox-4x32-10; how elements map to its lanes is said in `reference.keep_mask`.
+
+    Raises:
+        TypeError, ValueError: an argument outside what is said above.
+    """
+    dims = tuple(shape)
+    if not dims or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in dims):
+        raise ValueError(f"shape: expected at least one non-negative int, got {shape!r}")
+    check_dropout_p(dropout_p)
+    if seed is None:
+        raise TypeError("seed: expected an int or a 0-dim int64 tensor, got None")
+    check_seed(seed, torch.empty(0, device=device).device)
+    rows = 1
+    for d in dims[:-1]:
+        rows *= d
+    mask = reference.keep_mask(rows, dims[-1], drop_threshold(dropout_p), seed, device)
+    return mask.reshape(dims)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast asks of x's device; None outside autocast and for float64."""
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        return seed
+    if seed is None:
+        return torch.randint(0, 1 << 62, (), dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _any_requires_grad(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> bool:
+    return (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )

@@ -1,0 +1,50 @@
+"""What this machine offers the package: the text of `python -m lora_kernels info`."""
+
+import platform
+from importlib import metadata
+
+import torch
+
+from lora_kernels.dispatch import IMPLEMENTATIONS, Problem
+
+_COMPANIONS = ("triton", "peft", "safetensors", "transformers")
+
+
+def describe() -> str:
+    """Return versions, devices, and which implementations are usable or why they are not."""
+    import lora_kernels
+
+    lines = [
+        f"lora_kernels  {lora_kernels.__version__}",
+        f"python        {platform.python_version()} on {platform.machine()} {platform.system()}",
+        f"torch         {torch.__version__}",
+    ]
+    lines += [f"{name:<13} {_version(name)}" for name in _COMPANIONS]
+    lines += [f"device        {device}" for device in _devices()]
+    for device in dict.fromkeys(d.split()[0].split(":")[0] for d in _devices()):
+        problem = Problem(device, torch.float32, 16, False)
+        for implementation in IMPLEMENTATIONS:
+            reason = implementation.refuse(problem)
+            state = f"not usable: {reason}" if reason else f"usable: {implementation.summary}"
+            lines.append(f"{device:<5} {implementation.name:<10} {state}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    devices = [f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    devices = [devices[0].replace("cpu,", "cpu  ")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            capability = f"sm_{properties.major}{properties.minor}"
+            devices.append(f"cuda:{index}  {properties.name}, {capability}")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return devices
