@@ -75,10 +75,12 @@ def _fill_words(out: Tensor, scratch: Tensor, start: int, constants: _Constants)
     even, products, spare = scratch.unbind(0)  # even holds c0 and c2
     c0, c2 = even.unbind(0)
     (p0, p1), (c3, c1) = products.unbind(0), spare.unbind(0)
-    torch.arange(start, start + out.shape[0], out=c0)
-    torch.mul(c0, multipliers[0], out=c3)  # round 1: c2 = c3 = 0, so p1 = 0
+    # Round 1 finds c2 = c3 = 0, so its second product is 0 and the new c0 comes from c1 alone.
+    torch.arange(start, start + out.shape[0], out=c1)
+    torch.bitwise_and(c1, word, out=c0)
+    torch.mul(c0, multipliers[0], out=c3)
     torch.bitwise_right_shift(c3, half, out=c2).bitwise_and_(word)
-    c0.bitwise_right_shift_(half)
+    torch.bitwise_right_shift(c1, half, out=c0)
     c1.zero_()
     even.bitwise_xor_(keys[0])
     for key in keys[1:]:

@@ -9,6 +9,7 @@ adapter_config.json         the fields of peft.LoraConfig that these layers have
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import LoRALinear
+from lora_kernels.checks import FLOAT_DTYPES
+from lora_kernels.nn import LoRALinear, check_linear, check_settings
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -41,6 +43,8 @@ _UNSUPPORTED = (
     "monteclora_config",
     "kasa_config",
 )
+# Initialisations with which PEFT changes the base weights, at loading too.
+_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -67,18 +71,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as draft:
-        weights_draft, config_draft = Path(draft, WEIGHTS_NAME), Path(draft, CONFIG_NAME)
-        save_file(tensors, weights_draft, metadata={"format": "pt"})
-        config_draft.write_text(text)
-        os.replace(weights_draft, target / WEIGHTS_NAME)
-        os.replace(config_draft, target / CONFIG_NAME)
+        save_file(tensors, Path(draft, WEIGHTS_NAME), metadata={"format": "pt"})
+        Path(draft, CONFIG_NAME).write_text(text)
+        _move_into_place(Path(draft), target)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Read an adapter that `save_adapter` or PEFT wrote into a model's layers.
 
-    A LoRALinear named in the file gets its weights, lora_alpha, lora_dropout and use_rslora; a
-    plain nn.Linear is replaced by a LoRALinear around it. Everything is checked before anything
+    A LoRALinear named in the file gets its weights, lora_alpha, lora_dropout, use_rslora and bias
+    mode; a plain nn.Linear is replaced by a LoRALinear around it. Everything is checked before anything
     changes.
 
     Args:
@@ -100,6 +102,22 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     writes += [_plan_bias(model, path, bias) for path, bias in biases.items()]
     for write in writes:
         write()
+
+
+def _move_into_place(draft: Path, target: Path) -> None:
+    """Move both files from draft to target, or neither."""
+    weights, old_weights = target / WEIGHTS_NAME, draft / "old"
+    if weights.exists():
+        shutil.copy2(weights, old_weights)
+    try:
+        os.replace(draft / WEIGHTS_NAME, weights)
+        os.replace(draft / CONFIG_NAME, target / CONFIG_NAME)
+    except BaseException:
+        if old_weights.exists():
+            os.replace(old_weights, weights)
+        else:
+            weights.unlink(missing_ok=True)
+        raise
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -127,10 +145,9 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
         Counter(getattr(layer, name) for layer in layers.values()).most_common(1)[0][0]
         for name in ("r", "lora_alpha")
     )
-    # PEFT matches pattern keys as suffixes and takes the first: so all paths, longest first.
-    paths = sorted(layers, key=len, reverse=True)
-    ranks = {path: layers[path].r for path in paths}
-    alphas = {path: layers[path].lora_alpha for path in paths}
+    # PEFT takes pattern keys for regular expressions of a path's end unless they begin with ^.
+    ranks = {f"^{re.escape(path)}": layer.r for path, layer in layers.items()}
+    alphas = {f"^{re.escape(path)}": layer.lora_alpha for path, layer in layers.items()}
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -191,6 +208,12 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(
                 f"{CONFIG_NAME}: {field} has no counterpart in LoRALinear, got {config[field]!r}"
             )
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGING_BASE):
+        raise ValueError(
+            f"{CONFIG_NAME}: expected an adapter of the unchanged base weights, got "
+            f"init_lora_weights {config['init_lora_weights']!r} (PEFT's save_pretrained converts "
+            "it with path_initial_model_for_weight_conversion)"
+        )
     return config, tensors
 
 
@@ -224,47 +247,59 @@ def _plan_layer(
     except AttributeError as error:
         raise ValueError(f"model: expected a layer {path!r}, got none") from error
     if not isinstance(layer, LoRALinear | nn.Linear) or (
-        layer is model and type(layer) is nn.Linear
+        layer is model and isinstance(layer, nn.Linear)
     ):
         raise ValueError(
             f"model: expected {path!r} to be a LoRALinear or an nn.Linear inside the model, "
             f"got {type(layer).__name__}"
         )
-    expected = ([a.shape[0], layer.in_features], [layer.out_features, a.shape[0]])
-    for name, t, shape in (("lora_A", a, expected[0]), ("lora_B", b, expected[1])):
-        if list(t.shape) != shape:
-            raise ValueError(f"{_join(path, name)}: expected shape {shape}, got {list(t.shape)}")
+    # What a file leaves out has the default of peft.LoraConfig.
+    rank = _pattern_value(config.get("rank_pattern"), path, config.get("r", 8))
+    shapes = ([rank, layer.in_features], [layer.out_features, rank])
+    for name, t, shape in (("lora_A", a, shapes[0]), ("lora_B", b, shapes[1])):
+        if list(t.shape) != shape or t.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{_join(path, name)}: expected floats of shape {shape}, "
+                f"got {t.dtype} of shape {list(t.shape)}"
+            )
     settings = {
-        "lora_alpha": _pattern_value(config.get("alpha_pattern"), path, config["lora_alpha"]),
+        "lora_alpha": _pattern_value(
+            config.get("alpha_pattern"), path, config.get("lora_alpha", 8)
+        ),
         "lora_dropout": config.get("lora_dropout", 0.0),
-        "use_rslora": bool(config.get("use_rslora", False)),
+        "bias": config.get("bias", "none"),
     }
+    try:
+        check_settings(r=rank, adapter_dtype=a.dtype, impl="auto", **settings)
+        if isinstance(layer, nn.Linear):
+            check_linear(layer)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    settings["use_rslora"] = bool(config.get("use_rslora", False))
     if isinstance(layer, LoRALinear):
-        if layer.r != a.shape[0]:
-            raise ValueError(f"{_join(path, 'r')}: expected rank {layer.r}, got {a.shape[0]}")
+        if layer.r != rank:
+            raise ValueError(f"{_join(path, 'r')}: expected rank {layer.r}, got {rank}")
         if layer.merged:
             raise ValueError(f"model: expected {path!r} unmerged, got a merged layer")
-    return lambda: _write_layer(model, path, layer, a, b, settings, config.get("bias", "none"))
+    return lambda: _write_layer(model, path, layer, a, b, settings)
 
 
 def _write_layer(
     model: nn.Module,
     path: str,
-    layer: nn.Module,
+    layer: LoRALinear | nn.Linear,
     a: Tensor,
     b: Tensor,
     settings: dict[str, Any],
-    bias: str,
 ) -> None:
-    if not isinstance(layer, LoRALinear):
-        adapted = LoRALinear.from_linear(
-            layer, r=a.shape[0], bias=bias, adapter_dtype=a.dtype, **settings
-        )
+    if isinstance(layer, nn.Linear):
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, adapted)
-        layer = adapted
-    for name, value in settings.items():
-        setattr(layer, name, value)
+        layer = LoRALinear.from_linear(layer, r=a.shape[0], adapter_dtype=a.dtype, **settings)
+        setattr(model.get_submodule(parent), name, layer)
+    layer.lora_alpha, layer.lora_dropout = settings["lora_alpha"], settings["lora_dropout"]
+    layer.use_rslora, layer.bias_mode = settings["use_rslora"], settings["bias"]
+    if layer.bias is not None:
+        layer.bias.requires_grad_(layer.bias_mode != "none")
     with torch.no_grad():
         layer.lora_A.weight.copy_(a)
         layer.lora_B.weight.copy_(b)
@@ -272,11 +307,10 @@ def _write_layer(
 
 def _plan_bias(model: nn.Module, path: str, value: Tensor) -> Callable[[], None]:
     # A bias of a layer that is about to be wrapped has its plain path until then.
-    owner = path.removesuffix(".bias").removesuffix(".base_layer").removesuffix("base_layer")
-    try:
-        bias = model.get_submodule(owner).bias
-    except AttributeError as error:
-        raise ValueError(f"model: expected a bias at {path!r}, got none") from error
+    plain = ".".join(path.split(".")[:-2] + ["bias"])
+    bias = _parameter(model, path)
+    if bias is None and path.split(".")[-2:] == ["base_layer", "bias"]:
+        bias = ...
     if not isinstance(bias, Tensor) or bias.shape != value.shape:
         got = list(bias.shape) if isinstance(bias, Tensor) else None
         raise ValueError(f"{path}: expected shape {list(value.shape)}, got {got}")

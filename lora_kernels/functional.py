@@ -178,9 +178,12 @@ def dropout_mask(
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast asks of x's device; None outside autocast and for float64."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or x.dtype == torch.float64:
         return None
-    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

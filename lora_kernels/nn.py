@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.checks import check_dropout_p, check_finite, check_rank
+from lora_kernels.checks import FLOAT_DTYPES, check_dropout_p, check_finite, check_rank
 from lora_kernels.dispatch import check_impl
 from lora_kernels.functional import lora_linear
 
@@ -57,7 +57,7 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         impl: str = "auto",
     ) -> None:
-        _check_settings(r, lora_alpha, lora_dropout, bias, impl)
+        check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
         base = nn.Linear(in_features, out_features, bias=base_bias, device=device, dtype=dtype)
         super().__init__()
         self._adapt(base, r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl)
@@ -82,11 +82,11 @@ class LoRALinear(nn.Module):
             r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl: as the class.
 
         Raises:
-            TypeError, ValueError: `linear` is not an nn.Linear, or as the class.
+            TypeError, ValueError: `linear` is not an nn.Linear with a float weight and torch's
+                forward, or as the class. `linear` is as it was.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
-        _check_settings(r, lora_alpha, lora_dropout, bias, impl)
+        check_linear(linear)
+        check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adapt(linear, r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl)
@@ -113,10 +113,10 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Linear(r, base.out_features, bias=False, **like)
         # Moves with .to(), stays out of state_dict.
         self.register_buffer("_unmerged_weight", None, persistent=False)
+        self.reset_lora_parameters()
         base.weight.requires_grad_(False)
         if base.bias is not None:
             base.bias.requires_grad_(bias != "none")
-        self.reset_lora_parameters()
 
     @property
     def scaling(self) -> float:
@@ -193,10 +193,39 @@ class LoRALinear(nn.Module):
         )
 
 
-def _check_settings(r: int, lora_alpha: float, lora_dropout: float, bias: str, impl: str) -> None:
+def check_linear(linear: nn.Module) -> None:
+    """Raise TypeError unless `linear` computes x Wᵀ + bias from a float weight."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+    # A quantised layer is often a subclass; its forward would silently be bypassed.
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        raise TypeError(
+            f"linear: expected torch.nn.Linear's own forward, got one of {type(linear).__name__}"
+        )
+    if linear.weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            "linear: expected a float16, bfloat16, float32 or float64 weight, "
+            f"got {linear.weight.dtype}"
+        )
+
+
+def check_settings(
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    bias: str,
+    adapter_dtype: torch.dtype | None,
+    impl: str,
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless LoRALinear takes the settings."""
     check_rank(r)
     check_finite(lora_alpha, name="lora_alpha")
     check_dropout_p(lora_dropout, name="lora_dropout")
     if bias not in BIAS_MODES:
         raise ValueError(f"bias: expected one of {', '.join(map(repr, BIAS_MODES))}, got {bias!r}")
+    if adapter_dtype not in (None, *FLOAT_DTYPES):
+        raise TypeError(
+            "adapter_dtype: expected float16, bfloat16, float32, float64 or None, "
+            f"got {adapter_dtype}"
+        )
     check_impl(impl)

@@ -1,0 +1,311 @@
+"""Time an adapted layer against PEFT's on the CPU: forward + backward, call overhead, saved bytes.
+
+Ratios are medians of those formed within each round of interleaved calls, with their quartiles;
+timing.py says what a round is and when it counts. The floor is the frozen base layer alone.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
+from timing import MIN_ROUNDS, Meter, Ratio, describe_run
+from torch import Tensor, nn
+
+import lora_kernels as lk
+
+R, ALPHA = 16, 32
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Largest accepted |ours - PEFT| / |PEFT|, Frobenius norms; bf16 rounds several times at 2^-9.
+TOLERANCES = {"bf16": 2e-2, "fp32": 1e-5}
+# Layers and inputs are rotated, as a model's are: with one set they would stay in cache.
+SLOTS = 3
+OVERHEAD_CALLS = 100
+SAVED_TARGET = 0.02
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer to measure, and the largest time that the project accepts, as a ratio to PEFT's."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    p: float
+    target: float | None = None
+    adapters: str | None = None  # dtype of lora_A and lora_B where it isn't the base layer's
+
+    @property
+    def name(self) -> str:
+        kind = f"{self.dtype}, {self.adapters} adapters" if self.adapters else self.dtype
+        return f"{kind} {self.m}x{self.n}x{self.k} p={self.p:g}"
+
+
+CASES = [
+    Case(2048, 768, 768, "bf16", 0.05, target=0.80),
+    Case(2048, 768, 768, "bf16", 0.0, target=1.0),
+    Case(512, 2048, 2048, "bf16", 0.05, target=0.90),
+    Case(512, 2048, 2048, "bf16", 0.0, target=1.0),
+    Case(16, 2048, 2048, "bf16", 0.0, target=1.0),
+    Case(512, 2048, 2048, "fp32", 0.05),
+    Case(512, 2048, 2048, "fp32", 0.0, target=1.0),
+    Case(16, 2048, 2048, "fp32", 0.0, target=1.0),
+    # PEFT's default: get_peft_model makes fp32 adapters on a bf16 model.
+    Case(2048, 768, 768, "bf16", 0.05, target=0.98, adapters="fp32"),
+    Case(2048, 768, 768, "bf16", 0.0, target=0.98, adapters="fp32"),
+    Case(512, 2048, 2048, "bf16", 0.05, target=0.98, adapters="fp32"),
+    Case(512, 2048, 2048, "bf16", 0.0, target=0.98, adapters="fp32"),
+    Case(128, 2048, 2048, "bf16", 0.0, target=0.98, adapters="fp32"),
+    Case(16, 2048, 2048, "bf16", 0.0, adapters="fp32"),
+]
+OVERHEAD_CASE = Case(1, 64, 64, "fp32", 0.0)
+SAVED_CASES = [Case(512, 2048, 2048, dtype, p) for dtype in DTYPES for p in (0.0, 0.05)]
+
+
+def peft_layer(case: Case) -> PeftLinear:
+    """Build PEFT's layer on a frozen base, with a B that isn't zero."""
+    base = nn.Linear(case.k, case.n, bias=False, dtype=DTYPES[case.dtype]).requires_grad_(False)
+    config = LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=case.p)
+    layer = PeftLinear(base, "default", config, r=R, lora_alpha=ALPHA)
+    dtype = DTYPES[case.adapters or case.dtype]
+    layer.lora_A.to(dtype)
+    nn.init.normal_(layer.lora_B.to(dtype)["default"].weight, std=0.1)
+    return layer
+
+
+def patched_layer(case: Case) -> PeftLinear:
+    """Build the same layer, patched."""
+    layer = peft_layer(case)
+    report = lk.patch_peft(layer)
+    if report.left:
+        raise RuntimeError(f"{case.name}: the layer was not fused\n{report}")
+    return layer
+
+
+def frozen_layer(case: Case) -> nn.Module:
+    """Build the base layer of the same layer: what no adapter can do without."""
+    return peft_layer(case).base_layer
+
+
+# PEFT is first: the others' times are divided by its.
+PROVIDERS: list[Callable[[Case], nn.Module]] = [peft_layer, patched_layer, frozen_layer]
+
+
+class Step:
+    """Forward and backward of one provider's layer on an input and a gradient of its own."""
+
+    def __init__(self, provider: Callable[[Case], nn.Module], case: Case, slot: int) -> None:
+        torch.manual_seed(slot)
+        self.layer = provider(case)
+        self.x = torch.randn(case.m, case.k, dtype=DTYPES[case.dtype], requires_grad=True)
+        self.dy = torch.randn(case.m, case.n, dtype=DTYPES[case.dtype])
+        self.leaves = [self.x, *(p for p in self.layer.parameters() if p.requires_grad)]
+
+    def __call__(self) -> Tensor:
+        for leaf in self.leaves:
+            leaf.grad = None
+        y = self.layer(self.x)
+        y.backward(self.dy)
+        return y.detach()
+
+
+def check(case: Case) -> None:
+    """Raise unless the patched layer's output and gradients are PEFT's, dropout aside."""
+    results = []
+    for provider in PROVIDERS[:2]:
+        step = Step(provider, case, slot=0)
+        step.layer.eval()
+        results.append([step(), *(leaf.grad for leaf in step.leaves)])
+    for name, theirs, ours in zip(("y", "dx", "dA", "dB"), *results, strict=True):
+        error = (ours.double() - theirs.double()).norm().item() / theirs.double().norm().item()
+        if not error <= TOLERANCES[case.dtype]:
+            raise RuntimeError(
+                f"{case.name}: {name} differs from PEFT's by {error:.1e} of its norm"
+            )
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A case's times; None where the machine was never quiet for long enough."""
+
+    case: str
+    rounds: int
+    rejected: int
+    target: float | None
+    peft_ms: float | None = None
+    ours: Ratio | None = None
+    floor: Ratio | None = None
+
+    HEADER = f"{'case':<42}{'PEFT ms':>9}{'ours/PEFT':>18}{'floor/PEFT':>18}{'target':>9}{'rejected':>11}"
+
+    def __str__(self) -> str:
+        target = "-" if self.target is None else f"<={self.target:.2f}"
+        end = f"{target:>9}{self.rejected:>5}/{self.rounds + self.rejected}"
+        if self.ours is None:
+            return f"{self.case:<42}{'gave up: the machine is busy':>45}{end}"
+        return f"{self.case:<42}{self.peft_ms:>9.2f}{self.ours!s:>18}{self.floor!s:>18}{end}"
+
+
+def measure_layer(case: Case, meter: Meter) -> LayerRow:
+    """Check a case, then time its forward + backward."""
+    check(case)
+    slots = [[Step(provider, case, slot) for provider in PROVIDERS] for slot in range(SLOTS)]
+    times, rejected = meter.rounds(slots)
+    if len(times) < MIN_ROUNDS:
+        return LayerRow(case.name, len(times), rejected, case.target)
+    peft, ours, floor = zip(*times, strict=True)
+    return LayerRow(
+        case.name,
+        len(times),
+        rejected,
+        case.target,
+        statistics.median(peft),
+        Ratio.of(ours, peft),
+        Ratio.of(floor, peft),
+    )
+
+
+@dataclass(frozen=True)
+class OverheadRow:
+    """A tiny forward by one way of calling it."""
+
+    call: str
+    mode: str
+    us: float
+    over_peft: Ratio
+    target: float | None
+
+    HEADER = f"{'call':<22}{'mode':<10}{'µs':>7}{'/PEFT':>18}{'target':>9}"
+
+    def __str__(self) -> str:
+        target = "-" if self.target is None else f"<={self.target:.2f}"
+        return f"{self.call:<22}{self.mode:<10}{self.us:>7.1f}{self.over_peft!s:>18}{target:>9}"
+
+
+def measure_overhead(meter: Meter) -> list[OverheadRow]:
+    """Time a forward too small to take time: what is left is the cost of the call."""
+    peft = peft_layer(OVERHEAD_CASE)
+    patched = patched_layer(OVERHEAD_CASE)
+    weights = [
+        module.weight
+        for module in (peft.base_layer, peft.lora_A["default"], peft.lora_B["default"])
+    ]
+    x = torch.randn(OVERHEAD_CASE.m, OVERHEAD_CASE.k, requires_grad=True)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "PEFT": partial(peft, x),
+        "nn.Linear": partial(peft.base_layer, x),
+        "patched": partial(patched, x),
+        "lora_linear": partial(lk.lora_linear, x, *weights, scaling=ALPHA / R),
+    }
+
+    def repeat(call: Callable[[], Tensor]) -> None:
+        for _ in range(OVERHEAD_CALLS):
+            call()
+
+    rows = []
+    for mode, context in (("no grad", torch.no_grad), ("grad", torch.enable_grad)):
+        with context():
+            times, _ = meter.rounds([[partial(repeat, call) for call in calls.values()]])
+        columns = list(zip(*times, strict=True))
+        for name, column in zip(calls, columns, strict=True):
+            us = 1e3 * statistics.median(column) / OVERHEAD_CALLS
+            target = 1.0 if name == "patched" else None
+            rows.append(OverheadRow(name, mode, us, Ratio.of(column, columns[0]), target))
+    return rows
+
+
+@dataclass(frozen=True)
+class SavedRow:
+    """Bytes saved for backward beyond parameters and x, in units of x's bytes."""
+
+    case: str
+    peft: float
+    ours: float
+    target: float
+
+    HEADER = f"{'case':<42}{'PEFT':>9}{'ours':>9}{'target':>9}"
+
+    def __str__(self) -> str:
+        target = f"<={self.target:.2f}"
+        return f"{self.case:<42}{self.peft:>9.4f}{self.ours:>9.4f}{target:>9}"
+
+
+def saved_share(provider: Callable[[Case], nn.Module], case: Case) -> float:
+    """Return the bytes that a forward keeps for backward beyond parameters and x, over x's."""
+    step = Step(provider, case, slot=0)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        # Views share a storage; the graph keeps it alive, so no address comes up twice.
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step.layer(step.x)
+    for tensor in (step.x, *step.layer.parameters()):
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(saved.values()) / step.x.nbytes
+
+
+def measure_saved(case: Case) -> SavedRow:
+    """Measure what PEFT's layer and the patched one save for backward."""
+    peft, ours = (saved_share(provider, case) for provider in PROVIDERS[:2])
+    return SavedRow(case.name, peft, ours, SAVED_TARGET)
+
+
+def report(rows: Iterable[LayerRow | OverheadRow | SavedRow]) -> list[dict[str, object]]:
+    """Print a table, each row as soon as it is measured, and return it for the JSON file."""
+    table = []
+    for row in rows:
+        if not table:
+            print(f"\n{row.HEADER}")
+        print(row, flush=True)
+        table.append(asdict(row))
+    return table
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, choices=[1, 2], default=1)
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each row that is timed")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument(
+        "--cases",
+        default="",
+        metavar="SUBSTRING",
+        help='of the cases to run; the other tables are named "overhead" and "saved"',
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure what the command line asks for, print it and write it."""
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    run = describe_run()
+    print(*(f"{key}: {value}" for key, value in run.items()), sep="\n")
+    meter = Meter(args.seconds)
+    results = {
+        **run,
+        "seconds": args.seconds,
+        "layers": report(measure_layer(case, meter) for case in CASES if args.cases in case.name),
+    }
+    torch.set_num_threads(1)  # a call's own cost is that of the thread that makes it
+    overhead = measure_overhead(Meter(args.seconds)) if args.cases in "overhead" else []
+    results["overhead"] = report(overhead)
+    results["saved"] = report(map(measure_saved, SAVED_CASES if args.cases in "saved" else []))
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

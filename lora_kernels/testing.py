@@ -1,0 +1,177 @@
+"""Inputs, float64 oracle and error budget for parity checks; pytest-free, so benchmarks use it too.
+
+The budget is derived, not tuned: an implementation may err twice as much as same-dtype eager
+PyTorch (`reference` in that dtype), both measured against the float64 oracle, plus one rounding of
+the largest element. The root mean square is held to the same rule, which catches broad drift that a
+maximum hides.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kernels import functional, reference
+from lora_kernels.dropout import drop_threshold
+
+FEW_ELEMENTS, MORE_DRAWS = 1000, 7
+RESULTS = ("y", "dx", "da", "db", "dbias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One parity problem: x is [*leading, k], the weight [n, k], the rank r."""
+
+    leading: tuple[int, ...]
+    n: int
+    k: int
+    r: int
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None  # None: x's
+    dropout_p: float = 0.0
+    bias: bool = True
+    scaling: float = 1.7
+
+    def __str__(self) -> str:
+        m = "x".join(map(str, self.leading)) or "-"
+        adapters = f"+{str(self.adapter_dtype)[6:]}" if self.adapter_dtype else ""
+        return f"{m}-{self.n}-{self.k}-r{self.r}-{str(self.dtype)[6:]}{adapters}-p{self.dropout_p}"
+
+
+@dataclass
+class Inputs:
+    """The tensors of a call and the gradient of its result; `seed` keys the dropout mask."""
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    dy: Tensor
+    seed: int
+
+
+def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
+    """Draw inputs from torch's generator, scaled so that every term of y is of order one.
+
+    lora_B is not zero, as it is at the start of training: that would hide half of the errors.
+    """
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype or case.dtype)
+
+    adapter = case.adapter_dtype or case.dtype
+    return Inputs(
+        x=normal(*case.leading, case.k),
+        weight=normal(case.n, case.k, scale=case.k**-0.5),
+        lora_A=normal(case.r, case.k, scale=case.k**-0.5, dtype=adapter),
+        lora_B=normal(case.n, case.r, scale=case.r**-0.5, dtype=adapter),
+        bias=normal(case.n) if case.bias else None,
+        dy=normal(*case.leading, case.n),
+        seed=int(torch.randint(0, 1 << 62, ())),
+    )
+
+
+def run(case: Case, inputs: Inputs, impl: str) -> dict[str, Tensor]:
+    """Return y and all gradients of the public function."""
+    leaves = [
+        t.detach().requires_grad_() if t is not None else None
+        for t in (inputs.x, inputs.lora_A, inputs.lora_B, inputs.bias)
+    ]
+    x, a, b, bias = leaves
+    assert x is not None
+    assert a is not None
+    assert b is not None
+    y = functional.lora_linear(
+        x,
+        inputs.weight,
+        a,
+        b,
+        bias,
+        scaling=case.scaling,
+        dropout_p=case.dropout_p,
+        training=True,
+        seed=inputs.seed,
+        impl=impl,
+    )
+    wanted = [t for t in leaves if t is not None]
+    grads = torch.autograd.grad(y, wanted, inputs.dy)
+    return dict(zip(RESULTS, (y.detach(), *grads), strict=False))
+
+
+def reference_results(
+    case: Case, inputs: Inputs, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return the reference's results with every tensor in `dtype`; None keeps the case's dtypes."""
+
+    def cast(t: Tensor) -> Tensor:
+        return t if dtype is None else t.to(dtype)
+
+    x, weight, a, b, dy = map(
+        cast, (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.dy)
+    )
+    bias = None if inputs.bias is None else cast(inputs.bias)
+    threshold = drop_threshold(case.dropout_p)
+    seed = torch.tensor(inputs.seed, device=x.device) if threshold else None
+    y, xa = reference.lora_linear_forward(x, weight, a, b, bias, seed, case.scaling, threshold)
+    needs = [True, True, True, bias is not None]
+    grads = reference.lora_linear_backward(
+        dy, x, xa, weight, a, b, seed, case.scaling, threshold, needs
+    )
+    results = dict(zip(RESULTS, (y, *grads), strict=True))
+    return {name: t for name, t in results.items() if t is not None}
+
+
+def assert_parity(case: Case, inputs: Inputs, impl: str) -> None:
+    """Check y and all gradients of one implementation against the oracle, within the budget.
+
+    Eager's error is the largest of a few draws where a result has few elements: there one draw's
+    error may be near zero by luck.
+    """
+    actual = run(case, inputs, impl)
+    oracle = reference_results(case, inputs, torch.float64)
+    eager = reference_results(case, inputs)
+    draws = [{name: eager[name].double() - oracle[name] for name in oracle}]
+    if min(t.numel() for t in oracle.values()) < FEW_ELEMENTS:
+        draws += [eager_errors(case, make_inputs(case)) for _ in range(MORE_DRAWS)]
+    for name, expected in oracle.items():
+        what = f"{name} of {impl}, {case}"
+        assert actual[name].dtype == eager[name].dtype, f"{what}: dtype {actual[name].dtype}"
+        assert_within_budget(actual[name], expected, [errors[name] for errors in draws], what)
+
+
+def eager_errors(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Return the errors of same-dtype eager PyTorch against the float64 oracle."""
+    oracle = reference_results(case, inputs, torch.float64)
+    return {name: t.double() - oracle[name] for name, t in reference_results(case, inputs).items()}
+
+
+def assert_within_budget(actual: Tensor, oracle: Tensor, eager: list[Tensor], what: str) -> None:
+    """Check shape, finiteness and error: at most twice eager's plus one rounding.
+
+    Args:
+        actual: the result under test.
+        oracle: the same in float64.
+        eager: errors of same-dtype eager PyTorch, one tensor a draw.
+        what: names the result in the message.
+
+    Raises:
+        AssertionError: says the error, the budget and the worst element's coordinate.
+    """
+    assert actual.shape == oracle.shape, f"{what}: shape {actual.shape}, expected {oracle.shape}"
+    assert torch.isfinite(actual).all(), f"{what}: NaN or infinity, not written or overflown"
+    if oracle.numel() == 0:
+        return
+    eps = torch.finfo(actual.dtype).eps
+    error = (actual.double() - oracle).abs()
+    budget = 2 * max(e.abs().max() for e in eager) + eps * oracle.abs().max()
+    worst = torch.unravel_index(error.argmax(), error.shape)
+    assert error.max() <= budget, (
+        f"{what}: error {error.max():.3g} at {tuple(int(i) for i in worst)}, budget {budget:.3g}"
+    )
+    rms_budget = 2 * max(_rms(e) for e in eager) + eps * _rms(oracle)
+    assert _rms(error) <= rms_budget, f"{what}: rms {_rms(error):.3g}, budget {rms_budget:.3g}"
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item()

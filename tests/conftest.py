@@ -1,0 +1,44 @@
+"""Shared fixtures: a fresh, printed seed for every run, and poisoned uninitialised memory."""
+
+import os
+import random
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("LORA_KERNELS_TEST_SEED") or random.SystemRandom().randrange(1 << 31))
+
+
+def pytest_report_header(config):
+    return f"LORA_KERNELS_TEST_SEED={SEED}, torch {torch.__version__}"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "unpoisoned: torch.empty is left alone (compiled code)")
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request):
+    """Seed torch from the run's seed and the test's name, so that one test can be repeated alone."""
+    torch.manual_seed(random.Random(f"{SEED}/{request.node.nodeid}").randrange(1 << 62))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(request, monkeypatch):
+    """Fill what torch.empty and new_empty return with NaN or an odd integer: unwritten shows."""
+    if "unpoisoned" in request.keywords:
+        return
+
+    def poisoned(allocate):
+        def allocate_and_fill(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if tensor.is_meta or tensor.numel() == 0:
+                return tensor
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor if tensor.dtype == torch.bool else tensor.fill_(85)
+
+        return allocate_and_fill
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

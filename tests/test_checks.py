@@ -1,0 +1,112 @@
+"""Bad input: the right error, naming the argument, what was expected and what came."""
+
+import pytest
+import torch
+
+import lora_kernels as lk
+
+X, W = torch.randn(4, 8), torch.randn(6, 8)
+A, B = torch.randn(2, 8), torch.randn(6, 2)
+GOOD = {"x": X, "weight": W, "lora_A": A, "lora_B": B, "bias": None}
+
+BAD_TENSORS = {
+    "x is a list": ({"x": [1.0]}, TypeError, r"x: expected a torch.Tensor, got list"),
+    "x is integer": ({"x": X.long()}, TypeError, r"x: expected float16.*got torch.int64"),
+    "x is 0-dim": ({"x": torch.tensor(1.0)}, ValueError, r"x: expected at least one dimension"),
+    "x is complex": ({"x": X.to(torch.complex64)}, TypeError, r"x: expected float16.*complex64"),
+    "features differ": ({"x": torch.randn(4, 7)}, ValueError, r"weight: expected shape \[N, 7\]"),
+    "weight transposed": ({"weight": W.t()}, ValueError, r"weight:.*looks transposed"),
+    "weight is 3-D": ({"weight": W[None]}, ValueError, r"weight: expected two dimensions"),
+    "weight of another dtype": (
+        {"weight": W.half()},
+        TypeError,
+        r"weight: expected the dtype of x",
+    ),
+    "weight elsewhere": ({"weight": W.to("meta")}, ValueError, r"weight: expected the device of x"),
+    "A and B swapped": ({"lora_A": B, "lora_B": A}, ValueError, r"lora_A:.*look swapped"),
+    "A transposed": ({"lora_A": A.t()}, ValueError, r"lora_A: expected shape \[R, 8\]"),
+    "A is 1-D": ({"lora_A": A[0]}, ValueError, r"lora_A: expected two dimensions"),
+    "A is integer": ({"lora_A": A.int()}, TypeError, r"lora_A: expected float16"),
+    "rank 0": (
+        {"lora_A": torch.empty(0, 8), "lora_B": torch.empty(6, 0)},
+        ValueError,
+        r"lora_A: expected a rank of at least 1",
+    ),
+    "ranks differ": ({"lora_B": torch.randn(6, 3)}, ValueError, r"lora_B: expected shape \[6, 2\]"),
+    "B of another N": ({"lora_B": torch.randn(5, 2)}, ValueError, r"lora_B: expected shape \[6, R"),
+    "bias too long": ({"bias": torch.randn(7)}, ValueError, r"bias: expected shape \[6\]"),
+    "bias of another dtype": ({"bias": torch.randn(6).half()}, TypeError, r"bias: expected the dt"),
+    "all on meta": (
+        {"x": X.to("meta"), "weight": W.to("meta"), "lora_A": A.to("meta"), "lora_B": B.to("meta")},
+        ValueError,
+        r"meta tensor holds no data",
+    ),
+}
+BAD_OPTIONS = {
+    "scaling NaN": ({"scaling": float("nan")}, ValueError, r"scaling: expected a finite number"),
+    "scaling infinite": ({"scaling": float("inf")}, ValueError, r"scaling: expected a finite"),
+    "scaling a string": ({"scaling": "2"}, TypeError, r"scaling: expected a number, got str"),
+    "scaling a vector": ({"scaling": torch.ones(2)}, ValueError, r"scaling: expected a 0-dim"),
+    "scaling trains": (
+        {"scaling": torch.tensor(1.0, requires_grad=True)},
+        ValueError,
+        r"scaling: expected a 0-dim float tensor that doesn't require grad",
+    ),
+    "p is 1": ({"dropout_p": 1.0}, ValueError, r"dropout_p: expected a probability in \[0, 1\)"),
+    "p negative": ({"dropout_p": -0.1}, ValueError, r"dropout_p: expected a probability"),
+    "p NaN": ({"dropout_p": float("nan")}, ValueError, r"dropout_p: expected a probability"),
+    "p a string": ({"dropout_p": "0.1"}, TypeError, r"dropout_p: expected a number, got str"),
+    "seed a float": ({"seed": 1.5}, TypeError, r"seed: expected None, an int or a tensor"),
+    "seed too large": ({"seed": 1 << 63}, ValueError, r"seed: expected a signed 64-bit integer"),
+    "seed a vector": ({"seed": torch.zeros(2).long()}, ValueError, r"seed: expected a 0-dim int64"),
+    "impl unknown": ({"impl": "triton"}, ValueError, r"impl: expected one of 'auto'.*'triton'"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_TENSORS.values(), ids=BAD_TENSORS)
+@pytest.mark.parametrize("function", [lk.lora_linear, lk.explain])
+def test_bad_tensors(function, change, error, message):
+    if function is lk.explain and "meta tensor" in message:
+        explanation = lk.explain(**(GOOD | change))
+        assert explanation.choice is None
+        assert "meta tensor" in str(explanation)
+        return
+    with pytest.raises(error, match=message):
+        function(**(GOOD | change))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+@pytest.mark.parametrize("function", [lk.lora_linear, lk.explain])
+def test_bad_options(function, change, error, message):
+    with pytest.raises(error, match=message):
+        function(**GOOD, **change)
+
+
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+def test_a_named_implementation_raises_its_reason(impl):
+    meta = {name: t.to("meta") for name, t in GOOD.items() if t is not None}
+    with pytest.raises(ValueError, match=f"impl: '{impl}' can't serve this call: a meta tensor"):
+        lk.lora_linear(**meta, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        (((), 0.1, 1), ValueError, "shape: expected"),
+        (((2, -1), 0.1, 1), ValueError, "shape: expected"),
+        (((2, 2.5), 0.1, 1), ValueError, "shape: expected"),
+        (((2, 2), 1.0, 1), ValueError, "dropout_p: expected"),
+        (((2, 2), 0.1, None), TypeError, "seed: expected"),
+        (((2, 2), 0.1, "1"), TypeError, "seed: expected"),
+    ],
+)
+def test_bad_mask_arguments(args, error, message):
+    with pytest.raises(error, match=message):
+        lk.dropout_mask(*args)
+
+
+def test_explain_names_the_choice_and_a_reason_for_each_other():
+    explanation = lk.explain(**GOOD, dropout_p=0.1, training=True)
+    assert explanation.choice == "eager"
+    assert explanation.reasons.keys() == {"reference"}
+    assert str(explanation).startswith("auto -> eager\n  reference: ")
