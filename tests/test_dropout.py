@@ -5,6 +5,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import _philox, reference
+from lora_kernels._native import absence
 from lora_kernels.dispatch import IMPLEMENTATIONS
 from lora_kernels.dropout import drop_threshold, keep_scale
 
@@ -62,7 +63,12 @@ def test_mask_element_takes_its_lane():
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 1001), (700, 768), (2100, 129)], ids=str)
 @pytest.mark.parametrize("block", [1 << 6, 1 << 17])
-def test_eager_blocks_have_the_bits_of_the_reference(shape, block, monkeypatch):
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "aten"])
+def test_eager_blocks_have_the_bits_of_the_reference(shape, block, compiled, monkeypatch):
+    if compiled and absence() is not None:
+        pytest.skip(f"compiled CPU part: {absence()}")
+    if not compiled:
+        monkeypatch.setattr(_philox, "absence", lambda: "left out by this test")
     monkeypatch.setattr(_philox, "BLOCK_COUNTERS", block)
     seed = torch.randint(-(1 << 63), (1 << 63) - 1, ())
     mask = torch.zeros(shape, dtype=torch.int16)
@@ -71,15 +77,37 @@ def test_eager_blocks_have_the_bits_of_the_reference(shape, block, monkeypatch):
     assert torch.equal(mask.bool(), reference.keep_mask(*shape, 6554, seed, "cpu"))
 
 
-def test_eager_words_beyond_the_32_bit_counter():
-    start, count, seed = (1 << 32) - 100, 300, torch.tensor(-987654321)
-    out = torch.zeros(count, 2, dtype=torch.int64)
-    scratch = torch.zeros(3, 2, count, dtype=torch.int64)
-    _philox._fill_words(out, scratch, start, _philox._constants(seed))
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "aten"])
+def test_lanes_beyond_the_32_bit_counter(compiled):
+    if compiled and absence() is not None:
+        pytest.skip(f"compiled CPU part: {absence()}")
+    start, count, seed, threshold = (1 << 32) - 100, 333, torch.tensor(-987654321), 6554
+    lanes = torch.full((count, 8), 7, dtype=torch.int16)
+    fill = _philox._compiled_fill(seed) if compiled else _philox._aten_fill(seed, count)
+    fill(lanes, start, threshold)
     words = reference.philox_4x32_10(torch.arange(start, start + count), seed)
-    expected = words[:, ::2] | words[:, 1::2] << 32
-    offset = -0x7FFF7FFF7FFF8000  # half of each lane's range
-    assert torch.equal(out ^ offset, expected)
+    expected = torch.stack((words & 0xFFFF, words >> 16), -1).reshape(count, 8) >= threshold
+    assert torch.equal(lanes, expected.to(torch.int16))
+
+
+def test_compiled_lanes_do_not_depend_on_the_number_of_threads():
+    if absence() is not None:
+        pytest.skip(f"compiled CPU part: {absence()}")
+    masks, threads = [], torch.get_num_threads()
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        masks.append(next(_philox.keep_blocks(999, 1000, 6554, torch.tensor(5)))[1].clone())
+    torch.set_num_threads(threads)
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("lanes", [torch.zeros(4, 7).short(), torch.zeros(4, 8), torch.zeros(8)])
+def test_compiled_generator_refuses_other_tensors(lanes):
+    if absence() is not None:
+        pytest.skip(f"compiled CPU part: {absence()}")
+    with pytest.raises(RuntimeError, match="lanes: expected"):
+        torch.ops.lora_kernels.keep_lanes_(lanes, 0, 1, 2)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
