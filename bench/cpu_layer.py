@@ -206,10 +206,10 @@ def measure_overhead(meter: Meter) -> list[OverheadRow]:
     for mode, context in (("no grad", torch.no_grad), ("grad", torch.enable_grad)):
         with context():
             times, _ = meter.rounds([[partial(repeat, call) for call in calls.values()]])
-        columns = list(zip(*times, strict=True))
-        for name, column in zip(calls, columns, strict=True):
+        columns = dict(zip(calls, zip(*times, strict=True), strict=True))
+        for name, column in columns.items():
             us = 1e3 * statistics.median(column) / OVERHEAD_CALLS
-            ratio, target = Ratio.of(column, columns[0]), 1.0 if name == "patched" else None
+            ratio, target = Ratio.of(column, columns["PEFT"]), 1.0 if name == "patched" else None
             rows.append(OverheadRow(name, mode, us, ratio, target))
     return rows
 
@@ -251,8 +251,8 @@ def saved_share(provider: Callable[[Case], nn.Module], case: Case) -> float:
 
 def measure_saved(case: Case) -> SavedRow:
     """Measure what PEFT's layer and the patched one save for backward."""
-    peft, ours = (saved_share(provider, case) for provider in PROVIDERS[:2])
-    return SavedRow(case.name, peft, ours, case.target)
+    shares = [saved_share(provider, case) for provider in PROVIDERS[:2]]
+    return SavedRow(case.name, *shares, case.target)
 
 
 def report(rows: Iterable[LayerRow | OverheadRow | SavedRow]) -> list[dict[str, object]]:
@@ -282,13 +282,10 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     run = describe_run()
-    print(*(f"{key}: {value}" for key, value in run.items()), sep="\n")
-    meter = Meter(args.seconds)
-    results = {
-        **run,
-        "seconds": args.seconds,
-        "layers": report(measure_layer(case, meter) for case in CASES if args.cases in case.name),
-    }
+    print(*run["implementations"], run["machine"], run["revision"], run["date"], sep="\n")
+    results, meter = {**run, "seconds": args.seconds}, Meter(args.seconds)
+    cases = [case for case in CASES if args.cases in case.name]
+    results["layers"] = report(measure_layer(case, meter) for case in cases)
     torch.set_num_threads(1)  # a call's own cost is that of the thread that makes it
     overhead = measure_overhead(Meter(args.seconds)) if args.cases in "overhead" else []
     results["overhead"] = report(overhead)

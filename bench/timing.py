@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from lora_kernels.info import describe
 
 MIN_ROUNDS = 7
 # With several threads a case ends after this many times its seconds, however few rounds counted.
@@ -75,7 +78,7 @@ class Meter:
             return True
         return accepted < MIN_ROUNDS and (self.threads == 1 or elapsed < PATIENCE * self.seconds)
 
-    def _time(self, calls: Sequence[Callable], first: int) -> list[float]:
+    def _time(self, calls: Sequence[Callable[[], object]], first: int) -> list[float]:
         """Time each call once, beginning with another one each round."""
         times = [0.0] * len(calls)
         for index in (*range(first, len(calls)), *range(first)):
@@ -99,8 +102,8 @@ class Meter:
         return True
 
 
-def describe_run() -> dict[str, object]:
-    """Say where, when and with which versions the numbers are taken."""
+def describe_run() -> dict[str, Any]:
+    """Say where, when, and with which versions and implementations the numbers are taken."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -115,16 +118,17 @@ def describe_run() -> dict[str, object]:
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "peft", "lora_kernels")},
         },
+        "implementations": describe().splitlines(),
         "revision": _git_revision(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 def _git_revision() -> str:
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         git = subprocess.run(
-            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
         return "unknown"
