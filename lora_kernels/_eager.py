@@ -1,7 +1,7 @@
 """The adapted linear layer in few, in-place ATen calls: any device, the default without a kernel.
 
-Same equations and arguments as `reference`. What differs is what passes over memory:
-the scale is applied to [M, R] tensors, products are added in place, and dropout works on blocks of rows with a
+Same equations and arguments as `reference`. What differs is what passes over memory: the scale is
+applied to [M, R] tensors, products are added in place, and dropout works on blocks of rows with a
 regenerated mask, so that beyond its outputs a call holds [M, R] tensors and one block.
 """
 

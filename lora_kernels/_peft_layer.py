@@ -12,13 +12,13 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from lora_kernels.checks import FLOAT_DTYPES
-from lora_kernels.functional import lora_linear
+from lora_kernels.functional import checked_lora_linear
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class FusedLinear(Linear):
-    """PEFT's `lora.Linear`; its forward is `lora_linear` wherever `fused_parts` finds no reason against."""
+    """PEFT's `lora.Linear`, computed by `lora_linear` unless `fused_parts` gives a reason."""
 
     _lora_kernels_impl: str
 
@@ -33,16 +33,17 @@ class FusedLinear(Linear):
             # y = x Wᵀ + (bias + scaling · lora_bias) + ...: autograd splits the gradient again.
             scaled = parts.lora_bias * scaling
             bias = (scaled if bias is None else bias + scaled).to(parts.weight.dtype)
-        return lora_linear(
+        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        return checked_lora_linear(
             x,
             parts.weight,
             parts.lora_A,
             parts.lora_B,
             bias,
-            scaling=scaling,
-            dropout_p=getattr(dropout, "p", 0.0),
-            training=dropout.training,
-            impl=self._lora_kernels_impl,
+            scaling,
+            p,
+            None,
+            self._lora_kernels_impl,
         )
 
 
@@ -140,5 +141,7 @@ def _hook_reason(module: nn.Module) -> str | None:
 def _fits(weight: Tensor, x: Tensor) -> bool:
     """Whether x is what the fused path takes; what is not is PEFT's to compute or to refuse."""
     if type(x) not in _PLAIN_TENSORS or x.dtype not in FLOAT_DTYPES or x.is_meta:
+        return False
+    if x.device != weight.device or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         return False
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)

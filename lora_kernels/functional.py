@@ -66,11 +66,29 @@ def lora_linear(
     check_scaling(scaling)
     check_dropout_p(dropout_p)
     check_seed(seed, x.device)
+    return checked_lora_linear(
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, seed, impl
+    )
+
+
+def checked_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    impl: str,
+) -> Tensor:
+    """Compute `lora_linear` for arguments known to fit; a module's own parameters do."""
+    cast = _autocast_dtype(x)
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)
         bias = None if bias is None else bias.to(cast)
 
-    threshold = drop_threshold(dropout_p) if training else 0
+    threshold = drop_threshold(dropout_p) if dropout_p else 0
     key = _seed_tensor(seed, x.device) if threshold else None
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     number = 1.0 if isinstance(scaling, Tensor) else float(scaling)

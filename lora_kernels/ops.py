@@ -6,7 +6,7 @@ name. Bodies are imported at the first call, so schemas exist before any backend
 `register_autograd` (34 against 62 µs forward + backward, torch 2.13) and compiles the same.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -26,8 +26,6 @@ _BACKWARD = (
 )
 _MODULES = {"reference": "lora_kernels.reference", "eager": "lora_kernels._eager"}
 
-_NOTHING = nullcontext()
-
 _library = torch.library.Library("lora_kernels", "DEF")
 
 
@@ -36,11 +34,11 @@ def _module(name: str) -> ModuleType:
     return import_module(_MODULES[name])
 
 
-def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
+def _outside_autocast(x: Tensor, body: Callable[..., Any]) -> Callable[..., Any]:
     """Keep a body's matmuls from being cast again: functional.py has chosen the dtype."""
     if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return _NOTHING
+        return torch.autocast(x.device.type, enabled=False)(body)
+    return body
 
 
 def _fake_forward(
@@ -67,19 +65,15 @@ def _register(name: str) -> None:
 
     def forward(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold):
         scale = scaling if scaling_tensor is None else scaling_tensor
-        with _autocast_off(x):
-            return _module(name).lora_linear_forward(
-                x, weight, lora_A, lora_B, bias, seed, scale, threshold
-            )
+        run = _outside_autocast(x, _module(name).lora_linear_forward)
+        return run(x, weight, lora_A, lora_B, bias, seed, scale, threshold)
 
     def backward(
         dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold, needs
     ):
         scale = scaling if scaling_tensor is None else scaling_tensor
-        with _autocast_off(dy):
-            grads = _module(name).lora_linear_backward(
-                dy, x, xa, weight, lora_A, lora_B, seed, scale, threshold, needs
-            )
+        run = _outside_autocast(dy, _module(name).lora_linear_backward)
+        grads = run(dy, x, xa, weight, lora_A, lora_B, seed, scale, threshold, needs)
         # A schema has a fixed number of tensors: an empty one stands for a gradient not asked for.
         return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
@@ -95,8 +89,8 @@ def _register(name: str) -> None:
 for _name in _MODULES:
     _register(_name)
 
-# Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16 [count, 8],
-# for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.
+# Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16
+# [count, 8], for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.
 _library.define("keep_lanes_(Tensor(a!) lanes, int start, int seed, int threshold) -> ()")
 
 
