@@ -40,17 +40,22 @@ class _Constants(NamedTuple):
 
 
 def _constants(seed: Tensor) -> _Constants:
-    device = seed.device
-    steps = torch.tensor(KEY_STEPS, device=device)
-    key = torch.stack((seed, seed >> 32))
-    rounds = torch.arange(ROUNDS, device=device)
-    keys = (key + rounds.unsqueeze(1) * steps) & WORD
+    def scalar(value: int) -> Tensor:
+        # Filled on the device: a copy from the host would not be allowed in CUDA-graph capture.
+        return torch.full((), value, dtype=torch.int64, device=seed.device)
+
+    def column(values: tuple[int, int]) -> Tensor:
+        return torch.stack([scalar(value) for value in values]).unsqueeze(1)
+
+    rounds = torch.arange(ROUNDS, device=seed.device)
+    key = torch.stack((seed, seed >> 32)).unsqueeze(1)
+    keys = (key + column(KEY_STEPS) * rounds) & WORD  # [2, ROUNDS]
     return _Constants(
-        word=torch.tensor(WORD, device=device),
-        half=torch.tensor(32, device=device),
-        half_ranges=torch.tensor(-0x7FFF7FFF7FFF8000, device=device),
-        multipliers=torch.tensor(MULTIPLIERS, device=device).unsqueeze(1),
-        keys=list(keys.unsqueeze(2).unbind(0)),
+        word=scalar(WORD),
+        half=scalar(32),
+        half_ranges=scalar(-0x7FFF7FFF7FFF8000),
+        multipliers=column(MULTIPLIERS),
+        keys=list(keys.t().unsqueeze(2).unbind(0)),
     )
 
 

@@ -42,8 +42,8 @@ def philox_4x32_10(counter: Tensor, seed: int | Tensor) -> Tensor:
     for _ in range(10):
         # The 64-bit products wrap into the sign bit; masking after the shift undoes its copies.
         p0, p1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
-        c0, c1 = (p1 >> 32) & WORD ^ c1 ^ k0, p1 & WORD
-        c2, c3 = (p0 >> 32) & WORD ^ c3 ^ k1, p0 & WORD
+        c0, c1 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD
+        c2, c3 = ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
         k0, k1 = (k0 + PHILOX_KEY_STEPS[0]) & WORD, (k1 + PHILOX_KEY_STEPS[1]) & WORD
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
