@@ -53,6 +53,15 @@ def test_sizes_of_real_layers(impl, shape, dtype):
     assert_parity(case, make_inputs(case), impl)
 
 
+def test_two_threads(impl):
+    case = Case((1024,), 768, 768, 16, BF16, dropout_p=0.05)
+    torch.set_num_threads(2)
+    try:
+        assert_parity(case, make_inputs(case), impl)
+    finally:
+        torch.set_num_threads(1)
+
+
 def _sliced(t):
     """The same values as part of a larger tensor: rows apart, last stride 1."""
     wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), float("nan"), dtype=t.dtype)
