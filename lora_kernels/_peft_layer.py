@@ -88,6 +88,9 @@ def fused_parts(layer: Linear) -> FusedParts | str:
     reason = _dropout_reason(dropout)
     if reason is not None:
         return f"dropout {reason}"
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor) and scaling.requires_grad:
+        return "scaling requires grad"
     own, b = base._parameters, lora_B._parameters
     return FusedParts(
         own["weight"],
@@ -96,7 +99,7 @@ def fused_parts(layer: Linear) -> FusedParts | str:
         b["weight"],
         b["bias"],
         dropout,
-        layer.scaling[name],
+        scaling,
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 import lora_kernels as lk
 import lora_kernels._peft_layer as peft_layer
 
+hooks = pytest.importorskip("accelerate.hooks")
 peft = pytest.importorskip("peft")
 hotswap = pytest.importorskip("peft.utils.hotswap")
 transformers = pytest.importorskip("transformers")
@@ -44,8 +45,8 @@ def make_model(*, base=None, bias=True, **config):
     return randomize(peft.get_peft_model(base or Net(bias), peft.LoraConfig(**settings)))
 
 
-def make_x(dtype=torch.float32):
-    return torch.randn(3, 5, 24).to(dtype)
+def make_x(dtype=None):
+    return torch.randn(3, 5, 24, dtype=dtype)
 
 
 def make_llama(dtype=torch.float32, **config):
@@ -88,15 +89,14 @@ def state_of(model):
 
     return [
         (path, type(module), {key: identity(value) for key, value in vars(module).items()})
-        for path, module in (model.named_modules() if isinstance(model, nn.Module) else ())
+        for path, module in model.named_modules()
     ]
 
 
 def test_patched_model_computes_what_peft_computes(fused):
     model, x = make_model(lora_alpha=3, use_rslora=True), make_x().requires_grad_()
     plain = copy.deepcopy(model)
-    report = lk.patch_peft(model)
-    assert report == lk.PatchReport(patched=PATHS, left={})
+    assert lk.patch_peft(model) == lk.PatchReport(patched=PATHS, left={})
     assert_close(model(x), plain(x))
     assert [call["scaling"] for call in fused] == [1.5, 1.5]
     assert_close(*(torch.autograd.grad(m(x).square().sum(), x)[0] for m in (model, plain)))
@@ -105,7 +105,6 @@ def test_patched_model_computes_what_peft_computes(fused):
 
 def test_report_is_readable():
     model = make_model(target_modules=["up", "down", "conv", "embedding"])
-    up(model).lora_A.register_forward_hook(lambda *args: None)  # on the container: never called
     up(model).base_layer.register_forward_hook(lambda *args: None)
     assert str(lk.patch_peft(model)).splitlines() == [
         "lora_kernels: 1 LoRA layers patched, 3 left",
@@ -123,11 +122,6 @@ def add_second(model, **config):
 def activate_both(model):
     add_second(model)
     model.base_model.set_adapter(["default", "second"])
-
-
-def hook_by_accelerate(model):
-    hooks = pytest.importorskip("accelerate.hooks")
-    hooks.add_hook_to_module(up(model).base_layer, hooks.ModelHook())
 
 
 def replace_forward(model):
@@ -152,7 +146,10 @@ STATES = {
     "adapters disabled": lambda model: model.base_model.disable_adapter_layers(),
     "merged: default": lambda model: model.merge_adapter(),
     "its forward was replaced on the instance": replace_forward,
-    "base layer has hooks": hook_by_accelerate,
+    "base layer has hooks": lambda m: hooks.add_hook_to_module(up(m).base_layer, hooks.ModelHook()),
+    "scaling requires grad": lambda m: up(m).scaling.update(
+        default=nn.Parameter(torch.tensor(0.5))
+    ),
     "lora_A has hooks": lambda model: double_by_hook(up(model).lora_A),
     "dropout has hooks": lambda model: double_by_hook(up(model).lora_dropout),
     "base layer is Doubled, not torch.nn.Linear": lambda model: double(up(model).base_layer),
@@ -178,8 +175,7 @@ def test_a_layer_is_left_to_peft_where_it_must_be(reason, change, when, fused):
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_patching_again_renews_and_unpatching_restores(impl, fused):
-    model, x = make_model(), make_x()
-    hook_calls = []
+    model, x, hook_calls = make_model(), make_x(), []
     up(model).register_forward_hook(lambda *args: hook_calls.append(args))
     before, expected = state_of(model), model(x)
     assert lk.unpatch_peft(model) == 0
@@ -216,19 +212,16 @@ def test_a_failure_halfway_leaves_the_model_as_it_was(patched_before, monkeypatc
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize(
-    ("model", "impl", "error", "message"),
-    [
-        (make_model(), "cuda", ValueError, "impl: expected one of .*'cuda'"),
-        (Net(), "auto", ValueError, "model: expected a model with PEFT LoRA layers, got none"),
-        ([make_model()], "auto", TypeError, "model: expected a torch.nn.Module, got list"),
-    ],
-)
-def test_bad_arguments(model, impl, error, message):
+def test_bad_arguments():
+    model = make_model()
     before = state_of(model)
-    with pytest.raises(error, match=message):
-        lk.patch_peft(model, impl=impl)
+    with pytest.raises(ValueError, match=r"impl: expected one of .*'cuda'"):
+        lk.patch_peft(model, impl="cuda")
     assert state_of(model) == before
+    with pytest.raises(ValueError, match=r"model: expected .* PEFT LoRA layers, got none in Net"):
+        lk.patch_peft(Net())
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got list"):
+        lk.patch_peft([model])
 
 
 def test_each_call_decides(fused):
@@ -272,9 +265,7 @@ def test_copies_stay_fused_and_unload_as_peft_does(method, fused):
     model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     assert_close(model(x), plain(x))
     assert len(fused) == 2
-    model, plain = getattr(model, method)(), getattr(plain, method)()
-    assert torch.equal(model(x), plain(x))
-    ours, theirs = model.state_dict(), plain.state_dict()
+    ours, theirs = (getattr(m, method)().state_dict() for m in (model, plain))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -297,9 +288,9 @@ def test_gradients_are_those_of_peft(dtype, bias, config, fused):
     plain = copy.deepcopy(model)
     lk.patch_peft(model)
     x, tolerance = make_x(dtype), 1e-5 if dtype == torch.float32 else 0.05
+    assert_close(model(x), plain(x), tolerance)
     for m in (model, plain):
         m(x).float().square().mean().backward()
-    assert_close(model(x), plain(x), tolerance)
     assert len(fused) == 4
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None), name
@@ -324,14 +315,13 @@ def test_a_wrapper_made_while_patched_outlives_unpatching(fused):
     assert not fused
 
 
-def losses_of(model, *, steps=20, autocast=False, patch=False):
-    """Train; the optimizer is made before the model is patched."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3)
+def losses_of(model, autocast, patch):
+    """The losses of 20 steps; the optimizer is made before the model is patched."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     if patch:
         assert len(lk.patch_peft(model).patched) == 14
     tokens, losses = torch.arange(48).reshape(2, 24), []
-    for _ in range(steps):
+    for _ in range(20):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -350,8 +340,7 @@ def test_losses_of_20_steps_are_those_of_peft(dtype, autocast, rtol, fused):
     plain = make_llama(dtype)
     assert {p.dtype for p in plain.parameters() if p.requires_grad} == {torch.float32}
     patched = copy.deepcopy(plain)
-    expected = losses_of(plain, autocast=autocast)
-    losses = losses_of(patched, autocast=autocast, patch=True)
+    expected, losses = losses_of(plain, autocast, False), losses_of(patched, autocast, True)
     assert len(fused) == 20 * 14
     assert expected[-1] < 0.9 * expected[0]  # so the adapters do learn
     torch.testing.assert_close(losses, expected, rtol=rtol, atol=0)
@@ -378,10 +367,10 @@ def test_checkpointing_draws_the_same_masks_again(use_reentrant, fused):
     assert len(fused) == 4 * 14  # forward ran twice
 
 
-def draws_of(layer, x, calls=4):
-    """400 and more draws of y for the same x: each row of a batch has its own mask."""
-    with torch.no_grad():
-        return torch.cat([layer(x.expand(128, *x.shape)) for _ in range(calls)])
+@torch.no_grad()
+def draws_of(layer, x):
+    """512 draws of y for the same x, in 4 calls: each row of a batch has its own mask."""
+    return torch.cat([layer(x.expand(128, *x.shape)) for _ in range(4)])
 
 
 def test_dropout_has_the_distribution_of_peft(fused):
@@ -391,13 +380,11 @@ def test_dropout_has_the_distribution_of_peft(fused):
     x = make_x().flatten(0, 1)
     ours, theirs = draws_of(up(model), x), draws_of(up(plain), x)
     assert len(fused) == 4
-    n = len(ours)
-    assert len(ours.unique(dim=0)) == n
-    variances = ours.var(0), theirs.var(0)
-    error = ((variances[0] + variances[1]) / n).sqrt()
+    assert len(ours.unique(dim=0)) == 512
+    error = ((ours.var(0) + theirs.var(0)) / 512).sqrt()
     # 480 outputs at 6 standard errors: one run in a million fails for no reason.
     assert ((ours.mean(0) - theirs.mean(0)).abs() < 6 * error).all()
-    assert variances[0].mean() / variances[1].mean() == pytest.approx(1, abs=0.1)
+    assert ours.var(0).mean() / theirs.var(0).mean() == pytest.approx(1, abs=0.1)
 
 
 def test_dropout_keeps_the_right_fraction():
@@ -409,5 +396,5 @@ def test_dropout_keeps_the_right_fraction():
     y = draws_of(layer, torch.ones(40, 24))[..., :24]  # D(x)
     kept = y != 0
     torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 0.9), rtol=1e-4, atol=0)
-    error = (0.1 * 0.9 / y.numel()) ** 0.5
-    assert kept.float().mean().item() == pytest.approx(0.9, abs=6 * error + 1 / 65536)
+    error = (0.1 * 0.9 / y.numel()) ** 0.5 + 1 / 65536  # p is applied in steps of that size
+    assert kept.float().mean().item() == pytest.approx(0.9, abs=6 * error)
