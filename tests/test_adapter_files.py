@@ -32,17 +32,17 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """`q` is a path and another's end, sorted before it; `z.q` as a pattern fits `zoq` too."""
+    """`q` is a path and another's end, sorted before it; `z.k` as a pattern fits `zok` too."""
 
     def __init__(self):
         super().__init__()
         self.q = nn.Linear(8, 12)
         self.norm = nn.LayerNorm(12)
         self.z = Block()
-        self.zoq = nn.Linear(8, 8)
+        self.zok = nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.zoq(self.z(self.norm(self.q(x))))
+        return self.zok(self.z(self.norm(self.q(x))))
 
 
 def adapt(model, settings, **shared):
@@ -77,15 +77,15 @@ def listing(directory):
 
 # Each case: the settings of every adapted layer, and those that all of them share.
 CASES = {
-    "all layers": ({"q": {}, "z.q": {}, "z.k": {}, "zoq": {}}, {}),
+    "all layers": ({"q": {}, "z.q": {}, "z.k": {}, "zok": {}}, {}),
     "top q only": ({"q": {}}, {}),
     "inner q only": ({"z.q": {}}, {}),
     "rslora": ({"q": {}, "z.q": {}}, {"use_rslora": True}),
     "dropout": ({"q": {}, "z.k": {}}, {"lora_dropout": 0.3}),
     "ranks": ({"q": {"r": 1}, "z.q": {"r": 4}, "z.k": {}}, {}),
-    "alphas": ({"z.q": {"lora_alpha": 3}, "zoq": {"lora_alpha": 1.5}, "q": {"lora_alpha": 2}}, {}),
+    "alphas": ({"z.k": {"lora_alpha": 3}, "zok": {"lora_alpha": 1.5}, "q": {"lora_alpha": 2}}, {}),
     "ranks and alphas": (
-        {"q": {"r": 3, "lora_alpha": 1}, "z.q": {}, "zoq": {"lora_alpha": 9}},
+        {"q": {"r": 3, "lora_alpha": 1}, "z.q": {}, "z.k": {}, "zok": {"lora_alpha": 9}},
         {"use_rslora": True},
     ),
     "bias lora_only": ({"q": {}, "z.q": {}, "z.k": {}}, {"bias": "lora_only"}),
@@ -163,10 +163,10 @@ def test_what_peft_saves_we_load(settings, shared, into, tmp_path):
 def test_the_files_are_those_of_peft(tmp_path):
     peft = pytest.importorskip("peft")
     fresh = Net()
-    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["z.q", "zoq"], bias="lora_only")
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["z.q", "zok"], bias="lora_only")
     peft.get_peft_model(copy.deepcopy(fresh), config).save_pretrained(tmp_path / "theirs")
     ours, theirs = tmp_path / "ours" / "deep", tmp_path / "theirs"
-    lk.save_adapter(adapt(fresh, {"zoq": {}, "z.q": {}}, bias="lora_only"), str(ours))
+    lk.save_adapter(adapt(fresh, {"zok": {}, "z.q": {}}, bias="lora_only"), str(ours))
     assert listing(ours).keys() == {WEIGHTS, CONFIG}
     with safe_open(ours / WEIGHTS, "pt") as a, safe_open(theirs / WEIGHTS, "pt") as b:
         assert a.metadata() == b.metadata() == {"format": "pt"}
@@ -264,7 +264,7 @@ SPOILERS = {
     "A of other rank": (put("z.k.lora_A.weight", 3, 8), r"z\.k\.lora_A: expected .*\[2, 8\], got"),
     "A a vector": (put("z.k.lora_A.weight", 2), r"z\.k\.lora_A: expected .*, got .*\[2\]"),
     "A a number": (put("z.k.lora_A.weight"), r"z\.k\.lora_A: expected .*, got .*\[\]"),
-    "A of integers": (put("q.lora_A.weight", 2, 8, dtype=torch.int32), "got torch.int32"),
+    "B of integers": (put("q.lora_B.weight", 12, 2, dtype=torch.int32), "got torch.int32"),
     "r not that of the tensors": (field(r=4), r"lora_A: expected .*\[4, 8\], got .*\[2, 8\]"),
     "rank_pattern likewise": (field(rank_pattern={"k": 5}), r"z\.k\.lora_A: expected .*\[5, 8\]"),
     "alpha no number": (field(lora_alpha="6"), "lora_alpha: expected a number"),
@@ -310,7 +310,7 @@ def net_with(**modules):
         (net_with(z=nn.Identity()), r"expected a layer 'z\.k', got none"),
         (net_with(q=nn.Conv1d(8, 12, 1)), "expected 'q' to be .*, got Conv1d"),
         (net_with(q=nn.Linear(8, 12).to(torch.float8_e4m3fn)), "q: linear: expected .*float8"),
-        (adapt(Net(), {"q": {}, "zoq": {}}), "expected weights of layer 'zoq', got none"),
+        (adapt(Net(), {"q": {}, "zok": {}}), "expected weights of layer 'zok', got none"),
         (adapt(Net(), {"z.k": {"r": 3}}), r"z\.k\.r: expected rank 3, got 2"),
     ],
     ids=["no linear", "no layer", "conv", "float8", "layer not in the file", "rank"],
@@ -381,7 +381,7 @@ def test_a_failed_save_leaves_the_directory_as_it_was(
     before = listing(tmp_path)
     monkeypatch.setattr(module, name, failing)
     with pytest.raises(error, match="disk full"):
-        lk.save_adapter(adapt(Net(), {"q": {}, "zoq": {}}), tmp_path)
+        lk.save_adapter(adapt(Net(), {"q": {}, "zok": {}}), tmp_path)
     assert listing(tmp_path) == before
 
 
@@ -389,9 +389,9 @@ def test_a_failed_save_leaves_the_directory_as_it_was(
     ("model", "message"),
     [
         (Net(), "expected LoRALinear layers, got none in Net"),
-        (adapt(Net(), {"q": {"lora_dropout": 0.1}, "zoq": {}}), "lora_dropout: expected one value"),
-        (adapt(Net(), {"q": {"use_rslora": True}, "zoq": {}}), "use_rslora: expected one value"),
-        (adapt(Net(), {"q": {"bias": "lora_only"}, "zoq": {}}), "bias: expected one value"),
+        (adapt(Net(), {"q": {"lora_dropout": 0.1}, "zok": {}}), "lora_dropout: expected one value"),
+        (adapt(Net(), {"q": {"use_rslora": True}, "zok": {}}), "use_rslora: expected one value"),
+        (adapt(Net(), {"q": {"bias": "lora_only"}, "zok": {}}), "bias: expected one value"),
     ],
 )
 def test_what_the_layout_can_not_hold_is_not_saved(model, message, tmp_path):
