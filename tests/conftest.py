@@ -21,7 +21,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def _seeded(request):
-    """Seed torch from the run's seed and the test's name, so that one test can be repeated alone."""
+    """Seed torch from the run's seed and the test's name: one test can be repeated alone."""
     torch.manual_seed(random.Random(f"{SEED}/{request.node.nodeid}").randrange(1 << 62))
 
 

@@ -14,8 +14,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom: a module may import what stands to the right of it, never to the left.
 FLOW = (
     "__main__", "info", "testing", "__init__", "adapter_files", "patching", "_peft_layer", "nn",
-    "functional", "dispatch", "autograd", "ops", "_eager", "reference", "_philox", "_native", "checks",
-    "dropout",
+    "functional", "dispatch", "autograd", "ops", "_eager", "reference", "_philox", "_native",
+    "checks", "dropout",
 )  # fmt: skip
 
 FORBID = """
