@@ -36,7 +36,11 @@ def run_python(code, *args):
 
 def test_import_and_use_with_torch_alone():
     code = FORBID + (
+        "from pathlib import Path\n"
         "import torch, lora_kernels as lk\n"
+        "from lora_kernels import _native\n"
+        "assert _native.absence.cache_info().currsize == 0, 'loaded at import'\n"
+        "_native.LIBRARY = Path('forbidden')\n"
         "layer = lk.LoRALinear(8, 6, r=2, lora_dropout=0.1)\n"
         "layer(torch.randn(3, 8)).sum().backward()\n"
         "assert not torch.cuda.is_initialized()\n"
@@ -45,6 +49,7 @@ def test_import_and_use_with_torch_alone():
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert "eager" in done.stdout
+    assert "not built" in done.stdout
 
 
 def test_missing_peft_is_named():
