@@ -35,8 +35,8 @@ def lora_linear_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y [..., N] and xa [M, R]; see `reference.lora_linear_forward`.
 
-    Precision: products accumulate as torch's matmul does (float32 for 16-bit inputs); xa,
-    xa · scaling, x Wᵀ and y are each rounded once to x's dtype.
+    Precision: products accumulate as torch's matmul does (float32 for 16-bit inputs); x Wᵀ, y and
+    xa are rounded to x's dtype, xa again after dropout's factor and after scaling (M > SMALL_M).
     """
     x2 = _as_matrix(x)
     a, b = _as_dtype(lora_A, x.dtype), _as_dtype(lora_B, x.dtype)

@@ -53,7 +53,8 @@ def lora_linear(
         y, [..., N], in x's dtype.
 
     Precision: matrix products accumulate as torch's matmul does on x's device, in float32 for
-    16-bit inputs. lora_A and lora_B are rounded to x's dtype, D(x) Aᵀ, x Wᵀ and y once each.
+    16-bit inputs. lora_A, lora_B, D(x) Aᵀ, x Wᵀ and y are rounded to x's dtype; so are D(x) Aᵀ
+    times dropout's factor and times scaling, except for the latter at M <= 32.
     Gradients: lora_A's and lora_B's come back in their own dtypes. Under autocast x, weight and
     bias are cast to autocast's dtype (float64 is left as it is) and y has that dtype.
 

@@ -22,8 +22,9 @@ def describe() -> str:
     ]
     lines += [f"{name:<13} {_version(name)}" for name in _COMPANIONS]
     lines.append(f"compiled CPU  {absence() or 'built'}")
-    lines += [f"device        {device}" for device in _devices()]
-    for device in dict.fromkeys(d.split()[0].split(":")[0] for d in _devices()):
+    devices = _devices()
+    lines += [f"device        {name:<7} {text}" for name, text in devices.items()]
+    for device in dict.fromkeys(name.split(":")[0] for name in devices):
         problem = Problem(device, torch.float32, 16, False)
         for implementation in IMPLEMENTATIONS:
             reason = implementation.refuse(problem)
@@ -39,14 +40,12 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _devices() -> list[str]:
-    devices = [f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
-    devices = [devices[0].replace("cpu,", "cpu  ")]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            capability = f"sm_{properties.major}{properties.minor}"
-            devices.append(f"cuda:{index}  {properties.name}, {capability}")
+def _devices() -> dict[str, str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    devices = {"cpu": f"{torch.get_num_threads()} threads, {capability}"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{properties.name}, sm_{properties.major}{properties.minor}"
     if torch.backends.mps.is_available():
-        devices.append("mps")
+        devices["mps"] = "Apple GPU"
     return devices
