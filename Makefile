@@ -4,12 +4,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' requirements-dev.txt)
 
+# Also run in Triton's interpreter, which a process has for all kernels or for none.
+INTERPRETED := tests/test_triton_parity.py tests/test_triton_mutations.py
+
 export HF_HUB_OFFLINE := 1
 
 .PHONY: test lint format demo bench clean
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov $(INTERPRETED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

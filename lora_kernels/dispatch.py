@@ -2,25 +2,59 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
+from lora_kernels._triton import launch
+from lora_kernels._triton.config import MAX_RANK
 from lora_kernels.ops import backward_op, forward_op
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class Problem(NamedTuple):
     """What an implementation may ask about a call before it accepts it."""
 
-    device: str  # torch.device.type
+    device: torch.device
     dtype: torch.dtype  # of x, W, y
     rank: int
     dropout: bool
 
 
 def _needs_data(problem: Problem) -> str | None:
-    if problem.device == "meta":
+    if problem.device.type == "meta":
         return "a meta tensor holds no data to compute with"
+    return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    if torch.compiler.is_compiling():  # folds this call, but can't call a cached function
+        properties = torch.cuda.get_device_properties(device)
+        return properties.major, properties.minor
+    return _cached_capability(device)
+
+
+@cache
+def _cached_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _triton_refusal(problem: Problem) -> str | None:
+    if not launch.replaced():
+        if problem.device.type != "cuda" or torch.version.hip:
+            return f"needs a CUDA device, got {problem.device.type}"
+        major, minor = _capability(problem.device)
+        if major < 8:
+            return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"needs float16, bfloat16 or float32, got {problem.dtype}"
+    if problem.rank > MAX_RANK:
+        return f"needs a rank of at most {MAX_RANK}, got {problem.rank}"
     return None
 
 
@@ -41,6 +75,7 @@ class Implementation:
 
 # In the order in which "auto" tries them.
 IMPLEMENTATIONS = (
+    Implementation("triton", "fused Triton kernels, CUDA devices from sm_80 up", _triton_refusal),
     Implementation("eager", "few, in-place ATen calls, any device", _needs_data),
     Implementation("reference", "plain torch, the definition of right, any device", _needs_data),
 )

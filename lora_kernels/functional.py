@@ -1,12 +1,15 @@
 """The public functions: what may be passed, what comes back, and at which precision."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lora_kernels import reference
+from lora_kernels._triton import launch
+from lora_kernels._triton.config import Layer
+from lora_kernels._triton.tuned import planned
 from lora_kernels.autograd import CallParams, LoraLinearFunction
 from lora_kernels.checks import check_dropout_p, check_lora_linear, check_scaling, check_seed
 from lora_kernels.dispatch import IMPLEMENTATIONS, Problem, check_impl, choose, refusals
@@ -47,7 +50,8 @@ def lora_linear(
         seed: key of the dropout mask, a signed 64-bit int or a 0-dim int64 tensor on x's device;
             None draws one from torch's generator of x's device, so `torch.manual_seed`
             reproduces a run and activation checkpointing redraws the same mask.
-        impl: "auto", "eager" or "reference". A named implementation serves the call or raises.
+        impl: "auto", "triton", "eager" or "reference". A named implementation serves the call or
+            raises.
 
     Returns:
         y, [..., N], in x's dtype.
@@ -93,7 +97,7 @@ def checked_lora_linear(
     key = _seed_tensor(seed, x.device) if threshold else None
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     number = 1.0 if isinstance(scaling, Tensor) else float(scaling)
-    chosen = choose(impl, Problem(x.device.type, x.dtype, lora_A.shape[0], threshold > 0))
+    chosen = choose(impl, Problem(x.device, x.dtype, lora_A.shape[0], threshold > 0))
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
         params = CallParams(chosen.forward, chosen.backward, number, threshold)
         return LoraLinearFunction.apply(
@@ -106,13 +110,19 @@ def checked_lora_linear(
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the implementation that "auto" takes, and why others do not serve."""
+    """What `explain` found: the implementation that "auto" takes, and why others do not serve.
+
+    plans: how Triton's kernels would run forward and backward, with the time predicted (or measured
+    by `tune`) and the floor, the frozen layer's own at the GPU's peak rates; empty for others.
+    """
 
     choice: str | None
     reasons: dict[str, str]
+    plans: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"auto -> {self.choice or 'none'}"]
+        lines += [f"  {name}: {plan}" for name, plan in self.plans.items()]
         lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
@@ -136,7 +146,8 @@ def explain(
         As `lora_linear`; `impl` is checked only, the choice reported is that of "auto".
 
     Returns:
-        An `Explanation`: `choice`, and `reasons`, a sentence for every other implementation.
+        An `Explanation`: `choice`, `reasons`, a sentence for every other implementation, and
+        `plans`.
 
     Raises:
         As `lora_linear` for bad arguments; an implementation's refusal is reported, not raised.
@@ -148,13 +159,28 @@ def explain(
     check_seed(seed, x.device)
     check_impl(impl)
     dropout = training and drop_threshold(dropout_p) > 0
-    problem = Problem(x.device.type, cast or x.dtype, lora_A.shape[0], dropout)
+    problem = Problem(x.device, cast or x.dtype, lora_A.shape[0], dropout)
     reasons = refusals(problem)
     choice = next((i.name for i in IMPLEMENTATIONS if i.name not in reasons), None)
     for implementation in IMPLEMENTATIONS:
         if implementation.name not in (choice, *reasons):
             reasons[implementation.name] = f"serves the call too; {choice} comes first"
-    return Explanation(choice, reasons)
+    plans = _triton_plans(x, weight, problem) if choice == "triton" else {}
+    return Explanation(choice, reasons, plans)
+
+
+def _triton_plans(x: Tensor, weight: Tensor, problem: Problem) -> dict[str, str]:
+    layer = Layer(
+        max(x.numel() // weight.shape[1], 1),
+        weight.shape[0],
+        weight.shape[1],
+        problem.rank,
+        problem.dtype.itemsize * 8,
+        problem.dropout,
+    )
+    device = launch.current().device(x)
+    both = {"forward": layer, "backward": layer._replace(backward=True)}
+    return {name: str(planned(each, device)) for name, each in both.items()}
 
 
 def dropout_mask(

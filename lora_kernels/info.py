@@ -24,8 +24,8 @@ def describe() -> str:
     lines.append(f"compiled CPU  {absence() or 'built'}")
     devices = _devices()
     lines += [f"device        {name:<7} {text}" for name, text in devices.items()]
-    for device in dict.fromkeys(name.split(":")[0] for name in devices):
-        problem = Problem(device, torch.float32, 16, False)
+    for device in devices:
+        problem = Problem(torch.device(device), torch.float32, 16, False)
         for implementation in IMPLEMENTATIONS:
             reason = implementation.refuse(problem)
             state = f"not usable: {reason}" if reason else f"usable: {implementation.summary}"

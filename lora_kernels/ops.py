@@ -24,7 +24,11 @@ _BACKWARD = (
     "Tensor? scaling_tensor, float scaling, int threshold, bool[4] needs) "
     "-> (Tensor dx, Tensor da, Tensor db, Tensor dbias)"
 )
-_MODULES = {"reference": "lora_kernels.reference", "eager": "lora_kernels._eager"}
+_MODULES = {
+    "reference": "lora_kernels.reference",
+    "eager": "lora_kernels._eager",
+    "triton": "lora_kernels._triton.linear",
+}
 
 _library = torch.library.Library("lora_kernels", "DEF")
 

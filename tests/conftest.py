@@ -16,6 +16,8 @@ def pytest_report_header(config):
 def pytest_configure(config):
     # One busy core makes every parallel region wait 8 ms; tests of threads ask for them.
     torch.set_num_threads(1)
+    # Plans measured on this machine must not decide what is tested.
+    os.environ["LORA_KERNELS_TUNED"] = os.devnull
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left alone (compiled code)")
 
 

@@ -12,7 +12,7 @@ from lora_kernels.dispatch import IMPLEMENTATIONS
 from lora_kernels.dropout import drop_threshold
 from lora_kernels.reference import lora_linear_backward, lora_linear_forward
 
-IMPLS = [i.name for i in IMPLEMENTATIONS]
+IMPLS = [i.name for i in IMPLEMENTATIONS if i.name != "triton"]
 
 
 def problem(m=6, n=9, k=13, r=4, dtype=torch.float32, adapter_dtype=None):

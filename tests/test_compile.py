@@ -8,7 +8,7 @@ import lora_kernels as lk
 from lora_kernels.dispatch import IMPLEMENTATIONS
 from lora_kernels.ops import backward_op, forward_op
 
-IMPLS = [i.name for i in IMPLEMENTATIONS]
+IMPLS = [i.name for i in IMPLEMENTATIONS if i.name != "triton"]
 
 pytestmark = pytest.mark.unpoisoned
 

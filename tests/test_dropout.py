@@ -9,7 +9,7 @@ from lora_kernels._native import absence
 from lora_kernels.dispatch import IMPLEMENTATIONS
 from lora_kernels.dropout import drop_threshold, keep_scale
 
-IMPLS = [i.name for i in IMPLEMENTATIONS]
+IMPLS = [i.name for i in IMPLEMENTATIONS if i.name != "triton"]
 WORD = 0xFFFFFFFF
 
 

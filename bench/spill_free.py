@@ -1,0 +1,79 @@
+"""Write the table of configurations that compile without spilling registers.
+
+    python bench/spill_free.py [--only TEXT] [--processes 2]
+
+Compiles every configuration of `lora_kernels/_triton/config.py` for every padded rank and each of
+sm_80, sm_90 and sm_100, most of an hour on two cores. With --only, rows whose key holds TEXT are
+compiled again and the others kept. The layer has N = K = 1024.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lora_kernels._triton import config as config_module
+from lora_kernels._triton.config import compiled_as, spill_free
+from lora_kernels._triton.inspect import (
+    Job,
+    inspect_job,
+    refusal,
+    shipped_jobs,
+    spill_limit,
+)
+from lora_kernels._triton.machine import GPUS
+
+ARCHS = (80, 90, 100)
+RANKS = (16, 32, 64, 128, 256)
+# Fewer mean that ptxas gave the kernel up as too large for the machine.
+LEAST_REGISTERS = 32
+TABLE = Path(config_module.__file__).with_name(config_module.TABLE)
+
+
+def jobs() -> Iterator[Job]:
+    """Yield everything that only its registers may forbid."""
+    for job in shipped_jobs(ARCHS, RANKS):
+        reason = refusal(job)
+        if reason is None or "spill" in reason:
+            yield job
+
+
+def fits(job: Job) -> bool:
+    """Whether the job's large kernel compiles and spills no more than allowed."""
+    try:
+        used = inspect_job(job)[-1]
+    except Exception as error:  # Triton raises many kinds where a kernel can't be compiled
+        print(f"{key_of(job)} rank {job.layer.r}: {str(error)[:100]}")
+        return False
+    return used.registers >= LEAST_REGISTERS and used.spill_bytes <= spill_limit(job.arch)
+
+
+def key_of(job: Job) -> str:
+    """Return the row of the table."""
+    return compiled_as(job.config, job.layer, GPUS[job.arch])
+
+
+def main() -> None:
+    """Compile and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    everything = {job: key_of(job) for job in jobs()}
+    todo = [job for job, key in everything.items() if options.only in key]
+    kept = {key for key in everything.values() if options.only not in key}
+    table = {key: ranks for key, ranks in spill_free().items() if key in kept}
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        for job, fit in zip(todo, tqdm(pool.map(fits, todo), total=len(todo)), strict=True):
+            if fit:
+                table.setdefault(key_of(job), []).append(job.layer.r)
+    rows = (f"  {json.dumps(key)}: {json.dumps(ranks)}" for key, ranks in sorted(table.items()))
+    TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Triton kernels: plan (pure Python) -> linear.py (launcher) -> launch.py (seam) -> kernels."""

@@ -1,0 +1,319 @@
+"""The backward kernel: dx, dA, dB and dbias in one launch, by kinds of tiles.
+
+    dx = dy W + D(dxa A)      dA = dxaᵀ D(x)      dB = scaling · dyᵀ xa      dxa = scaling · dy B
+
+Tiles of dA and dB are sums over rows taken in order, so they need no atomics on results and have
+the same bits in every run; reading dy once more is their price. They stand between the tiles of
+dx that make dxa and the rest: memory-bound work beside compute-bound work.
+"""
+
+import triton
+import triton.language as tl
+
+from lora_kernels._triton.philox import keep_where, lanes_by_call, lanes_by_element
+from lora_kernels._triton.tiles import (
+    block_pointers,
+    grouped_tile,
+    keep_scale,
+    leave,
+    load_factor,
+    load_operand,
+    operand_pointers,
+    plus_product,
+    publish,
+    scaling_of,
+    settled,
+    store_factor,
+    wait,
+    wide,
+)
+
+
+@triton.jit
+def _products(
+    dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BASE: tl.constexpr, THIN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return dy W of the tile at (row, column) if BASE, and dy B of its rows if THIN, float32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    thin = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    steps = tl.arange(0, BLOCK_N)
+    columns = column + tl.arange(0, BLOCK_K)
+    ranks = tl.arange(0, BLOCK_R)
+    w_pointers = operand_pointers(w, w_descriptor, steps, stride_w, column, BLOCK_K)
+    b_pointers = block_pointers(b, steps, stride_b, 0, BLOCK_R)
+    for n in tl.range(0, N, BLOCK_N):
+        dy_tile = load_operand(dy_descriptor, dy_pointers, row, n, N, BLOCK_N)
+        inside = (n + steps < N)[:, None]
+        if BASE:
+            if w_descriptor is not None:
+                w_tile = w_descriptor.load([n, column])
+            else:
+                pointers = w_pointers + wide(n) * stride_w
+                if N % BLOCK_N == 0 and K % BLOCK_K == 0:
+                    w_tile = tl.load(pointers)
+                else:
+                    w_tile = tl.load(pointers, mask=inside & (columns < K)[None, :], other=0.0)
+            acc = plus_product(acc, dy_tile, w_tile, PRECISION)
+        if THIN:
+            pointers = b_pointers + wide(n) * stride_b
+            if N % BLOCK_N == 0 and R == BLOCK_R:
+                b_tile = tl.load(pointers)
+            else:
+                b_tile = tl.load(pointers, mask=inside & (ranks < R)[None, :], other=0.0)
+            thin = plus_product(thin, dy_tile, b_tile.to(dy_tile.dtype), PRECISION)
+    return acc, thin
+
+
+@triton.jit
+def _finish_dx(
+    acc, dxa, a, dx, row, column, M, seed, threshold, stride_a, K: tl.constexpr, R: tl.constexpr,
+    BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr, EVEN: tl.constexpr, WIDTH: tl.constexpr,
+    SLICE: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add D(dxa A) to dy W and store dx, SLICE columns at a time: fewer values live at once.
+
+    EVEN: whether every column of the tile is inside.
+    """
+    if WIDTH > SLICE:
+        HALF: tl.constexpr = WIDTH // 2
+        low, high = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+        _finish_dx(
+            low, dxa, a, dx, row, column, M, seed, threshold, stride_a, K, R, BLOCK_R, RANK_STEP,
+            EVEN, HALF, SLICE, DROPOUT, WIDE, PRECISION,
+        )  # fmt: skip
+        _finish_dx(
+            high, dxa, a, dx, row, column + HALF, M, seed, threshold, stride_a, K, R, BLOCK_R,
+            RANK_STEP, EVEN, HALF, SLICE, DROPOUT, WIDE, PRECISION,
+        )  # fmt: skip
+    else:
+        rows = row + tl.arange(0, acc.shape[0])
+        columns = column + tl.arange(0, WIDTH)
+        near_rows = tl.minimum(rows, M - 1)
+        if DROPOUT:
+            low_rank = tl.zeros((acc.shape[0], WIDTH), tl.float32)
+        else:
+            low_rank = acc
+        for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
+            dxa_tile = load_factor(dxa, near_rows, R, rank, R, RANK_STEP, R == BLOCK_R)
+            ranks = rank + tl.arange(0, RANK_STEP)
+            a_pointers = block_pointers(a, ranks, stride_a, column, WIDTH)
+            if R == BLOCK_R and EVEN:
+                a_tile = tl.load(a_pointers)
+            else:
+                inside = (ranks < R)[:, None] & (columns < K)[None, :]
+                a_tile = tl.load(a_pointers, mask=inside, other=0.0)
+            a_tile = a_tile.to(dxa_tile.dtype)
+            low_rank = plus_product(low_rank, dxa_tile, a_tile, PRECISION)
+        if DROPOUT:
+            lanes = lanes_by_call(rows, column, seed, K, WIDTH, WIDE)
+            low_rank = settled(low_rank) * keep_scale(threshold)
+            acc += keep_where(low_rank, lanes, threshold)
+        else:
+            acc = low_rank
+        pointers = dx + rows.to(tl.int64)[:, None] * K + columns[None, :]
+        inside = (rows < M)[:, None] & (columns < K)[None, :]
+        tl.store(pointers, acc.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _row_sums(
+    left, right, right_stride, row, end, column, rank, M, seed, threshold, WIDTH: tl.constexpr,
+    R: tl.constexpr, RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return Σ leftᵀ D(right) and Σ right over rows [row, end), float32, in order of rows.
+
+    left [M, R] contiguous, of which RANKS columns from `rank` on; right [M, WIDTH], of which
+    BLOCK_C from `column` on.
+    """
+    columns = column + tl.arange(0, BLOCK_C)
+    ranks = rank + tl.arange(0, RANKS)
+    product = tl.zeros((RANKS, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for first in tl.range(row, end, BLOCK_S):
+        rows = first + tl.arange(0, BLOCK_S)
+        inside = rows < M
+        # Rows beyond the edge: the last one again on the right, zeros on the left.
+        pointers = block_pointers(right, tl.minimum(rows, M - 1), right_stride, column, BLOCK_C)
+        if WIDTH % BLOCK_C == 0:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+        if PRODUCT:
+            pointers = left + rows.to(tl.int64)[None, :] * R + ranks[:, None]
+            factor = tl.load(pointers, mask=inside[None, :] & (ranks < R)[:, None], other=0.0)
+            kept = tile
+            if DROPOUT:
+                lanes = lanes_by_element(rows, column, seed, WIDTH, BLOCK_C, WIDE)
+                kept = keep_where(tile, lanes, threshold)
+            product = plus_product(product, factor, kept, PRECISION)
+        if SUM:
+            total += tl.sum(tl.where(inside[:, None], tile, 0.0).to(tl.float32), 0)
+    return product, total
+
+
+@triton.jit
+def _sum_of_parts(
+    product, total, space, counter, part, parts, RANKS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRODUCT: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Return the sums over all parts, in order, and True to the last part to arrive, else False.
+
+    space: float32 [parts, RANKS + 1, BLOCK_C]; counter: int32, zero before and after.
+    """
+    last = True
+    if parts > 1:
+        SIZE: tl.constexpr = (RANKS + 1) * BLOCK_C
+        row = tl.arange(0, BLOCK_C)
+        tile = tl.arange(0, RANKS)[:, None] * BLOCK_C + row[None, :]
+        if PRODUCT:
+            tl.store(space + part * SIZE + tile, product)
+        if SUM:
+            tl.store(space + part * SIZE + RANKS * BLOCK_C + row, total)
+        tl.debug_barrier()
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
+        if last:
+            tl.debug_barrier()
+            tl.atomic_xchg(counter, 0, sem="relaxed")
+            product = tl.zeros((RANKS, BLOCK_C), tl.float32)
+            total = tl.zeros((BLOCK_C,), tl.float32)
+            for i in range(parts):
+                if PRODUCT:
+                    product += tl.load(space + i * SIZE + tile)
+                if SUM:
+                    total += tl.load(space + i * SIZE + RANKS * BLOCK_C + row)
+    return product, total, last
+
+
+@triton.jit(do_not_specialize=["M", "scaling", "threshold", "segment"])
+def backward_kernel(
+    dy, x, xa, w, a, b, seed_pointer, scaling_pointer, dxa, dx, da, db, dbias, partials, counters,
+    flags, dy_descriptor, w_descriptor,
+    stride_dy, stride_x, stride_w, stride_a, stride_b, segment, M, scaling, threshold,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    RANK_STEP: tl.constexpr, RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    SLICE: tl.constexpr, GROUP: tl.constexpr,
+    FUSED: tl.constexpr, NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
+    NEED_DBIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients asked for; persistent, tiles in order, outputs contiguous.
+
+    With FUSED the first tiles make dxa [M, R] and publish it before they wait for anything, so
+    no tile waits for one that can't run; otherwise dxa was made by an earlier launch.
+    segment: rows a tile of dA or dB sums, a multiple of BLOCK_M.
+    dy_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_N] and [BLOCK_N, BLOCK_K], or both None.
+    flags, counters: int32, one a row panel and one a block of dB and dA, zero before and after.
+    partials: float32 [blocks, segments, RANKS + 1, BLOCK_C] if there are several segments.
+    """
+    COLUMNS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    SLABS: tl.constexpr = BLOCK_R // RANKS
+    DB_BLOCKS: tl.constexpr = (N + BLOCK_C - 1) // BLOCK_C * SLABS
+    DA_BLOCKS: tl.constexpr = (K + BLOCK_C - 1) // BLOCK_C * SLABS
+    DY_SUMS: tl.constexpr = NEED_DB or NEED_DBIAS
+    panels = tl.cdiv(M, BLOCK_M)
+    parts = tl.cdiv(M, segment)
+    dxa_end = panels * FUSED
+    db_end = dxa_end + DB_BLOCKS * parts * DY_SUMS
+    da_end = db_end + DA_BLOCKS * parts * NEED_DA
+    tiles = da_end + panels * (COLUMNS - FUSED) * NEED_DX
+    # What leaves a row panel's flag last: its tiles of dx and the tiles of dA over it.
+    last_out = COLUMNS * NEED_DX + DA_BLOCKS * NEED_DA
+    scale = scaling_of(scaling, scaling_pointer)
+    if DROPOUT:
+        seed = tl.load(seed_pointer)
+    else:
+        seed = 0
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        if tile < dxa_end or tile >= da_end:
+            rest = tl.maximum(tile - da_end, 0)
+            REST: tl.constexpr = COLUMNS - FUSED if COLUMNS > FUSED else 1
+            panel, panel_column = grouped_tile(rest, panels, REST, GROUP)
+            panel = tl.where(tile < dxa_end, tile, panel)
+            panel_column = tl.where(tile < dxa_end, 0, panel_column + FUSED)
+            row = panel * BLOCK_M
+            column = panel_column * BLOCK_K
+            rows = row + tl.arange(0, BLOCK_M)
+            near_rows = tl.minimum(rows, M - 1)
+            dy_pointers = operand_pointers(dy, dy_descriptor, near_rows, stride_dy, 0, BLOCK_N)
+            if FUSED and tile < dxa_end:
+                acc, thin = _products(
+                    dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
+                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, True, PRECISION,
+                )  # fmt: skip
+                store_factor(dxa, thin * scale, rows, M, R, BLOCK_R)
+                publish(flags + panel)
+            else:
+                acc, _ = _products(
+                    dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
+                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, False, PRECISION,
+                )  # fmt: skip
+            if NEED_DX:
+                if FUSED:
+                    wait(flags + panel, 1)
+                _finish_dx(
+                    acc, dxa, a, dx, row, column, M, seed, threshold, stride_a, K, R, BLOCK_R,
+                    RANK_STEP, K % BLOCK_K == 0, BLOCK_K, SLICE, DROPOUT, WIDE, PRECISION,
+                )  # fmt: skip
+                if FUSED:
+                    leave(flags + panel, last_out)
+        elif DY_SUMS and tile < db_end:
+            block = (tile - dxa_end) % DB_BLOCKS
+            part = (tile - dxa_end) // DB_BLOCKS
+            column = block // SLABS * BLOCK_C
+            rank = block % SLABS * RANKS
+            end = tl.minimum(part * segment + segment, M)
+            product, total = _row_sums(
+                xa, dy, stride_dy, part * segment, end, column, rank, M, seed, threshold, N, R,
+                RANKS, BLOCK_C, BLOCK_S, False, WIDE, NEED_DB, NEED_DBIAS, PRECISION,
+            )  # fmt: skip
+            space = partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
+            product, total, last = _sum_of_parts(
+                product, total, space, counters + block, part, parts, RANKS, BLOCK_C, NEED_DB,
+                NEED_DBIAS,
+            )  # fmt: skip
+            if last:
+                columns = column + tl.arange(0, BLOCK_C)
+                if NEED_DB:
+                    ranks = rank + tl.arange(0, RANKS)
+                    inside = (columns < N)[:, None] & (ranks < R)[None, :]
+                    pointers = db + columns[:, None] * R + ranks[None, :]
+                    result = (product * scale).to(db.dtype.element_ty)
+                    tl.store(pointers, result.T, mask=inside)
+                if NEED_DBIAS:
+                    # Every slab of ranks summed dy; the first one's sum is kept.
+                    inside = (columns < N) & (rank == 0)
+                    tl.store(dbias + columns, total.to(dbias.dtype.element_ty), mask=inside)
+        elif NEED_DA:
+            block = (tile - db_end) % DA_BLOCKS
+            part = (tile - db_end) // DA_BLOCKS
+            column = block // SLABS * BLOCK_C
+            rank = block % SLABS * RANKS
+            end = tl.minimum(part * segment + segment, M)
+            if FUSED:
+                for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
+                    wait(flags + panel, 1)
+            product, total = _row_sums(
+                dxa, x, stride_x, part * segment, end, column, rank, M, seed, threshold, K, R,
+                RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE, True, False, PRECISION,
+            )  # fmt: skip
+            if FUSED:
+                for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
+                    leave(flags + panel, last_out)
+            slot = DB_BLOCKS + block
+            space = partials + wide(slot) * parts * (RANKS + 1) * BLOCK_C
+            product, total, last = _sum_of_parts(
+                product, total, space, counters + slot, part, parts, RANKS, BLOCK_C, True, False
+            )
+            if last:
+                if DROPOUT:
+                    product *= keep_scale(threshold)
+                columns = column + tl.arange(0, BLOCK_C)
+                ranks = rank + tl.arange(0, RANKS)
+                inside = (ranks < R)[:, None] & (columns < K)[None, :]
+                pointers = da + ranks[:, None] * K + columns[None, :]
+                tl.store(pointers, product.to(da.dtype.element_ty), mask=inside)

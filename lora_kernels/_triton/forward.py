@@ -1,0 +1,181 @@
+"""The forward kernel: y = x Wᵀ + bias + scaling · xa Bᵀ and xa = D(x) Aᵀ in one launch."""
+
+import triton
+import triton.language as tl
+
+from lora_kernels._triton.philox import keep_where, lanes_by_element
+from lora_kernels._triton.tiles import (
+    block_pointers,
+    grouped_tile,
+    keep_scale,
+    leave,
+    load_factor,
+    load_operand,
+    operand_pointers,
+    plus_product,
+    publish,
+    scaling_of,
+    settled,
+    store_factor,
+    wait,
+)
+
+
+@triton.jit
+def fused_tile(tile, rows, columns, PRODUCERS: tl.constexpr, GROUP: tl.constexpr):
+    """Return (row, column): the producing columns of every row panel first, then the rest."""
+    if PRODUCERS == 0:
+        return grouped_tile(tile, rows, columns, GROUP)
+    else:
+        rest = tl.maximum(tile - rows * PRODUCERS, 0)
+        row, column = grouped_tile(rest, rows, tl.maximum(columns - PRODUCERS, 1), GROUP)
+        producing = tile < rows * PRODUCERS
+        row = tl.where(producing, tile // PRODUCERS, row)
+        return row, tl.where(producing, tile % PRODUCERS, column + PRODUCERS)
+
+
+@triton.jit
+def row_slice(tile, part, PARTS: tl.constexpr):
+    """Return the part-th of PARTS equal groups of rows: a choice between registers."""
+    if PARTS > 1:
+        HALF: tl.constexpr = tile.shape[0] // 2
+        low, high = tile.reshape(2, HALF, tile.shape[1]).permute(1, 2, 0).split()
+        half = tl.where(part >= PARTS // 2, high, low)
+        return row_slice(half, part % (PARTS // 2), PARTS // 2)
+    else:
+        return tile
+
+
+@triton.jit
+def _plain_tile(
+    x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return x Wᵀ of the tile at (row, column), float32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(0, K, BLOCK_K):
+        x_tile = load_operand(x_descriptor, x_pointers, row, k, K, BLOCK_K)
+        w_tile = load_operand(w_descriptor, w_pointers, column, k, K, BLOCK_K)
+        acc = plus_product(acc, x_tile, w_tile.T, PRECISION)
+    return acc
+
+
+@triton.jit
+def _producing_tile(
+    x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, a, xa, flag, seed, threshold,
+    M, stride_a, part, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRODUCERS: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, WGMMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return x Wᵀ of a tile; on the way make and publish xa of part of its rows.
+
+    part: which of PRODUCERS equal parts.
+    """
+    ROWS: tl.constexpr = BLOCK_M // PRODUCERS
+    # The thin product takes x from registers: for dropout, or for some of the rows only.
+    BY_REGISTERS: tl.constexpr = DROPOUT or PRODUCERS > 1
+    # Copies to shared memory serve one layout of reader without bank conflicts: with two, x is
+    # carried one step ahead in registers instead.
+    CARRIED: tl.constexpr = BY_REGISTERS and x_descriptor is None
+    dtype: tl.constexpr = xa.dtype.element_ty
+    rows = row + part * ROWS + tl.arange(0, ROWS)
+    near_ranks = tl.minimum(tl.arange(0, BLOCK_R), R - 1)
+    a_pointers = block_pointers(a, near_ranks, stride_a, 0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if BY_REGISTERS:
+        thin = tl.zeros((BLOCK_R, ROWS), tl.float32)
+    else:
+        thin = tl.zeros((ROWS, BLOCK_R), tl.float32)
+    if CARRIED:
+        x_next = load_operand(x_descriptor, x_pointers, row, 0, K, BLOCK_K)
+    for k in tl.range(0, K, BLOCK_K):
+        if CARRIED:
+            x_tile = x_next
+            inside = k + BLOCK_K + tl.arange(0, BLOCK_K) < K
+            x_next = tl.load(x_pointers + k + BLOCK_K, mask=inside[None, :], other=0.0)
+        else:
+            x_tile = load_operand(x_descriptor, x_pointers, row, k, K, BLOCK_K)
+        w_tile = load_operand(w_descriptor, w_pointers, column, k, K, BLOCK_K)
+        a_tile = load_operand(None, a_pointers, 0, k, K, BLOCK_K).to(dtype)
+        acc = plus_product(acc, x_tile, w_tile.T, PRECISION)
+        if BY_REGISTERS:
+            if WGMMA and not CARRIED:
+                # Triton 3.8 leaves this product pending while the next copy overwrites x.
+                acc = settled(acc)
+            part_tile = row_slice(x_tile, part, PRODUCERS)
+            if DROPOUT:
+                lanes = lanes_by_element(rows, k, seed, K, BLOCK_K, WIDE)
+                part_tile = keep_where(part_tile, lanes, threshold)
+            # As second operand it goes through shared memory: a register operand of an
+            # asynchronous product could change while it is read.
+            thin = plus_product(thin, a_tile, part_tile.T, PRECISION)
+        else:
+            thin = plus_product(thin, x_tile, a_tile.T, PRECISION)
+    if BY_REGISTERS:
+        thin = thin.T
+    if DROPOUT:
+        thin *= keep_scale(threshold)
+    store_factor(xa, thin, rows, M, R, BLOCK_R)
+    publish(flag)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "scaling", "threshold"])
+def forward_kernel(
+    x, w, a, b, bias, seed_pointer, scaling_pointer, y, xa, flags, x_descriptor, w_descriptor,
+    stride_x, stride_w, stride_a, stride_b, M, scaling, threshold,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    RANK_STEP: tl.constexpr, GROUP: tl.constexpr, PRODUCERS: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, WGMMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute y [M, N] and xa [M, R]; persistent, tiles in order.
+
+    Tiles of the first PRODUCERS columns come first and never wait before they publish, so no
+    tile waits for one that can't run. PRODUCERS = 0 reads an xa made by an earlier launch.
+    x_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], or both None.
+    flags: int32, one a row panel, zero before and after.
+    """
+    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    dtype: tl.constexpr = y.dtype.element_ty
+    panels = tl.cdiv(M, BLOCK_M)
+    scale = scaling_of(scaling, scaling_pointer)
+    if DROPOUT:
+        seed = tl.load(seed_pointer)
+    else:
+        seed = 0
+    for tile in tl.range(tl.program_id(0), panels * COLUMNS, tl.num_programs(0)):
+        panel, panel_column = fused_tile(tile, panels, COLUMNS, PRODUCERS, GROUP)
+        row = panel * BLOCK_M
+        column = panel_column * BLOCK_N
+        rows = row + tl.arange(0, BLOCK_M)
+        columns = column + tl.arange(0, BLOCK_N)
+        # Beyond the edge the last row is repeated: no mask in the loops, and it is not stored.
+        near_rows = tl.minimum(rows, M - 1)
+        near_columns = tl.minimum(columns, N - 1)
+        x_pointers = operand_pointers(x, x_descriptor, near_rows, stride_x, 0, BLOCK_K)
+        w_pointers = operand_pointers(w, w_descriptor, near_columns, stride_w, 0, BLOCK_K)
+        if PRODUCERS > 0 and panel_column < PRODUCERS:
+            acc = _producing_tile(
+                x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, a, xa,
+                flags + panel, seed, threshold, M, stride_a, panel_column, K, R, BLOCK_M, BLOCK_N,
+                BLOCK_K, BLOCK_R, PRODUCERS, DROPOUT, WIDE, WGMMA, PRECISION,
+            )  # fmt: skip
+        else:
+            acc = _plain_tile(
+                x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, K, BLOCK_M,
+                BLOCK_N, BLOCK_K, PRECISION,
+            )  # fmt: skip
+        if PRODUCERS > 0:
+            wait(flags + panel, PRODUCERS)
+        for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
+            xa_tile = load_factor(xa, near_rows, R, rank, R, RANK_STEP, R == BLOCK_R)
+            b_tile = load_factor(b, near_columns, stride_b, rank, R, RANK_STEP, R == BLOCK_R)
+            b_tile = (b_tile.to(dtype).to(tl.float32) * scale).to(dtype)
+            acc = plus_product(acc, xa_tile, b_tile.T, PRECISION)
+        if PRODUCERS > 0:
+            leave(flags + panel, PRODUCERS + COLUMNS - 1)
+        if bias is not None:
+            acc += tl.load(bias + near_columns).to(tl.float32)[None, :]
+        y_pointers = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
+        tl.store(y_pointers, acc.to(dtype), mask=(rows < M)[:, None] & (columns < N)[None, :])

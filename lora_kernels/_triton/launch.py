@@ -1,0 +1,99 @@
+"""The seam between launchers and whatever runs a kernel: GPU, interpreter or virtual machine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from lora_kernels._triton.device import Device, of_gpu
+
+
+class Options(NamedTuple):
+    """How a kernel is compiled, beside its constants."""
+
+    warps: int
+    stages: int
+
+
+class Executor(Protocol):
+    """Runs kernels on tensors of one kind of device."""
+
+    def device(self, tensor: torch.Tensor) -> Device:
+        """Return the properties to plan for."""
+        ...
+
+    def programs(self, device: Device) -> int:
+        """Return how many programs are sure to run at the same time."""
+        ...
+
+    def run(
+        self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
+    ) -> None:
+        """Run `grid` programs; args and constants by parameter name, in the kernel's order."""
+        ...
+
+
+class Gpu:
+    """Runs kernels by Triton's own launcher, on the current stream of the tensors' device."""
+
+    def device(self, tensor: torch.Tensor) -> Device:
+        """Return the properties of the tensor's device."""
+        return of_gpu(tensor.device.index)
+
+    def programs(self, device: Device) -> int:
+        """Return one program a multiprocessor: every legal configuration fits at least once."""
+        return device.multiprocessors
+
+    def run(
+        self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
+    ) -> None:
+        """Launch cooperatively: programs that wait for others must be resident together."""
+        kernel[(grid,)](
+            **args,
+            **constants,
+            num_warps=how.warps,
+            num_stages=how.stages,
+            launch_cooperative_grid=grid > 1,
+        )
+
+
+_GPU = Gpu()
+_EXECUTOR: ContextVar[Executor | None] = ContextVar("executor", default=None)
+
+
+def current() -> Executor:
+    """Return the executor that `using` set, or the GPU's."""
+    return _EXECUTOR.get() or _GPU
+
+
+def replaced() -> bool:
+    """Whether an executor other than the GPU's serves calls, on tensors of any device.
+
+    Not under torch.compile, which can't trace the question.
+    """
+    return not torch.compiler.is_compiling() and _EXECUTOR.get() is not None
+
+
+@contextmanager
+def using(executor: Executor) -> Iterator[None]:
+    """Let another executor run the kernels of this context: for tests and counts."""
+    token = _EXECUTOR.set(executor)
+    try:
+        yield
+    finally:
+        _EXECUTOR.reset(token)
+
+
+def launch(kernel: Any, grid: int, args: dict[str, Any], config: dict[str, Any]) -> None:
+    """Run a kernel: every launch of the package passes here.
+
+    Args:
+        kernel: a Triton kernel.
+        grid: number of programs, at most `current().programs(...)` where programs wait.
+        args: run-time arguments by name, in the kernel's order; None stands for an absent one.
+        config: constants by name, with "warps" and "stages".
+    """
+    constants = {name: value for name, value in config.items() if name not in ("warps", "stages")}
+    current().run(kernel, grid, args, constants, Options(config["warps"], config["stages"]))

@@ -1,0 +1,258 @@
+"""The launchers: from tensors to plans, grids and arguments. Same signatures as `reference`."""
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_kernels._triton.backward import backward_kernel
+from lora_kernels._triton.config import layer_of, padded_rank, rank_step, sum_ranks
+from lora_kernels._triton.forward import forward_kernel
+from lora_kernels._triton.launch import current, launch
+from lora_kernels._triton.plan import Plan, segment_rows
+from lora_kernels._triton.thin import thin_kernel
+from lora_kernels._triton.tuned import planned
+from lora_kernels._triton.workspace import Workspace
+from lora_kernels.dropout import LANES
+
+_WORKSPACE = Workspace()
+_WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
+
+
+class Call(NamedTuple):
+    """What forward and backward share: parameters as matrices, and how dropout and scale go."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    seed: Tensor | None
+    scaling: float | Tensor
+    threshold: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, K and R."""
+        return self.weight.shape[0], self.weight.shape[1], self.a.shape[0]
+
+    def numbers(self, m: int) -> dict[str, Any]:
+        """The run-time scalars every kernel takes."""
+        number = 1.0 if isinstance(self.scaling, Tensor) else float(self.scaling)
+        return {"M": m, "scaling": number, "threshold": self.threshold}
+
+    def pointers(self) -> dict[str, Tensor | None]:
+        """The scalars that live in memory; None where absent."""
+        scaling = self.scaling if isinstance(self.scaling, Tensor) else None
+        return {"seed_pointer": self.seed, "scaling_pointer": scaling}
+
+    def constants(self, m: int) -> dict[str, Any]:
+        """The constants every kernel takes."""
+        _, k, r = self.sizes
+        return {
+            "R": r,
+            "BLOCK_R": padded_rank(r),
+            "DROPOUT": self.seed is not None,
+            "WIDE": m * -(-k // LANES) >= _WIDE_COUNTERS,
+            "PRECISION": _precision(self.weight.dtype),
+        }
+
+
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+) -> tuple[Tensor, Tensor]:
+    """Return y [..., N] and xa [M, R]; see `reference.lora_linear_forward`.
+
+    Precision: products accumulate in float32 (IEEE, or TF32 for float32 inputs where torch's
+    switch allows it); A, B and scaling · B are rounded to x's dtype on load, xa and y once.
+    """
+    call = _call(weight, lora_A, lora_B, seed, scaling, threshold)
+    rows = _unit_rows(_as_matrix(x))
+    m, (n, _, r) = rows.shape[0], call.sizes
+    y, xa = x.new_empty(*x.shape[:-1], n), x.new_empty(m, r)
+    if m == 0:
+        return y, xa
+    layer = layer_of(rows, *call[:2], call.seed is not None)
+    chosen = planned(layer, current().device(x))
+    with _on_device(x):
+        if chosen.thin is not None:
+            _thin(rows, call._replace(scaling=1.0), call.a, xa, chosen, transposed=True)
+        _forward(rows, call, bias, y.view(m, n), xa, chosen)
+    return y, xa
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    xa: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, dA, dB, dbias; see `reference.lora_linear_backward`.
+
+    Precision: all sums in float32, in an order that doesn't depend on timing; dxa is rounded once
+    to dy's dtype, results once to their parameters' dtypes.
+    """
+    call = _call(weight, lora_A, lora_B, seed, scaling, threshold)
+    rows = _unit_rows(_as_matrix(dy))
+    x2 = _unit_rows(_as_matrix(x)) if needs[1] and x is not None else None
+    m, (n, k, r) = rows.shape[0], call.sizes
+    dx = dy.new_empty(*dy.shape[:-1], k) if needs[0] else None
+    results = {
+        "dx": dx if dx is None else dx.view(m, k),
+        "da": lora_A.new_empty(r, k) if needs[1] else None,
+        "db": lora_B.new_empty(n, r) if needs[2] else None,
+        "dbias": dy.new_empty(n) if needs[3] else None,
+    }
+    if m == 0:
+        for t in results.values():
+            if t is not None:
+                t.zero_()
+    elif any(needs):
+        layer = layer_of(rows, *call[:2], call.seed is not None, needs)
+        chosen = planned(layer, current().device(dy))
+        with _on_device(dy):
+            dxa = dy.new_empty(m, r) if needs[0] or needs[1] else None
+            if chosen.thin is not None and dxa is not None:
+                bare = call._replace(seed=None, threshold=0)
+                _thin(rows, bare, call.b, dxa, chosen, transposed=False)
+            _backward(rows, x2, xa, call, dxa, results, chosen)
+    return dx, results["da"], results["db"], results["dbias"]
+
+
+def _thin(
+    v: Tensor, call: Call, factor: Tensor, out: Tensor, chosen: Plan, *, transposed: bool
+) -> None:
+    """Launch out = scaling · D(v) f; the factor is fᵀ [R, L] if `transposed`, else f [L, R]."""
+    config, (m, length) = chosen.thin, v.shape
+    assert config is not None
+    args = {
+        "v": v, "f": factor, **call.pointers(), "out": out, "stride_v": v.stride(0),
+        "stride_f": factor.stride(0), **call.numbers(m),
+    }  # fmt: skip
+    constants = call.constants(m) | {
+        "L": length, "TRANSPOSED": transposed, "BLOCK_M": config.rows, "BLOCK_L": config.depth,
+        "warps": config.warps, "stages": config.stages,
+    }  # fmt: skip
+    launch(thin_kernel, -(-m // config.rows), args, constants)
+
+
+def _forward(
+    x: Tensor, call: Call, bias: Tensor | None, y: Tensor, xa: Tensor, chosen: Plan
+) -> None:
+    """Launch the forward kernel; xa is read, not written, on the split path."""
+    config, (m, k), n = chosen.config, x.shape, y.shape[1]
+    panels, executor = -(-m // config.rows), current()
+    args = {
+        "x": x, "w": call.weight, "a": call.a, "b": call.b, "bias": bias, **call.pointers(),
+        "y": y, "xa": xa, "flags": _WORKSPACE.zeros(panels, x.device),
+        "x_descriptor": _descriptor(x, config.rows, config.depth, config.descriptors),
+        "w_descriptor": _descriptor(call.weight, config.columns, config.depth, config.descriptors),
+        "stride_x": x.stride(0), "stride_w": call.weight.stride(0), "stride_a": call.a.stride(0),
+        "stride_b": call.b.stride(0), **call.numbers(m),
+    }  # fmt: skip
+    device = executor.device(x)
+    constants = call.constants(m) | {
+        "N": n, "K": k, "BLOCK_M": config.rows, "BLOCK_N": config.columns,
+        "BLOCK_K": config.depth, "GROUP": config.group, "PRODUCERS": config.producers,
+        "RANK_STEP": rank_step(call.sizes[2], x.dtype),
+        "WGMMA": device.wgmma, "warps": config.warps, "stages": config.stages,
+    }  # fmt: skip
+    tiles = panels * -(-n // config.columns)
+    launch(forward_kernel, min(tiles, executor.programs(device)), args, constants)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    xa: Tensor | None,
+    call: Call,
+    dxa: Tensor | None,
+    results: dict[str, Tensor | None],
+    chosen: Plan,
+) -> None:
+    """Launch the backward kernel; dxa is read, not written, on the split path."""
+    config, m, (n, k, r) = chosen.config, dy.shape[0], call.sizes
+    need = {f"NEED_{name.upper()}": t is not None for name, t in results.items()}
+    fused = config.producers > 0 and dxa is not None
+    panels, segment = -(-m // config.rows), segment_rows(m, n, r, config)
+    parts, ranks = -(-m // segment), sum_ranks(r)
+    blocks = [-(-size // config.sum_columns) * (padded_rank(r) // ranks) for size in (n, k)]
+    tiles = panels * fused + need["NEED_DX"] * panels * (-(-k // config.columns) - fused)
+    tiles += parts * blocks[0] * (need["NEED_DB"] or need["NEED_DBIAS"])
+    tiles += parts * blocks[1] * need["NEED_DA"]
+    space = sum(blocks) * parts * (ranks + 1) * config.sum_columns if parts > 1 else 0
+    counters = _WORKSPACE.zeros(sum(blocks) + panels, dy.device)
+    args = {
+        "dy": dy, "x": x, "xa": xa, "w": call.weight, "a": call.a, "b": call.b,
+        **call.pointers(), "dxa": dxa, **results,
+        "partials": _floats(dy, space) if space else counters.view(torch.float32),
+        "counters": counters, "flags": counters[sum(blocks) :],
+        "dy_descriptor": _descriptor(dy, config.rows, config.depth, config.descriptors),
+        "w_descriptor": _descriptor(call.weight, config.depth, config.columns, config.descriptors),
+        "stride_dy": dy.stride(0), "stride_x": 0 if x is None else x.stride(0),
+        "stride_w": call.weight.stride(0), "stride_a": call.a.stride(0),
+        "stride_b": call.b.stride(0), "segment": segment, **call.numbers(m),
+    }  # fmt: skip
+    constants = call.constants(m) | need | {
+        "N": n, "K": k, "BLOCK_M": config.rows, "BLOCK_N": config.depth,
+        "BLOCK_K": config.columns, "RANK_STEP": rank_step(r, dy.dtype), "RANKS": ranks,
+        "BLOCK_C": config.sum_columns, "BLOCK_S": config.sum_rows, "GROUP": config.group,
+        "FUSED": fused,
+        "SLICE": config.columns if call.seed is None else min(config.slice, config.columns),
+        "warps": config.warps, "stages": config.stages,
+    }  # fmt: skip
+    executor = current()
+    programs = executor.programs(executor.device(dy))
+    launch(backward_kernel, min(tiles, programs), args, constants)
+
+
+def _call(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    seed: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+) -> Call:
+    return Call(_unit_rows(weight), _unit_rows(a), _unit_rows(b), seed, scaling, threshold)
+
+
+def _floats(like: Tensor, count: int) -> Tensor:
+    return like.new_empty(count, dtype=torch.float32)
+
+
+def _descriptor(t: Tensor, rows: int, columns: int, wanted: bool) -> TensorDescriptor | None:
+    return TensorDescriptor.from_tensor(t, [rows, columns]) if wanted else None
+
+
+def _as_matrix(v: Tensor) -> Tensor:
+    return v if v.ndim == 2 else v.reshape(-1, v.shape[-1])
+
+
+def _unit_rows(t: Tensor) -> Tensor:
+    """Return a matrix whose elements along a row are adjacent: itself, or a copy."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Return how float32 products are formed, as torch's own switch says."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def _on_device(t: Tensor) -> Any:
+    """Make the tensor's GPU the current one: Triton launches there."""
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()

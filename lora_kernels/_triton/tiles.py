@@ -1,0 +1,141 @@
+"""Device functions shared by the kernels: tile order, operand loads, flags between programs."""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def wide(number):
+    """Return a whole number as int64, for offsets; also where the interpreter has a Python int."""
+    return tl.zeros((), tl.int64) + number
+
+
+@triton.jit
+def settled(product):
+    """Return a product, complete: what uses the result comes after the wait for it.
+
+    Triton 3.8 may let a copy overwrite an operand of a pending product (sm_90), and LLVM may move
+    reads of tensor memory's registers before the wait (sm_100); neither passes an assembly block.
+    """
+    if INTERPRETED:
+        return product
+    else:
+        return tl.inline_asm_elementwise(
+            "// $0", "=r,0", [product], tl.float32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def plus_product(acc, left, right, PRECISION: tl.constexpr):
+    """Return acc + left right, summed in float32."""
+    if left.dtype == tl.float32 and PRECISION == "ieee":
+        # A sum for each step, then their sum: the error grows with the square root of either's
+        # length, not of all of K. Without the block Triton would join the two again.
+        return acc + settled(tl.dot(left, right, input_precision=PRECISION))
+    else:
+        return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def grouped_tile(index, rows, columns, GROUP: tl.constexpr):
+    """Return (row, column) of the index-th tile, GROUP rows at a time: operands stay in L2."""
+    in_group = GROUP * columns
+    first = index // in_group * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    return first + index % in_group % height, index % in_group // height
+
+
+@triton.jit
+def block_pointers(source, rows, stride, column, COLUMNS: tl.constexpr):
+    """Return pointers to COLUMNS columns of the given rows, `column` first; 64-bit offsets."""
+    return source + rows.to(tl.int64)[:, None] * stride + (column + tl.arange(0, COLUMNS))[None, :]
+
+
+@triton.jit
+def operand_pointers(source, descriptor, rows, stride, column, COLUMNS: tl.constexpr):
+    """Return `block_pointers`; with a descriptor, which needs none, a placeholder."""
+    if descriptor is None:
+        return block_pointers(source, rows, stride, column, COLUMNS)
+    else:
+        return rows
+
+
+@triton.jit
+def load_operand(descriptor, pointers, row, column, LIMIT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load the tile at (row, column), zero from column LIMIT on.
+
+    pointers: those of column 0, rows already inside the tensor. A descriptor knows its limits.
+    """
+    if descriptor is not None:
+        return descriptor.load([row, column])
+    elif LIMIT % COLUMNS == 0:
+        return tl.load(pointers + column)
+    else:
+        inside = column + tl.arange(0, COLUMNS) < LIMIT
+        return tl.load(pointers + column, mask=inside[None, :], other=0.0)
+
+
+@triton.jit
+def load_factor(
+    pointer, rows, stride, rank, R: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr
+):
+    """Load RANKS columns from `rank` on of the given rows of a [., R] tensor, zero beyond R.
+
+    EVEN: whether no column is beyond.
+    """
+    ranks = rank + tl.arange(0, RANKS)
+    pointers = pointer + rows.to(tl.int64)[:, None] * stride + ranks[None, :]
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(ranks < R)[None, :], other=0.0)
+
+
+@triton.jit
+def store_factor(pointer, tile, rows, limit, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Store tile [len(rows), BLOCK_R] to the rows below `limit` of a contiguous [., R] tensor."""
+    ranks = tl.arange(0, BLOCK_R)
+    pointers = pointer + rows.to(tl.int64)[:, None] * R + ranks[None, :]
+    inside = (rows < limit)[:, None] & (ranks < R)[None, :]
+    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def publish(flag):
+    """Make this program's stores visible to whoever waits on the flag."""
+    # Each thread stored its part: all must have done so before one of them releases.
+    tl.debug_barrier()
+    tl.atomic_add(flag, 1, sem="release")
+
+
+@triton.jit
+def wait(flag, ARRIVALS: tl.constexpr):
+    """Wait until ARRIVALS programs have published."""
+    while tl.atomic_add(flag, 0, sem="acquire") < ARRIVALS:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def leave(flag, last):
+    """Count a consumer out; the last one, who finds `last` there, leaves a zero behind."""
+    tl.debug_barrier()
+    if tl.atomic_add(flag, 1, sem="acq_rel") == last:
+        tl.atomic_xchg(flag, 0, sem="relaxed")
+
+
+@triton.jit
+def scaling_of(scaling, pointer):
+    """Return the scaling, float32: the number, or what the pointer holds if there is one."""
+    if pointer is None:
+        return scaling
+    else:
+        return tl.load(pointer).to(tl.float32)
+
+
+@triton.jit
+def keep_scale(threshold):
+    """Return 65536 / (65536 - threshold), the factor of kept elements."""
+    return 65536.0 / (65536 - threshold)

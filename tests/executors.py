@@ -1,0 +1,79 @@
+"""Where Triton kernels run in tests: the interpreter, a PTX virtual machine, or a GPU."""
+
+import importlib.util
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from lora_kernels._triton import launch
+from lora_kernels._triton.device import Device, known
+
+pytest.importorskip("triton")
+
+from lora_kernels._triton.machine import Machine
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_MACHINE = importlib.util.find_spec("ptxvm") is not None
+
+needs_compiler = pytest.mark.skipif(INTERPRETED, reason="needs TRITON_INTERPRET unset")
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+needs_machine = pytest.mark.skipif(
+    not HAS_MACHINE or INTERPRETED,
+    reason="needs the PTX virtual machine (module ptxvm on PYTHONPATH), TRITON_INTERPRET unset",
+)
+
+
+@dataclass
+class Interpreter:
+    """Triton's interpreter: programs run one after the other, so there may be only one."""
+
+    def device(self, tensor: torch.Tensor) -> Device:
+        return replace(known("NVIDIA A100-SXM4-80GB"), multiprocessors=1)
+
+    def programs(self, device: Device) -> int:
+        return 1
+
+    def run(self, kernel: Any, grid: int, args: Any, constants: Any, how: Any) -> None:
+        kernel[(grid,)](**args, **constants, num_warps=how.warps, num_stages=how.stages)
+
+
+def executors() -> list[Any]:
+    """Return every executor of this process as a pytest parameter, with visible skips."""
+    return [
+        pytest.param(Interpreter, id="interpreter", marks=needs_interpreter),
+        pytest.param(lambda: Machine(80), id="sm_80", marks=needs_machine),
+        pytest.param(lambda: Machine(90), id="sm_90", marks=needs_machine),
+        pytest.param(lambda: Machine(100), id="sm_100", marks=needs_machine),
+        pytest.param(
+            lambda: None,
+            id="gpu",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+        ),
+    ]
+
+
+def fix_plan(monkeypatch: Any, **fields: Any) -> None:
+    """Let every call take one configuration: small tiles, one launch, unless `fields` differ."""
+    from lora_kernels._triton import linear
+    from lora_kernels._triton.config import Config
+    from lora_kernels._triton.cost import thin_config
+    from lora_kernels._triton.plan import Plan
+
+    small = {"rows": 64, "columns": 64, "depth": 64, "warps": 4, "stages": 3}
+    wanted = Config(**(small | fields))
+
+    def fixed(layer: Any, device: Device) -> Plan:
+        config = replace(wanted, producers=min(wanted.producers, 1)) if layer.backward else wanted
+        thin = None if config.producers else thin_config(layer, device)
+        return Plan(config, thin, 0.0, 0.0)
+
+    monkeypatch.setattr(linear, "planned", fixed)
+
+
+def running(executor: Any) -> Any:
+    """Return a context in which calls use the executor; None stands for the GPU's own."""
+    return nullcontext() if executor is None else launch.using(executor)

@@ -1,0 +1,140 @@
+"""Kernels broken on purpose must turn the parity suite red, in every executor that can tell."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from lora_kernels.testing import Case, assert_parity, make_inputs
+from tests.executors import (
+    INTERPRETED,
+    Interpreter,
+    Machine,
+    fix_plan,
+    needs_machine,
+    running,
+)
+
+CASE = Case((130,), 200, 136, 5, torch.float32 if INTERPRETED else torch.float16, dropout_p=0.2)
+SOURCES = ("philox", "tiles", "thin", "forward", "backward")
+
+# name: (file, text, replacement, whether only real concurrency shows it)
+MUTANTS = {
+    "flag published before the store": (
+        "forward",
+        "    store_factor(xa, thin, rows, M, R, BLOCK_R)\n    publish(flag)\n",
+        "    publish(flag)\n    store_factor(xa, thin, rows, M, R, BLOCK_R)\n",
+        True,
+    ),
+    "dxa published before the store": (
+        "backward",
+        "                store_factor(dxa, thin * scale, rows, M, R, BLOCK_R)\n"
+        "                publish(flags + panel)\n",
+        "                publish(flags + panel)\n"
+        "                store_factor(dxa, thin * scale, rows, M, R, BLOCK_R)\n",
+        True,
+    ),
+    "flag not waited for": ("tiles", "< ARRIVALS:", "< 0:", True),
+    "flag not reset": ("tiles", 'tl.atomic_xchg(flag, 0, sem="relaxed")', "pass", True),
+    "mask missing on a ragged edge": ("tiles", "elif LIMIT % COLUMNS == 0:", "elif True:", False),
+    "wrong counter in the mask": ("philox", "(K + 7) // 8", "(K + 15) // 8", False),
+    "lanes in another order": ("philox", "lane % 2 == 0", "lane % 2 == 1", False),
+    "kept values not scaled": (
+        "forward",
+        "thin *= keep_scale(threshold)",
+        "thin *= 1.0",
+        False,
+    ),
+    "dropout forgotten in dA": (
+        "backward",
+        "kept = keep_where(tile, lanes, threshold)",
+        "kept = tile",
+        False,
+    ),
+    "rows of dA counted twice": (
+        "backward",
+        "mask=inside[None, :] & (ranks < R)[:, None]",
+        "mask=(rows < M + 1)[None, :] & (ranks < R)[:, None]",
+        False,
+    ),
+}
+
+
+def _mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
+    """Import a copy of the kernels with one piece of source replaced; return its modules."""
+    package = f"mutant_{tmp_path.name}"
+    folder = tmp_path / package
+    folder.mkdir()
+    from lora_kernels._triton import linear
+
+    origin = __import__("pathlib").Path(linear.__file__).parent
+    for name in SOURCES:
+        source = (origin / f"{name}.py").read_text()
+        if name == file:
+            assert text in source, f"{file}.py no longer holds {text!r}"
+            source = source.replace(text, replacement)
+        for other in SOURCES:
+            source = source.replace(f"lora_kernels._triton.{other} ", f"{package}.{other} ")
+        (folder / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in SOURCES:
+        spec = importlib.util.spec_from_file_location(f"{package}.{name}", folder / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, f"{package}.{name}", module)
+        spec.loader.exec_module(module)
+        kernel = f"{name}_kernel"
+        if hasattr(module, kernel):
+            monkeypatch.setattr(linear, kernel, getattr(module, kernel))
+    monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
+    fix_plan(monkeypatch, sum_columns=64)
+
+
+def _runs(executor):
+    """Two calls on one workspace, each against the oracle."""
+    with running(executor):
+        for _ in range(2):
+            assert_parity(CASE, make_inputs(CASE), "triton")
+
+
+@pytest.mark.parametrize("name", [n for n, m in MUTANTS.items() if not m[3]])
+def test_wrong_values_are_caught(name, tmp_path, monkeypatch):
+    if INTERPRETED:
+        executor = Interpreter()
+    else:
+        pytest.importorskip("ptxvm", reason="needs the PTX virtual machine or TRITON_INTERPRET=1")
+        executor = Machine(80)
+    _mutated_kernels(tmp_path, monkeypatch, *MUTANTS[name][:3])
+    with pytest.raises(Exception, match=r"budget|NaN|out-of-bounds|race"):
+        _runs(executor)
+
+
+@needs_machine
+@pytest.mark.parametrize("name", [n for n, m in MUTANTS.items() if m[3]])
+def test_wrong_order_is_caught(name, tmp_path, monkeypatch):
+    _mutated_kernels(tmp_path, monkeypatch, *MUTANTS[name][:3])
+    # Many programs at once and several schedules: an order that is wrong need not fail at once.
+    with pytest.raises(Exception, match=r"budget|NaN|race|spin|blocked|flags"):
+        _run_schedules()
+
+
+def _run_schedules():
+    for seed in range(3):
+        _runs(Machine(80, resident=24, seed=seed))
+        _check_flags()
+
+
+def _check_flags():
+    from lora_kernels._triton import linear
+
+    zeros = linear._WORKSPACE.zeros(1, torch.device("cpu"))
+    assert not zeros.any(), "flags not left as found"
+
+
+@needs_machine
+def test_the_kernels_themselves_pass(tmp_path, monkeypatch):
+    _mutated_kernels(tmp_path, monkeypatch, "tiles", "def publish", "def publish")
+    _runs(Machine(80, resident=24))
+    _check_flags()

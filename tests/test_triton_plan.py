@@ -1,0 +1,138 @@
+"""The picker: a pure function of the layer and the GPU, tested without either."""
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels._triton import launch
+from lora_kernels._triton.config import Config, Layer, illegal, shared_bytes, shipped
+from lora_kernels._triton.cost import floor_seconds, seconds
+from lora_kernels._triton.device import KNOWN, estimated, known
+from lora_kernels._triton.plan import plan, segment_rows
+
+UNKNOWN = estimated("a GPU of tomorrow", (13, 1), 100)
+DEVICES = [*KNOWN, UNKNOWN, estimated("a small one", (8, 7), 16)]
+LAYERS = [
+    Layer(m, n, k, r, bits, dropout, True, backward)
+    for m in (1, 64, 300, 8192)
+    for n, k in ((4096, 4096), (1024, 200), (14336, 4096), (64, 64))
+    for r in (1, 16, 64, 256)
+    for bits in (16, 32)
+    for dropout in (False, True)
+    for backward in (False, True)
+]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+def test_every_layer_has_a_legal_plan_everywhere(device):
+    for layer in LAYERS:
+        chosen = plan(layer, device)
+        assert illegal(chosen.config, layer._replace(m=1 << 14), device) is None
+        assert shared_bytes(chosen.config, layer, device) <= device.shared_bytes
+        assert (chosen.thin is not None) == (chosen.config.producers == 0)
+        assert chosen.floor <= chosen.seconds
+
+
+def test_rank_beyond_the_limit_is_an_error():
+    with pytest.raises(ValueError, match="layer: expected"):
+        plan(Layer(64, 64, 64, 257, 16), KNOWN[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "descriptors"),
+    [
+        ("NVIDIA A100-SXM4-80GB", False),
+        ("NVIDIA L40S", False),
+        ("NVIDIA GeForce RTX 4090", False),
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA H200", True),
+        ("NVIDIA B200", True),
+    ],
+)
+def test_training_shapes_take_one_launch_of_large_tiles(name, descriptors):
+    device = known(name)
+    for backward in (False, True):
+        chosen = plan(Layer(8192, 4096, 4096, 16, 16, True, True, backward), device).config
+        assert (chosen.rows, chosen.columns) == (128, 128)
+        assert chosen.producers >= 1
+        assert chosen.descriptors == descriptors
+
+
+def test_unaligned_rows_take_pointers():
+    chosen = plan(Layer(8192, 4096, 4097, 16, 16, aligned=False), known("NVIDIA H200"))
+    assert not chosen.config.descriptors
+
+
+@pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA B200"])
+@pytest.mark.parametrize("m", [1, 8, 16])
+def test_decoding_streams_the_weight_with_most_multiprocessors(name, m):
+    device = known(name)
+    config = plan(Layer(m, 4096, 4096, 16, 16), device).config
+    assert config.rows <= 32
+    assert 4096 // config.columns >= device.multiprocessors / 2.5
+
+
+def test_costs_grow_with_the_work():
+    device = known("NVIDIA H200")
+    config = Config(128, 128, 64, 8, 3, 1, True)
+    base = Layer(4096, 4096, 4096, 16, 16)
+    for field in ("m", "n", "k"):
+        larger = base._replace(**{field: 8192})
+        assert seconds(config, larger, device) > 1.5 * seconds(config, base, device)
+        assert floor_seconds(larger, device) > 1.5 * floor_seconds(base, device)
+    assert seconds(config, base._replace(dropout=True), device) > seconds(config, base, device)
+
+
+def test_batch_sizes_of_one_power_share_a_plan():
+    device = known("NVIDIA H200")
+    plans = {plan(Layer(m, 4096, 4096, 16, 16), device) for m in range(2049, 4097, 31)}
+    assert len(plans) == 1
+
+
+def test_illegal_says_why():
+    device, layer = known("NVIDIA L40S"), Layer(512, 1024, 1024, 16, 16)
+    tile = Config(128, 128, 64, 8, 3)
+    for config, at, reason in (
+        (Config(128, 128, 64, 8, 3, 1, True), layer, "descriptors"),
+        (Config(128, 128, 64, 8, 9), layer, "shared memory"),
+        (Config(128, 128, 64, 8, 3, 16), layer, "producing columns"),
+        (Config(64, 64, 64, 8, 3, 2), layer, "repeat each other's"),
+        (Config(16, 64, 64, 4, 4, 2), layer, "8 rows"),
+        (Config(128, 128, 64, 8, 3, 2), layer._replace(backward=True), "dxa"),
+        (tile, layer._replace(r=300), "rank 300"),
+        (Config(128, 128, 32, 2, 3), layer, "spill"),
+    ):
+        assert reason in (illegal(config, at, device) or "")
+    assert illegal(tile, layer, device) is None
+    alone = estimated("one", (8, 0), 1)
+    assert "together" in (illegal(Config(128, 128, 64, 8, 3, 2), layer, alone) or "")
+
+
+def test_partial_sums_stay_small():
+    config = Config(128, 128, 64, 8, 3)
+    for m, n, k, r in ((8192, 4096, 4096, 16), (65536, 14336, 4096, 64), (512, 1024, 1024, 16)):
+        segment = segment_rows(m, n, r, config)
+        assert segment % config.rows == 0
+        parts = -(-m // segment)
+        written = 0 if parts == 1 else 8 * parts * (n + k) * r
+        assert written <= 0.03 * 2 * (m * (2 * n + 2 * k) + n * k)
+
+
+def test_explain_prints_plan_prediction_and_floor():
+    class Planner:
+        def device(self, tensor):
+            return known("NVIDIA H200")
+
+    tensors = [torch.empty(s, dtype=torch.bfloat16) for s in ((512, 256), (128, 256), (8, 256))]
+    with launch.using(Planner()):
+        said = lk.explain(*tensors, torch.empty(128, 8, dtype=torch.bfloat16))
+    if said.choice == "triton":  # not where triton isn't installed
+        assert said.plans.keys() == {"forward", "backward"}
+        assert "predicted" in str(said)
+        assert "floor" in str(said)
+
+
+def test_shipped_is_a_list_of_distinct_configurations():
+    for layer in LAYERS[:4]:
+        found = shipped(layer)
+        assert len(set(found)) == len(found)

@@ -1,0 +1,93 @@
+"""`python -m lora_kernels tune`, with a timer that needs no GPU, and the file it leaves."""
+
+import json
+
+import pytest
+import torch
+
+from lora_kernels.__main__ import main
+
+pytest.importorskip("triton")
+
+from lora_kernels._triton import tune, tuned
+from lora_kernels._triton.config import Config, Layer, illegal, shipped
+from lora_kernels._triton.device import known
+from lora_kernels._triton.plan import plan
+
+DEVICE = known("NVIDIA H200")
+LAYER = Layer(3000, 1024, 1024, 16, 16)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_TUNED", str(tmp_path))
+    tuned.planned.cache_clear()
+    yield tmp_path
+    tuned.planned.cache_clear()
+    tuned._read.cache_clear()
+
+
+def _unloved(layer=LAYER):
+    """Return a legal configuration that the cost model doesn't choose."""
+    legal = [c for c in shipped(layer) if illegal(c, layer, DEVICE) is None]
+    return next(c for c in legal if c != plan(layer, DEVICE).config)
+
+
+def test_fastest_is_kept_and_read_back(folder):
+    said, winner = [], _unloved()
+
+    def timer(layer, config):
+        if config.rows == 32:
+            raise RuntimeError("out of resources")
+        return 1e-5 if config == winner else 2e-5
+
+    found = tune.fastest(LAYER, DEVICE, timer, said.append)
+    assert found == (winner, 1e-5)
+    assert any("out of resources" in line for line in said)
+    assert "2.00" in said[-1]
+    tuned.write(tuned.path_of(DEVICE), DEVICE, {tuned.key_of(LAYER): found})
+    for m in (2049, 3000, 4096):  # batch shapes of one power of two share a measurement
+        chosen = tuned.planned(LAYER._replace(m=m), DEVICE)
+        assert (chosen.config, chosen.seconds, chosen.measured) == (winner, 1e-5, True)
+        assert "measured 10.0 us" in str(chosen)
+    other = LAYER._replace(dropout=True)
+    assert tuned.planned(other, DEVICE) == plan(other, DEVICE)
+    assert tuned.planned(LAYER, known("NVIDIA L40S")).measured is False
+    assert [path.name for path in folder.iterdir()] == [tuned.path_of(DEVICE).name]
+
+
+def test_later_runs_add_to_the_file(folder):
+    path = tuned.path_of(DEVICE)
+    for layer in (LAYER, LAYER._replace(backward=True)):
+        tuned.write(path, DEVICE, {tuned.key_of(layer): (_unloved(layer), 1e-5)})
+    assert len(json.loads(path.read_text())["plans"]) == 2
+
+
+def test_a_configuration_that_became_illegal_is_not_used(folder):
+    gone = Config(512, 512, 64, 8, 3)
+    tuned.write(tuned.path_of(DEVICE), DEVICE, {tuned.key_of(LAYER): (gone, 1e-5)})
+    assert tuned.planned(LAYER, DEVICE) == plan(LAYER, DEVICE)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"plans": {"a": {"config": {"rows": 1}}}}'])
+def test_a_corrupt_file_is_named(folder, text):
+    tuned.path_of(DEVICE).write_text(text)
+    with pytest.raises(ValueError, match=r"NVIDIA-H200.*delete the file or tune again"):
+        tuned.planned(LAYER, DEVICE)
+
+
+def test_nothing_fast_is_an_error():
+    def timer(layer, config):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no configuration"):
+        tune.fastest(LAYER, DEVICE, timer, lambda line: None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_command_needs_a_gpu_and_good_shapes(capsys):
+    assert main(["tune", "--shapes", "8192x4096x4096x16"]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+    for shape in ("8192x4096", "0x1x1x1", "axbxcxd"):
+        assert main(["tune", "--shapes", shape]) == 2
+        assert "expected MxNxKxR" in capsys.readouterr().err
