@@ -12,8 +12,6 @@ from lora_kernels._triton import launch
 from lora_kernels._triton.config import MAX_RANK
 from lora_kernels.ops import backward_op, forward_op
 
-_HAS_TRITON = find_spec("triton") is not None
-
 
 class Problem(NamedTuple):
     """What an implementation may ask about a call before it accepts it."""
@@ -42,6 +40,11 @@ def _cached_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _triton_refusal(problem: Problem) -> str | None:
     if not launch.replaced():
         if problem.device.type != "cuda" or torch.version.hip:
@@ -49,7 +52,8 @@ def _triton_refusal(problem: Problem) -> str | None:
         major, minor = _capability(problem.device)
         if major < 8:
             return f"needs compute capability 8.0 or newer, got {major}.{minor}"
-    if not _HAS_TRITON:
+    # Under torch.compile, which can't trace the question, a GPU's own compiler needs triton too.
+    if not torch.compiler.is_compiling() and not _has_triton():
         return "triton is not installed"
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"needs float16, bfloat16 or float32, got {problem.dtype}"

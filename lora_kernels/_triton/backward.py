@@ -80,6 +80,9 @@ def _finish_dx(
     if WIDTH > SLICE:
         HALF: tl.constexpr = WIDTH // 2
         low, high = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+        # Triton 3.8 takes acc's tensor memory for the product to come, though slices of it are
+        # read later (sm_100): so both are read now.
+        low, high = settled(low), settled(high)
         _finish_dx(
             low, dxa, a, dx, row, column, M, seed, threshold, stride_a, K, R, BLOCK_R, RANK_STEP,
             EVEN, HALF, SLICE, DROPOUT, WIDE, PRECISION,

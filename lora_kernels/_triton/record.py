@@ -77,7 +77,8 @@ def launches(
             shapes = {"dx": (m, k), "da": (r, k), "db": (n, r), "dbias": (n,)}
             wanted = zip(shapes.items(), layer.needs, strict=True)
             results = {name: empty(*shape) if need else None for (name, shape), need in wanted}
-            linear._backward(rows, x, normal(m, r), call, thin_out, results, chosen)
+            dxa = thin_out if layer.needs[0] or layer.needs[1] else None
+            linear._backward(rows, x, normal(m, r), call, dxa, results, chosen)
         else:
             if thin:
                 linear._thin(rows, call, a, thin_out, chosen, transposed=True)
