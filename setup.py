@@ -2,6 +2,7 @@
 
 LORA_KERNELS_CPU=0 leaves the compiled CPU part out, =1 makes its absence an error; otherwise it is
 built where torch can be imported (pip: --no-build-isolation) and a C++ compiler is on PATH.
+LORA_KERNELS_SANITIZE names what `make sanitize` instruments the part with.
 """
 
 import os
@@ -33,17 +34,26 @@ def extension_arguments() -> dict:
 
     # As system headers, so that warnings are errors in our own code alone.
     system = [flag for path in include_paths() for flag in ("-isystem", path)]
-    flags = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Werror", STABLE_ABI_OF_TORCH_2_10]
+    flags = ["-O3", "-g0", "-std=c++20", "-Wall", "-Wextra", "-Werror", STABLE_ABI_OF_TORCH_2_10]
+    links = []
+    if sanitizers := os.environ.get("LORA_KERNELS_SANITIZE"):
+        # At -O1 reports name the line; aborting on the first makes a test fail.
+        instrumented = f"-fsanitize={sanitizers}"
+        flags += [instrumented, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+        links = [instrumented]
     extension = CppExtension(
         "lora_kernels._cpu",
         sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
         extra_compile_args=[*system, *flags],
+        extra_link_args=links,
         py_limited_api=True,
     )
     extension.include_dirs = []
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)},
+        "cmdclass": {
+            "build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
+        },
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).with_name("_cpu.abi3.so")
+BUILT = LIBRARY.exists()
 
 
 @cache

@@ -21,7 +21,8 @@ def describe() -> str:
         f"torch         {torch.__version__}",
     ]
     lines += [f"{name:<13} {_version(name)}" for name in _COMPANIONS]
-    lines.append(f"compiled CPU  {absence() or 'built'}")
+    isa = None if absence() else torch.ops.lora_kernels.cpu_isa()
+    lines.append(f"compiled CPU  {absence() or f'built, {isa} kernels'}")
     devices = _devices()
     lines += [f"device        {name:<7} {text}" for name, text in devices.items()]
     for device in devices:

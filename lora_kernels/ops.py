@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels._native import absence
+
 _FORWARD = (
     "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, "
     "Tensor? scaling_tensor, float scaling, int threshold) -> (Tensor y, Tensor xa)"
@@ -46,14 +48,14 @@ def _outside_autocast(x: Tensor, body: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _fake_forward(
-    x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold
+    x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold, packed=None
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty(y.numel() // weight.shape[0], lora_A.shape[0])
 
 
 def _fake_backward(
-    dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold, needs
+    dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold, needs, packed=None
 ) -> tuple[Tensor, ...]:
     wanted = (
         dy.new_empty(*dy.shape[:-1], weight.shape[1]),
@@ -81,21 +83,48 @@ def _register(name: str) -> None:
         # A schema has a fixed number of tensors: an empty one stands for a gradient not asked for.
         return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
-    for op, schema, body, fake in (
-        (forward_name, _FORWARD, forward, _fake_forward),
-        (backward_name, _BACKWARD, backward, _fake_backward),
+    _define(forward_name, _FORWARD, forward, _fake_forward)
+    _define(backward_name, _BACKWARD, backward, _fake_backward)
+
+
+def _define(op: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _library.define(op + schema)
+    _library.impl(op, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{op}", fake, lib=_library)
+
+
+def _register_compiled(name: str) -> None:
+    """Register operators whose bodies are in the library; the first call of one loads it.
+
+    packed: the weight in oneDNN's own layout, that of W forward and of Wᵀ backward.
+    """
+
+    def loading(op: str) -> Callable[..., Any]:
+        def load_and_call(*args: Any) -> Any:
+            reason = absence()
+            if reason is not None:
+                raise RuntimeError(f"impl: {name!r} can't serve this call: {reason}")
+            # The library's kernels take precedence over this body from now on.
+            return getattr(torch.ops.lora_kernels, op).default(*args)
+
+        return load_and_call
+
+    for op, schema, fake in (
+        (f"lora_linear_forward_{name}", _FORWARD, _fake_forward),
+        (f"lora_linear_backward_{name}", _BACKWARD, _fake_backward),
     ):
-        _library.define(op + schema)
-        _library.impl(op, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"lora_kernels::{op}", fake, lib=_library)
+        _define(op, schema.replace(") ->", ", Tensor? packed=None) ->"), loading(op), fake)
 
 
 for _name in _MODULES:
     _register(_name)
+_register_compiled("cpu")
 
 # Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16
 # [count, 8], for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.
 _library.define("keep_lanes_(Tensor(a!) lanes, int start, int seed, int threshold) -> ()")
+# Body in csrc/cpu/lora_linear.cpp: which version of the compiled kernels this processor runs.
+_library.define("cpu_isa() -> str")
 
 
 def forward_op(name: str) -> Any:

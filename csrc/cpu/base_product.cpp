@@ -1,0 +1,98 @@
+// The products with the frozen weight: the library's, but for a few rows, where it leaves most of the
+// memory's bandwidth unused.
+
+#include "base_product.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+
+#include "parallel.h"
+
+// Where torch was built with oneDNN; its header can't be included beside the stable ABI.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* activation,
+    const double** scalars, int64_t scalar_count, const char** algorithm, AtenTensorHandle* out);
+
+namespace lora_kernels {
+
+namespace {
+
+struct Rows {
+  int64_t least, most;
+};
+
+// For how many rows the package's own products are faster. 2026-11-24, Zen 5, one thread, 2048x2048
+// out of cache: forward 0.54 of the library's time for 1 row and 0.84 for 16 (bfloat16), 0.73 for 1
+// and 0.91 for 4 (float32); dy W 0.55 for 16 and 0.67 for 32, 0.65 for 16 and 0.86 for 64.
+constexpr Rows kForwardBf16{1, 16}, kForwardFloat{1, 4}, kBackwardBf16{1, 32}, kBackwardFloat{4, 64};
+
+constexpr int64_t kOnednnRows = 4, kOnednnWork = 1 << 20;
+
+bool within(const Tensor& v, const Tensor& weight, Rows of_bf16, Rows of_float) {
+  const Rows rows = v.scalar_type() == ScalarType::BFloat16 ? of_bf16 : of_float;
+  return rows.least <= v.size(0) && v.size(0) <= rows.most && weight.size(0) >= kRowGroup;
+}
+
+// Whether oneDNN's float32 product is the faster one: on AMD processors, from some work on.
+// 2026-11: Zen 4, 0.6 to 0.9 of MKL's time from 1024 columns up, as much as it at 768; Zen 5, 0.4 to
+// 0.9 of it from 2^20 multiplications on, whatever the shape; for one row 0.9 forward, 2.2 backward.
+bool prefers_onednn(const Tensor& v, const Tensor& factor) {
+#if defined(__x86_64__)
+  static const bool amd = __builtin_cpu_is("amd");
+  return amd && aoti_torch_cpu__linear_pointwise && v.scalar_type() == ScalarType::Float &&
+         v.size(0) >= kOnednnRows && v.size(0) * factor.size(0) * factor.size(1) >= kOnednnWork;
+#else
+  return false;
+#endif
+}
+
+// x wT + bias by oneDNN, w [C, L] as it stands or packed.
+Tensor onednn_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  STD_TORCH_CHECK(aoti_torch_cpu__linear_pointwise, "packed: this torch was built without oneDNN");
+  AtenTensorHandle out, added = bias ? bias->get() : nullptr;
+  const char* algorithm = "";
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
+      x.get(), w.get(), bias ? &added : nullptr, "none", nullptr, 0, &algorithm, &out));
+  return Tensor(out);
+}
+
+// v factor + bias by the library: v [M, L], factor [L, C].
+Tensor product(const Tensor& v, const Tensor& factor, const OptionalTensor& bias) {
+  if (prefers_onednn(v, factor)) return onednn_linear(v, transposed(factor), bias);
+  const Tensor out = empty_matrix(v.size(0), factor.size(1), v.scalar_type());
+  TORCH_ERROR_CODE_CHECK(
+      bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), v.get(), factor.get(), 1, 1)
+           : aoti_torch_cpu_mm_out(out.get(), v.get(), factor.get()));
+  return out;
+}
+
+}  // namespace
+
+Tensor base_forward(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& packed) {
+  if (packed && x.size(0) > 0) return onednn_linear(x, *packed, bias);
+  const Tensor w = as_matrix(weight);
+  if (!within(x, w, kForwardBf16, kForwardFloat)) return product(x, transposed(w), bias);
+  const int64_t m = x.size(0), n = w.size(0);
+  const Tensor y = empty_matrix(m, n, x.scalar_type());
+  const OptionalTensor added = bias ? OptionalTensor(torch::stable::contiguous(*bias)) : std::nullopt;
+  const Matrix from = added ? row_matrix(*added) : Matrix{};
+  in_parallel(n, kRowGroup, m * w.size(1), [&](int64_t begin, int64_t end) {
+    kernels().few_rows(matrix(x), matrix(w), from, matrix(y), begin, end);
+  });
+  return y;
+}
+
+Tensor base_backward(const Tensor& dy, const Tensor& weight, const OptionalTensor& packed) {
+  if (packed && dy.size(0) > 0) return onednn_linear(dy, *packed, std::nullopt);
+  const Tensor w = as_matrix(weight);
+  if (!within(dy, w, kBackwardBf16, kBackwardFloat)) return product(dy, w, std::nullopt);
+  const int64_t m = dy.size(0), stride = round_up(m, kLanes);
+  const Buffer<float> columns = to_columns(dy, stride);
+  const Sums sums(stride, w.size(1));
+  column_sums(w, columns.get(), stride, sums);
+  return sums.as_rows(m, dy, 1);
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,104 @@
+// What the layer needs beside GEMMs, in versions of one source: AVX512 with and without products of
+// bfloat16, AVX2, portable.
+//
+// Sums are float32. Where the processor multiplies pairs of bfloat16, products of bfloat16 tensors
+// take such pairs; elsewhere they take float32 numbers. Either is a unit of 32 bits, and `deep` is
+// how many numbers a unit holds along the dimension that a product sums over.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+namespace lora_kernels {
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+// Units are numbers or pairs; what holds either is of this type.
+typedef uint32_t Unit;
+
+constexpr int64_t kLanes = 16;         // ranks are padded to a multiple
+constexpr int64_t kColumnBlock = 64;   // columns of a sum over rows, a multiple of every vector
+
+// Cache-aligned memory of a call; malloc's own alignment is much cheaper than an aligned one.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : memory_(new char[sizeof(T) * static_cast<size_t>(count) + kAlignment]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<T*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  }
+  T* get() const { return data_; }
+
+ private:
+  static constexpr uintptr_t kAlignment = 64;
+  std::unique_ptr<char[]> memory_;
+  T* data_;
+};
+
+// Rows of float32 or bfloat16 numbers with unit column stride; `stride` counts elements.
+struct Matrix {
+  void* data;
+  int64_t stride, rows, columns;
+  bool is_bf16;
+};
+
+// Dropout of a matrix [*, columns]: element (m, k) stays iff lane k % 8 of Philox counter
+// m * ceil(columns / 8) + k / 8 is at least the threshold. Threshold 0: everything stays.
+struct Dropout {
+  int64_t columns = 0;
+  uint64_t seed = 0;
+  uint32_t threshold = 0;
+};
+
+// The least multiple of step that is not below value.
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// A factor of a product as its units: [steps, pitch], a step being a unit of the summed dimension,
+// pitch the other dimension's width padded with zeros to a multiple of kLanes.
+struct Panel {
+  int64_t steps, width, pitch;
+  Buffer<Unit> units;
+  Panel(int64_t steps, int64_t width)
+      : steps(steps), width(width), pitch(round_up(width, kLanes)), units(steps * pitch) {}
+};
+
+// A version of the kernels for one instruction set.
+struct Kernels {
+  const char* name;
+  // Panels of a product that sums over m's rows, or over its columns.
+  Panel (*panel_over_rows)(Matrix m);
+  Panel (*panel_over_columns)(Matrix m);
+  // q[i, r] = factor * sum over l of D(v)[i, l] f[l, r] for rows [begin, end); q is [., f.pitch],
+  // zero beyond f.width.
+  void (*rows_product)(
+      Matrix v, const Panel& f, float factor, float* q, Dropout dropout, int64_t begin, int64_t end);
+  // y[i, c] += sum over r of q[i, r] f[r, c] for rows [begin, end) of y.
+  void (*add_low_rank)(
+      Matrix y, const Panel& f, const float* q, int64_t q_stride, int64_t begin, int64_t end);
+  // dx += D(q f) and sums[r, c] = sum over i of q[i, r] D(x)[i, c], float32 [q_stride, pitch], for
+  // columns [begin, end), begin a multiple of kColumnBlock. Rows are summed in order, whoever
+  // computes them. dx may be absent (null data), or x and sums (null).
+  void (*column_pass)(
+      Matrix dx, Matrix x, const Panel& f, const float* q, int64_t q_stride, float* sums,
+      int64_t pitch, Dropout dropout, int64_t begin, int64_t end);
+  // y[i, n] = x[i] . w[n] + bias[n] for rows [begin, end) of w; bias [1, N] may be absent.
+  void (*few_rows)(Matrix x, Matrix w, Matrix bias, Matrix y, int64_t begin, int64_t end);
+  // Writes a byte a counter, its bit j set iff lane j stays.
+  void (*keep_bits)(uint64_t counter, int64_t count, uint64_t seed, uint32_t threshold, uint8_t* out);
+};
+
+// The version for the processor that this runs on; LORA_KERNELS_TEST_ISA names a lower one, for tests.
+const Kernels& kernels();
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
+#endif
+
+}  // namespace lora_kernels

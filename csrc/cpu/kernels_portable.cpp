@@ -1,0 +1,26 @@
+// The kernels for any processor.
+
+#include "kernels.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#define LORA_WIDTH 4
+#define LORA_PAIRS 0
+
+namespace lora_kernels {
+
+#include "simd.inc"
+
+#include "panels.inc"
+#include "philox.inc"
+#include "products.inc"
+
+#include "few_rows.inc"
+#include "sums.inc"
+
+#include "table.inc"
+
+const Kernels portable_kernels = table_of("portable");
+
+}  // namespace lora_kernels

@@ -1,0 +1,34 @@
+// Which version of the kernels this processor runs.
+
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace lora_kernels {
+
+namespace {
+
+const Kernels& best() {
+#if defined(__x86_64__)
+  const char* wanted = std::getenv("LORA_KERNELS_TEST_ISA");
+  const auto allowed = [wanted](const Kernels& k) { return !wanted || !std::strcmp(wanted, k.name); };
+  const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && allowed(avx512_bf16_kernels)) return avx512_bf16_kernels;
+  if (avx512 && allowed(avx512_kernels)) return avx512_kernels;
+  if (avx2 && allowed(avx2_kernels)) return avx2_kernels;
+#endif
+  return portable_kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = best();
+  return chosen;
+}
+
+}  // namespace lora_kernels

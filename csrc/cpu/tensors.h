@@ -1,0 +1,70 @@
+// Between torch's tensors and the kernels' matrices.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "kernels.h"
+
+namespace lora_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// v [..., C] as [M, C]; a copy only where rows are not evenly spaced or their numbers not adjacent.
+Tensor as_matrix(const Tensor& v);
+
+// lora_A or lora_B rounded to the type that the products take, that of x.
+Tensor factor(const Tensor& parameter, const Tensor& x);
+
+// An uninitialised matrix.
+Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType type);
+
+// The view tT of a matrix.
+Tensor transposed(const Tensor& t);
+
+// flat [M, C], contiguous, with the leading dimensions of `like`.
+Tensor shaped_like(const Tensor& like, const Tensor& flat);
+
+// The numbers of a float32 or bfloat16 matrix.
+Matrix matrix(const Tensor& t);
+
+// The numbers of a contiguous vector, as one row.
+Matrix row_matrix(const Tensor& t);
+
+// Rows [begin, end) of q [., q_stride], rounded to the type of `out`, as many columns as it has.
+void write_rows(const float* q, int64_t q_stride, const Tensor& out, int64_t begin, int64_t end);
+
+// A matrix as float32 [rows, stride], zero beyond its columns.
+Buffer<float> padded_floats(const Tensor& t, int64_t stride);
+
+// A matrix [rows, columns] as float32 [columns, stride], zero beyond its rows.
+Buffer<float> to_columns(const Tensor& t, int64_t stride);
+
+// Float32 sums [ranks, columns], rows padded.
+struct Sums {
+  int64_t columns, pitch;
+  Buffer<float> data;
+  Sums(int64_t ranks, int64_t columns)
+      : columns(columns), pitch(round_up(columns, kColumnBlock)), data(ranks * pitch) {}
+
+  // The first `rows` of them, times scale, in the parameter's type; or the same transposed.
+  Tensor as_rows(int64_t rows, const Tensor& parameter, float scale) const;
+  Tensor as_columns(int64_t rows, const Tensor& parameter, float scale) const;
+};
+
+// dx += D(q f) and sums = qT D(x) for q [rows, stride]; dx, or x with the sums, may be absent. The
+// bits don't depend on the number of threads.
+void column_pass(
+    const OptionalTensor& dx, const OptionalTensor& x, const Panel& f, const float* q, int64_t stride,
+    const Dropout& dropout, const Sums& sums);
+
+// sums = qT v.
+void column_sums(const Tensor& v, const float* q, int64_t stride, const Sums& sums);
+
+}  // namespace lora_kernels
