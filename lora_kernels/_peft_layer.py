@@ -12,7 +12,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from lora_kernels.checks import FLOAT_DTYPES
-from lora_kernels.functional import checked_lora_linear
+from lora_kernels.functional import autocast_dtype, checked_lora_linear
+from lora_kernels.packing import Packed, current
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
@@ -21,6 +22,7 @@ class FusedLinear(Linear):
     """PEFT's `lora.Linear`, computed by `lora_linear` unless `fused_parts` gives a reason."""
 
     _lora_kernels_impl: str
+    _lora_kernels_packed: Packed | None = None  # set by `prepack_`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted layer's output; arguments as PEFT's forward."""
@@ -44,7 +46,19 @@ class FusedLinear(Linear):
             p,
             None,
             self._lora_kernels_impl,
+            autocast_dtype(x),
+            current(self, parts.weight),
         )
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Merge as PEFT does; it writes where the weight's version doesn't tell."""
+        self._lora_kernels_packed = None
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """Unmerge as PEFT does."""
+        self._lora_kernels_packed = None
+        super().unmerge()
 
 
 class FusedParts(NamedTuple):

@@ -12,8 +12,16 @@ from lora_kernels._triton.config import Layer
 from lora_kernels._triton.tuned import planned
 from lora_kernels.autograd import CallParams, LoraLinearFunction
 from lora_kernels.checks import check_dropout_p, check_lora_linear, check_scaling, check_seed
-from lora_kernels.dispatch import IMPLEMENTATIONS, Problem, check_impl, choose, refusals
+from lora_kernels.dispatch import (
+    IMPLEMENTATIONS,
+    Implementation,
+    Problem,
+    check_impl,
+    choose,
+    refusals,
+)
 from lora_kernels.dropout import drop_threshold
+from lora_kernels.packing import Packed
 
 
 def lora_linear(
@@ -50,15 +58,16 @@ def lora_linear(
         seed: key of the dropout mask, a signed 64-bit int or a 0-dim int64 tensor on x's device;
             None draws one from torch's generator of x's device, so `torch.manual_seed`
             reproduces a run and activation checkpointing redraws the same mask.
-        impl: "auto", "triton", "eager" or "reference". A named implementation serves the call or
-            raises.
+        impl: "auto", "triton", "cpu", "eager" or "reference". A named implementation serves the
+            call or raises.
 
     Returns:
         y, [..., N], in x's dtype.
 
     Precision: matrix products accumulate as torch's matmul does on x's device, in float32 for
-    16-bit inputs. lora_A, lora_B, D(x) Aᵀ, x Wᵀ and y are rounded to x's dtype; so are D(x) Aᵀ
-    times dropout's factor and times scaling, except for the latter at M <= 32.
+    16-bit inputs. lora_A, lora_B, D(x) Aᵀ, x Wᵀ and y are rounded to x's dtype. "eager" rounds
+    D(x) Aᵀ again after dropout's factor and, for M > 32, after scaling; "cpu" rounds
+    scaling · D(x) Aᵀ once, from float32.
     Gradients: lora_A's and lora_B's come back in their own dtypes. Under autocast x, weight and
     bias are cast to autocast's dtype (float64 is left as it is) and y has that dtype.
 
@@ -66,14 +75,13 @@ def lora_linear(
         TypeError: an argument is not a tensor or number, or dtypes that can't be combined.
         ValueError: shapes, devices, ranges, or an `impl` that can't serve the call.
     """
-    cast = _autocast_dtype(x)
+    cast = autocast_dtype(x)
     check_lora_linear(x, weight, lora_A, lora_B, bias, cast=cast)
     check_scaling(scaling)
     check_dropout_p(dropout_p)
     check_seed(seed, x.device)
-    return checked_lora_linear(
-        x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, seed, impl
-    )
+    p = dropout_p if training else 0.0
+    return checked_lora_linear(x, weight, lora_A, lora_B, bias, scaling, p, seed, impl, cast)
 
 
 def checked_lora_linear(
@@ -86,9 +94,13 @@ def checked_lora_linear(
     dropout_p: float,
     seed: int | Tensor | None,
     impl: str,
+    cast: torch.dtype | None,
+    packed: Packed | None = None,
 ) -> Tensor:
-    """Compute `lora_linear` for arguments known to fit; a module's own parameters do."""
-    cast = _autocast_dtype(x)
+    """Compute `lora_linear` for arguments known to fit; a module's own parameters do.
+
+    cast: `autocast_dtype(x)`. packed: `weight` as the compiled CPU part may take it besides.
+    """
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)
         bias = None if bias is None else bias.to(cast)
@@ -97,15 +109,18 @@ def checked_lora_linear(
     key = _seed_tensor(seed, x.device) if threshold else None
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     number = 1.0 if isinstance(scaling, Tensor) else float(scaling)
+    chosen: Implementation | Packed
     chosen = choose(impl, Problem(x.device, x.dtype, lora_A.shape[0], threshold > 0))
+    if packed is not None and chosen.name == "cpu" and packed.dtype == weight.dtype:
+        chosen = packed
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
         params = CallParams(chosen.forward, chosen.backward, number, threshold)
         return LoraLinearFunction.apply(
             x, weight, lora_A, lora_B, bias, key, scaling_tensor, params
         )
-    return chosen.forward(x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold)[
-        0
-    ]
+    run = chosen.forward
+    y, _ = run(x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold)
+    return y
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,7 @@ def explain(
     Raises:
         As `lora_linear` for bad arguments; an implementation's refusal is reported, not raised.
     """
-    cast = _autocast_dtype(x)
+    cast = autocast_dtype(x)
     check_lora_linear(x, weight, lora_A, lora_B, bias, cast=cast)
     check_scaling(scaling)
     check_dropout_p(dropout_p)
@@ -221,12 +236,15 @@ def dropout_mask(
     return mask.reshape(dims)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast asks of x's device; None outside autocast and for float64."""
     if not isinstance(x, Tensor) or x.dtype == torch.float64:
         return None
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # The first question alone costs half a microsecond.
+    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
+        return None
+    if not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

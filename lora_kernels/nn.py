@@ -5,9 +5,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.checks import FLOAT_DTYPES, check_dropout_p, check_finite, check_rank
+from lora_kernels.checks import (
+    FLOAT_DTYPES,
+    check_dropout_p,
+    check_finite,
+    check_lora_linear,
+    check_rank,
+)
 from lora_kernels.dispatch import check_impl
-from lora_kernels.functional import lora_linear
+from lora_kernels.functional import autocast_dtype, checked_lora_linear
+from lora_kernels.packing import Packed, current
 
 BIAS_MODES = ("none", "all", "lora_only")
 
@@ -40,6 +47,7 @@ class LoRALinear(nn.Module):
 
     _unmerged_weight: Tensor | None
     base_layer: nn.Linear
+    _lora_kernels_packed: Packed | None = None  # set by `prepack_`
 
     def __init__(
         self,
@@ -147,16 +155,12 @@ class LoRALinear(nn.Module):
         """Return y [..., out_features] for x [..., in_features]; see `lora_linear`."""
         if self.merged:
             return self.base_layer(x)
-        return lora_linear(
-            x,
-            self.base_layer.weight,
-            self.lora_A.weight,
-            self.lora_B.weight,
-            self.base_layer.bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-            impl=self.impl,
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        a, b, cast = self.lora_A.weight, self.lora_B.weight, autocast_dtype(x)
+        check_lora_linear(x, weight, a, b, bias, cast=cast)
+        p, packed = self.lora_dropout if self.training else 0.0, current(self, weight)
+        return checked_lora_linear(
+            x, weight, a, b, bias, self.scaling, p, None, self.impl, cast, packed
         )
 
     @torch.no_grad()

@@ -1,11 +1,12 @@
 """Patch and unpatch the LoRA layers of a PEFT model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from lora_kernels.dispatch import check_impl
+from lora_kernels.prepack import PrepackReport, prepack_
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
@@ -21,6 +22,7 @@ class PatchReport:
 
     patched: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    prepack: PrepackReport | None = None
 
     def __str__(self) -> str:
         lines = [f"lora_kernels: {len(self.patched)} LoRA layers patched, {len(self.left)} left"]
@@ -30,10 +32,12 @@ class PatchReport:
         for reason, paths in by_reason.items():
             more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
             lines.append(f"  left ({reason}): {', '.join(paths[:3])}{more}")
+        if self.prepack is not None:
+            lines.append(str(self.prepack))
         return "\n".join(lines)
 
 
-def patch_peft(model: nn.Module, *, impl: str = "auto") -> PatchReport:
+def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -> PatchReport:
     """Make a PEFT model's LoRA linear layers compute with `lora_linear`, layer by layer, in place.
 
     Parameters, names, hooks and dictionaries stay the same objects: only the class of each
@@ -44,6 +48,7 @@ def patch_peft(model: nn.Module, *, impl: str = "auto") -> PatchReport:
     Args:
         model: a model with PEFT LoRA layers, or one such layer.
         impl: as for `lora_linear`; a named one that can't serve a fused call raises there.
+        prepack: also pack the frozen weights, as `prepack_` does; the report then has its report.
 
     Returns:
         A `PatchReport`; `print(report)` is readable.
@@ -81,7 +86,8 @@ def patch_peft(model: nn.Module, *, impl: str = "auto") -> PatchReport:
         for layer, kind, old_impl in before:
             _become(layer, kind, old_impl)
         raise
-    return report
+    # Last, since nothing can fail after it: the packed copies are none of the model's own.
+    return replace(report, prepack=prepack_(model)) if prepack else report
 
 
 def unpatch_peft(model: nn.Module) -> int:
@@ -117,6 +123,7 @@ def _become(layer: "LoraLayer", kind: type, impl: str | None) -> None:
     layer.__class__ = kind
     if impl is None:
         vars(layer).pop("_lora_kernels_impl", None)
+        vars(layer).pop("_lora_kernels_packed", None)
     else:
         vars(layer)["_lora_kernels_impl"] = impl
 
