@@ -9,7 +9,7 @@ INTERPRETED := tests/test_triton_parity.py tests/test_triton_mutations.py
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: test lint format demo bench clean
+.PHONY: test lint format demo bench bench-step sanitize clean
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
@@ -29,6 +29,25 @@ demo: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/cpu_layer.py $(ARGS)
+
+bench-step: $(READY)
+	$(BIN)/python bench/cpu_step.py $(ARGS)
+
+# The compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, by its Python tests; its
+# kernels under ThreadSanitizer by a program of their own, since in a process with torch, which isn't
+# instrumented, every hand-over between its threads would look like a race.
+SANITIZED := build/sanitized/lora_kernels/_cpu.abi3.so
+LIBRARIES := libasan.so libubsan.so libstdc++.so
+sanitize: $(READY)
+	LORA_KERNELS_CPU=1 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
+		build_ext --build-lib build/sanitized --build-temp build/sanitized-objects > /dev/null
+	LD_PRELOAD="$(foreach name,$(LIBRARIES),$(shell $(CXX) -print-file-name=$(name)))" \
+		ASAN_OPTIONS=detect_leaks=0 LORA_KERNELS_TEST_LIBRARY=$(SANITIZED) \
+		$(BIN)/python -m pytest --no-cov tests/test_cpu.py tests/test_parity.py -k "cpu and not lesser"
+	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/cpu tests/native/threads.cpp \
+		csrc/cpu/select.cpp $(wildcard csrc/cpu/kernels_*.cpp) -o build/threads
+	for isa in avx512_bf16 avx512 avx2 portable; do \
+		LORA_KERNELS_TEST_ISA=$$isa build/threads || exit 1; done
 
 # torch comes first and pinned: beside it nothing pulls another, larger build.
 $(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)

@@ -2,9 +2,12 @@
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
+
+from lora_kernels import _native
 
 SEED = int(os.environ.get("LORA_KERNELS_TEST_SEED") or random.SystemRandom().randrange(1 << 31))
 
@@ -16,6 +19,9 @@ def pytest_report_header(config):
 def pytest_configure(config):
     # One busy core makes every parallel region wait 8 ms; tests of threads ask for them.
     torch.set_num_threads(1)
+    # `make sanitize` tests an instrumented build of the compiled part.
+    if library := os.environ.get("LORA_KERNELS_TEST_LIBRARY"):
+        _native.LIBRARY = Path(library)
     # Plans measured on this machine must not decide what is tested.
     os.environ["LORA_KERNELS_TUNED"] = os.devnull
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left alone (compiled code)")

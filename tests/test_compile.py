@@ -5,10 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_kernels as lk
-from lora_kernels.dispatch import IMPLEMENTATIONS
 from lora_kernels.ops import backward_op, forward_op
-
-IMPLS = [i.name for i in IMPLEMENTATIONS if i.name != "triton"]
+from tests.serving import IMPLS
 
 pytestmark = pytest.mark.unpoisoned
 

@@ -228,12 +228,12 @@ def test_float32_adapter_on_a_bfloat16_base(make):
 
 def test_settings_reach_the_function(monkeypatch):
     calls = []
-    monkeypatch.setattr(lk.nn, "lora_linear", lambda *args, **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(lk.nn, "checked_lora_linear", lambda *args: calls.append(args[5:]))
     layer = make_layer(lora_dropout=0.25, impl="reference")
     layer(make_x())
     layer.eval()(make_x())
-    expected = {"scaling": 1.5, "dropout_p": 0.25, "training": True, "impl": "reference"}
-    assert calls == [expected, expected | {"training": False}]
+    # scaling, dropout_p, seed, impl, autocast's dtype, packed weight
+    assert calls == [(1.5, p, None, "reference", None, None) for p in (0.25, 0.0)]
 
 
 def test_repr_says_what_the_layer_is():

@@ -4,17 +4,20 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.dispatch import IMPLEMENTATIONS
 from lora_kernels.ops import forward_op
 from lora_kernels.testing import Case, assert_parity, make_inputs
+from tests.serving import IMPLS, skip_if_refused
 
-# Triton's kernels have parity tests of their own, where something can run them.
-IMPLS = [i.name for i in IMPLEMENTATIONS if i.name != "triton"]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 RANKS = (1, 5, 8, 16, 24, 96, 256)
 SIZES = (((1,), 7, 129), ((7,), 736, 1), ((129,), 129, 736), ((736,), 1, 7), ((300,), 136, 200))
 
 pytestmark = pytest.mark.parametrize("impl", IMPLS)
+
+
+@pytest.fixture(autouse=True)
+def _served(request, impl):
+    skip_if_refused(impl, request.node.callspec.params.get("dtype", FP32))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)

@@ -1,0 +1,204 @@
+"""Packed weights: the same results, dropped when the weight changes, unseen by what saves."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import lora_kernels as lk
+from lora_kernels._native import absence
+
+needs_packing = pytest.mark.skipif(
+    absence() is not None or not torch.backends.mkldnn.is_available(),
+    reason=f"needs the compiled CPU part ({absence() or 'there'}) and oneDNN",
+)
+
+
+def make_model(dtype=torch.float32, **settings):
+    model = nn.Sequential(
+        lk.LoRALinear(48, 64, r=8, lora_alpha=12, dtype=dtype, **settings),
+        nn.ReLU(),
+        lk.LoRALinear(64, 40, r=5, dtype=dtype, **settings),
+    )
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B.weight, std=0.1)
+    return model
+
+
+def gradients(model, x, dy):
+    leaves = [x.requires_grad_(), *(p for p in model.parameters() if p.requires_grad)]
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def packed(model):
+    return [m._lora_kernels_packed is not None for m in (model[0], model[2])]
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 7, 16, 130])
+@pytest.mark.parametrize("backward", [True, False], ids=["both", "forward"])
+def test_results_are_those_of_the_weight(dtype, rows, backward):
+    model = make_model(dtype)
+    x, dy = torch.randn(2, rows, 48).to(dtype), torch.randn(2, rows, 40).to(dtype)
+    expected = gradients(model, x, dy)
+    report = lk.prepack_(model, backward=backward)
+    assert report.packed == ["0", "2"]
+    assert not report.left
+    nbytes = sum(layer.weight.nbytes for layer in (model[0], model[2]))
+    assert nbytes * (1 + backward) <= report.nbytes <= 2 * nbytes * (1 + backward)
+    results = gradients(model, x, dy)
+    assert packed(model) == [True, True]
+    for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value)
+    assert lk.unprepack_(model) == 2
+    assert packed(model) == [False, False]
+
+
+def _in_place(model):
+    with torch.no_grad():
+        model[0].base_layer.weight.mul_(2)
+
+
+def _replaced(model):
+    model[0].base_layer.weight = nn.Parameter(torch.randn(64, 48), requires_grad=False)
+
+
+def _other_memory(model):
+    model[0].base_layer.weight.data = torch.randn(64, 48)
+
+
+def _moved(model):
+    model.to(torch.float64)
+
+
+def _loaded(model):
+    model.load_state_dict({k: torch.randn_like(v) for k, v in model.state_dict().items()})
+
+
+def _merged_and_unmerged(model):
+    model[0].merge()
+    model[0].unmerge()
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    "change", [_in_place, _replaced, _other_memory, _moved, _loaded, _merged_and_unmerged]
+)
+def test_a_changed_weight_is_used_and_the_copy_dropped(change):
+    model = make_model()
+    lk.prepack_(model)
+    change(model)
+    x = torch.randn(5, 48, dtype=model[0].weight.dtype)
+    layer = model[0]
+    y = layer(x)
+    assert layer._lora_kernels_packed is None
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    expected = nn.functional.linear(x, layer.weight, layer.bias) + 1.5 * x @ a.T @ b.T
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_packing
+def test_saving_and_copying_do_not_see_it():
+    model = make_model()
+    before, names = model.state_dict(), dict(model.named_parameters()).keys()
+    lk.prepack_(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert dict(model.named_parameters()).keys() == names
+    assert not any(t.is_mkldnn for t in model.buffers())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    x = torch.randn(3, 48)
+    expected = model(x)
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+    ):
+        assert packed(other) == [False, False]
+        torch.testing.assert_close(other(x), expected)
+    assert packed(model) == [True, True]
+
+
+@needs_packing
+def test_a_named_implementation_and_autocast_do_not_take_it():
+    for settings in ({"impl": "reference"}, {"impl": "eager"}):
+        model = make_model(**settings)
+        x = torch.randn(5, 48)
+        expected = model(x)
+        lk.prepack_(model)
+        assert torch.equal(model(x), expected)
+    model = make_model()
+    lk.prepack_(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(5, 48)).dtype == torch.bfloat16
+
+
+@needs_packing
+def test_compiled_graphs_take_the_weight_itself():
+    model = make_model()
+    x = torch.randn(5, 48)
+    expected = model(x)
+    lk.prepack_(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+
+
+@needs_packing
+def test_layers_that_are_left_say_why():
+    model = make_model(dtype=torch.float64)
+    model.append(lk.LoRALinear(40, 8))
+    model[3].base_layer.weight.requires_grad_()
+    report = lk.prepack_(model)
+    assert not report.packed
+    assert "float64" in report.left["0"]
+    assert "not frozen" in report.left["3"]
+    assert "0 weights packed in 0.0 MiB, 3 left" in str(report)
+
+
+def test_without_the_compiled_part_everything_is_left(monkeypatch):
+    monkeypatch.setattr(lk.prepack, "absence", lambda: "left out by this test")
+    model = make_model()
+    report = lk.prepack_(model)
+    assert report.left.keys() == {"0", "2"}
+    assert "left out by this test" in report.left["0"]
+    model(torch.randn(5, 48))
+
+
+def test_models_without_adapted_layers_are_an_error():
+    with pytest.raises(ValueError, match="model: expected one with LoRALinear layers"):
+        lk.prepack_(nn.Linear(3, 4))
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
+        lk.prepack_(3)
+    assert lk.unprepack_(nn.Linear(3, 4)) == 0
+
+
+@needs_packing
+def test_patched_peft_layers():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40)), config
+    )
+    x = torch.randn(9, 48)
+    expected = model(x)
+    report = lk.patch_peft(model, prepack=True)
+    assert len(report.prepack.packed) == 2
+    assert "2 weights packed" in str(report)
+    torch.testing.assert_close(model(x), expected)
+    layers = [m for m in model.modules() if hasattr(m, "_lora_kernels_packed")]
+    assert all(layer._lora_kernels_packed for layer in layers)
+    model.merge_adapter()  # writes through .data
+    model.unmerge_adapter()
+    assert not any(layer._lora_kernels_packed for layer in layers)
+    torch.testing.assert_close(model(x), expected)
+    lk.prepack_(model)
+    lk.unpatch_peft(model)
+    assert not any("_lora_kernels_packed" in vars(layer) for layer in layers)
+    torch.testing.assert_close(model(x), expected)
