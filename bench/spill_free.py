@@ -52,6 +52,19 @@ def fits(job: Job) -> bool:
     return used.registers >= LEAST_REGISTERS and used.spill_bytes <= spill_limit(job.arch)
 
 
+def spill_free_ranks(of_a_row: list[Job]) -> list[int]:
+    """Return the ranks that fit, smallest first; after two that don't, larger ones aren't tried."""
+    found: list[int] = []
+    failures = 0
+    for job in sorted(of_a_row, key=lambda job: job.layer.r):
+        if fits(job):
+            found.append(job.layer.r)
+            failures = 0
+        elif (failures := failures + 1) == 2:
+            break
+    return found
+
+
 def key_of(job: Job) -> str:
     """Return the row of the table."""
     return compiled_as(job.config, job.layer, GPUS[job.arch])
@@ -63,14 +76,15 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    everything = {job: key_of(job) for job in jobs()}
-    todo = [job for job, key in everything.items() if options.only in key]
-    kept = {key for key in everything.values() if options.only not in key}
-    table = {key: ranks for key, ranks in spill_free().items() if key in kept}
+    everything: dict[str, list[Job]] = {}
+    for job in jobs():
+        everything.setdefault(key_of(job), []).append(job)
+    table = {key: ranks for key, ranks in spill_free().items() if key in everything}
+    todo = {key: row for key, row in everything.items() if options.only in key}
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        for job, fit in zip(todo, tqdm(pool.map(fits, todo), total=len(todo)), strict=True):
-            if fit:
-                table.setdefault(key_of(job), []).append(job.layer.r)
+        found = tqdm(pool.map(spill_free_ranks, todo.values()), total=len(todo))
+        table |= dict(zip(todo, found, strict=True))
+    table = {key: ranks for key, ranks in table.items() if ranks}
     rows = (f"  {json.dumps(key)}: {json.dumps(ranks)}" for key, ranks in sorted(table.items()))
     TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 

@@ -29,14 +29,14 @@ MUTANTS = {
     ),
     "dxa published before the store": (
         "backward",
-        "                store_factor(dxa, thin * scale, rows, M, R, BLOCK_R)\n"
+        "                store_factor(dxa, read(thin, MMA) * thin_scale, rows, M, R, BLOCK_R)\n"
         "                publish(flags + panel)\n",
         "                publish(flags + panel)\n"
-        "                store_factor(dxa, thin * scale, rows, M, R, BLOCK_R)\n",
+        "                store_factor(dxa, read(thin, MMA) * thin_scale, rows, M, R, BLOCK_R)\n",
         True,
     ),
-    "flag not waited for": ("tiles", "< ARRIVALS:", "< 0:", True),
-    "flag not reset": ("tiles", 'tl.atomic_xchg(flag, 0, sem="relaxed")', "pass", True),
+    "flag not waited for": ("tiles", "late, seen, $2;", "late, seen, 0;", True),
+    "flag not reset": ("tiles", "@last st.relaxed.gpu.global.u32 [$1], 0;", "", True),
     "mask missing on a ragged edge": ("tiles", "elif LIMIT % COLUMNS == 0:", "elif True:", False),
     "wrong counter in the mask": ("philox", "(K + 7) // 8", "(K + 15) // 8", False),
     "lanes in another order": ("philox", "lane % 2 == 0", "lane % 2 == 1", False),
@@ -48,14 +48,14 @@ MUTANTS = {
     ),
     "dropout forgotten in dA": (
         "backward",
-        "kept = keep_where(tile, lanes, threshold)",
+        "kept = keep_where(tile, lanes, bound)",
         "kept = tile",
         False,
     ),
     "rows of dA counted twice": (
         "backward",
-        "mask=inside[None, :] & (ranks < R)[:, None]",
-        "mask=(rows < M + 1)[None, :] & (ranks < R)[:, None]",
+        "inside = (rows >= first) & (rows < M)",
+        "inside = rows < M",
         False,
     ),
 }

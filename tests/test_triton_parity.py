@@ -46,6 +46,14 @@ def _cases():
 CASES = list(_cases())
 
 
+@pytest.fixture(autouse=True)
+def _own_workspace(monkeypatch):
+    """Flags that a failing launch leaves behind don't fail the tests after it."""
+    from lora_kernels._triton import linear
+
+    monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("executor", executors())
 def test_sizes_ranks_and_dtypes(executor, case):
@@ -133,9 +141,11 @@ def test_every_shipped_tile(target, index, monkeypatch):
     tile, producers = TILES[index]
     if producers > 1 and tile.rows < 32:
         pytest.skip("a producer needs 16 rows")
+    if target != 90 and tile.columns > 128:
+        pytest.skip("tiles of 256 columns are sm_90's")
     descriptors = target > 80 and index % 2 == 0
     fix_plan(monkeypatch, **(asdict(tile) | {"producers": producers, "descriptors": descriptors}))
-    case = Case((150,), 200, 264, 24, BF16, dropout_p=0.1 * (index // 2 % 2))
+    case = Case((150,), 280, 264, 24, BF16, dropout_p=0.1 * (index // 2 % 2))
     with running(Machine(target, resident=5, seed=index)):
         assert_parity(case, make_inputs(case), "triton")
 

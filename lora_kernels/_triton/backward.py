@@ -10,7 +10,13 @@ dx that make dxa and the rest: memory-bound work beside compute-bound work.
 import triton
 import triton.language as tl
 
-from lora_kernels._triton.philox import keep_where, lanes_by_call, lanes_by_element
+from lora_kernels._triton.philox import (
+    keep_where,
+    lane_bound,
+    lanes_by_element,
+    plus_kept,
+    words_by_call,
+)
 from lora_kernels._triton.tiles import (
     block_pointers,
     grouped_tile,
@@ -21,9 +27,10 @@ from lora_kernels._triton.tiles import (
     operand_pointers,
     plus_product,
     publish,
+    read,
     scaling_of,
-    settled,
     store_factor,
+    unfetched,
     wait,
     wide,
 )
@@ -34,7 +41,7 @@ def _products(
     dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BASE: tl.constexpr, THIN: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, THIN: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return dy W of the tile at (row, column) if BASE, and dy B of its rows if THIN, float32."""
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -56,7 +63,10 @@ def _products(
                     w_tile = tl.load(pointers)
                 else:
                     w_tile = tl.load(pointers, mask=inside & (columns < K)[None, :], other=0.0)
-            acc = plus_product(acc, dy_tile, w_tile, PRECISION)
+            base_tile = dy_tile
+            if MMA == "mma" and dy_tile.dtype != tl.float32:
+                base_tile = unfetched(dy_tile)
+            acc = plus_product(acc, base_tile, w_tile, PRECISION)
         if THIN:
             pointers = b_pointers + wide(n) * stride_b
             if N % BLOCK_N == 0 and R == BLOCK_R:
@@ -70,55 +80,36 @@ def _products(
 @triton.jit
 def _finish_dx(
     acc, dxa, a, dx, row, column, M, seed, threshold, stride_a, K: tl.constexpr, R: tl.constexpr,
-    BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr, EVEN: tl.constexpr, WIDTH: tl.constexpr,
-    SLICE: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add D(dxa A) to dy W and store dx, SLICE columns at a time: fewer values live at once.
-
-    EVEN: whether every column of the tile is inside.
-    """
-    if WIDTH > SLICE:
-        HALF: tl.constexpr = WIDTH // 2
-        low, high = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
-        # Triton 3.8 takes acc's tensor memory for the product to come, though slices of it are
-        # read later (sm_100): so both are read now.
-        low, high = settled(low), settled(high)
-        _finish_dx(
-            low, dxa, a, dx, row, column, M, seed, threshold, stride_a, K, R, BLOCK_R, RANK_STEP,
-            EVEN, HALF, SLICE, DROPOUT, WIDE, PRECISION,
-        )  # fmt: skip
-        _finish_dx(
-            high, dxa, a, dx, row, column + HALF, M, seed, threshold, stride_a, K, R, BLOCK_R,
-            RANK_STEP, EVEN, HALF, SLICE, DROPOUT, WIDE, PRECISION,
-        )  # fmt: skip
+    """Add D(dxa A) to dy W, where dxa holds the factor of kept elements, and store dx."""
+    rows = row + tl.arange(0, BLOCK_M)
+    columns = column + tl.arange(0, BLOCK_K)
+    near_rows = tl.minimum(rows, M - 1)
+    if DROPOUT:
+        low_rank = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     else:
-        rows = row + tl.arange(0, acc.shape[0])
-        columns = column + tl.arange(0, WIDTH)
-        near_rows = tl.minimum(rows, M - 1)
-        if DROPOUT:
-            low_rank = tl.zeros((acc.shape[0], WIDTH), tl.float32)
+        low_rank = acc
+    for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
+        dxa_tile = load_factor(dxa, near_rows, R, rank, R, RANK_STEP, R == BLOCK_R)
+        ranks = rank + tl.arange(0, RANK_STEP)
+        a_pointers = block_pointers(a, ranks, stride_a, column, BLOCK_K)
+        if R == BLOCK_R and K % BLOCK_K == 0:
+            a_tile = tl.load(a_pointers)
         else:
-            low_rank = acc
-        for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
-            dxa_tile = load_factor(dxa, near_rows, R, rank, R, RANK_STEP, R == BLOCK_R)
-            ranks = rank + tl.arange(0, RANK_STEP)
-            a_pointers = block_pointers(a, ranks, stride_a, column, WIDTH)
-            if R == BLOCK_R and EVEN:
-                a_tile = tl.load(a_pointers)
-            else:
-                inside = (ranks < R)[:, None] & (columns < K)[None, :]
-                a_tile = tl.load(a_pointers, mask=inside, other=0.0)
-            a_tile = a_tile.to(dxa_tile.dtype)
-            low_rank = plus_product(low_rank, dxa_tile, a_tile, PRECISION)
-        if DROPOUT:
-            lanes = lanes_by_call(rows, column, seed, K, WIDTH, WIDE)
-            low_rank = settled(low_rank) * keep_scale(threshold)
-            acc += keep_where(low_rank, lanes, threshold)
-        else:
-            acc = low_rank
-        pointers = dx + rows.to(tl.int64)[:, None] * K + columns[None, :]
-        inside = (rows < M)[:, None] & (columns < K)[None, :]
-        tl.store(pointers, acc.to(dx.dtype.element_ty), mask=inside)
+            inside = (ranks < R)[:, None] & (columns < K)[None, :]
+            a_tile = tl.load(a_pointers, mask=inside, other=0.0)
+        a_tile = a_tile.to(dxa_tile.dtype)
+        low_rank = plus_product(low_rank, dxa_tile, a_tile, PRECISION)
+    if DROPOUT:
+        words = words_by_call(rows, column, seed, K, BLOCK_K, WIDE)
+        acc = plus_kept(acc, low_rank, words, lane_bound(threshold))
+    else:
+        acc = read(low_rank, MMA)
+    pointers = dx + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    tl.store(pointers, acc.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -126,7 +117,7 @@ def _row_sums(
     left, right, right_stride, row, end, column, rank, M, seed, threshold, WIDTH: tl.constexpr,
     R: tl.constexpr, RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return Σ leftᵀ D(right) and Σ right over rows [row, end), float32, in order of rows.
 
@@ -135,28 +126,39 @@ def _row_sums(
     """
     columns = column + tl.arange(0, BLOCK_C)
     ranks = rank + tl.arange(0, RANKS)
+    steps = tl.arange(0, BLOCK_S)
+    near = tl.minimum(steps, M - 1)
+    right_pointers = block_pointers(right, near, right_stride, column, BLOCK_C)
+    if PRODUCT:
+        left_pointers = left + near.to(tl.int64)[None, :] * R + ranks[:, None]
     product = tl.zeros((RANKS, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_C,), tl.float32)
+    bound = lane_bound(threshold)
+    last = tl.maximum(M - BLOCK_S, 0)
     for first in tl.range(row, end, BLOCK_S):
-        rows = first + tl.arange(0, BLOCK_S)
-        inside = rows < M
-        # Rows beyond the edge: the last one again on the right, zeros on the left.
-        pointers = block_pointers(right, tl.minimum(rows, M - 1), right_stride, column, BLOCK_C)
+        # The last step starts early enough to stay inside; the rows that it meets again, zeros on
+        # the left, count nothing. So no step masks or clamps what it reads on the right.
+        start = tl.minimum(first, last)
+        rows = start + steps
+        inside = (rows >= first) & (rows < M)
+        pointers = right_pointers + wide(start) * right_stride
         if WIDTH % BLOCK_C == 0:
             tile = tl.load(pointers)
         else:
             tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
         if PRODUCT:
-            pointers = left + rows.to(tl.int64)[None, :] * R + ranks[:, None]
-            factor = tl.load(pointers, mask=inside[None, :] & (ranks < R)[:, None], other=0.0)
+            mask = inside[None, :]
+            if R % RANKS != 0:
+                mask &= (ranks < R)[:, None]
+            factor = tl.load(left_pointers + wide(start) * R, mask=mask, other=0.0)
             kept = tile
             if DROPOUT:
                 lanes = lanes_by_element(rows, column, seed, WIDTH, BLOCK_C, WIDE)
-                kept = keep_where(tile, lanes, threshold)
+                kept = keep_where(tile, lanes, bound)
             product = plus_product(product, factor, kept, PRECISION)
         if SUM:
             total += tl.sum(tl.where(inside[:, None], tile, 0.0).to(tl.float32), 0)
-    return product, total
+    return read(product, MMA), total
 
 
 @triton.jit
@@ -200,9 +202,10 @@ def backward_kernel(
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     RANK_STEP: tl.constexpr, RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    SLICE: tl.constexpr, GROUP: tl.constexpr,
+    GROUP: tl.constexpr,
     FUSED: tl.constexpr, NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
-    NEED_DBIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_DBIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, MMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients asked for; persistent, tiles in order, outputs contiguous.
 
@@ -227,11 +230,13 @@ def backward_kernel(
     # What leaves a row panel's flag last: its tiles of dx and the tiles of dA over it.
     last_out = COLUMNS * NEED_DX + DA_BLOCKS * NEED_DA
     scale = scaling_of(scaling, scaling_pointer)
+    # dxa carries the factor of kept elements, so that neither dx nor dA is multiplied by it.
+    thin_scale = scale * keep_scale(threshold)
     if DROPOUT:
         seed = tl.load(seed_pointer)
     else:
         seed = 0
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
         if tile < dxa_end or tile >= da_end:
             rest = tl.maximum(tile - da_end, 0)
             REST: tl.constexpr = COLUMNS - FUSED if COLUMNS > FUSED else 1
@@ -246,21 +251,23 @@ def backward_kernel(
             if FUSED and tile < dxa_end:
                 acc, thin = _products(
                     dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
-                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, True, PRECISION,
+                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, True, MMA,
+                    PRECISION,
                 )  # fmt: skip
-                store_factor(dxa, thin * scale, rows, M, R, BLOCK_R)
+                store_factor(dxa, read(thin, MMA) * thin_scale, rows, M, R, BLOCK_R)
                 publish(flags + panel)
             else:
                 acc, _ = _products(
                     dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
-                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, False, PRECISION,
+                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, False, MMA,
+                    PRECISION,
                 )  # fmt: skip
             if NEED_DX:
                 if FUSED:
                     wait(flags + panel, 1)
                 _finish_dx(
-                    acc, dxa, a, dx, row, column, M, seed, threshold, stride_a, K, R, BLOCK_R,
-                    RANK_STEP, K % BLOCK_K == 0, BLOCK_K, SLICE, DROPOUT, WIDE, PRECISION,
+                    acc, dxa, a, dx, row, column, M, seed, threshold, stride_a, K, R, BLOCK_M,
+                    BLOCK_K, BLOCK_R, RANK_STEP, DROPOUT, WIDE, MMA, PRECISION,
                 )  # fmt: skip
                 if FUSED:
                     leave(flags + panel, last_out)
@@ -272,7 +279,7 @@ def backward_kernel(
             end = tl.minimum(part * segment + segment, M)
             product, total = _row_sums(
                 xa, dy, stride_dy, part * segment, end, column, rank, M, seed, threshold, N, R,
-                RANKS, BLOCK_C, BLOCK_S, False, WIDE, NEED_DB, NEED_DBIAS, PRECISION,
+                RANKS, BLOCK_C, BLOCK_S, False, WIDE, NEED_DB, NEED_DBIAS, MMA, PRECISION,
             )  # fmt: skip
             space = partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
             product, total, last = _sum_of_parts(
@@ -302,7 +309,7 @@ def backward_kernel(
                     wait(flags + panel, 1)
             product, total = _row_sums(
                 dxa, x, stride_x, part * segment, end, column, rank, M, seed, threshold, K, R,
-                RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE, True, False, PRECISION,
+                RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE, True, False, MMA, PRECISION,
             )  # fmt: skip
             if FUSED:
                 for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
@@ -313,8 +320,6 @@ def backward_kernel(
                 product, total, space, counters + slot, part, parts, RANKS, BLOCK_C, True, False
             )
             if last:
-                if DROPOUT:
-                    product *= keep_scale(threshold)
                 columns = column + tl.arange(0, BLOCK_C)
                 ranks = rank + tl.arange(0, RANKS)
                 inside = (ranks < R)[:, None] & (columns < K)[None, :]

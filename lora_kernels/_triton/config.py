@@ -92,8 +92,7 @@ class Config:
     """Tiles of the large product: `rows` tokens by `columns` of y or dx, `depth` a step.
 
     producers: columns of tiles that also make xa (dxa); 0 is the split path, in two launches.
-    sum_columns, sum_rows: tiles of dA and dB, columns by rows a step; slice: columns of dx that
-    dropout's epilogue takes at a time. The three are of the backward kernel only.
+    sum_columns, sum_rows: tiles of dA and dB, columns by rows a step, of the backward kernel only.
     """
 
     rows: int
@@ -106,7 +105,6 @@ class Config:
     group: int = 8
     sum_columns: int = 128
     sum_rows: int = 64
-    slice: int = 64
 
 
 @dataclass(frozen=True)
@@ -121,6 +119,7 @@ class ThinConfig:
 
 # Largest first. Which of them serve a rank, in one launch or two, `spill_free` says.
 TILES_16 = (
+    Config(128, 256, 64, 8, 3),
     Config(128, 128, 64, 8, 3),
     Config(128, 128, 32, 8, 3),
     Config(64, 128, 64, 8, 3),
@@ -177,6 +176,9 @@ def illegal(config: Config, layer: Layer, device: Device) -> str | None:
         return f"rank {layer.r} is outside 1 to {MAX_RANK}"
     if config.descriptors and not (layer.aligned and layer.bits == 16 and device.descriptors):
         return "tensor descriptors need 16-bit operands, aligned rows and sm_90 or sm_100"
+    if config.columns > 128 and not device.wgmma:
+        # Elsewhere they spill or leave no room for the thin product; 128 reach as much of the peak.
+        return "tiles of 256 columns need asynchronous products with sums in registers (sm_90)"
     columns = -(-layer.out // config.columns)
     if config.producers > columns:
         return f"{config.producers} producing columns of {columns}"
@@ -201,7 +203,8 @@ def thin_tile(config: Config, layer: Layer) -> int:
 
 def _registers_exceeded(config: Config, layer: Layer, device: Device) -> str | None:
     if device.tensor_memory and layer.bits == 16:
-        used = config.columns + (layer.block_r if config.producers else 0)
+        # Twice the tile: Triton 3.6 gives the last product sums of its own.
+        used = 2 * config.columns + (layer.block_r if config.producers else 0)
         if used > TENSOR_MEMORY_COLUMNS:
             return f"{used} columns of tensor memory of {TENSOR_MEMORY_COLUMNS}"
     ranks = spill_free().get(compiled_as(config, layer, device), ())

@@ -20,7 +20,7 @@ ISSUES_PER_SECOND = 4 * 1.4e9
 # A multiprocessor alone reaches this multiple of its share of the memory bandwidth.
 SOLO_BANDWIDTH = 1.7
 # Share of the peak by elements of the tile: small tiles read more operands per product.
-_SHARE_BY_TILE = ((16384, 0.75), (8192, 0.62), (4096, 0.50), (2048, 0.34), (0, 0.2))
+_SHARE_BY_TILE = ((32768, 0.80), (16384, 0.75), (8192, 0.62), (4096, 0.50), (2048, 0.34), (0, 0.2))
 # What a step of the loop costs beside its products (barriers), and a tile beside its steps (to
 # fill the pipeline and to store).
 STEP_SECONDS = 25e-9
@@ -74,14 +74,18 @@ def thin_config(layer: Layer, device: Device) -> ThinConfig:
 
     Of the rank's tiles those that spill no registers on any architecture (`inspect` says).
     """
-    rows, most = MIN_TILE, 32 if layer.block_r in (16, 256) else 64
+    if layer.bits == 32:  # operands lie in registers: the larger the rank, the fewer rows
+        most, depth, stages = max(MIN_TILE, min(64, 2048 // layer.block_r)), 32, 2
+    else:
+        most, depth, stages = 32 if layer.block_r in (16, 256) else 64, 64, 3
+    rows = MIN_TILE
     while rows < most and layer.m > 2 * rows * device.multiprocessors:
         rows *= 2
-    if layer.bits == 32:
-        return ThinConfig(rows, 32, 4, 2)
     if layer.block_r == 256:
-        return ThinConfig(rows, 32, 4, 3)
-    return ThinConfig(rows, 128 if layer.block_r == 32 and rows > MIN_TILE else 64, 4, 3)
+        depth //= 2
+    elif layer.bits == 16 and layer.block_r == 32 and rows > MIN_TILE:
+        depth = 128
+    return ThinConfig(rows, depth, 4, stages)
 
 
 def _step_seconds(config: Config, layer: Layer, device: Device) -> float:

@@ -1,6 +1,6 @@
 """What the picker knows of a GPU: counts and rates, by name where known, by architecture else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -32,6 +32,11 @@ class Device:
     def tensor_memory(self) -> bool:
         """Whether accumulators live in tensor memory (sm_100, sm_103)."""
         return self.capability[0] == 10
+
+    @property
+    def mma(self) -> str:
+        """The kind of matrix instruction of 16-bit products: "mma", "wgmma" or "tcgen05"."""
+        return "wgmma" if self.wgmma else "tcgen05" if self.tensor_memory else "mma"
 
     @property
     def descriptors(self) -> bool:
@@ -91,6 +96,8 @@ def of_gpu(index: int) -> Device:
     """Return the properties of a CUDA device; asked of the driver once per device."""
     properties = torch.cuda.get_device_properties(index)
     if properties.name in _BY_NAME:
-        return _BY_NAME[properties.name]
+        # Programs wait for each other: there may be no more than this GPU itself can run.
+        count = properties.multi_processor_count
+        return replace(_BY_NAME[properties.name], multiprocessors=count)
     capability = (properties.major, properties.minor)
     return estimated(properties.name, capability, properties.multi_processor_count)

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from lora_kernels._triton.philox import keep_where, lanes_by_element
+from lora_kernels._triton.philox import keep_where, lane_bound, lanes_by_element
 from lora_kernels._triton.tiles import (
+    INTERPRETED,
     block_pointers,
     grouped_tile,
     keep_scale,
@@ -14,6 +15,7 @@ from lora_kernels._triton.tiles import (
     operand_pointers,
     plus_product,
     publish,
+    read,
     scaling_of,
     settled,
     store_factor,
@@ -35,12 +37,29 @@ def fused_tile(tile, rows, columns, PRODUCERS: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
+def either(condition, first, second):
+    """Return the first tile if the scalar condition holds, else the second."""
+    if INTERPRETED or first.dtype.primitive_bitwidth != 16:
+        return tl.where(condition, first, second)
+    else:
+        # Two elements a register; element by element LLVM takes registers apart.
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $3, $1, $2, 0xca;",
+            "=r,r,r,r,r",
+            [first, second, -(condition.to(tl.int32))],
+            first.dtype,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
 def row_slice(tile, part, PARTS: tl.constexpr):
     """Return the part-th of PARTS equal groups of rows: a choice between registers."""
     if PARTS > 1:
         HALF: tl.constexpr = tile.shape[0] // 2
         low, high = tile.reshape(2, HALF, tile.shape[1]).permute(1, 2, 0).split()
-        half = tl.where(part >= PARTS // 2, high, low)
+        half = either(part >= PARTS // 2, high, low)
         return row_slice(half, part % (PARTS // 2), PARTS // 2)
     else:
         return tile
@@ -65,7 +84,7 @@ def _producing_tile(
     x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, a, xa, flag, seed, threshold,
     M, stride_a, part, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRODUCERS: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, WGMMA: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return x Wᵀ of a tile; on the way make and publish xa of part of its rows.
 
@@ -99,18 +118,19 @@ def _producing_tile(
         a_tile = load_operand(None, a_pointers, 0, k, K, BLOCK_K).to(dtype)
         acc = plus_product(acc, x_tile, w_tile.T, PRECISION)
         if BY_REGISTERS:
-            if WGMMA and not CARRIED:
+            if MMA == "wgmma" and not CARRIED:
                 # Triton 3.8 leaves this product pending while the next copy overwrites x.
                 acc = settled(acc)
             part_tile = row_slice(x_tile, part, PRODUCERS)
             if DROPOUT:
                 lanes = lanes_by_element(rows, k, seed, K, BLOCK_K, WIDE)
-                part_tile = keep_where(part_tile, lanes, threshold)
+                part_tile = keep_where(part_tile, lanes, lane_bound(threshold))
             # As second operand it goes through shared memory: a register operand of an
             # asynchronous product could change while it is read.
             thin = plus_product(thin, a_tile, part_tile.T, PRECISION)
         else:
             thin = plus_product(thin, x_tile, a_tile.T, PRECISION)
+    thin = read(thin, MMA)
     if BY_REGISTERS:
         thin = thin.T
     if DROPOUT:
@@ -127,7 +147,7 @@ def forward_kernel(
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     RANK_STEP: tl.constexpr, GROUP: tl.constexpr, PRODUCERS: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, WGMMA: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute y [M, N] and xa [M, R]; persistent, tiles in order.
 
@@ -144,7 +164,7 @@ def forward_kernel(
         seed = tl.load(seed_pointer)
     else:
         seed = 0
-    for tile in tl.range(tl.program_id(0), panels * COLUMNS, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), panels * COLUMNS, tl.num_programs(0), disable_licm=True):
         panel, panel_column = fused_tile(tile, panels, COLUMNS, PRODUCERS, GROUP)
         row = panel * BLOCK_M
         column = panel_column * BLOCK_N
@@ -159,13 +179,18 @@ def forward_kernel(
             acc = _producing_tile(
                 x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, a, xa,
                 flags + panel, seed, threshold, M, stride_a, panel_column, K, R, BLOCK_M, BLOCK_N,
-                BLOCK_K, BLOCK_R, PRODUCERS, DROPOUT, WIDE, WGMMA, PRECISION,
+                BLOCK_K, BLOCK_R, PRODUCERS, DROPOUT, WIDE, MMA, PRECISION,
             )  # fmt: skip
         else:
             acc = _plain_tile(
                 x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, K, BLOCK_M,
                 BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
+        if bias is not None:
+            if N % BLOCK_N == 0:
+                bias_row = tl.load(bias + columns)
+            else:
+                bias_row = tl.load(bias + columns, mask=columns < N, other=0.0)
         if PRODUCERS > 0:
             wait(flags + panel, PRODUCERS)
         for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
@@ -173,9 +198,10 @@ def forward_kernel(
             b_tile = load_factor(b, near_columns, stride_b, rank, R, RANK_STEP, R == BLOCK_R)
             b_tile = (b_tile.to(dtype).to(tl.float32) * scale).to(dtype)
             acc = plus_product(acc, xa_tile, b_tile.T, PRECISION)
+        acc = read(acc, MMA)
         if PRODUCERS > 0:
             leave(flags + panel, PRODUCERS + COLUMNS - 1)
         if bias is not None:
-            acc += tl.load(bias + near_columns).to(tl.float32)[None, :]
+            acc += bias_row.to(tl.float32)[None, :]
         y_pointers = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(y_pointers, acc.to(dtype), mask=(rows < M)[:, None] & (columns < N)[None, :])

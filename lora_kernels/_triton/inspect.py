@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, islice, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,9 @@ from lora_kernels._triton.launch import Options
 from lora_kernels._triton.machine import GPUS
 from lora_kernels._triton.record import Launch, launches
 
-M, N, K = 256, 1024, 1024  # of the layer that is compiled for; N and K are constants of a kernel
+N, K = 1024, 1024  # of the layer that is compiled for; they are constants of a kernel
+# Rows of it: few, and as many as make the split path's thin kernel take each of its tiles.
+M, MORE = 256, (5000, 1 << 14)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 REGISTERS, RESERVED_SHARED = 65536, 1024  # of a multiprocessor, and of each program on it
 _BOTH = (False, True)
@@ -65,9 +67,20 @@ class Job(NamedTuple):
 
 def shipped_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
     """Yield every configuration for each architecture, element size, mode and rank."""
-    for arch, bits, backward, dropout, r in product(archs, DTYPES, _BOTH, _BOTH, ranks):
-        layer = Layer(M, N, K, r, bits, dropout, True, backward)
+    for layer, arch in _layers(archs, ranks):
         yield from (Job(arch, layer, config) for config in shipped(layer))
+
+
+def thin_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
+    """Yield a split configuration with more rows: the thin kernel in its other tiles."""
+    for (layer, arch), m in product(_layers(archs, ranks), MORE):
+        jobs = (Job(arch, layer._replace(m=m), c) for c in shipped(layer) if c.producers == 0)
+        yield from islice((job for job in jobs if refusal(job) is None), 1)
+
+
+def _layers(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[tuple[Layer, int]]:
+    for arch, bits, backward, dropout, r in product(archs, DTYPES, _BOTH, _BOTH, ranks):
+        yield Layer(M, N, K, r, bits, dropout, True, backward), arch
 
 
 def refusal(job: Job) -> str | None:
@@ -86,11 +99,17 @@ def label(job: Job) -> str:
     )
 
 
+def _thin_label(launch: Launch) -> str:
+    tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_L']}"
+    bits = launch.args["v"].element_size() * 8
+    return f"{bits}-bit {tile} {launch.how.warps} warps {launch.how.stages} stages"
+
+
 def inspect_job(job: Job, dump: Path | None = None) -> list[Report]:
     """Compile the launches of a job and return a report of each; `dump` also keeps the code."""
     reports = []
     dtype = DTYPES[job.layer.bits]
-    for launch in launches(job.layer, job.config, GPUS[job.arch], dtype):
+    for launch in launches(job.layer, job.config, GPUS[job.arch], dtype, bias=True):
         compiled = compile_for(job.arch, *code_of(launch))
         with tempfile.TemporaryDirectory() as scratch:
             used = resources(compiled, Path(scratch))
@@ -111,7 +130,7 @@ def _report(job: Job, launch: Launch, compiled: Any, used: Resources) -> Report:
     return Report(
         arch=job.arch,
         kernel=launch.kernel.__name__,
-        config=label(job),
+        config=label(job) if launch.kernel.__name__ != "thin_kernel" else _thin_label(launch),
         rank=job.layer.r,
         dropout=job.layer.dropout,
         registers=used.registers,
@@ -258,7 +277,8 @@ def main(
     archs: list[int], ranks: list[int], only: str, json_file: Path | None, dump: Path | None
 ) -> int:
     """Print the table; return 1 if a kernel has a fault, else 0."""
-    jobs = [j for j in shipped_jobs(archs, ranks) if refusal(j) is None and only in label(j)]
+    everything = chain(shipped_jobs(archs, ranks), thin_jobs(archs, ranks))
+    jobs = [j for j in everything if refusal(j) is None and only in label(j)]
     print(TABLE_HEAD)
     reports: list[Report] = []
     seen = set()

@@ -126,7 +126,7 @@ def lora_linear_backward(
         with _on_device(dy):
             dxa = dy.new_empty(m, r) if needs[0] or needs[1] else None
             if chosen.thin is not None and dxa is not None:
-                bare = call._replace(seed=None, threshold=0)
+                bare = call._replace(seed=None)  # no mask; its factor goes with dxa
                 _thin(rows, bare, call.b, dxa, chosen, transposed=False)
             _backward(rows, x2, xa, call, dxa, results, chosen)
     return dx, results["da"], results["db"], results["dbias"]
@@ -144,7 +144,7 @@ def _thin(
     }  # fmt: skip
     constants = call.constants(m) | {
         "L": length, "TRANSPOSED": transposed, "BLOCK_M": config.rows, "BLOCK_L": config.depth,
-        "warps": config.warps, "stages": config.stages,
+        "MMA": current().device(v).mma, "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     launch(thin_kernel, -(-m // config.rows), args, constants)
 
@@ -168,7 +168,7 @@ def _forward(
         "N": n, "K": k, "BLOCK_M": config.rows, "BLOCK_N": config.columns,
         "BLOCK_K": config.depth, "GROUP": config.group, "PRODUCERS": config.producers,
         "RANK_STEP": rank_step(call.sizes[2], x.dtype),
-        "WGMMA": device.wgmma, "warps": config.warps, "stages": config.stages,
+        "MMA": device.mma, "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     tiles = panels * -(-n // config.columns)
     launch(forward_kernel, min(tiles, executor.programs(device)), args, constants)
@@ -206,17 +206,17 @@ def _backward(
         "stride_w": call.weight.stride(0), "stride_a": call.a.stride(0),
         "stride_b": call.b.stride(0), "segment": segment, **call.numbers(m),
     }  # fmt: skip
+    executor = current()
+    device = executor.device(dy)
     constants = call.constants(m) | need | {
         "N": n, "K": k, "BLOCK_M": config.rows, "BLOCK_N": config.depth,
         "BLOCK_K": config.columns, "RANK_STEP": rank_step(r, dy.dtype), "RANKS": ranks,
         "BLOCK_C": config.sum_columns, "BLOCK_S": config.sum_rows, "GROUP": config.group,
         "FUSED": fused,
-        "SLICE": config.columns if call.seed is None else min(config.slice, config.columns),
+        "MMA": device.mma,
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
-    executor = current()
-    programs = executor.programs(executor.device(dy))
-    launch(backward_kernel, min(tiles, programs), args, constants)
+    launch(backward_kernel, min(tiles, executor.programs(device)), args, constants)
 
 
 def _call(
@@ -227,6 +227,8 @@ def _call(
     scaling: float | Tensor,
     threshold: int,
 ) -> Call:
+    if seed is None:
+        threshold = 0
     return Call(_unit_rows(weight), _unit_rows(a), _unit_rows(b), seed, scaling, threshold)
 
 

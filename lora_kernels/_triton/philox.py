@@ -70,19 +70,20 @@ def _counters(rows, columns, K: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def lanes_by_call(rows, column, seed, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """Return the 16-bit lanes, uint16 [len(rows), COLUMNS], of the tile from `column` on.
+def words_by_call(rows, column, seed, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """Return the lanes of the tile from `column` on, two a word: uint32 [len(rows), COLUMNS / 2].
 
     rows: int32, row numbers; column: a multiple of eight; K: columns of the whole activation.
     One Philox call makes eight lanes in whatever layout suits it; for tiles whose layout a matrix
-    product dictates, where neighbouring columns lie in different threads.
+    product dictates, where a thread has pairs of neighbouring columns.
     """
     groups = column // 8 + tl.arange(0, COLUMNS // 8)
     counter = _counters(rows, groups, K, WIDE)
     w0, w1, w2, w3 = philox_words(counter, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), WIDE)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    lanes = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
-    return lanes.reshape(rows.shape[0], COLUMNS)
+    even = tl.join(w0, w2).permute(2, 0, 1)
+    odd = tl.join(w1, w3).permute(2, 0, 1)
+    words = tl.join(even, odd).permute(1, 2, 0, 3)
+    return words.reshape(rows.shape[0], COLUMNS // 2)
 
 
 @triton.jit
@@ -104,26 +105,63 @@ def lanes_by_element(
 
 
 @triton.jit
-def keep_where(tile, lanes, threshold):
-    """Return tile where its lane is at least the threshold, else zero."""
+def lane_bound(threshold):
+    """Return the threshold as lanes are compared with it: in the high half of a word."""
+    return (tl.zeros((), tl.uint32) + threshold) << 16
+
+
+@triton.jit
+def keep_where(tile, lanes, bound):
+    """Return tile where its lane is at least the threshold, else zero; bound: `lane_bound`."""
     if INTERPRETED or tile.dtype.primitive_bitwidth != 16:
-        return tl.where(lanes.to(tl.int32) >= threshold, tile, 0.0)
+        return tl.where((lanes.to(tl.uint32) << 16) >= bound, tile, 0.0)
     else:
         # Two elements a register, compared in its high half, where the bits below don't matter.
         # A mask of booleans would also make Triton lay the tile out for 8-bit products.
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 bound, low, high;
-            shl.b32 bound, $3, 16;
-            shl.b32 low, $2, 16;
-            set.ge.u32.u32 low, low, bound;
-            set.ge.u32.u32 high, $2, bound;
-            prmt.b32 low, low, high, 0x7632;
-            and.b32 $0, $1, low;
+            .reg .pred low, high;
+            .reg .b32 shifted;
+            shl.b32 shifted, $2, 16;
+            setp.lt.u32 low, shifted, $3;
+            setp.lt.u32 high, $2, $3;
+            @low and.b32 $0, $0, 0xffff0000;
+            @high and.b32 $0, $0, 0x0000ffff;
             }""",
-            "=r,r,r,r,r",
-            [tile, lanes, threshold],
+            "=r,0,r,r,r",
+            [tile, lanes, bound],
             tile.dtype,
             is_pure=True,
             pack=2,
         )
+
+
+@triton.jit
+def plus_kept(acc, addend, words, bound):
+    """Return acc + addend where the lane in `words_by_call` is at least the threshold, else acc."""
+    ROWS: tl.constexpr = acc.shape[0]
+    PAIRS: tl.constexpr = acc.shape[1] // 2
+    low, high = acc.reshape(ROWS, PAIRS, 2).split()
+    low_addend, high_addend = addend.reshape(ROWS, PAIRS, 2).split()
+    if INTERPRETED:
+        low += tl.where((words << 16) >= bound, low_addend, 0.0)
+        high += tl.where(words >= bound, high_addend, 0.0)
+    else:
+        # Not pure: what it reads may come from tensor memory, see `tiles.settled`.
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .pred low, high;
+            .reg .b32 shifted;
+            shl.b32 shifted, $6, 16;
+            setp.ge.u32 low, shifted, $7;
+            setp.ge.u32 high, $6, $7;
+            @low add.f32 $0, $0, $4;
+            @high add.f32 $1, $1, $5;
+            }""",
+            "=r,=r,0,1,r,r,r,r",
+            [low, high, low_addend, high_addend, words, bound],
+            (tl.float32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+    return tl.join(low, high).reshape(ROWS, 2 * PAIRS)

@@ -51,15 +51,17 @@ def launches(
     device: Device,
     dtype: torch.dtype = torch.bfloat16,
     memory: torch.device | str = "cpu",
+    bias: bool = False,
 ) -> list[Launch]:
     """Return the launches of a layer's call with a configuration, on tensors of random numbers.
 
     Args:
-        layer: sizes and mode; contiguous tensors, no bias.
+        layer: sizes and mode; contiguous tensors.
         config: the configuration, legal or not.
         device: the GPU that is planned for.
         dtype: of x, W, A and B, of `layer.bits` bits.
         memory: where the tensors lie.
+        bias: whether the layer has one; backward doesn't read it.
     """
     m, n, k, r = layer[:4]
     normal, empty = (partial(f, device=memory, dtype=dtype) for f in (torch.randn, torch.empty))
@@ -72,7 +74,7 @@ def launches(
     with using(recorder):
         if layer.backward:
             if thin:
-                bare = call._replace(seed=None, threshold=0)
+                bare = call._replace(seed=None)
                 linear._thin(rows, bare, b, thin_out, chosen, transposed=False)
             shapes = {"dx": (m, k), "da": (r, k), "db": (n, r), "dbias": (n,)}
             wanted = zip(shapes.items(), layer.needs, strict=True)
@@ -82,5 +84,5 @@ def launches(
         else:
             if thin:
                 linear._thin(rows, call, a, thin_out, chosen, transposed=True)
-            linear._forward(rows, call, None, empty(m, n), thin_out, chosen)
+            linear._forward(rows, call, normal(n) if bias else None, empty(m, n), thin_out, chosen)
     return recorder.launches

@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 
-from lora_kernels._triton.philox import keep_where, lanes_by_element
+from lora_kernels._triton.philox import keep_where, lane_bound, lanes_by_element
 from lora_kernels._triton.tiles import (
     block_pointers,
     keep_scale,
     plus_product,
+    read,
     scaling_of,
     store_factor,
 )
@@ -19,16 +20,15 @@ def thin_kernel(
     stride_v, stride_f, M, scaling, threshold,
     L: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute out [M, R] = scaling · D(v) f for v [M, L] and f [L, R], fᵀ if TRANSPOSED."""
     dtype: tl.constexpr = v.dtype.element_ty
     ranks = tl.arange(0, BLOCK_R)
     steps = tl.arange(0, BLOCK_L)
-    scale = scaling_of(scaling, scaling_pointer)
+    scale = scaling_of(scaling, scaling_pointer) * keep_scale(threshold)
     if DROPOUT:
         seed = tl.load(seed_pointer)
-        scale *= keep_scale(threshold)
     else:
         seed = 0
     for panel in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
@@ -45,6 +45,6 @@ def thin_kernel(
             f_tile = tl.load(pointers, mask=inside[None, :] & (ranks < R)[:, None], other=0.0)
             if DROPOUT:
                 lanes = lanes_by_element(rows, first, seed, L, BLOCK_L, WIDE)
-                v_tile = keep_where(v_tile, lanes, threshold)
+                v_tile = keep_where(v_tile, lanes, lane_bound(threshold))
             acc = plus_product(acc, f_tile.to(dtype), v_tile.T, PRECISION)
-        store_factor(out, acc.T * scale, rows, M, R, BLOCK_R)
+        store_factor(out, read(acc, MMA).T * scale, rows, M, R, BLOCK_R)

@@ -28,6 +28,28 @@ def settled(product):
 
 
 @triton.jit
+def read(product, MMA: tl.constexpr):
+    """Return a product for elementwise use: out of tensor memory, completely, where it is there."""
+    if MMA == "tcgen05":
+        return settled(product)
+    else:
+        return product
+
+
+@triton.jit
+def unfetched(tile):
+    """Return a tile as it is, in a way that the compiler doesn't see through.
+
+    Triton 3.8 would load the first slice of both operands a step ahead (sm_80): for 24 registers,
+    one more barrier and ten more instructions a step (SASS, 128x128x64).
+    """
+    ROWS: tl.constexpr = tile.shape[0]
+    HALF: tl.constexpr = tile.shape[1] // 2
+    halves = tile.T.reshape(2, HALF, ROWS)
+    return halves.permute(2, 0, 1).reshape(ROWS, 2 * HALF)
+
+
+@triton.jit
 def plus_product(acc, left, right, PRECISION: tl.constexpr):
     """Return acc + left right, summed in float32."""
     if left.dtype == tl.float32 and PRECISION == "ieee":
@@ -113,8 +135,33 @@ def publish(flag):
 @triton.jit
 def wait(flag, ARRIVALS: tl.constexpr):
     """Wait until ARRIVALS programs have published."""
-    while tl.atomic_add(flag, 0, sem="acquire") < ARRIVALS:
-        pass
+    if INTERPRETED:
+        while tl.atomic_add(flag, 0, sem="acquire") < ARRIVALS:
+            pass
+    else:
+        # One thread asks, the others stay at the barrier: no issue slots, no traffic.
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred other, late;
+            .reg .b32 thread, seen;
+            mov.u32 thread, %tid.x;
+            setp.ne.u32 other, thread, 0;
+            @other bra arrived;
+            again:
+            ld.acquire.gpu.global.b32 seen, [$1];
+            setp.ge.s32 late, seen, $2;
+            @late bra arrived;
+            nanosleep.u32 50;
+            bra again;
+            arrived:
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [flag, ARRIVALS],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     tl.debug_barrier()
 
 
@@ -122,8 +169,27 @@ def wait(flag, ARRIVALS: tl.constexpr):
 def leave(flag, last):
     """Count a consumer out; the last one, who finds `last` there, leaves a zero behind."""
     tl.debug_barrier()
-    if tl.atomic_add(flag, 1, sem="acq_rel") == last:
-        tl.atomic_xchg(flag, 0, sem="relaxed")
+    if INTERPRETED:
+        if tl.atomic_add(flag, 1, sem="acq_rel") == last:
+            tl.atomic_xchg(flag, 0, sem="relaxed")
+    else:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred first, last;
+            .reg .b32 thread, seen;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first atom.acq_rel.gpu.global.add.u32 seen, [$1], 1;
+            setp.eq.and.u32 last, seen, $2, first;
+            @last st.relaxed.gpu.global.u32 [$1], 0;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [flag, last],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
