@@ -8,6 +8,8 @@ TORCH := $(shell grep '^torch==' requirements-dev.txt)
 INTERPRETED := tests/test_triton_parity.py tests/test_triton_mutations.py
 
 export HF_HUB_OFFLINE := 1
+# Of the CUDA part, where nvcc is: one architecture, and its PTX for the virtual machine.
+export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 
 .PHONY: test lint format demo bench bench-step sanitize clean
 
@@ -50,7 +52,7 @@ sanitize: $(READY)
 		LORA_KERNELS_TEST_ISA=$$isa build/threads || exit 1; done
 
 # torch comes first and pinned: beside it nothing pulls another, larger build.
-$(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
+$(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt

@@ -14,6 +14,10 @@ def main(argv: list[str] | None = None) -> int:
     _add_tune(commands)
     options = parser.parse_args(argv)
     # Each command imports what it needs: `info` works without Triton.
+    if options.command == "inspect" and options.built:
+        from lora_kernels._cuda.inspect import main as inspect_built
+
+        return inspect_built(options.json)
     if options.command == "inspect":
         from lora_kernels._triton.inspect import main as inspect
 
@@ -35,6 +39,9 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     command.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=archs)
     command.add_argument("--rank", type=int, nargs="+", default=[16, 64, 256])
     command.add_argument("--only", default="", metavar="TEXT", help="rows whose config holds TEXT")
+    command.add_argument(
+        "--built", action="store_true", help="the kernels of the compiled CUDA part instead"
+    )
     command.add_argument("--json", type=Path, metavar="F", help="write the table as JSON")
     command.add_argument("--dump", type=Path, metavar="DIR", help="keep PTX, cubin, manifest.json")
 

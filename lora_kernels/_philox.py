@@ -68,7 +68,7 @@ def keep_blocks(
     """
     groups = -(-columns // LANES)
     block_rows = max(1, min(rows, BLOCK_COUNTERS // max(1, groups)))
-    compiled = seed.device.type == "cpu" and absence() is None
+    compiled = seed.device.type == "cpu" and absence("cpu") is None
     fill = _compiled_fill(seed) if compiled else _aten_fill(seed, block_rows * groups)
     lanes = torch.empty(block_rows * groups, LANES, dtype=torch.int16, device=seed.device)
     for first in range(0, rows, block_rows):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_kernels._cuda import machine
 from lora_kernels._native import BUILT, absence
 from lora_kernels._triton import launch
 from lora_kernels._triton.config import MAX_RANK
@@ -30,7 +31,7 @@ def _cpu_refusal(problem: Problem) -> str | None:
     if problem.device.type != "cpu":
         return f"needs a CPU, got {problem.device.type}"
     # torch.compile can't trace the loading of a library.
-    reason = None if torch.compiler.is_compiling() and BUILT else absence()
+    reason = None if torch.compiler.is_compiling() and BUILT["cpu"] else absence("cpu")
     if reason is not None:
         return reason
     if problem.dtype not in (torch.bfloat16, torch.float32):
@@ -63,13 +64,32 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def _gpu_refusal(problem: Problem) -> str | None:
+    if problem.device.type != "cuda" or torch.version.hip:
+        return f"needs a CUDA device, got {problem.device.type}"
+    major, minor = _capability(problem.device)
+    if major < 8:
+        return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    return None
+
+
+def _cuda_refusal(problem: Problem) -> str | None:
+    reason = None if machine.active() else _gpu_refusal(problem)
+    if reason is None and not (torch.compiler.is_compiling() and BUILT["cuda"]):
+        reason = absence("cuda")
+    if reason is not None:
+        return reason
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"needs float16, bfloat16 or float32, got {problem.dtype}"
+    if problem.rank > MAX_RANK:
+        return f"needs a rank of at most {MAX_RANK}, got {problem.rank}"
+    return None
+
+
 def _triton_refusal(problem: Problem) -> str | None:
-    if not launch.replaced():
-        if problem.device.type != "cuda" or torch.version.hip:
-            return f"needs a CUDA device, got {problem.device.type}"
-        major, minor = _capability(problem.device)
-        if major < 8:
-            return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    reason = None if launch.replaced() else _gpu_refusal(problem)
+    if reason is not None:
+        return reason
     # Under torch.compile, which can't trace the question, a GPU's own compiler needs triton too.
     if not torch.compiler.is_compiling() and not _has_triton():
         return "triton is not installed"
@@ -98,6 +118,7 @@ class Implementation:
 # In the order in which "auto" tries them.
 IMPLEMENTATIONS = (
     Implementation("triton", "fused Triton kernels, CUDA devices from sm_80 up", _triton_refusal),
+    Implementation("cuda", "compiled CUDA C++ kernels, devices from sm_80 up", _cuda_refusal),
     Implementation("cpu", "compiled C++ beside the library's GEMMs, CPUs", _cpu_refusal),
     Implementation("eager", "few, in-place ATen calls, any device", _needs_data),
     Implementation("reference", "plain torch, the definition of right, any device", _needs_data),
@@ -120,11 +141,11 @@ def choose(impl: str, problem: Problem) -> Implementation:
     """
     if torch.compiler.is_compiling():  # folds the choice, but can't call a cached function
         return _choose(impl, problem)
-    return _cached_choice(impl, problem, launch.replaced())
+    return _cached_choice(impl, problem, (launch.replaced(), machine.active()))
 
 
 @cache
-def _cached_choice(impl: str, problem: Problem, replaced: bool) -> Implementation:
+def _cached_choice(impl: str, problem: Problem, replaced: tuple[bool, bool]) -> Implementation:
     """Choose once for a kind of call; `replaced` is all that a choice depends on beside it."""
     return _choose(impl, problem)
 

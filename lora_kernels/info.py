@@ -21,8 +21,9 @@ def describe() -> str:
         f"torch         {torch.__version__}",
     ]
     lines += [f"{name:<13} {_version(name)}" for name in _COMPANIONS]
-    isa = None if absence() else torch.ops.lora_kernels.cpu_isa()
-    lines.append(f"compiled CPU  {absence() or f'built, {isa} kernels'}")
+    isa = None if absence("cpu") else torch.ops.lora_kernels.cpu_isa()
+    lines.append(f"compiled CPU  {absence('cpu') or f'built, {isa} kernels'}")
+    lines.append(f"compiled CUDA {absence('cuda') or 'built'}")
     devices = _devices()
     lines += [f"device        {name:<7} {text}" for name, text in devices.items()]
     for device in devices:

@@ -30,6 +30,8 @@ _MODULES = {
     "reference": "lora_kernels.reference",
     "eager": "lora_kernels._eager",
     "triton": "lora_kernels._triton.linear",
+    # Where the compiled kernels are executed on tensors that are not a GPU's.
+    "cuda": "lora_kernels._cuda.machine",
 }
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -93,38 +95,62 @@ def _define(op: str, schema: str, body: Callable[..., Any], fake: Callable[..., 
     torch.library.register_fake(f"lora_kernels::{op}", fake, lib=_library)
 
 
-def _register_compiled(name: str) -> None:
-    """Register operators whose bodies are in the library; the first call of one loads it.
+def _register_compiled(name: str, more: str = "") -> None:
+    """Register operators whose bodies are in a library; the first call of one loads it.
 
-    packed: the weight in oneDNN's own layout, that of W forward and of Wᵀ backward.
+    more: arguments beyond the common ones.
     """
 
-    def loading(op: str) -> Callable[..., Any]:
+    def loading(op: str, function: str) -> Callable[..., Any]:
         def load_and_call(*args: Any) -> Any:
-            reason = absence()
+            reason = absence(name)
             if reason is not None:
                 raise RuntimeError(f"impl: {name!r} can't serve this call: {reason}")
-            # The library's kernels take precedence over this body from now on.
-            return getattr(torch.ops.lora_kernels, op).default(*args)
+            call = getattr(torch.ops.lora_kernels, op).default
+            device = args[0].device.type
+            if torch._C._dispatch_has_kernel_for_dispatch_key(call.name(), device.upper()):
+                # The library's kernel takes precedence over this body from now on.
+                return call(*args)
+            if name not in _MODULES:
+                raise RuntimeError(f"impl: {name!r} can't serve this call: x is on {device}")
+            return getattr(_module(name), function)(*args)
 
         return load_and_call
 
     for op, schema, fake in (
-        (f"lora_linear_forward_{name}", _FORWARD, _fake_forward),
-        (f"lora_linear_backward_{name}", _BACKWARD, _fake_backward),
+        ("lora_linear_forward", _FORWARD, _fake_forward),
+        ("lora_linear_backward", _BACKWARD, _fake_backward),
     ):
-        _define(op, schema.replace(") ->", ", Tensor? packed=None) ->"), loading(op), fake)
+        schema = schema.replace(") ->", f"{more}) ->")
+        _define(f"{op}_{name}", schema, loading(f"{op}_{name}", op), fake)
 
 
-for _name in _MODULES:
+for _name in ("reference", "eager", "triton"):
     _register(_name)
-_register_compiled("cpu")
+# packed: the weight in oneDNN's own layout, that of W forward and of Wᵀ backward.
+_register_compiled("cpu", ", Tensor? packed=None")
+_register_compiled("cuda")
 
 # Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16
 # [count, 8], for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.
 _library.define("keep_lanes_(Tensor(a!) lanes, int start, int seed, int threshold) -> ()")
 # Body in csrc/cpu/lora_linear.cpp: which version of the compiled kernels this processor runs.
 _library.define("cpu_isa() -> str")
+
+
+# Bodies in csrc/cuda/bindings.cpp. The names of a call's launches, one a line, and programs,
+# threads and bytes of shared memory of each; problem: [M, N, K, R, type (0 bfloat16, 1 float16),
+# dropout, rows at multiples of 16 bytes, backward, dx, dA, dB, dbias]; device as below.
+_library.define("cuda_plan(int[] problem, int[] device) -> (str, int[])")
+# The compiled kernels' calls with their launches written down
+# instead of made. device: [arch, multiprocessors, bytes of shared memory]; zeros: flags to use.
+_RECORD = "str names, Tensor numbers, Tensor params, Tensor[] scratch)"
+for _op, _schema in (("forward", _FORWARD), ("backward", _BACKWARD)):
+    _head, _results = _schema.split(" -> (")
+    _results = _results.rstrip(")")
+    _library.define(
+        f"cuda_{_op}_recorded{_head[:-1]}, int[] device, Tensor? zeros) -> ({_results}, {_RECORD}"
+    )
 
 
 def forward_op(name: str) -> Any:

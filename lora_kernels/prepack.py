@@ -100,7 +100,7 @@ def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _reason_left(weight: Tensor) -> str | None:
-    absent = absence()
+    absent = absence("cpu")
     if absent is not None:
         return f"the compiled CPU part is absent: {absent}"
     if not torch.backends.mkldnn.is_available():

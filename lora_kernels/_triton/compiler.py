@@ -1,7 +1,6 @@
 """Compilation for any CUDA architecture without a GPU: for reports and for virtual machines."""
 
 import re
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_kernels._cuobjdump import cuobjdump
 from lora_kernels._triton.launch import Options
 
 _ELEMENTS = {
@@ -103,24 +103,14 @@ def resources(compiled: Any, scratch: Path) -> Resources:
     """Return registers, spills and shared memory; `scratch` is a directory to write a cubin to."""
     cubin = scratch / f"{compiled.metadata.hash[:24]}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump(cubin, "-res-usage"))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", cubin))
     if found is None:
         raise RuntimeError(f"cuobjdump: no registers in its report of {cubin.name}")
     registers, stack = int(found[1]), int(found[2])
     # ptxas reserves a frame now and then that no instruction touches.
-    if stack and not re.search(r"\b(STL|LDL)\b", _cuobjdump(cubin, "-sass")):
+    if stack and not re.search(r"\b(STL|LDL)\b", cuobjdump("-sass", cubin)):
         stack = 0
     return Resources(registers, stack, compiled.metadata.shared)
-
-
-def _cuobjdump(cubin: Path, what: str) -> str:
-    command = [str(tool("cuobjdump")), what, str(cubin)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def tool(name: str) -> Path:
-    """Return the path of a program of the CUDA toolkit that Triton's wheel carries."""
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 def _type_of(value: Any) -> str:

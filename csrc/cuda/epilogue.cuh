@@ -1,0 +1,187 @@
+// What follows a tile's product: the low-rank term, the bias, the way out to memory.
+
+#pragma once
+
+#include "mainloop.cuh"
+
+namespace lora_kernels {
+
+template <class T>
+__device__ inline bool in_chunks(const void* data, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kChunk<T> == 0;
+}
+
+// A matrix of the layer's type.
+template <class T>
+__device__ inline Source matrix(const Rows& t, int rows, int columns) {
+  return {t.data, t.stride, rows, columns, sizeof(T) == 4, in_chunks<T>(t.data, t.stride)};
+}
+
+// lora_A or lora_B, which may be float32 beside 16-bit elements.
+template <class T>
+__device__ inline Source adapter(const Layer& layer, const Rows& t, int rows, int columns) {
+  const bool is_float = layer.adapters_are_float;
+  return {t.data, t.stride, rows, columns, is_float, is_float == (sizeof(T) == 4) && in_chunks<T>(t.data, t.stride)};
+}
+
+// Adds two blocks of the low-rank term, those of its elements that dropout keeps.
+template <bool kDropout>
+__device__ inline void add_kept(float (&first)[4], float (&second)[4], const float (&low_rank)[2][4], float scale,
+                                const Mask& mask, int row, int group, int t) {
+  if (!kDropout) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      first[e] += scale * low_rank[0][e];
+      second[e] += scale * low_rank[1][e];
+    }
+    return;
+  }
+  const uint4 words = mask.quad_words(row, group, t);
+  const uint32_t of_pair[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float *const one = first + 2 * half, *const two = second + 2 * half;
+    const uint32_t word_one = of_pair[half], word_two = of_pair[2 + half];
+    if (mask.keeps_low(word_one)) one[0] += scale * low_rank[0][2 * half];
+    if (mask.keeps_high(word_one)) one[1] += scale * low_rank[0][2 * half + 1];
+    if (mask.keeps_low(word_two)) two[0] += scale * low_rank[1][2 * half];
+    if (mask.keeps_high(word_two)) two[1] += scale * low_rank[1][2 * half + 1];
+  }
+}
+
+// sums += scale * D(left right) for low-rank factors: left [rows, r], right [columns, r], or [r, columns] if
+// kByDepth. No pipeline, since the depth is the rank; kRanks of it at a time.
+template <class T, class S, int kRanks, bool kByDepth, bool kDropout>
+__device__ __forceinline__ void add_low_rank(Sums<S>& sums, const Place<S>& place, const Operands& operands, float scale,
+                                    uint32_t shared) {
+  using LeftTile = Tile<T, S::kRows, kRanks>;
+  using RightTile = std::conditional_t<kByDepth, Tile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
+  const Mask mask(operands.layer);
+  const uint32_t right = shared + LeftTile::kBytes;
+  static_assert(LeftTile::kBytes + RightTile::kBytes == low_rank_bytes<S>(kRanks), "what the host asks for");
+  const LeftReader<LeftTile> left_reader(place.warp_row);
+  const RightReader<RightTile, kByDepth> right_reader(place.warp_column);
+  for (int rank = 0; rank < operands.depth; rank += kRanks) {
+    copy_tile<T, LeftTile, S::kThreads>(shared, operands.left, operands.row, rank);
+    copy_tile<T, RightTile, S::kThreads>(
+        right, operands.right, kByDepth ? rank : operands.column, kByDepth ? operands.column : rank);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    repeat<S::kBlocksM>([&](auto i) {
+      repeat<S::kBlocksN / 2>([&](auto j) {
+        float low_rank[2][4] = {};
+        repeat<kRanks / kDeep<T>>([&](auto slice) {
+          if (slice && kDeep<T> * slice >= operands.depth - rank) return;
+          Left<T> a;
+          Right<T> b;
+          left_reader.template read<16 * i>(a, shared, slice);
+          right_reader.template read<16 * j, slice>(b, right);
+          multiply<T>(low_rank[0], a, b[0], b[1]);
+          multiply<T>(low_rank[1], a, b[2], b[3]);
+        });
+        add_kept<kDropout>(sums.v[i][2 * j], sums.v[i][2 * j + 1], low_rank, scale, mask,
+                           operands.row + place.row(i), (operands.column + place.warp_column) / 8 + 2 * j, place.t);
+        // The calls of the mask one after the other: together they would need too many registers.
+        if (kDropout) __syncwarp();
+      });
+    });
+    __syncthreads();
+  }
+}
+
+template <class T>
+__device__ inline float number(Bits<T> bits);
+template <>
+__device__ inline float number<float>(float value) {
+  return value;
+}
+template <>
+__device__ inline float number<__nv_bfloat16>(uint16_t bits) {
+  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
+template <>
+__device__ inline float number<__half>(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+
+template <class T, class S>
+__device__ inline void add_bias(Sums<S>& sums, const Place<S>& place, const Bits<T>* bias, int column, int columns) {
+#pragma unroll
+  for (int j = 0; j < S::kBlocksN; ++j) {
+    const int n = column + place.column(j);
+    const float low = n < columns ? number<T>(bias[n]) : 0.0f, high = n + 1 < columns ? number<T>(bias[n + 1]) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < S::kBlocksM; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sums.v[i][j][2 * half] += low;
+        sums.v[i][j][2 * half + 1] += high;
+      }
+    }
+  }
+}
+
+template <class T>
+__device__ inline void store_number(void* to, int64_t at, float value, bool is_float) {
+  if constexpr (sizeof(T) == 4) {
+    static_cast<float*>(to)[at] = value;
+  } else if (is_float) {
+    static_cast<float*>(to)[at] = value;
+  } else {
+    static_cast<uint16_t*>(to)[at] = static_cast<uint16_t>(pair_of<T>(value, 0.0f));
+  }
+}
+
+// Writes the sums as elements of T to out [rows, columns], through shared memory in whole rows.
+template <class T, class S>
+__device__ inline void store_sums(const Sums<S>& sums, const Place<S>& place, void* out, int row, int column, int rows,
+                                  int columns, uint32_t shared) {
+  using Out = Tile<T, S::kRows, S::kColumns, sizeof(T) / 2>;
+  // A thread's two columns lie in one chunk.
+  const int byte = 2 * place.t * static_cast<int>(sizeof(T));
+#pragma unroll
+  for (int i = 0; i < S::kBlocksM; ++i) {
+#pragma unroll
+    for (int j = 0; j < S::kBlocksN; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = place.row(i) + 8 * half, chunk = (place.warp_column + 8 * j) / kChunk<T> + byte / 16;
+        const float low = sums.v[i][j][2 * half], high = sums.v[i][j][2 * half + 1];
+        const uint32_t to = shared + Out::offset(r, chunk) + byte % 16;
+        if constexpr (sizeof(T) == 4) {
+          asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(low), "f"(high) : "memory");
+        } else {
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pair_of<T>(low, high)) : "memory");
+        }
+      }
+    }
+  }
+  __syncthreads();
+  const bool chunks = in_chunks<T>(out, columns);
+#pragma unroll
+  for (int first = 0; first < Out::kRows * Out::kChunks; first += S::kThreads) {
+    const int index = first + threadIdx.x, r = index / Out::kChunks, c = index % Out::kChunks;
+    const int left = columns - column - c * kChunk<T>;
+    if (row + r >= rows || left <= 0) continue;
+    Bits<T>* to = static_cast<Bits<T>*>(out) + static_cast<int64_t>(row + r) * columns + column + c * kChunk<T>;
+    const uint4 v = load_chunk(shared + Out::offset(r, c));
+    if (chunks) {
+      *reinterpret_cast<uint4*>(to) = v;
+    } else {
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int e = 0; e < kChunk<T>; ++e) {
+        if (e >= left) continue;
+        if constexpr (sizeof(T) == 4) {
+          to[e] = __uint_as_float(words[e]);
+        } else {
+          to[e] = static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)));
+        }
+      }
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace lora_kernels

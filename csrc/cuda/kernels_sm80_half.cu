@@ -1,0 +1,10 @@
+// The kernels of kernels_sm80.cuh for float16.
+
+#define LORA_TYPE half
+#define LORA_ELEMENT __half
+#define LORA_TABLE half_kernels
+#define LORA_FORWARD LORA_EACH_FORWARD
+#define LORA_BACKWARD LORA_EACH_BACKWARD
+#define LORA_DECODE LORA_EACH_DECODE
+
+#include "kernels_sm80.cuh"

@@ -1,0 +1,310 @@
+// The product of a large tile, multi-stage: copies run ahead of the tensor cores. A producing tile makes
+// the thin product with a low-rank factor on the way, from the operand fragments it has in registers.
+
+#pragma once
+
+#include <type_traits>
+
+#include "mask.cuh"
+#include "shapes.h"
+#include "tiles.cuh"
+
+namespace lora_kernels {
+
+// Where a thread's sums lie in the tile: block (i, j) has rows row(i), row(i) + 8 and columns column(j) + 0, 1.
+template <class S>
+struct Place {
+  int warp_row, warp_column, thin_row, group, t;
+
+  __device__ Place() {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    warp_row = warp / S::kWarpsN * S::kWarpRows;
+    warp_column = warp % S::kWarpsN * S::kWarpColumns;
+    thin_row = warp_row + warp % S::kWarpsN * 16;  // the block whose thin product this warp makes
+    group = lane / 4;
+    t = lane % 4;
+  }
+  __device__ int row(int i) const { return warp_row + 16 * i + group; }
+  __device__ int column(int j) const { return warp_column + 8 * j + 2 * t; }
+};
+
+template <class S>
+struct Sums {
+  float v[S::kBlocksM][S::kBlocksN][4];
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < S::kBlocksM; ++i) {
+#pragma unroll
+      for (int j = 0; j < S::kBlocksN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[i][j][e] = 0;
+      }
+    }
+  }
+  __device__ void add(const Sums& other) {
+#pragma unroll
+    for (int i = 0; i < S::kBlocksM; ++i) {
+#pragma unroll
+      for (int j = 0; j < S::kBlocksN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[i][j][e] += other.v[i][j][e];
+      }
+    }
+  }
+};
+
+template <int kRanks>
+struct ThinSums {
+  float v[kRanks / 8][4] = {};
+};
+
+// Shared memory of a loop: a ring of stages, each with both operands and the thin one.
+// kByDepth: the right operand lies [depth, columns], not [columns, depth]; so does the thin one.
+template <class T, class S, int kRanks, bool kByDepth>
+struct Ring {
+  static_assert(sizeof(T) == S::kSize, "a shape for elements of this size");
+  using Left = Tile<T, S::kRows, S::kDepth>;
+  using Right = std::conditional_t<kByDepth, Tile<T, S::kDepth, S::kColumns>, Tile<T, S::kColumns, S::kDepth>>;
+  using Thin = std::conditional_t<kByDepth, Tile<T, S::kDepth, kRanks>, Tile<T, kRanks, S::kDepth>>;
+  static constexpr int kRight = Left::kBytes, kThin = kRight + Right::kBytes;
+  static constexpr int kStageBytes = kThin + Thin::kBytes, kBytes = S::kStages * kStageBytes;
+  static_assert(kBytes == ring_bytes<S>(kRanks), "what the host asks for");
+};
+
+// Copies the thin operand by registers where chunks can't be: fetched while a step is computed, stored after.
+template <class T, class ThinTile, int kThreads>
+struct ThinFetch {
+  static constexpr int kCopies = (ThinTile::kRows * ThinTile::kChunks + kThreads - 1) / kThreads;
+  uint4 chunks[kCopies];
+
+  __device__ void fetch(const Source& from, int row, int column) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int index = i * kThreads + threadIdx.x;
+      chunks[i] = fetch_chunk<T>(from, row + index / ThinTile::kChunks, column + index % ThinTile::kChunks * kChunk<T>);
+    }
+  }
+  __device__ void store(uint32_t to) const {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int index = i * kThreads + threadIdx.x;
+      if (index < ThinTile::kRows * ThinTile::kChunks) {
+        store_chunk(to + ThinTile::offset(index / ThinTile::kChunks, index % ThinTile::kChunks), chunks[i]);
+      }
+    }
+  }
+};
+
+// The operands of a tile's product at (row, column) and, for a producing tile, of the thin one.
+struct Operands {
+  const Layer& layer;
+  Source left, right, thin;
+  int row, column, depth;
+};
+
+// The copies of a loop's steps into its ring, in order.
+template <class T, class S, int kRanks, bool kByDepth, bool kProducing, bool kInChunks>
+struct Copies {
+  using R = Ring<T, S, kRanks, kByDepth>;
+  using Thin = typename R::Thin;
+
+  Stream<T, typename R::Left, S::kThreads, false, kInChunks> left;
+  Stream<T, typename R::Right, S::kThreads, kByDepth, kInChunks> right;
+  ThinFetch<T, Thin, S::kThreads> fetched;
+  const Operands& operands;
+  int step = 0;
+  uint32_t stage, end;
+  bool by_registers;
+
+  __device__ Copies(const Operands& o, uint32_t shared)
+      : left(o.left, o.row, 0),
+        right(o.right, kByDepth ? 0 : o.column, kByDepth ? o.column : 0),
+        operands(o),
+        stage(shared),
+        end(shared + R::kBytes),
+        by_registers(kProducing && !o.thin.in_chunks) {}
+
+  // Starts the copies of the next step; what goes by registers is only fetched.
+  __device__ void start() {
+    left.copy(stage);
+    right.copy(stage + R::kRight);
+    if (kProducing) {
+      const int row = kByDepth ? step * S::kDepth : 0, column = kByDepth ? 0 : step * S::kDepth;
+      if (by_registers) {
+        fetched.fetch(operands.thin, row, column);
+      } else {
+        copy_tile<T, Thin, S::kThreads>(stage + R::kThin, operands.thin, row, column);
+      }
+    }
+  }
+  // Stores what was fetched and moves on.
+  __device__ void finish() {
+    if (by_registers) fetched.store(stage + R::kThin);
+    stage = stage + R::kStageBytes == end ? end - R::kBytes : stage + R::kStageBytes;
+    ++step;
+  }
+};
+
+// sums = left right over all of depth; with kProducing also thin_sums = D(left) thin, D where kDropout.
+template <class T, class S, int kRanks, bool kByDepth, bool kProducing, bool kDropout, bool kInChunks>
+__device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_sums, const Operands& operands, uint32_t shared) {
+  using R = Ring<T, S, kRanks, kByDepth>;
+  const Place<S> place;
+  const Mask mask(operands.layer);
+  const int steps = (operands.depth + S::kDepth - 1) / S::kDepth;
+  Copies<T, S, kRanks, kByDepth, kProducing, kInChunks> copies(operands, shared);
+  const LeftReader<typename R::Left> left(place.warp_row), thin_left(place.thin_row);
+  const RightReader<typename R::Right, kByDepth> right(place.warp_column);
+  const RightReader<typename R::Thin, kByDepth> thin(0);
+
+  sums.clear();
+  for (int step = 0; step < S::kStages - 1; ++step) {
+    if (step < steps) {
+      copies.start();
+      copies.finish();
+    }
+    commit_copies();
+  }
+  uint32_t stage = shared;
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<S::kStages - 2>();
+    // Also: nobody reads the stage that is filled next any more.
+    __syncthreads();
+    const bool more = copies.step < steps;
+    if (more) copies.start();
+    commit_copies();
+    const auto add_step = [&](Sums<S>& to) {
+      LeftMask<T> left_mask;
+      repeat<S::kDepth / kDeep<T>>([&](auto slice) {
+        Left<T> a[S::kBlocksM];
+        Right<T> b[S::kBlocksN / 2];
+        repeat<S::kBlocksM>([&](auto i) { left.template read<16 * i>(a[i], stage, slice); });
+        repeat<S::kBlocksN / 2>([&](auto j) { right.template read<16 * j, slice>(b[j], stage + R::kRight); });
+#pragma unroll
+        for (int i = 0; i < S::kBlocksM; ++i) {
+#pragma unroll
+          for (int j = 0; j < S::kBlocksN; ++j) {
+            multiply<T>(to.v[i][j], a[i], b[j / 2][2 * (j % 2)], b[j / 2][2 * (j % 2) + 1]);
+          }
+        }
+        if (kProducing) {
+          // One product after the other: the operands of both would need too many registers.
+          if (sizeof(T) == 4) __syncwarp();
+          Left<T> kept;
+          thin_left.template read<0>(kept, stage, slice);
+          if (kDropout) {
+            const int row = operands.row + place.thin_row + place.group, column = step * S::kDepth + kDeep<T> * slice;
+            left_mask.template keep<slice>(kept, mask, row, column, place.t);
+          }
+          repeat<kRanks / 16>([&](auto j) {
+            if (j && 16 * j >= operands.layer.r) return;
+            Right<T> f;
+            thin.template read<16 * j, slice>(f, stage + R::kThin);
+            multiply_long<T>(thin_sums.v[2 * j], kept, f[0], f[1]);
+            multiply_long<T>(thin_sums.v[2 * j + 1], kept, f[2], f[3]);
+          });
+        }
+      });
+    };
+    if constexpr (sizeof(T) == 4) {
+      // Long chains of float32 sums err more than a library's: those of a step are summed by themselves.
+      Sums<S> of_step;
+      of_step.clear();
+      add_step(of_step);
+      sums.add(of_step);
+    } else {
+      add_step(sums);
+    }
+    if (more) copies.finish();
+    stage = stage + R::kStageBytes == shared + R::kBytes ? shared : stage + R::kStageBytes;
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+}
+
+// Stores two numbers beside each other; aligned: by one access.
+template <class T>
+__device__ inline void store_pair(Bits<T>* to, float low, float high, bool aligned, bool both) {
+  if constexpr (sizeof(T) == 4) {
+    if (aligned) {
+      *reinterpret_cast<float2*>(to) = make_float2(low, high);
+      return;
+    }
+    to[0] = low;
+    if (both) to[1] = high;
+  } else {
+    const uint32_t pair = pair_of<T>(low, high);
+    if (aligned) {
+      *reinterpret_cast<uint32_t*>(to) = pair;
+      return;
+    }
+    to[0] = static_cast<uint16_t>(pair);
+    if (both) to[1] = static_cast<uint16_t>(pair >> 16);
+  }
+}
+
+// Stores a warp's 16 rows of a thin product from (row, rank) on, times scale, to out [rows, r].
+template <class T, int kRanks>
+__device__ inline void store_thin(const ThinSums<kRanks>& thin, float scale, void* out, int row, int rows, int rank,
+                                  int r) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < kRanks / 8; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = row + lane / 4 + 8 * half, first = rank + 8 * j + 2 * (lane % 4);
+      if (m >= rows || first >= r) continue;
+      store_pair<T>(static_cast<Bits<T>*>(out) + static_cast<int64_t>(m) * r + first, thin.v[j][2 * half] * scale,
+                    thin.v[j][2 * half + 1] * scale, r % 2 == 0, first + 1 < r);
+    }
+  }
+}
+
+// ---- tile order, flags ----
+
+struct Position {
+  int row, column;
+};
+
+// The index-th tile, kGroup rows at a time: operands stay in L2.
+__device__ inline Position grouped_tile(int index, int rows, int columns) {
+  constexpr int kGroup = 8;
+  const int in_group = kGroup * columns, first = index / in_group * kGroup, height = min(rows - first, kGroup);
+  return {first + index % in_group % height, index % in_group / height};
+}
+
+// Makes this program's stores visible to whoever waits on the flag.
+__device__ inline void publish(int* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) release_add(flag);
+}
+
+__device__ inline void wait(const int* flag, int arrivals) {
+  if (threadIdx.x == 0) {
+    while (acquire_load(flag) < arrivals) __nanosleep(32);
+  }
+  __syncthreads();
+}
+
+// Counts a consumer out; the last one, who finds `last` there, leaves a zero behind.
+__device__ inline void leave(int* flag, int last) {
+  __syncthreads();
+  if (threadIdx.x == 0 && count_up(flag) == last) atomicExch(flag, 0);
+}
+
+// Counts a program in and tells all of its threads whether it is the last of `parts`, which leaves a zero behind.
+__device__ inline bool last_to_arrive(int* counter, int parts, uint32_t shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int before = count_up(counter);
+    if (before == parts - 1) atomicExch(counter, 0);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(before) : "memory");
+  }
+  __syncthreads();
+  int before;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(before) : "r"(shared) : "memory");
+  __syncthreads();
+  return before == parts - 1;
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,79 @@
+// What crosses the border between host and device: plain numbers and pointers, no headers of CUDA's.
+
+#pragma once
+
+#include <cstdint>
+
+namespace lora_kernels {
+
+enum class Type : int { kBf16, kHalf, kFloat };
+
+// Rows of a tensor with unit column stride; the stride counts elements.
+struct Rows {
+  void* data;
+  int64_t stride;
+};
+
+// One call of y = x WT + bias + scaling * xa BT, xa = D(x) AT, and its gradients.
+struct Layer {
+  int m, n, k, r;
+  Rows w, a, b;             // [n, k], [r, k], [n, r]
+  int adapters_are_float;   // a and b are float32 beside a 16-bit x
+  float scaling;
+  const float* scaling_pointer;  // where it lies in memory; null: the number above
+  const int64_t* seed;           // null: no dropout
+  uint32_t threshold;            // of 65536
+};
+
+// How the tiles of a large product are laid out: panels of rows by columns of tiles.
+struct Grid {
+  int panels, columns;
+};
+
+struct ForwardParams {
+  Layer layer;
+  Grid grid;
+  Rows x;                   // [m, k]
+  void *bias, *y, *xa;      // [n] or null, [m, n], [m, r]; contiguous
+  int* flags;               // one a row panel, zero before and after
+  int producers;            // columns of tiles that make xa; 0: an earlier launch made it
+};
+
+// How the tiles of backward are numbered: kinds one after the other, each from the end of the one before.
+struct Kinds {
+  int dxa, db, da, all;             // ends
+  int parts, slabs;                 // segments of rows; slices of ranks
+  int db_blocks, da_blocks;         // tiles of a segment's sums
+};
+
+struct BackwardParams {
+  Layer layer;
+  Grid grid;
+  Kinds kinds;
+  Rows dy, x;               // [m, n], [m, k]
+  const void* xa;           // [m, r]
+  void *dxa, *dx, *da, *db, *dbias;  // contiguous; null: not wanted (dxa: not needed)
+  int adapter_gradients_are_float;
+  float* partials;          // [blocks, segments, ranks + 1, columns] if there are several segments
+  int *counters, *flags;    // one a block of sums, one a row panel; zero before and after
+  int segment;              // rows that a tile of da or db sums
+  int fused;                // whether the first tiles make dxa; 0: an earlier launch made it
+};
+
+struct DecodeParams {
+  Layer layer;              // at most 16 rows, no dropout
+  Rows x;                   // [m, k]
+  void *bias, *y, *xa;      // as in forward
+  float* partials;          // [tiles, parts, 16, columns] if there are several parts
+  int *counters, *flag;     // one a tile, one in all; zero before and after
+  int parts;                // of the columns of x and W that programs sum by themselves
+};
+
+struct ThinParams {
+  Layer layer;
+  Rows v;                   // x [m, k] or dy [m, n]
+  void* out;                // [m, r]: D(x) AT, or scaling * dy B
+  int backward;
+};
+
+}  // namespace lora_kernels

@@ -1,0 +1,170 @@
+// Which kernel serves a call, on which grid.
+//
+// Of the kernels that take a call in the fewest launches, the one of the smallest cost: waves of tiles, each at the
+// share of the peak that its size reaches.
+// The shares are estimates: nothing here was measured on a GPU.
+
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "shapes.h"
+
+namespace lora_kernels {
+
+namespace {
+
+constexpr int kMaxRank = 256;
+// Of the large product; as many again are left for sums.
+constexpr int kMostTiles = 1 << 30;
+
+// A kernel of one kind as the list has it.
+struct Choice {
+  const char* shape;
+  int rows, columns, depth, threads, ranks, shared_bytes;
+  bool dropout, in_chunks;
+};
+
+template <class S>
+Choice choice(const char* shape, int ranks, bool dropout, bool in_chunks, int shared_bytes) {
+  return {shape, S::kRows, S::kColumns, S::kDepth, S::kThreads, ranks, shared_bytes, dropout, in_chunks};
+}
+
+const std::vector<Choice>& choices(bool backward, bool is_float) {
+#define LORA_X(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, forward_bytes<S>(ranks)),
+  static const std::vector<Choice> forwards[] = {{LORA_EACH_FORWARD(LORA_X)}, {LORA_EACH_FORWARD_FLOAT(LORA_X)}};
+#undef LORA_X
+#define LORA_X(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, backward_bytes<S>(ranks)),
+  static const std::vector<Choice> backwards[] = {{LORA_EACH_BACKWARD(LORA_X)}, {LORA_EACH_BACKWARD_FLOAT(LORA_X)}};
+#undef LORA_X
+  return backward ? backwards[is_float] : forwards[is_float];
+}
+
+const char* name_of(Type type) { return type == Type::kBf16 ? "bf16" : type == Type::kHalf ? "half" : "float"; }
+
+int over(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Why a kernel can't serve a problem on a device; empty if it can.
+std::string refusal(const Choice& c, const Problem& p, const Device& d) {
+  if (c.dropout != p.dropout) return "is for another mode of dropout";
+  if (c.in_chunks && !p.in_chunks) return "needs rows that start at multiples of 16 bytes";
+  if (c.shared_bytes > d.shared_bytes) return "needs more shared memory";
+  return "";
+}
+
+// Relative time: waves of tiles, each its work over the share of the peak that a tile of its size reaches, with
+// a few steps' time to fill the pipeline and to store.
+double cost(const Choice& c, const Problem& p, const Device& d) {
+  const int out = p.backward ? p.k : p.n, depth = p.backward ? p.n : p.k;
+  const double tiles = static_cast<double>(over(p.m, c.rows)) * over(out, c.columns);
+  const double waves = std::max(1.0, tiles / d.multiprocessors);
+  const int area = c.rows * c.columns;
+  const double share = area >= 16384 ? 0.75 : area >= 8192 ? 0.62 : 0.5;
+  const double tile = area / share * (over(depth, c.depth) * c.depth + 192.0);
+  return (waves < 2 ? over(static_cast<int64_t>(tiles), d.multiprocessors) : waves) * tile;
+}
+
+// Fewer launches come first, and with them fewer slices of ranks; then the cost.
+bool better(const Choice& c, const Choice& than, const Problem& p, const Device& d) {
+  const int slabs = over(p.r, c.ranks), slabs_than = over(p.r, than.ranks);
+  return slabs != slabs_than ? slabs < slabs_than : cost(c, p, d) < cost(than, p, d);
+}
+
+std::string name_of(const char* kind, const Choice& c, const Problem& p) {
+  return std::string("lora_") + kind + "_" + c.shape + "_" + name_of(p.type) + "_r" + std::to_string(c.ranks) +
+         (c.dropout ? "_d1" : "_d0") + (c.in_chunks ? "_c1" : "_c0");
+}
+
+Launch thin_launch(const Problem& p, const Device& d) {
+  const int ranks = p.r <= 16 ? 16 : 64, grid = std::min(over(p.m, kThinRows), d.multiprocessors);
+  // dxa is not masked.
+  const char* dropout = p.dropout && !p.backward ? "_d1" : "_d0";
+  return {std::string("lora_thin_") + name_of(p.type) + "_r" + std::to_string(ranks) + dropout, grid, kThinThreads, thin_bytes(ranks)};
+}
+
+// Rows that a tile of da or db sums: few enough that a sum, which waits for memory, lasts no longer than a tile of
+// dx; so many that the partial sums, written and read again, stay below 3 % of the call's bytes.
+int segment_rows(const Problem& p, const Choice& c) {
+  const int balanced = static_cast<int>(static_cast<int64_t>(c.rows + c.columns) * p.n / (4 * kSumColumns));
+  const int rows = std::max(balanced, 128 * std::max(16, p.r)), step = std::max(c.rows, kSumRows);
+  return over(std::min(rows, p.m), step) * step;
+}
+
+void number_tiles(Plan& plan, const Problem& p, const Choice& c, bool fused) {
+  Kinds& k = plan.kinds;
+  plan.segment = segment_rows(p, c);
+  k.parts = over(p.m, plan.segment);
+  k.slabs = over(p.r, c.ranks);
+  k.db_blocks = over(p.n, kSumColumns) * k.slabs;
+  k.da_blocks = over(p.k, kSumColumns) * k.slabs;
+  k.dxa = fused ? plan.grid.panels : 0;
+  k.db = k.dxa + (p.db || p.dbias ? k.db_blocks * k.parts : 0);
+  k.da = k.db + (p.da ? k.da_blocks * k.parts : 0);
+  k.all = k.da + (p.dx ? plan.grid.panels * (plan.grid.columns - (fused ? 1 : 0)) : 0);
+  plan.partials = k.parts > 1 ? int64_t{k.db_blocks + k.da_blocks} * k.parts * (c.ranks + 1) * kSumColumns : 0;
+  plan.counters = k.db_blocks + k.da_blocks + plan.grid.panels;
+}
+
+void check(const Problem& p) {
+  if (p.r < 1 || p.r > kMaxRank) throw std::invalid_argument("lora_A: expected a rank from 1 to 256");
+}
+
+}  // namespace
+
+bool is_decoding(const Problem& p) {
+  return !p.backward && p.m <= kDecodeRows && !p.dropout && p.in_chunks && p.type != Type::kFloat;
+}
+
+// The columns are divided so that programs come out even: a round costs what its share of W takes to read, and some
+// time in which memory waits, estimated as that of 16 KB.
+DecodePlan decode_plan(const Problem& p, const Device& d) {
+  check(p);
+  const int tiles = over(p.r, kDecodeColumns) + over(p.n, kDecodeColumns);
+  const int most = std::max(1, std::min(16, p.k / (32 * kDecodeWarps)));
+  int parts = 1;
+  double least = 0;
+  for (int tried = 1; tried <= most; ++tried) {
+    const double round = 2.0 * kDecodeColumns * p.k / tried + 16384;
+    const double time = round * over(static_cast<int64_t>(tiles) * tried, d.multiprocessors);
+    if (tried == 1 || time < least) parts = tried, least = time;
+  }
+  const int64_t all = static_cast<int64_t>(tiles) * parts;
+  const int grid = static_cast<int>(std::min<int64_t>(all, d.multiprocessors));
+  return {{std::string("lora_decode_") + name_of(p.type), grid, kDecodeThreads, kDecodeBytes},
+          parts, tiles + 1, parts > 1 ? all * kDecodeTile : 0};
+}
+
+Plan plan(const Problem& p, const Device& d) {
+  check(p);
+  const Choice* best = nullptr;
+  for (const Choice& c : choices(p.backward, p.type == Type::kFloat)) {
+    if (!refusal(c, p, d).empty()) continue;
+    if (!best || better(c, *best, p, d)) best = &c;
+  }
+  if (!best) throw std::invalid_argument("no kernel serves this call on this device");
+  const Choice& c = *best;
+  Plan plan{};
+  plan.rows = c.rows;
+  plan.columns = c.columns;
+  plan.ranks = c.ranks;
+  plan.grid = {over(p.m, c.rows), over(p.backward ? p.k : p.n, c.columns)};
+  // A producing tile takes all ranks at once, and makes dx: otherwise a launch before makes the thin product.
+  const bool wants_thin = !p.backward || p.dx || p.da;
+  const bool fused = wants_thin && p.r <= c.ranks && (!p.backward || p.dx);
+  if (int64_t{plan.grid.panels} * plan.grid.columns > kMostTiles)
+    throw std::invalid_argument("x: expected fewer rows: their tiles are numbered by 31 bits");
+  int tiles = plan.grid.panels * plan.grid.columns;
+  plan.counters = plan.grid.panels;
+  if (p.backward) {
+    number_tiles(plan, p, c, fused);
+    tiles = plan.kinds.all;
+  }
+  plan.large = {name_of(p.backward ? "backward" : "forward", c, p), std::min(tiles, d.multiprocessors), c.threads,
+                c.shared_bytes};
+  if (wants_thin && !fused) plan.thin = thin_launch(p, d);
+  return plan;
+}
+
+}  // namespace lora_kernels

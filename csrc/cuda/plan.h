@@ -1,0 +1,61 @@
+// Which kernel serves a call, on which grid: a pure function of the call and the device.
+
+#pragma once
+
+#include <string>
+
+#include "params.h"
+
+namespace lora_kernels {
+
+// What a plan depends on of a GPU.
+struct Device {
+  int arch;            // compute capability 9.0 is 90
+  int multiprocessors;
+  int shared_bytes;    // a program may have at most
+};
+
+// What a plan depends on of a call.
+struct Problem {
+  int m, n, k, r;
+  Type type;
+  bool dropout;
+  bool in_chunks;      // whether all rows of the large operands start at multiples of 16 bytes
+  bool backward;
+  bool dx, da, db, dbias;
+};
+
+// One launch: the kernel's name, programs, threads of each, bytes of shared memory.
+struct Launch {
+  std::string kernel;
+  int grid, threads, shared_bytes;
+};
+
+struct Plan {
+  Launch large;
+  Launch thin;         // its kernel is empty where one launch does it all
+  int rows, columns;   // of a tile
+  int ranks;           // that a tile takes at a time
+  Kinds kinds;         // of backward
+  Grid grid;
+  int segment;         // rows that a tile of da or db sums
+  int counters;        // int32 zeros that the call needs
+  int64_t partials;    // float32 numbers that the call needs
+};
+
+// A forward call that is bound by reading the weight: one launch of the decode kernel.
+bool is_decoding(const Problem& problem);
+
+struct DecodePlan {
+  Launch launch;
+  int parts;           // of the columns of x and W
+  int counters;        // int32 zeros that the call needs, the last one its flag
+  int64_t partials;    // float32 numbers that the call needs
+};
+
+DecodePlan decode_plan(const Problem& problem, const Device& device);
+
+// Throws std::invalid_argument where no kernel serves the problem.
+Plan plan(const Problem& problem, const Device& device);
+
+}  // namespace lora_kernels

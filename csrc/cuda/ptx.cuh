@@ -1,0 +1,158 @@
+// The PTX instructions that C++ has no word for, one small function each.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <utility>
+
+namespace lora_kernels {
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes past L1 to `to` + kOffset; bytes from `count` on become zeros without being read.
+template <int kOffset = 0>
+__device__ inline void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1], 16;" ::"r"(to), "l"(from), "n"(kOffset) : "memory");
+}
+template <int kOffset = 0>
+__device__ inline void copy_async(uint32_t to, const void* from, int count) {
+  asm volatile("cp.async.cg.shared.global [%0 + %3], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(count), "n"(kOffset)
+               : "memory");
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kPending groups of this thread's copies are under way.
+template <int kPending>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements; each lane names a row of 16 bytes, at `from` + kOffset.
+template <int kOffset = 0>
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from), "n"(kOffset)
+               : "memory");
+}
+template <int kOffset = 0>
+__device__ inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from), "n"(kOffset)
+               : "memory");
+}
+
+// The compiler takes the number for one that it can't compute again: it keeps it in a register.
+__device__ inline int kept_in_register(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+// A number known when compiled, passed as an argument.
+template <int kValue>
+struct Constant {
+  __host__ __device__ constexpr operator int() const { return kValue; }
+};
+
+// Calls f with 0, 1, ... kCount - 1 as constants.
+template <int kCount, class F>
+__device__ inline void repeat(F f) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    (f(Constant<kIndex>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+// sum [16 x 8] += a [16 x 16] b [16 x 8], float32 sums.
+template <class T>
+__device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ inline void multiply<__nv_bfloat16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ inline void multiply<__half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same by plain float32 products, four deep, in order: rows lane / 4 and that + 8 of a, columns 2 (lane % 4) and
+// the next of b.
+__device__ inline float plus_product(float sum, float4 a, float4 b) {
+  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+template <class T>
+__device__ inline void multiply(float (&sum)[4], const float4 (&a)[2], float4 b0, float4 b1) {
+  sum[0] = plus_product(sum[0], a[0], b0);
+  sum[1] = plus_product(sum[1], a[0], b1);
+  sum[2] = plus_product(sum[2], a[1], b0);
+  sum[3] = plus_product(sum[3], a[1], b1);
+}
+
+// The same for long sums: float32 products are added up four by four, since one chain of all errs more than a library's.
+template <class T, class A, class B>
+__device__ inline void multiply_long(float (&sum)[4], const A& a, const B& b0, const B& b1) {
+  if constexpr (sizeof(T) == 4) {
+    float of_four[4] = {};
+    multiply<T>(of_four, a, b0, b1);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] += of_four[e];
+  } else {
+    multiply<T>(sum, a, b0, b1);
+  }
+}
+
+// ---- flags between programs ----
+
+// Adds one to a flag; what this thread wrote before is visible to whoever sees the sum.
+__device__ inline void release_add(int* flag) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(flag) : "memory");
+}
+
+__device__ inline int acquire_load(const int* flag) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+// Adds one and returns what was there; both releases and acquires.
+__device__ inline int count_up(int* flag) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(flag) : "memory");
+  return before;
+}
+
+// Memory that other programs wrote in this launch: past L1, which may hold what was there before. Zero where it is
+// not `there`: by a predicate, since a branch would divide the warp.
+__device__ inline uint16_t load_fresh(const uint16_t* from, bool there) {
+  uint16_t value;
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.u16 %0, 0; @p ld.global.cg.u16 %0, [%1]; }"
+               : "=h"(value)
+               : "l"(from), "r"(static_cast<int>(there))
+               : "memory");
+  return value;
+}
+
+__device__ inline float load_fresh(const float* from, bool there) {
+  float value;
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.f32 %0, 0f00000000; @p ld.global.cg.f32 %0, [%1]; }"
+               : "=f"(value)
+               : "l"(from), "r"(static_cast<int>(there))
+               : "memory");
+  return value;
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,18 @@
+// What the host side asks of CUDA's runtime; errors are thrown as std::runtime_error that names the call.
+
+#pragma once
+
+#include "plan.h"
+
+namespace lora_kernels {
+
+// The properties of a CUDA device; asked of the driver once per device.
+Device device_of(int index);
+
+// Launches a kernel of the list on the current device: `params` are copied.
+void launch(const Launch& how, const void* params, void* stream);
+
+// Whether a graph is being captured on a stream.
+bool is_capturing(void* stream);
+
+}  // namespace lora_kernels

@@ -1,0 +1,84 @@
+// The shapes of tiles that ship, and the kernels made for them: one list for host and device.
+
+#pragma once
+
+namespace lora_kernels {
+
+// Tiles of a large product: kRows by kColumns, kDepth a step, kStages steps in flight, warps in a grid.
+template <int kRowsOfTile, int kColumnsOfTile, int kDepthOfStep, int kStagesOfRing, int kWarpsAlongM, int kWarpsAlongN,
+          int kBytesOfElement = 2>
+struct Shape {
+  static constexpr int kSize = kBytesOfElement;
+  static constexpr int kRows = kRowsOfTile, kColumns = kColumnsOfTile, kDepth = kDepthOfStep;
+  static constexpr int kStages = kStagesOfRing, kWarpsM = kWarpsAlongM, kWarpsN = kWarpsAlongN;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kWarpRows = kRows / kWarpsM, kWarpColumns = kColumns / kWarpsN;
+  static constexpr int kBlocksM = kWarpRows / 16, kBlocksN = kWarpColumns / 8;
+  static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0 && kDepth % 16 == 0, "whole fragments");
+  // A warp makes the thin product of one 16-row block; those beside it, which read the same rows, of others.
+  static_assert(kBlocksM == kWarpsN, "one block of the thin product a warp");
+};
+
+using Large = Shape<128, 128, 64, 3, 2, 4>;   // where a program may have 160 KB of shared memory
+using Medium = Shape<128, 128, 32, 4, 2, 4>;  // where it may have 99
+using Tall = Shape<128, 64, 64, 3, 4, 2>;     // half of the sums: for ranks and masks that need the registers
+using Small = Shape<64, 64, 64, 3, 2, 2>;     // for few tiles
+using TallFloat = Shape<128, 64, 32, 3, 4, 2, 4>;  // float32
+using SmallFloat = Shape<64, 64, 32, 3, 2, 2, 4>;
+
+// X(shape, ranks, dropout, whether rows start at multiples of 16 bytes)
+#define LORA_EACH_FORWARD(X) \
+  X(Large, 16, 0, 1) X(Large, 16, 1, 1) X(Large, 64, 0, 1) X(Large, 64, 1, 1) \
+  X(Medium, 16, 0, 1) X(Medium, 16, 1, 1) X(Medium, 64, 0, 1) X(Medium, 64, 1, 1) \
+  X(Small, 16, 0, 1) X(Small, 16, 1, 1) X(Small, 64, 0, 1) X(Small, 64, 1, 1) X(Small, 16, 0, 0) X(Small, 16, 1, 0)
+
+#define LORA_EACH_BACKWARD(X) \
+  X(Large, 16, 0, 1) X(Large, 16, 1, 1) X(Medium, 16, 0, 1) X(Medium, 16, 1, 1) X(Tall, 64, 0, 1) X(Tall, 64, 1, 1) \
+  X(Small, 16, 0, 1) X(Small, 16, 1, 1) X(Small, 64, 0, 1) X(Small, 64, 1, 1) X(Small, 16, 0, 0) X(Small, 16, 1, 0)
+
+#define LORA_EACH_DECODE(X) X()
+
+#define LORA_EACH_FORWARD_FLOAT(X) \
+  X(TallFloat, 16, 0, 1) X(TallFloat, 16, 1, 1) X(TallFloat, 64, 0, 1) X(TallFloat, 64, 1, 1) \
+  X(SmallFloat, 16, 0, 1) X(SmallFloat, 16, 1, 1) X(SmallFloat, 16, 0, 0) X(SmallFloat, 16, 1, 0)
+
+#define LORA_EACH_BACKWARD_FLOAT(X) LORA_EACH_FORWARD_FLOAT(X)
+
+#define LORA_EACH_DECODE_FLOAT(X)
+
+// The thin launch of the split path; X(ranks, dropout).
+#define LORA_EACH_THIN(X) X(16, 0) X(16, 1) X(64, 0) X(64, 1)
+
+// Shared memory of a kernel, which the device side checks against what it lays out there.
+template <class S>
+constexpr int ring_bytes(int ranks) {
+  return S::kStages * S::kSize * S::kDepth * (S::kRows + S::kColumns + ranks);
+}
+template <class S>
+constexpr int low_rank_bytes(int ranks) {
+  return S::kSize * ranks * (S::kRows + S::kColumns);
+}
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+template <class S>
+constexpr int forward_bytes(int ranks) {
+  return larger(larger(ring_bytes<S>(ranks), low_rank_bytes<S>(ranks)), S::kSize * S::kRows * S::kColumns);
+}
+// Rows of a step of sums and depth of a step of thin products are those of 16-bit elements; half of float32's.
+constexpr int kSumColumns = 128, kSumRows = 64, kSumStages = 3;
+constexpr int sum_bytes(int ranks) {
+  const int in_order = 4 * larger(kSumColumns * (ranks + 1), ranks * (kSumColumns + 1));
+  return larger(kSumStages * 2 * kSumRows * (ranks + kSumColumns), in_order);
+}
+template <class S>
+constexpr int backward_bytes(int ranks) {
+  return larger(forward_bytes<S>(ranks), sum_bytes(ranks));
+}
+// Decoding: tiles of 16 rows of x by as many rows of W, a program's warps sharing its columns.
+constexpr int kDecodeRows = 16, kDecodeColumns = 32, kDecodeTile = kDecodeRows * kDecodeColumns, kDecodeWarps = 8;
+constexpr int kDecodeThreads = 32 * kDecodeWarps, kDecodeNumbers = kDecodeTile / kDecodeThreads;
+constexpr int kDecodeBytes = 4 * kDecodeWarps * kDecodeTile;
+constexpr int kThinThreads = 128, kThinRows = kThinThreads / 2, kThinStages = 3;
+constexpr int thin_bytes(int ranks) { return kThinStages * 2 * 64 * (kThinRows + ranks); }
+
+}  // namespace lora_kernels

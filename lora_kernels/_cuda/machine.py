@@ -1,0 +1,135 @@
+"""The compiled CUDA kernels without a GPU: their PTX in a virtual machine, the optional `ptxvm`.
+
+The library plans a call, allocates and fills in the kernels' parameters as for a GPU, on CPU
+tensors; only the launches are made here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels._cuobjdump import cuobjdump
+from lora_kernels._native import LIBRARIES, absence
+
+
+@dataclass
+class Machine:
+    """Executes the library's PTX; a race, an access out of bounds or a deadlock raises.
+
+    arch, multiprocessors, shared_bytes: of the GPU that is planned for.
+    resident: programs at once; seed: of the scheduler, another one for each launch.
+    zeros: flags that calls share; None gives each call its own.
+    stats: counts of each launch, with its kernel's name.
+    """
+
+    arch: int = 80
+    resident: int = 4
+    seed: int = 0
+    shared_bytes: int = 166912
+    zeros: Tensor | None = None
+    stats: list[tuple[str, Any]] = field(default_factory=list)
+
+    @property
+    def device(self) -> list[int]:
+        """The GPU in the form that the library takes."""
+        return [self.arch, self.resident, self.shared_bytes]
+
+    def run(self, names: str, numbers: Tensor, params: Tensor, memory: list[Tensor]) -> None:
+        """Execute recorded launches in order; `memory` is all that they may touch."""
+        first = 0
+        for name, launch in zip(names.split(), numbers.view(-1, 4).tolist(), strict=True):
+            grid, threads, shared, size = launch
+            stats = _code().launch(
+                name,
+                (grid,),
+                threads,
+                (bytes(params[first : first + size].tolist()),),
+                shared_bytes=shared,
+                resident_ctas=self.resident,
+                seed=self.seed,
+                extra_buffers=[t for t in memory if t.numel()],
+            )
+            first += size
+            self.seed += 1
+            self.stats.append((name, stats))
+            stats.assert_clean()
+
+
+@cache
+def _code() -> Any:
+    import ptxvm
+
+    return ptxvm.load(ptx())
+
+
+def ptx() -> str:
+    """Return the PTX that the library holds.
+
+    Raises:
+        RuntimeError: there is none; it is kept where an architecture was built with "+PTX".
+    """
+    modules = cuobjdump("-ptx", LIBRARIES["cuda"]).split(".version")[1:]
+    if not modules:
+        raise RuntimeError(
+            f"{LIBRARIES['cuda'].name} holds no PTX: build with an arch like 8.0+PTX"
+        )
+    # One module of all: the heads are alike, and names are distinct.
+    texts = [".version" + module.split("\nFatbin")[0] for module in modules]
+    head, *_ = texts[0].partition(".address_size 64")
+    return (
+        head + ".address_size 64\n" + "\n".join(t.partition(".address_size 64")[2] for t in texts)
+    )
+
+
+_MACHINE: ContextVar[Machine | None] = ContextVar("machine", default=None)
+
+
+def active() -> bool:
+    """Whether a machine serves calls instead of a GPU, on CPU tensors; not under torch.compile."""
+    return not torch.compiler.is_compiling() and _MACHINE.get() is not None
+
+
+@contextmanager
+def using(machine: Machine | None) -> Iterator[None]:
+    """Let a machine run the compiled kernels of this context: for tests and counts."""
+    token = _MACHINE.set(machine)
+    try:
+        yield
+    finally:
+        _MACHINE.reset(token)
+
+
+def _machine() -> Machine:
+    machine = _MACHINE.get()
+    reason = absence("cuda")
+    if machine is None or reason is not None:
+        raise RuntimeError(f"impl: 'cuda' can't serve this call: {reason or 'needs a CUDA device'}")
+    return machine
+
+
+def lora_linear_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Return y and xa; arguments as the operator's."""
+    machine = _machine()
+    recorded = torch.ops.lora_kernels.cuda_forward_recorded
+    y, xa, names, numbers, params, scratch = recorded(*args, machine.device, machine.zeros)
+    machine.run(names, numbers, params, [*_tensors(args), *scratch, y, xa])
+    return y, xa
+
+
+def lora_linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, da, db and dbias; arguments as the operator's."""
+    machine = _machine()
+    recorded = torch.ops.lora_kernels.cuda_backward_recorded
+    *gradients, names, numbers, params, scratch = recorded(*args, machine.device, machine.zeros)
+    machine.run(names, numbers, params, [*_tensors(args), *scratch, *gradients])
+    return tuple(gradients)
+
+
+def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    return [arg for arg in args if isinstance(arg, Tensor)]
