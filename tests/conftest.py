@@ -21,7 +21,7 @@ def pytest_configure(config):
     torch.set_num_threads(1)
     # `make sanitize` tests an instrumented build of the compiled part.
     if library := os.environ.get("LORA_KERNELS_TEST_LIBRARY"):
-        _native.LIBRARY = Path(library)
+        _native.LIBRARIES["cpu"] = Path(library)
     # Plans measured on this machine must not decide what is tested.
     os.environ["LORA_KERNELS_TUNED"] = os.devnull
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left alone (compiled code)")

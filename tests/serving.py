@@ -5,8 +5,8 @@ import torch
 
 from lora_kernels.dispatch import IMPLEMENTATIONS, Problem, refusals
 
-# Triton's kernels have parity tests of their own, where something can run them.
-IMPLS = [i.name for i in IMPLEMENTATIONS if i.name != "triton"]
+# A GPU's kernels have parity tests of their own, where something can run them.
+IMPLS = [i.name for i in IMPLEMENTATIONS if i.name not in ("triton", "cuda")]
 
 
 def skip_if_refused(impl, dtype=torch.float32, r=16):

@@ -15,7 +15,8 @@ from lora_kernels.dispatch import MAX_CPU_RANK
 from lora_kernels.ops import backward_op, forward_op
 from lora_kernels.testing import Case, assert_parity, make_inputs, run
 
-pytestmark = pytest.mark.skipif(absence() is not None, reason=f"compiled CPU part: {absence()}")
+ABSENT = absence("cpu")
+pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"compiled CPU part: {ABSENT}")
 
 ROOT = Path(__file__).parent.parent
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -135,7 +136,7 @@ def test_one_crossing_of_the_dispatcher_a_direction(monkeypatch):
 
 def _isa(name):
     environment = os.environ | {"LORA_KERNELS_TEST_ISA": name}
-    code = "import lora_kernels; from lora_kernels._native import absence; absence()\n"
+    code = "import lora_kernels; from lora_kernels._native import absence; absence('cpu')\n"
     code += "import torch; print(torch.ops.lora_kernels.cpu_isa())"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)

@@ -64,10 +64,10 @@ def test_mask_element_takes_its_lane():
 @pytest.mark.parametrize("block", [1 << 6, 1 << 17])
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "aten"])
 def test_eager_blocks_have_the_bits_of_the_reference(shape, block, compiled, monkeypatch):
-    if compiled and absence() is not None:
-        pytest.skip(f"compiled CPU part: {absence()}")
+    if compiled and absence("cpu") is not None:
+        pytest.skip(f"compiled CPU part: {absence('cpu')}")
     if not compiled:
-        monkeypatch.setattr(_philox, "absence", lambda: "left out by this test")
+        monkeypatch.setattr(_philox, "absence", lambda part: "left out by this test")
     monkeypatch.setattr(_philox, "BLOCK_COUNTERS", block)
     seed = torch.randint(-(1 << 63), (1 << 63) - 1, ())
     mask = torch.zeros(shape, dtype=torch.int16)
@@ -78,8 +78,8 @@ def test_eager_blocks_have_the_bits_of_the_reference(shape, block, compiled, mon
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "aten"])
 def test_lanes_beyond_the_32_bit_counter(compiled):
-    if compiled and absence() is not None:
-        pytest.skip(f"compiled CPU part: {absence()}")
+    if compiled and absence("cpu") is not None:
+        pytest.skip(f"compiled CPU part: {absence('cpu')}")
     start, count, seed, threshold = (1 << 32) - 100, 333, torch.tensor(-987654321), 6554
     lanes = torch.full((count, 8), 7, dtype=torch.int16)
     fill = _philox._compiled_fill(seed) if compiled else _philox._aten_fill(seed, count)
@@ -90,8 +90,8 @@ def test_lanes_beyond_the_32_bit_counter(compiled):
 
 
 def test_compiled_lanes_do_not_depend_on_the_number_of_threads():
-    if absence() is not None:
-        pytest.skip(f"compiled CPU part: {absence()}")
+    if absence("cpu") is not None:
+        pytest.skip(f"compiled CPU part: {absence('cpu')}")
     masks, threads = [], torch.get_num_threads()
     for n in (1, 2, 3):
         torch.set_num_threads(n)
@@ -103,8 +103,8 @@ def test_compiled_lanes_do_not_depend_on_the_number_of_threads():
 
 @pytest.mark.parametrize("lanes", [torch.zeros(4, 7).short(), torch.zeros(4, 8), torch.zeros(8)])
 def test_compiled_generator_refuses_other_tensors(lanes):
-    if absence() is not None:
-        pytest.skip(f"compiled CPU part: {absence()}")
+    if absence("cpu") is not None:
+        pytest.skip(f"compiled CPU part: {absence('cpu')}")
     with pytest.raises(RuntimeError, match="lanes: expected"):
         torch.ops.lora_kernels.keep_lanes_(lanes, 0, 1, 2)
 

@@ -20,6 +20,7 @@ FLOW = (
     "_triton.forward", "_triton.backward", "_triton.thin", "_triton.philox", "_triton.tiles",
     "_triton.tuned", "_triton.plan", "_triton.cost", "_triton.config", "_triton.launch",
     "_triton.workspace", "_triton.device", "_triton",
+    "_cuda.inspect", "_cuda.machine", "_cuda", "_cuobjdump",
     "_eager", "reference", "_philox", "_native", "checks", "dropout",
 )  # fmt: skip
 
@@ -45,7 +46,7 @@ def test_import_and_use_with_torch_alone():
         "import torch, lora_kernels as lk\n"
         "from lora_kernels import _native\n"
         "assert _native.absence.cache_info().currsize == 0, 'loaded at import'\n"
-        "_native.LIBRARY = Path('forbidden')\n"
+        "_native.LIBRARIES.update(cpu=Path('forbidden'), cuda=Path('forbidden'))\n"
         "layer = lk.LoRALinear(8, 6, r=2, lora_dropout=0.1)\n"
         "layer(torch.randn(3, 8)).sum().backward()\n"
         "assert not torch.cuda.is_initialized()\n"
@@ -101,7 +102,7 @@ def _imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and "lora_kernels" in node.module:
             package = node.module.removeprefix("lora_kernels").removeprefix(".")
-            if package in ("", "_triton"):
+            if package in ("", "_triton", "_cuda"):
                 names = (alias.name for alias in node.names)
                 yield from (f"{package}.{name}".removeprefix(".") for name in names)
             else:

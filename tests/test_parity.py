@@ -6,6 +6,7 @@ import torch
 import lora_kernels as lk
 from lora_kernels.ops import forward_op
 from lora_kernels.testing import Case, assert_parity, make_inputs
+from tests.layouts import LAYOUTS, laid_out
 from tests.serving import IMPLS, skip_if_refused
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -66,29 +67,12 @@ def test_two_threads(impl):
         torch.set_num_threads(1)
 
 
-def _sliced(t):
-    """The same values as part of a larger tensor: rows apart, last stride 1."""
-    wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), float("nan"), dtype=t.dtype)
-    wide[..., 1:-2] = t
-    return wide[..., 1:-2]
-
-
-def _transposed(t):
-    """The same values with the last stride not 1."""
-    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-@pytest.mark.parametrize("layout", [_sliced, _transposed])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
 def test_strided_tensors(impl, layout, dtype, dropout_p):
     case = Case((4, 33), 72, 129, 5, dtype, dropout_p=dropout_p)
-    inputs = make_inputs(case)
-    for name in ("x", "weight", "lora_A", "lora_B", "dy"):
-        t = layout(getattr(inputs, name))
-        assert not t.is_contiguous()
-        setattr(inputs, name, t)
-    assert_parity(case, inputs, impl)
+    assert_parity(case, laid_out(make_inputs(case), layout), impl)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)

@@ -12,8 +12,8 @@ import lora_kernels as lk
 from lora_kernels._native import absence
 
 needs_packing = pytest.mark.skipif(
-    absence() is not None or not torch.backends.mkldnn.is_available(),
-    reason=f"needs the compiled CPU part ({absence() or 'there'}) and oneDNN",
+    absence("cpu") is not None or not torch.backends.mkldnn.is_available(),
+    reason=f"needs the compiled CPU part ({absence('cpu') or 'there'}) and oneDNN",
 )
 
 
@@ -163,7 +163,7 @@ def test_layers_that_are_left_say_why():
 
 
 def test_without_the_compiled_part_everything_is_left(monkeypatch):
-    monkeypatch.setattr(lk.prepack, "absence", lambda: "left out by this test")
+    monkeypatch.setattr(lk.prepack, "absence", lambda part: "left out by this test")
     model = make_model()
     report = lk.prepack_(model)
     assert report.left.keys() == {"0", "2"}

@@ -22,6 +22,7 @@ from tests.executors import (
     needs_machine,
     running,
 )
+from tests.layouts import LAYOUTS, laid_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 
@@ -67,30 +68,12 @@ def test_sizes_ranks_and_dtypes(executor, case):
         assert_parity(case, make_inputs(case), "triton")
 
 
-def _sliced(t):
-    wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), float("nan"), dtype=t.dtype)
-    wide[..., 1:-2] = t
-    return wide[..., 1:-2]
-
-
-def _row_apart(t):
-    wide = torch.full((*t.shape[:-1], t.shape[-1] + 64), float("nan"), dtype=t.dtype)
-    wide[..., :-64] = t
-    return wide[..., :-64]
-
-
-def _transposed(t):
-    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-@pytest.mark.parametrize("layout", [_sliced, _row_apart, _transposed])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
 @pytest.mark.parametrize("executor", executors())
 def test_strided_tensors(executor, layout, dropout_p):
     case = Case((4, 33), 72, 136, 5, FP32 if INTERPRETED else BF16, dropout_p=dropout_p)
-    inputs = make_inputs(case)
-    for name in ("x", "weight", "lora_A", "lora_B", "dy"):
-        setattr(inputs, name, layout(getattr(inputs, name)))
+    inputs = laid_out(make_inputs(case), layout)
     with running(executor()):
         assert_parity(case, inputs, "triton")
 

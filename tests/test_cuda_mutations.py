@@ -1,0 +1,100 @@
+"""Faults planted in the compiled CUDA kernels: each must turn the parity suite red.
+
+A few small kernels are compiled to PTX from a changed copy of the sources and executed in the
+virtual machine in place of the library's.
+"""
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels._cuda import machine
+from lora_kernels._cuda.machine import Machine, using
+from lora_kernels._native import absence
+from lora_kernels.testing import Case, assert_parity, make_inputs
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+pytestmark = pytest.mark.skipif(
+    absence("cuda") is not None
+    or shutil.which("nvcc") is None
+    or importlib.util.find_spec("ptxvm") is None,
+    reason="needs the compiled CUDA part, nvcc and the PTX virtual machine (module ptxvm)",
+)
+KERNELS = """
+#define LORA_TYPE bf16
+#define LORA_ELEMENT __nv_bfloat16
+#define LORA_TABLE table
+#define LORA_FORWARD(X) X(Small, 16, 1, 1)
+#define LORA_BACKWARD(X) X(Small, 16, 1, 1)
+#define LORA_DECODE(X) X()
+#include "shapes.h"
+#undef LORA_EACH_THIN
+#define LORA_EACH_THIN(X)
+#include "kernels_sm80.cuh"
+"""
+# name: (file, text, what stands there instead)
+MUTANTS = {
+    "nothing": ("forward.cuh", "layer.m, 0, layer.r", "layer.m, 0, layer.r"),
+    "dxa published before the store": (
+        "backward.cuh",
+        "store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, 0, layer.r);\n"
+        "    publish(p.flags + at.row);",
+        "publish(p.flags + at.row);\n"
+        "    store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, 0, layer.r);",
+    ),
+    "flag not waited for": ("mainloop.cuh", "(acquire_load(flag) < arrivals)", "(false)"),
+    "flag not reset": ("mainloop.cuh", "count_up(flag) == last) atomicExch", "false) atomicExch"),
+    "step not waited for": ("mainloop.cuh", "wait_for_copies<S::kStages - 2>()", "(void)0"),
+    "stage refilled while it is read": (
+        "mainloop.cuh",
+        "next any more.\n    __syncthreads();",
+        "next any more.\n",
+    ),
+    "wrong counter in the mask": ("mask.cuh", "(layer.k + 7) / 8", "(layer.k + 15) / 8"),
+    "edge taken for the inside": ("tiles.cuh", "} else if (inside) {", "} else if (true) {"),
+    "dropout forgotten in dA": ("sums.cuh", "    if (kDropout) {", "    if (false) {"),
+    "factor of kept elements forgotten": (
+        "backward.cuh",
+        "scaling_of(layer) * keep_scale(layer)",
+        "scaling_of(layer)",
+    ),
+}
+
+
+def _ptx(folder: Path, mutant: tuple[str, str, str]) -> str:
+    name, text, other = mutant
+    shutil.copytree(SOURCES, folder / "cuda")
+    source = (folder / "cuda" / name).read_text()
+    assert text in source
+    (folder / "cuda" / name).write_text(source.replace(text, other))
+    (folder / "cuda" / "few.cu").write_text(KERNELS)
+    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_80", "-ptx", "-w"]
+    command = ["nvcc", *options, "-o", str(folder / "few.ptx"), str(folder / "cuda" / "few.cu")]
+    subprocess.run(command, check=True, capture_output=True)
+    return (folder / "few.ptx").read_text()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_fault_is_found(name, tmp_path, monkeypatch):
+    import ptxvm
+
+    code = ptxvm.load(_ptx(tmp_path, MUTANTS[name]))
+    monkeypatch.setattr(machine, "_code", lambda: code)
+    case = Case((130,), 72, 104, 8, torch.bfloat16, dropout_p=0.1)
+
+    def suite():
+        zeros = torch.zeros(256, dtype=torch.int32)
+        for seed in range(3):
+            with using(Machine(resident=8, seed=seed, zeros=zeros)):
+                assert_parity(case, make_inputs(case), "cuda")
+            assert not zeros.any()
+
+    if name == "nothing":
+        suite()
+    else:
+        with pytest.raises((AssertionError, RuntimeError)):
+            suite()

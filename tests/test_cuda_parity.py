@@ -1,0 +1,194 @@
+"""Compiled CUDA kernels against the float64 reference: their PTX in a virtual machine, or a GPU.
+
+Every case draws fresh inputs; what the library allocates starts as NaN.
+"""
+
+import importlib.util
+from contextlib import nullcontext
+from itertools import product
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels._cuda.machine import Machine, using
+from lora_kernels._native import absence
+from lora_kernels.ops import forward_op
+from lora_kernels.testing import Case, assert_parity, assert_results, make_inputs, run
+from tests.layouts import LAYOUTS, laid_out
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ABSENT = absence("cuda")
+pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"compiled CUDA part: {ABSENT}")
+needs_machine = pytest.mark.skipif(
+    importlib.util.find_spec("ptxvm") is None or importlib.util.find_spec("triton") is None,
+    reason="needs the PTX virtual machine (module ptxvm on PYTHONPATH) and Triton's cuobjdump",
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+A100, RTX3090 = 166912, 101376  # bytes of shared memory: each takes other shapes of tiles
+
+EXECUTORS = [
+    pytest.param(lambda **how: using(Machine(**how)), id="sm_80", marks=needs_machine),
+    pytest.param(lambda **how: nullcontext(), id="gpu", marks=needs_gpu),
+]
+
+
+def _cases():
+    """Every M with every R and dropout; N, K and dtype go round, so that all values meet."""
+    for index, (m, r, p) in enumerate(
+        product((1, 7, 64, 129, 300), (1, 5, 8, 16, 24, 64, 96), (0.0, 0.1))
+    ):
+        k, n = (64, 136, 200, 384)[index % 4], (384, 64, 136, 200)[index // 4 % 4]
+        dtype = (BF16, FP16, FP32)[index % 3]
+        yield Case((m,), n, k, r, dtype, FP32 if index % 5 == 0 else None, p, bias=index % 2 == 0)
+
+
+CASES = list(_cases())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_sizes_ranks_and_dtypes(executor, case):
+    index = CASES.index(case)
+    shared = (A100, RTX3090)[index // 2 % 2]
+    with executor(resident=1 + index % 7, seed=index, shared_bytes=shared):
+        assert_parity(case, make_inputs(case), "cuda")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_strided_tensors(executor, dtype, layout, dropout_p):
+    case = Case((4, 33), 72, 136, 5, dtype, dropout_p=dropout_p)
+    inputs = laid_out(make_inputs(case), layout)
+    with executor():
+        assert_parity(case, inputs, "cuda")
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_other_tensors(executor):
+    """A scaling in memory, a gradient of one element expanded, no rows, sizes below a chunk."""
+    with executor():
+        case = Case((9,), 16, 24, 4, BF16, scaling=torch.tensor(1.7))
+        assert_parity(case, make_inputs(case), "cuda")
+        case = Case((6, 20), 48, 40, 8, BF16)
+        inputs = make_inputs(case)
+        inputs.dy = torch.ones((), dtype=BF16).expand(6, 20, 48)
+        assert_parity(case, inputs, "cuda")
+        for m, n, k, r in ((0, 8, 8, 2), (1, 1, 1, 1), (2, 129, 3, 2), (5, 8, 736, 3)):
+            case = Case((m,), n, k, r, BF16, dropout_p=0.1)
+            assert_parity(case, make_inputs(case), "cuda")
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
+@pytest.mark.parametrize(
+    "wanted", [("dx",), ("da",), ("db",), ("dbias",), ("da", "db"), ("dx", "dbias")]
+)
+def test_only_the_gradients_asked_for(executor, wanted, dropout_p):
+    case = Case((70,), 72, 136, 8, BF16, dropout_p=dropout_p)
+    inputs = make_inputs(case)
+    with executor():
+        actual = run(case, inputs, "cuda", wanted)
+    assert actual.keys() == {"y", *wanted}
+    assert_results(case, inputs, actual, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_mask_is_the_public_one(executor, dtype):
+    """xa of a unit matrix is D(x) itself: every element tells whether it was kept."""
+    x = torch.ones(77, 40, dtype=dtype)
+    weight, b = torch.zeros(24, 40, dtype=dtype), torch.zeros(24, 40, dtype=dtype)
+    seed, threshold = torch.tensor(-3), 20000
+    with executor():
+        _, xa = forward_op("cuda")(
+            x, weight, torch.eye(40, dtype=dtype), b, None, seed, None, 1.0, threshold
+        )
+    assert torch.equal(xa != 0, lk.dropout_mask(x.shape, threshold / 65536, seed))
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, FP32], ids=str)
+@pytest.mark.parametrize("rank", [1, 24, 96])
+@pytest.mark.parametrize("m", [1, 7, 16])
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_decoding(executor, m, rank, adapter_dtype):
+    """K beyond what one program's warps take at a time, and not a multiple of a step's."""
+    case = Case((m,), 200, 1352, rank, (BF16, FP16)[m % 2], adapter_dtype, bias=rank > 1)
+    with executor(resident=1 + m % 5, seed=rank):
+        assert_parity(case, make_inputs(case), "cuda")
+
+
+@needs_machine
+def test_decoding_is_one_launch_that_reads_the_weight_once():
+    case = Case((8,), 512, 2048, 16, BF16)
+    machine = Machine(resident=6, zeros=torch.zeros(64, dtype=torch.int32))
+    inputs = make_inputs(case)
+    adapter = (inputs.weight, inputs.lora_A, inputs.lora_B)
+    with using(machine):
+        first, second = (lk.lora_linear(inputs.x, *adapter, impl="cuda") for _ in range(2))
+    assert torch.equal(first, second)
+    assert not machine.zeros.any()
+    assert [name for name, _ in machine.stats] == ["lora_decode_bf16"] * 2
+    loaded = machine.stats[0][1].data["global_load_bytes"]
+    once = 2 * (512 * 2048 + 16 * 2048)
+    # Each tile of 32 rows of W reads all rows of x, and its epilogue xa and B.
+    assert loaded < 1.55 * once
+    assert machine.stats[0][1].load_efficiency > 0.95
+
+
+@needs_machine
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
+def test_same_bits_whatever_the_schedule(dropout_p):
+    """Also of sums over several segments of rows."""
+    case = Case((2200,), 72, 136, 5, BF16, dropout_p=dropout_p)
+    inputs = make_inputs(case)
+    runs = []
+    for resident, seed in ((5, 1), (5, 2), (5, 3)):
+        with using(Machine(resident=resident, seed=seed)):
+            runs.append(run(case, inputs, "cuda"))
+    assert_results(case, inputs, runs[0], "cuda")
+    for other in runs[1:]:
+        for name, expected in runs[0].items():
+            assert torch.equal(other[name], expected), name
+
+
+@needs_machine
+def test_flags_are_left_as_found():
+    case = Case((300,), 136, 200, 16, BF16, dropout_p=0.1)
+    machine = Machine(resident=6, zeros=torch.zeros(1024, dtype=torch.int32))
+    with using(machine):
+        for _ in range(3):
+            assert_parity(case, make_inputs(case), "cuda")
+    assert not machine.zeros.any()
+    # One launch forward, one backward.
+    assert [name.split("_")[1] for name, _ in machine.stats] == ["forward", "backward"] * 3
+
+
+@needs_machine
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("shared", [A100, RTX3090], ids=["A100", "RTX 3090"])
+def test_no_bank_conflicts_and_whole_sectors(shared, dtype, rank, dropout_p):
+    """Matrix loads, copies and stores of tiles take as few passes and sectors as they can."""
+    case = Case((256,), 512, 1024, rank, dtype, dropout_p=dropout_p)
+    machine = Machine(resident=4, shared_bytes=shared)
+    with using(machine):
+        run(case, make_inputs(case), "cuda", ("dx",))
+    for name, stats in machine.stats:
+        assert stats.shared_bank_conflicts == 0, name
+        if "thin" not in name:
+            least = min(stats.load_efficiency, stats.store_efficiency)
+            assert least >= (0.95 if rank == 16 else 0.9)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ValueError, match="'cuda' can't serve this call: needs a CUDA device"):
+        run(case := Case((2,), 8, 8, 2, BF16), make_inputs(case), "cuda")
+    with using(Machine()):
+        with pytest.raises(ValueError, match=r"needs float16, .* got torch\.float64"):
+            run(case := Case((2,), 8, 8, 2, torch.float64), make_inputs(case), "cuda")
+        with pytest.raises(ValueError, match="needs a rank of at most 256, got 300"):
+            run(case := Case((2,), 8, 8, 300, BF16), make_inputs(case), "cuda")

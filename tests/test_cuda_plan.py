@@ -1,0 +1,91 @@
+"""Which compiled kernel serves a call, on which grid: a pure function, tested without a GPU."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from lora_kernels._native import absence
+from lora_kernels.dispatch import MAX_RANK
+
+ABSENT = absence("cuda")
+pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"compiled CUDA part: {ABSENT}")
+
+# [arch, multiprocessors, bytes of shared memory that a program may have]
+DEVICES = {
+    "A100": [80, 108, 166912],
+    "RTX 3090": [86, 82, 101376],
+    "RTX 4090": [89, 128, 101376],
+    "H100": [90, 132, 232448],
+    "B200": [100, 148, 232448],
+    "RTX 5090": [120, 170, 101376],
+    "a newer one": [130, 64, 262144],
+}
+ROWS = (1, 15, 16, 17, 129, 736, 4096, 262145, 2**22)
+LAYERS = ((1, 1, 1), (64, 7, 5), (4096, 4096, 16), (11008, 4096, 64), (4096, 14336, 256))
+KINDS = BF16, FP16, FP32 = range(3)
+TYPES = ("bf16", "half", "float")
+ALL, DX, DA, DB, DBIAS = (1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)
+
+
+def plan(device, m, n, k, r, kind=BF16, dropout=0, chunks=1, wanted=None):
+    problem = [m, n, k, r, kind, dropout, chunks, wanted is not None, *(wanted or (0, 0, 0, 0))]
+    names, numbers = torch.ops.lora_kernels.cuda_plan(problem, device)
+    launches = torch.tensor(numbers).view(-1, 3).tolist()
+    assert len(names.split()) == len(launches)
+    return list(zip(names.split(), launches, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [None, ALL, DX, DA, DB, DBIAS], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_launches_fit_the_device(device, wanted):
+    _, multiprocessors, most = DEVICES[device]
+    for m, (n, k, r), kind, dropout, chunks in product(ROWS, LAYERS, KINDS, (0, 1), (0, 1)):
+        launches = plan(DEVICES[device], m, n, k, r, kind, dropout, chunks, wanted)
+        direction = "forward" if wanted is None else "backward"
+        if wanted is None and m <= 16 and not dropout and chunks and kind != FP32:
+            direction = "decode"
+        assert direction in launches[-1][0]
+        for name, (grid, threads, shared) in launches:
+            # Programs wait for others: all must be resident, one a multiprocessor.
+            assert 1 <= grid <= multiprocessors
+            assert threads in (128, 256)
+            assert 0 < shared <= most
+            assert TYPES[kind] in name.split("_")
+            assert "_c1" not in name or chunks
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_launch_up_to_rank_64(device):
+    for r, kind, dropout in product((1, 8, 16, 24, 64), KINDS, (0, 1)):
+        for wanted in (None, ALL, DX):
+            launches = plan(DEVICES[device], 4096, 4096, 4096, r, kind, dropout, 1, wanted)
+            assert len(launches) == 1, launches
+
+
+def test_tiles_grow_with_the_call():
+    for name in DEVICES:
+        (kernel, (grid, *_)), *_ = plan(DEVICES[name], 8192, 8192, 8192, 16)
+        assert kernel.split("_")[2] in ("Large", "Medium")
+        assert grid == DEVICES[name][1]
+        (kernel, (grid, *_)), *_ = plan(DEVICES[name], 64, 512, 512, 16)
+        assert kernel.split("_")[2] == "Small"
+        assert grid == 8
+
+
+def test_decoding_fills_the_device():
+    """Every multiprocessor streams a part of W, in rounds that come out even."""
+    for device, (n, k) in product(DEVICES.values(), ((4096, 4096), (14336, 4096), (4096, 14336))):
+        ((_, (grid, *_)),) = plan(device, 1, n, k, 16)
+        assert grid > 0.85 * device[1]
+
+
+def test_what_it_refuses():
+    device = DEVICES["A100"]
+    for r in (0, MAX_RANK + 1):
+        with pytest.raises(ValueError, match="lora_A: expected a rank from 1 to 256"):
+            plan(device, 64, 64, 64, r)
+    with pytest.raises(ValueError, match="x: expected fewer rows"):
+        plan(device, 2**31 - 1, 2**15, 4096, 8)
+    with pytest.raises(ValueError, match="no kernel serves this call on this device"):
+        plan([80, 108, 49152], 64, 64, 64, 8)
