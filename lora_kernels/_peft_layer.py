@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from lora_kernels.checks import FLOAT_DTYPES
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
 from lora_kernels.packing import Packed, current
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+# Where torch.export traces, parameters and inputs are fake.
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+_PLAIN_PARAMETERS = (nn.Parameter, FakeTensor)
 
 
 class FusedLinear(Linear):
@@ -127,7 +130,7 @@ def _linear_reason(module: nn.Module) -> str | None:
     if type(module) is not nn.Linear:
         return f"is {type(module).__name__}, not torch.nn.Linear"
     weight = module._parameters.get("weight")
-    if type(weight) is not nn.Parameter:
+    if type(weight) not in _PLAIN_PARAMETERS:
         return f"weight is a {type(weight).__name__}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"weight is {weight.dtype}"
