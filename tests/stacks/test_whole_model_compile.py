@@ -108,7 +108,9 @@ def test_export_and_aot_inductor_of_an_inference_model(tmp_path):
     program = exported(model)
     targets = [str(node.target) for node in program.graph.nodes]
     assert sum("lora_linear_forward" in target for target in targets) == 7
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "m.pt2")
+    )
     compiled = torch._inductor.aoti_load_package(package)
     torch.export.save(program, tmp_path / "saved.pt2")
     loaded = torch.export.load(tmp_path / "saved.pt2").module()
