@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from lora_kernels.checks import FLOAT_DTYPES
+from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
 from lora_kernels.packing import Packed, current
 
@@ -129,8 +129,8 @@ def left_reason(layer: Linear) -> str | None:
 def _linear_reason(module: nn.Module) -> str | None:
     if type(module) is not nn.Linear:
         return f"is {type(module).__name__}, not torch.nn.Linear"
-    weight = module._parameters.get("weight")
-    if type(weight) not in _PLAIN_PARAMETERS:
+    weight: Any = module._parameters.get("weight")
+    if type(weight) not in _PLAIN_PARAMETERS and not is_dtensor(weight):
         return f"weight is a {type(weight).__name__}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"weight is {weight.dtype}"
@@ -160,7 +160,9 @@ def _hook_reason(module: nn.Module) -> str | None:
 
 def _fits(weight: Tensor, x: Tensor) -> bool:
     """Whether x is what the fused path takes; what is not is PEFT's to compute or to refuse."""
-    if type(x) not in _PLAIN_TENSORS or x.dtype not in FLOAT_DTYPES or x.is_meta:
+    if type(x) not in _PLAIN_TENSORS and not is_dtensor(x):
+        return False
+    if is_dtensor(x) != is_dtensor(weight) or x.dtype not in FLOAT_DTYPES or x.is_meta:
         return False
     if x.device != weight.device or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         return False
