@@ -9,7 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_kernels as lk
@@ -110,6 +114,7 @@ def tp(**config):
     plain, rows = adapted_llama(**config), tokens(4)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = tensor_parallel(patched_copy(plain), mesh)
+    assert set(lk.prepack_(model).left.values()) == {"the weight is a DTensor"}
     weight = model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight
     assert weight.to_local().shape == (64, 48)
     with FusedCalls() as fused, CommDebugMode() as communication:
@@ -222,6 +227,26 @@ def training():
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
 
 
+def tp_by_inner_modules():
+    """torch's own styles hook the layer's inner modules: PEFT's forward runs, and is right."""
+    plain, rows = adapted_llama(), tokens(4)
+    model, styles = patched_copy(plain), {}
+    for name in COLWISE:
+        styles |= {f"{name}.base_layer": ColwiseParallel()}
+        styles |= {f"{name}.lora_B.default": ColwiseParallel()}
+    for name in ROWWISE:
+        styles |= {f"{name}.base_layer": RowwiseParallel()}
+        styles |= {f"{name}.lora_A.default": RowwiseParallel()}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.base_model.model.model.layers:
+        parallelize_module(layer, mesh, styles)
+    assert set(lk.patch_peft(model).left.values()) == {"base layer has hooks"}
+    with FusedCalls() as fused:
+        loss_of(model, rows).backward()
+    assert fused.count == 0
+    assert_gradients_of_one_process(model, plain, rows)
+
+
 CASES = {
     "DDP": ddp,
     "DDP, accumulation, checkpointing": ddp_accumulation,
@@ -238,6 +263,7 @@ CASES = {
     "tensor parallel, rows, uneven": lambda: tp_of_uneven_sizes(RowwiseLoRA),
     "tensor parallel, dropout of rows": tp_dropout_of_split_columns,
     "tensor parallel, training": training,
+    "tensor parallel, torch's styles": tp_by_inner_modules,
     "batch split as a DTensor": batch_of_dtensors,
     "DTensors and tensors mixed": mixed_tensors_are_named,
     "FSDP2 of two, tensor parallel of one": lambda: fsdp_and_tp((2, 1)),

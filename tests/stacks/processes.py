@@ -19,13 +19,14 @@ def run_cases(module, folder, seed, timeout=420):
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": str(PROCESSES),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     arguments = [sys.executable, "-m", "tests.stacks.processes", module, str(folder), str(seed)]
     workers = [
         subprocess.Popen(
             [*arguments, str(rank)],
-            env=environment,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
