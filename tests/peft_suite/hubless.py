@@ -1,7 +1,7 @@
-"""A pytest plugin for PEFT's own test suite: its tiny hub models are made here, with random weights.
+"""A pytest plugin for PEFT's own test suite: its tiny hub models are made here, of random weights.
 
-`-p hubless` alone gives the baseline; with LORA_KERNELS_PATCH=1 every LoRA model is patched as soon as
-PEFT has injected its adapters, so the suite tests the fused layers. Tests of other methods are
+`-p hubless` alone gives the baseline; with LORA_KERNELS_PATCH=1 every LoRA model is patched as soon
+as PEFT has injected its adapters, so the suite tests the fused layers. Tests of other methods are
 deselected. See run.py.
 """
 
@@ -11,7 +11,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
 import torch
 import transformers
 from peft.tuners.lora import LoraModel, layer
@@ -128,4 +127,6 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line(f"{counts['patched']} layers patched, {counts['fused']} calls fused")
+    terminalreporter.write_line(
+        f"{counts['patched']} layers patched, {counts['fused']} calls fused"
+    )

@@ -1,4 +1,4 @@
-"""Run PEFT's own LoRA tests on patched models, and unpatched as the baseline; compare them one by one.
+"""Run PEFT's own LoRA tests on patched models, and unpatched as the baseline; compare each.
 
     pip download --no-deps --no-binary peft peft==0.21.0 && tar xf peft-0.21.0.tar.gz
     python tests/peft_suite/run.py --report report.md peft-0.21.0 [test_lora_variants.py ...]
@@ -18,12 +18,12 @@ from pathlib import Path
 
 # The files with tests of LoRA on the CPU; the others are of other methods or need a GPU.
 FILES = [
-    "test_custom_models", "test_decoder_models", "test_encoder_decoder_models",
-    "test_feature_extraction_models", "test_initialization", "test_lora_variants",
-    "test_low_level_api", "test_tuners_utils", "test_other", "test_trainable_tokens",
-    "test_target_parameters", "test_mixed", "test_seq_classifier", "test_token_classification_qa",
-    "test_stablediffusion", "test_auto", "test_helpers", "test_integrations", "test_lora_conversion",
-    "test_lora_intruders", "test_lorafa", "test_loraplus", "test_lora_ga", "test_config",
+    "test_lora_variants", "test_low_level_api", "test_tuners_utils", "test_other", "test_mixed",
+    "test_initialization", "test_encoder_decoder_models", "test_feature_extraction_models",
+    "test_trainable_tokens", "test_token_classification_qa", "test_seq_classifier", "test_auto",
+    "test_helpers", "test_integrations", "test_lora_conversion", "test_lora_intruders",
+    "test_lorafa", "test_loraplus", "test_lora_ga", "test_stablediffusion", "test_config",
+    "test_custom_models", "test_decoder_models", "test_target_parameters",
 ]  # fmt: skip
 HERE = Path(__file__).resolve().parent
 
@@ -70,7 +70,9 @@ def short(reason):
 
 def report_of(runs):
     """Return the report's lines, and the tests that pass unpatched and not patched."""
-    lines = ["| file | passed | failed | skipped | baseline: passed, failed, skipped | patched, fused |"]
+    lines = [
+        "| file | passed | failed | skipped | baseline: passed, failed, skipped | patched, fused |"
+    ]
     lines += ["|---|---|---|---|---|---|"]
     total, worse, reasons = collections.Counter(), [], collections.Counter()
     for name, (plain, patched, counted) in runs.items():
