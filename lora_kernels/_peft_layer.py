@@ -29,9 +29,10 @@ class FusedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted layer's output; arguments as PEFT's forward."""
-        # A wrapper may hold this bound method beyond `unpatch_peft`.
-        parts = fused_parts(self) if isinstance(self, FusedLinear) else "not patched"
-        if args or kwargs or isinstance(parts, str) or not _fits(parts.weight, x):
+        # A wrapper may hold this bound method beyond `unpatch_peft`, a thread may be in it.
+        impl: str | None = getattr(self, "_lora_kernels_impl", None)
+        parts = "not patched" if impl is None else fused_parts(self)
+        if impl is None or args or kwargs or isinstance(parts, str) or not _fits(parts.weight, x):
             return Linear.forward(self, x, *args, **kwargs)
         bias, scaling, dropout = parts.bias, parts.scaling, parts.dropout
         if parts.lora_bias is not None:
@@ -48,7 +49,7 @@ class FusedLinear(Linear):
             scaling,
             p,
             None,
-            self._lora_kernels_impl,
+            impl,
             autocast_dtype(x),
             current(self, parts.weight),
         )
