@@ -73,6 +73,7 @@ def dit():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.1)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=ATTENTION))
+    model.eval()  # or labels are dropped at random
     labels = torch.tensor([1, 5])
     return denoising(model, torch.randn(2, 4, 8, 8), torch.tensor([3, 40]), class_labels=labels)
 
