@@ -9,7 +9,7 @@ INTERPRETED := tests/test_triton_parity.py tests/test_triton_mutations.py
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: test lint format demo bench bench-step sanitize clean
+.PHONY: test lint format demo bench bench-step peft-suite sanitize clean
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
@@ -32,6 +32,14 @@ bench: $(READY)
 
 bench-step: $(READY)
 	$(BIN)/python bench/cpu_step.py $(ARGS)
+
+# PEFT's own LoRA tests on patched models; pip fetches them with its source distribution.
+PEFT := $(shell sed -n 's/^peft==//p' requirements-dev.txt)
+peft-suite: $(READY)
+	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary peft \
+		--dest build peft==$(PEFT)
+	tar -xf build/peft-$(PEFT).tar.gz -C build
+	$(BIN)/python tests/peft_suite/run.py $(ARGS) build/peft-$(PEFT)
 
 # The compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, by its Python tests; its
 # kernels under ThreadSanitizer by a program of their own, since in a process with torch, which isn't

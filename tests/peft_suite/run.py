@@ -1,9 +1,9 @@
 """Run PEFT's own LoRA tests on patched models, and unpatched as the baseline; compare each.
 
-    pip download --no-deps --no-binary peft peft==0.21.0 && tar xf peft-0.21.0.tar.gz
-    python tests/peft_suite/run.py --report report.md peft-0.21.0 [test_lora_variants.py ...]
+    make peft-suite ARGS="--report report.md"
+    python tests/peft_suite/run.py peft-0.21.0 test_lora_variants.py   # files of an unpacked sdist
 
-About 40 minutes on two cores. Exits with 1 where a test passes unpatched and does not patched.
+Half an hour on one core. Exits with 1 where a test passes unpatched and does not patched.
 """
 
 import argparse
