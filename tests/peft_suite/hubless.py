@@ -115,6 +115,8 @@ def pytest_configure(config):
     automatic = [name for name in dir(transformers) if name.startswith("AutoModel")]
     for name in ("PreTrainedModel", *automatic):
         _redirect(getattr(transformers, name))
+    # PEFT's Seq2Seq wrapper reads it; this transformers has it no more.
+    transformers.GenerationMixin._prepare_encoder_decoder_kwargs_for_generation = None
     if PATCH:
         _patch_after_injection()
 

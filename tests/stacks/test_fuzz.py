@@ -61,8 +61,9 @@ def laid_out(t, layout):
 
 @hypothesis.seed(SEED)
 @hypothesis.settings(settings, max_examples=CASES)
-@hypothesis.given(cases, st.data())
-def test_the_function_computes_what_its_oracle_does(case, data):
+@hypothesis.given(cases, st.integers(0, 2**31), st.data())
+def test_the_function_computes_what_its_oracle_does(case, seed, data):
+    torch.manual_seed(seed)
     inputs = make_inputs(case)
     for name in ("x", "weight", "lora_A", "lora_B", "bias", "dy"):
         if getattr(inputs, name) is not None:
@@ -79,10 +80,16 @@ def test_the_function_computes_what_its_oracle_does(case, data):
     for implementation in IMPLEMENTATIONS:
         if implementation.refuse(problem) is None:
             for what, result in run(case, inputs, implementation.name).items():
-                eps = max(torch.finfo(dtype).eps for dtype in (case.dtype, result.dtype))
+                coarser = torch.finfo(
+                    max(case.dtype, result.dtype, key=lambda d: torch.finfo(d).eps)
+                )
+                # Products of float16 may lie where its steps are no more relative.
+                budget = (
+                    4 * coarser.eps * largest[what] + 128 * coarser.smallest_normal * coarser.eps
+                )
                 error = (result.double() - oracle[what]).abs()
                 # A NaN is no smaller than anything.
-                assert (error <= 8 * eps * largest[what]).all(), (implementation.name, what)
+                assert (error <= budget).all(), (implementation.name, what)
 
 
 SPOILED = {
@@ -210,12 +217,13 @@ class Model(stateful.RuleBasedStateMachine):
     def unmerge(self):
         self.both(lambda model: model.unmerge_adapter())
 
-    @stateful.rule(factor=st.sampled_from([0.5, 3.0]))
+    @stateful.rule(factor=st.sampled_from([0.5, 1.5]))
     def scale(self, factor):
         def change(model):
             for module in model.modules():
                 if isinstance(module, peft.tuners.lora.LoraLayer):
-                    module.scale_layer(factor)
+                    for name in module.active_adapters:
+                        module.set_scale(name, factor)
 
         if not self.merged:
             self.both(change)
@@ -236,7 +244,7 @@ class Model(stateful.RuleBasedStateMachine):
             for model in (self.plain, self.subject):
                 for name, grad in grads.items():
                     if grad is not None:
-                        model.get_parameter(name).data.sub_(grad, alpha=0.01)
+                        model.get_parameter(name).data.sub_(0.1 * grad / (1 + grad.norm()))
             # A write through .data leaves no trace: packed weights are packed anew after it.
             if any(getattr(m, "_lora_kernels_packed", None) for m in self.subject.modules()):
                 lk.prepack_(self.subject)
@@ -265,5 +273,5 @@ class Model(stateful.RuleBasedStateMachine):
 def test_sequences_of_changes_do_what_they_do_to_a_peft_model():
     stateful.run_state_machine_as_test(
         hypothesis.seed(SEED)(Model),
-        settings=hypothesis.settings(settings, max_examples=CASES // 2, stateful_step_count=20),
+        settings=hypothesis.settings(settings, max_examples=CASES // 4, stateful_step_count=20),
     )
