@@ -110,6 +110,8 @@ def checked_lora_linear(
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)
         bias = None if bias is None else bias.to(cast)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()  # oneDNN's linear reads a strided one as if it were not
 
     threshold = drop_threshold(dropout_p) if dropout_p else 0
     key = _seed_tensor(seed, x.device) if threshold else None
