@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lora_kernels.checks import FLOAT_DTYPES
@@ -342,9 +341,9 @@ def _write_layer(
     layer.use_rslora, layer.bias_mode = settings["use_rslora"], settings["bias"]
     if layer.bias is not None:
         layer.bias.requires_grad_(layer.bias_mode != "none")
-    with torch.no_grad():
-        layer.lora_A.weight.copy_(a)
-        layer.lora_B.weight.copy_(b)
+    # Not under no_grad: an interrupt at the end of such a block would leave gradients disabled.
+    layer.lora_A.weight.detach().copy_(a)
+    layer.lora_B.weight.detach().copy_(b)
 
 
 def _plan_bias(state: dict[str, Tensor], path: str, value: Tensor) -> _Change:

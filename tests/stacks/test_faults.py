@@ -183,6 +183,7 @@ def test_an_interrupt_at_any_line_of_loading(into, tmp_path):
     model = plain if into == "plain linears" else make()
     before, undone = values(model), 0
     for _ in interrupted_everywhere(adapter_files, lambda: lk.load_adapter(model, tmp_path)):
+        assert torch.is_grad_enabled()
         undone += same(values(model), before)
         if not same(values(model), before):
             # The very last lines: all is written.
