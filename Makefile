@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 # Of the CUDA part, where nvcc is: one architecture, and its PTX for the virtual machine.
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 
-.PHONY: test lint format demo bench bench-step sanitize clean
+.PHONY: test lint format demo bench bench-step peft-suite sanitize clean
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
@@ -34,6 +34,14 @@ bench: $(READY)
 
 bench-step: $(READY)
 	$(BIN)/python bench/cpu_step.py $(ARGS)
+
+# PEFT's own LoRA tests on patched models; pip fetches them with its source distribution.
+PEFT := $(shell sed -n 's/^peft==//p' requirements-dev.txt)
+peft-suite: $(READY)
+	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary peft \
+		--dest build peft==$(PEFT)
+	tar -xf build/peft-$(PEFT).tar.gz -C build
+	$(BIN)/python tests/peft_suite/run.py $(ARGS) build/peft-$(PEFT)
 
 # The compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, by its Python tests; its
 # kernels under ThreadSanitizer by a program of their own, since in a process with torch, which isn't

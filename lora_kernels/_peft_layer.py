@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
-from lora_kernels.checks import FLOAT_DTYPES
+from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
 from lora_kernels.packing import Packed, current
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+# Where torch.export traces, parameters and inputs are fake.
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+_PLAIN_PARAMETERS = (nn.Parameter, FakeTensor)
 
 
 class FusedLinear(Linear):
@@ -26,9 +29,10 @@ class FusedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted layer's output; arguments as PEFT's forward."""
-        # A wrapper may hold this bound method beyond `unpatch_peft`.
-        parts = fused_parts(self) if isinstance(self, FusedLinear) else "not patched"
-        if args or kwargs or isinstance(parts, str) or not _fits(parts.weight, x):
+        # A wrapper may hold this bound method beyond `unpatch_peft`, a thread may be in it.
+        impl: str | None = getattr(self, "_lora_kernels_impl", None)
+        parts = "not patched" if impl is None else fused_parts(self)
+        if impl is None or args or kwargs or isinstance(parts, str) or not _fits(parts.weight, x):
             return Linear.forward(self, x, *args, **kwargs)
         bias, scaling, dropout = parts.bias, parts.scaling, parts.dropout
         if parts.lora_bias is not None:
@@ -45,7 +49,7 @@ class FusedLinear(Linear):
             scaling,
             p,
             None,
-            self._lora_kernels_impl,
+            impl,
             autocast_dtype(x),
             current(self, parts.weight),
         )
@@ -126,8 +130,8 @@ def left_reason(layer: Linear) -> str | None:
 def _linear_reason(module: nn.Module) -> str | None:
     if type(module) is not nn.Linear:
         return f"is {type(module).__name__}, not torch.nn.Linear"
-    weight = module._parameters.get("weight")
-    if type(weight) is not nn.Parameter:
+    weight: Any = module._parameters.get("weight")
+    if type(weight) not in _PLAIN_PARAMETERS and not is_dtensor(weight):
         return f"weight is a {type(weight).__name__}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"weight is {weight.dtype}"
@@ -157,7 +161,9 @@ def _hook_reason(module: nn.Module) -> str | None:
 
 def _fits(weight: Tensor, x: Tensor) -> bool:
     """Whether x is what the fused path takes; what is not is PEFT's to compute or to refuse."""
-    if type(x) not in _PLAIN_TENSORS or x.dtype not in FLOAT_DTYPES or x.is_meta:
+    if type(x) not in _PLAIN_TENSORS and not is_dtensor(x):
+        return False
+    if is_dtensor(x) != is_dtensor(weight) or x.dtype not in FLOAT_DTYPES or x.is_meta:
         return False
     if x.device != weight.device or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         return False

@@ -13,10 +13,10 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lora_kernels.checks import FLOAT_DTYPES
@@ -43,6 +43,8 @@ _UNSUPPORTED = (
     "monteclora_config",
     "kasa_config",
 )
+# What an adapter's file sets of a LoRALinear beside its weights.
+_SETTINGS = ("lora_alpha", "lora_dropout", "use_rslora", "bias_mode")
 # Initialisations with which PEFT changes the base weights, at loading too.
 _CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -98,11 +100,23 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     missing = sorted(set(_lora_layers(model)) - set(pairs))
     if missing:
         raise ValueError(f"{WEIGHTS_NAME}: expected weights of layer {missing[0]!r}, got none")
-    writes = [_plan_layer(model, path, a, b, config) for path, (a, b) in pairs.items()]
+    changes = [_plan_layer(model, path, a, b, config) for path, (a, b) in pairs.items()]
     state = model.state_dict(keep_vars=True)
-    writes += [_plan_bias(state, path, bias) for path, bias in biases.items()]
-    for write in writes:
-        write()
+    changes += [_plan_bias(state, path, bias) for path, bias in biases.items()]
+    try:
+        for change in changes:
+            change.write()
+    except BaseException:  # memory that runs out, an interrupt
+        for change in changes:
+            change.undo()
+        raise
+
+
+class _Change(NamedTuple):
+    """What loading does to one layer or bias, and what takes it back."""
+
+    write: Callable[[], object]
+    undo: Callable[[], object]
 
 
 def _move_into_place(draft: Path, target: Path) -> None:
@@ -241,8 +255,8 @@ def _parse(
 
 def _plan_layer(
     model: nn.Module, path: str, a: Tensor, b: Tensor, config: dict[str, Any]
-) -> Callable[[], None]:
-    """Check one layer's tensors against the model; return what writes them."""
+) -> _Change:
+    """Check one layer's tensors against the model; return what writes them, and its undoing."""
     try:
         layer = model.get_submodule(path)
     except AttributeError as error:
@@ -282,7 +296,33 @@ def _plan_layer(
             raise ValueError(f"{_join(path, 'r')}: expected rank {layer.r}, got {rank}")
         if layer.merged:
             raise ValueError(f"model: expected {path!r} unmerged, got a merged layer")
-    return lambda: _write_layer(model, path, layer, a, b, settings)
+    return _Change(
+        lambda: _write_layer(model, path, layer, a, b, settings), _undo_of(model, path, layer)
+    )
+
+
+def _undo_of(model: nn.Module, path: str, layer: LoRALinear | nn.Linear) -> Callable[[], None]:
+    """Return what brings a layer back to its present state, before anything is written to it."""
+    trained = [(p, p.requires_grad) for p in (layer.weight, layer.bias) if p is not None]
+    old: dict[str, Any] = {}
+    values: list[tuple[Tensor, Tensor]] = []
+    if isinstance(layer, LoRALinear):
+        old = {name: getattr(layer, name) for name in _SETTINGS}
+        weights = (layer.lora_A.weight, layer.lora_B.weight)
+        values = [(weight, weight.detach().clone()) for weight in weights]
+
+    def undo() -> None:
+        if isinstance(layer, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, layer)
+        for name, value in old.items():
+            setattr(layer, name, value)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        for weight, value in values:
+            weight.detach().copy_(value)
+
+    return undo
 
 
 def _write_layer(
@@ -301,12 +341,13 @@ def _write_layer(
     layer.use_rslora, layer.bias_mode = settings["use_rslora"], settings["bias"]
     if layer.bias is not None:
         layer.bias.requires_grad_(layer.bias_mode != "none")
-    with torch.no_grad():
-        layer.lora_A.weight.copy_(a)
-        layer.lora_B.weight.copy_(b)
+    # Not under no_grad: an interrupt at the end of such a block would leave gradients disabled.
+    layer.lora_A.weight.detach().copy_(a)
+    layer.lora_B.weight.detach().copy_(b)
 
 
-def _plan_bias(state: dict[str, Tensor], path: str, value: Tensor) -> Callable[[], None]:
+def _plan_bias(state: dict[str, Tensor], path: str, value: Tensor) -> _Change:
+    """Check one bias against the model; return what writes it, and its undoing."""
     bias = state.get(path)
     if bias is None:
         # A bias of a layer that is about to be wrapped has its plain path until then.
@@ -316,11 +357,8 @@ def _plan_bias(state: dict[str, Tensor], path: str, value: Tensor) -> Callable[[
     if bias.shape != value.shape:
         raise ValueError(f"{path}: expected shape {list(bias.shape)}, got {list(value.shape)}")
 
-    def write() -> None:
-        with torch.no_grad():
-            bias.copy_(value)
-
-    return write
+    target, old = bias.detach(), bias.detach().clone()
+    return _Change(partial(target.copy_, value), partial(target.copy_, old))
 
 
 def _pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:

@@ -11,6 +11,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 SEED_RANGE = (-(1 << 63), (1 << 63) - 1)
 
 
+def is_dtensor(t: Tensor | None) -> bool:
+    """Whether t is a DTensor; their module, a second's import, is not loaded for other tensors."""
+    if type(t) in _PLAIN or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(t, DTensor)
+
+
 def check_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -102,6 +111,10 @@ def _check_float_tensors(
             )
         if t.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+        if is_dtensor(t) != is_dtensor(x):
+            raise TypeError(
+                f"{name}: expected a {type(x).__name__} as x is one, got a {type(t).__name__}"
+            )
 
 
 def _check_matrices(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

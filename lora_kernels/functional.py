@@ -11,7 +11,13 @@ from lora_kernels._triton import launch
 from lora_kernels._triton.config import Layer
 from lora_kernels._triton.tuned import planned
 from lora_kernels.autograd import CallParams, LoraLinearFunction
-from lora_kernels.checks import check_dropout_p, check_lora_linear, check_scaling, check_seed
+from lora_kernels.checks import (
+    check_dropout_p,
+    check_lora_linear,
+    check_scaling,
+    check_seed,
+    is_dtensor,
+)
 from lora_kernels.dispatch import (
     IMPLEMENTATIONS,
     Implementation,
@@ -104,9 +110,16 @@ def checked_lora_linear(
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)
         bias = None if bias is None else bias.to(cast)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()  # oneDNN's linear reads a strided one as if it were not
 
     threshold = drop_threshold(dropout_p) if dropout_p else 0
     key = _seed_tensor(seed, x.device) if threshold else None
+    if is_dtensor(x):
+        from lora_kernels.sharding import sharded_call
+
+        shards = sharded_call(x, weight, lora_A, lora_B, bias, key)
+        weight, lora_A, lora_B, bias, key = shards
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     number = 1.0 if isinstance(scaling, Tensor) else float(scaling)
     chosen: Implementation | Packed

@@ -50,7 +50,8 @@ class PackedLayer(Protocol):
 
 def current(layer: PackedLayer, weight: Tensor) -> Packed | None:
     """Return the layer's packed weight if it still holds `weight`; drop it otherwise."""
-    packed = layer._lora_kernels_packed
+    # Another thread may be unpatching the layer.
+    packed = getattr(layer, "_lora_kernels_packed", None)
     # Opaque tensors can't be traced: compiled graphs take the weight itself.
     if packed is None or torch.compiler.is_compiling():
         return None

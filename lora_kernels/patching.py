@@ -67,7 +67,7 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
             "model: expected a model with PEFT LoRA layers, got none in "
             f"{type(model).__name__} (call peft.get_peft_model first)"
         )
-    report = PatchReport()
+    report, replicated = PatchReport(), _replicated(model)
     before = [(layer, type(layer), vars(layer).get("_lora_kernels_impl")) for _, layer in layers]
     try:
         for path, layer in layers:
@@ -77,7 +77,7 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
                 report.left[path] = "its forward was replaced on the instance"
             else:
                 _become(layer, FusedLinear, impl)
-                reason = left_reason(cast(FusedLinear, layer))
+                reason = left_reason(cast(FusedLinear, layer)) or replicated.get(id(layer))
                 if reason is None:
                     report.patched.append(path)
                 else:
@@ -117,6 +117,15 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, "LoraLayer"]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer)]
+
+
+def _replicated(model: nn.Module) -> dict[int, str]:
+    """Return the reason, by id, for the modules that a DataParallel copies to several devices."""
+    wrappers = [
+        m for m in model.modules() if isinstance(m, nn.DataParallel) and len(m.device_ids) > 1
+    ]
+    reason = "replicas of torch.nn.DataParallel keep PEFT's forward"
+    return {id(m): reason for wrapper in wrappers for m in wrapper.modules()}
 
 
 def _become(layer: "LoraLayer", kind: type, impl: str | None) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels._native import absence
+from lora_kernels.checks import is_dtensor
 from lora_kernels.packing import Packed
 
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
@@ -109,6 +110,8 @@ def _reason_left(weight: Tensor) -> str | None:
         return f"the weight is on {weight.device}, not a CPU"
     if weight.dtype not in PACKED_DTYPES:
         return f"the weight is {weight.dtype}, not bfloat16 or float32"
+    if is_dtensor(weight):
+        return "the weight is a DTensor"
     if weight.requires_grad:
         return "the weight is not frozen"
     if weight.is_inference():

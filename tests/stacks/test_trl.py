@@ -1,0 +1,138 @@
+"""TRL: SFTTrainer, and DPO whose reference model is the same model with its adapters disabled."""
+
+import copy
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from tests.stacks.models import FusedCalls, llama, lora_config, randomize, texts, tokenizer
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+LAYERS, STEPS = 14, 8
+PASSES = 2 * STEPS  # TRL checkpoints activations by default: forward runs twice a step
+SETTINGS = {
+    "per_device_train_batch_size": 2,
+    "max_steps": STEPS,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "bf16": False,
+    "max_length": 48,
+}
+
+
+def history(trainer, key="loss"):
+    return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry])
+
+
+def trained(trainer, patch):
+    """Train as a user does who hands the trainer a peft_config, and patches what it made of it."""
+    randomize(trainer.model)
+    if patch:
+        assert not lk.patch_peft(trainer.model).left
+    with FusedCalls() as fused:
+        trainer.train()
+    return trainer, fused.count
+
+
+def pair(make):
+    """Return an unpatched and a patched trainer, trained from the same weights."""
+    base, runs = llama(), []
+    for patch in (False, True):
+        torch.manual_seed(0)
+        runs.append(trained(make(copy.deepcopy(base)), patch))
+    (theirs, none), (ours, fused) = runs
+    assert none == 0
+    return theirs, ours, fused
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"packing": True, "packing_strategy": "wrapped", "gradient_accumulation_steps": 2}],
+    ids=["plain", "packing, accumulation"],
+)
+def test_sft(settings, tmp_path):
+    corpus = texts(8)
+    rows = datasets.Dataset.from_dict({"text": corpus[:4]})
+
+    def make(model):
+        arguments = trl.SFTConfig(output_dir=str(tmp_path), **{**SETTINGS, **settings})
+        return trl.SFTTrainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            processing_class=tokenizer(corpus),
+            peft_config=lora_config(),
+        )
+
+    theirs, ours, fused = pair(make)
+    assert fused >= PASSES * LAYERS
+    expected = history(theirs)
+    assert expected[-2:].mean() < expected[:2].mean()
+    torch.testing.assert_close(history(ours), expected, rtol=1e-4, atol=0)
+
+
+def preferences(corpus):
+    """Pairs of continuations of one beginning; the article's own is the chosen one."""
+    prompts, rest = [text[:60] for text in corpus], [text[60:90] for text in corpus]
+    return datasets.Dataset.from_dict(
+        {"prompt": prompts, "chosen": rest, "rejected": rest[1:] + rest[:1]}
+    )
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["each step", "precomputed"])
+def test_dpo_with_disabled_adapters_as_reference(precompute, tmp_path):
+    corpus = texts(4)
+
+    def make(model):
+        arguments = trl.DPOConfig(
+            output_dir=str(tmp_path), precompute_ref_log_probs=precompute, **SETTINGS
+        )
+        trainer = trl.DPOTrainer(
+            model,
+            args=arguments,
+            train_dataset=preferences(corpus),
+            processing_class=tokenizer(corpus),
+            peft_config=lora_config(),
+        )
+        assert trainer.ref_model is None
+        return trainer
+
+    theirs, ours, fused = pair(make)
+    assert fused == PASSES * LAYERS  # never for the reference, whose adapters are disabled
+    for key in ("loss", "rewards/margins"):
+        expected = history(theirs, key)
+        assert expected.std() > 0.01
+        torch.testing.assert_close(history(ours, key), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_dpo_with_a_second_adapter_as_reference(tmp_path):
+    """A PEFT model handed over: TRL copies its adapter as "ref" and switches for each pass."""
+    import peft
+
+    corpus, base, curves = texts(4), llama(), []
+    start = randomize(peft.get_peft_model(base, lora_config()))
+    for patch in (False, True):
+        model = copy.deepcopy(start)
+        if patch:
+            lk.patch_peft(model)
+        torch.manual_seed(0)
+        trainer = trl.DPOTrainer(
+            model,
+            args=trl.DPOConfig(output_dir=str(tmp_path), **SETTINGS),
+            train_dataset=preferences(corpus),
+            processing_class=tokenizer(corpus),
+        )
+        assert "ref" in trainer.model.peft_config
+        with FusedCalls() as fused:
+            trainer.train()
+        curves.append(history(trainer))
+    assert fused.count == (PASSES + STEPS) * LAYERS
+    assert curves[0][-1] < curves[0][0]
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=1e-4)

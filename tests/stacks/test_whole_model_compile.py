@@ -1,0 +1,123 @@
+"""torch.compile, torch.export and AOTInductor of whole patched models."""
+
+import pytest
+import torch
+
+from tests.stacks.models import (
+    adapted_llama,
+    assert_close,
+    gradients,
+    llama,
+    patched_copy,
+    tokens,
+)
+
+pytestmark = pytest.mark.unpoisoned
+
+# Batch and length; the first two warm up: one static graph, one with symbolic sizes.
+SHAPES = [(2, 24), (3, 31), (4, 40), (2, 17), (5, 29), (3, 64)]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+def one_layer():
+    return patched_copy(adapted_llama(base=llama(num_hidden_layers=1)))
+
+
+def loss_of(model, rows):
+    return model(input_ids=rows, labels=rows, use_cache=False).loss
+
+
+class Graphs:
+    """A backend that keeps how many fused layers each compiled graph holds."""
+
+    def __init__(self, backend):
+        self.compile, self.fused = torch._dynamo.lookup_backend(backend), []
+
+    def __call__(self, graph, inputs):
+        modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        targets = [str(node.target) for m in modules for node in m.graph.nodes]
+        self.fused.append(sum("lora_linear_forward" in target for target in targets))
+        return self.compile(graph, inputs)
+
+
+@pytest.mark.parametrize(
+    ("backend", "autocast", "tolerance"),
+    [("aot_eager", False, 1e-4), ("aot_eager", True, 2e-2), ("inductor", False, 1e-4)],
+    ids=["aot_eager", "autocast", "inductor"],
+)
+def test_training_in_one_graph_without_recompilation(backend, autocast, tolerance):
+    """Batch and length change; after warm-up nothing is compiled again, and no graph breaks."""
+    model = one_layer()
+    graphs = Graphs(backend)
+    compiled = torch.compile(loss_of, fullgraph=True, backend=graphs)
+
+    def step(f, rows):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = f(model, rows)
+        model.zero_grad()
+        loss.backward()
+        return loss, gradients(model)
+
+    for index, shape in enumerate(SHAPES):
+        rows = tokens(*shape)
+        expected, theirs = step(loss_of, rows)
+        with torch._dynamo.config.patch(error_on_recompile=index >= 2):
+            loss, ours = step(compiled, rows)
+        torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
+        for name, grad in ours.items():
+            assert_close(grad, theirs[name], tolerance, name)
+    assert graphs.fused == [7, 7]
+
+
+def test_switching_adapters_state_recompiles_rather_than_errs():
+    model = one_layer()
+    rows = tokens()
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        adapted = compiled(model, rows)
+        with model.disable_adapter():
+            disabled = compiled(model, rows)
+            assert_close(disabled, loss_of(model, rows))
+        assert not torch.allclose(adapted, disabled, rtol=1e-3)
+        assert_close(compiled(model, rows), adapted)
+
+
+class Logits(torch.nn.Module):
+    """What is exported: tokens in, logits out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows):
+        return self.model(input_ids=rows, use_cache=False).logits
+
+
+def exported(model):
+    sizes = {0: torch.export.Dim("batch", max=16), 1: torch.export.Dim("length", max=64)}
+    with torch.no_grad():
+        return torch.export.export(Logits(model), (tokens(3, 20),), dynamic_shapes=(sizes,))
+
+
+def test_export_and_aot_inductor_of_an_inference_model(tmp_path):
+    model = one_layer().eval().requires_grad_(False)
+    program = exported(model)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert sum("lora_linear_forward" in target for target in targets) == 7
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "m.pt2")
+    )
+    compiled = torch._inductor.aoti_load_package(package)
+    torch.export.save(program, tmp_path / "saved.pt2")
+    loaded = torch.export.load(tmp_path / "saved.pt2").module()
+    for shape in ((3, 20), (5, 33), (2, 64)):
+        rows = tokens(*shape)
+        with torch.no_grad():
+            expected = model(input_ids=rows, use_cache=False).logits
+            assert_close(program.module()(rows), expected, 1e-4)
+            assert_close(loaded(rows), expected, 1e-4)
+            assert_close(compiled(rows), expected, 1e-4)
