@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 # Of the CUDA part, where nvcc is: one architecture, and its PTX for the virtual machine.
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 
-.PHONY: test lint format demo bench bench-step peft-suite sanitize clean
+.PHONY: test lint format demo bench bench-compare bench-track peft-suite sanitize clean
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
@@ -30,10 +30,14 @@ demo: $(READY)
 	$(BIN)/python examples/finetune_minilm.py $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python bench/cpu_layer.py $(ARGS)
+	$(BIN)/python -m bench $(ARGS)
 
-bench-step: $(READY)
-	$(BIN)/python bench/cpu_step.py $(ARGS)
+# Another revision's times and the working tree's, call by call in turn.
+bench-compare: $(READY)
+	$(BIN)/python -m bench.compare $(REV) $(ARGS)
+
+bench-track: $(READY)
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-autosave $(ARGS)
 
 # PEFT's own LoRA tests on patched models; pip fetches them with its source distribution.
 PEFT := $(shell sed -n 's/^peft==//p' requirements-dev.txt)
