@@ -47,7 +47,7 @@ MUTANTS = {
         "    store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, 0, layer.r);",
     ),
     "flag not waited for": ("mainloop.cuh", "(acquire_load(flag) < arrivals)", "(false)"),
-    "flag not reset": ("mainloop.cuh", "count_up(flag) == last) atomicExch", "false) atomicExch"),
+    "flag not reset": ("mainloop.cuh", "count_out(flag, last, threadIdx.x == 0);", ""),
     "step not waited for": ("mainloop.cuh", "wait_for_copies<S::kStages - 2>()", "(void)0"),
     "stage refilled while it is read": (
         "mainloop.cuh",
@@ -83,7 +83,7 @@ def test_planted_fault_is_found(name, tmp_path, monkeypatch):
     import ptxvm
 
     code = ptxvm.load(_ptx(tmp_path, MUTANTS[name]))
-    monkeypatch.setattr(machine, "_code", lambda: code)
+    monkeypatch.setattr(machine, "_code", lambda target: code)
     case = Case((130,), 72, 104, 8, torch.bfloat16, dropout_p=0.1)
 
     def suite():

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -54,7 +55,7 @@ struct Gpu {
   }
   Target target() {
     return {device_of(index), empty, [this](const Tensor& like, int count) { return zeros_of(like, count, index, stream); },
-            [this](const Launch& how, const void* params, size_t) { launch(how, params, stream); },
+            [this](const Launch& how, const void* params, size_t) { launch(how, params, stream); }, encoded,
             [](const Tensor&) {}};
   }
 };
@@ -75,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 
 Device device_of(const std::vector<int64_t>& numbers) {
   STD_TORCH_CHECK(numbers.size() == 3, "device: expected [arch, multiprocessors, bytes of shared memory]");
-  return {static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2])};
+  return {static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2]), numbers[0] == 90};
 }
 
 // The launches of a call, written down: names one a line, numbers [launches, 4] (programs, threads, bytes of shared
@@ -103,6 +104,12 @@ struct Record {
               numbers.insert(numbers.end(), {how.grid, how.threads, how.shared_bytes, static_cast<int64_t>(size)});
               const auto* first = static_cast<const uint8_t*>(bytes);
               params.insert(params.end(), first, first + size);
+            },
+            // What a machine has to encode, in the map's place.
+            [](const Boxes& boxes) {
+              TensorMap map{};
+              std::memcpy(map.bytes, &boxes, sizeof boxes);
+              return map;
             },
             [this](const Tensor& t) { scratch.push_back(t); }};
   }
@@ -143,7 +150,7 @@ std::tuple<std::string, std::vector<int64_t>> planned(std::vector<int64_t> probl
   const auto number = [&](int which) { return static_cast<int>(problem[which]); };
   const auto flag = [&](int which) { return problem[which] != 0; };
   const Problem p{number(0), number(1), number(2), number(3), static_cast<Type>(problem[4]), flag(5),
-                  flag(6),   flag(7),   flag(8),   flag(9),   flag(10),                      flag(11)};
+                  flag(6),   flag(6),   flag(7),   flag(8),   flag(9),                       flag(10), flag(11)};
   std::vector<Launch> launches;
   if (is_decoding(p)) {
     launches = {decode_plan(p, device_of(device)).launch};

@@ -10,14 +10,14 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # One fat binary; PTX of the first serves whatever is newer and not in the list.
-ARCHS = "8.0+PTX;8.6;8.9;9.0;10.0;12.0"
+ARCHS = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0"
 FLAGS = (
     "-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings "
     "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 )
 RULE = """
 rule nvcc
-  command = {nvcc} {flags} {archs} -MD -MF $out.d -c $in -o $out
+  command = {nvcc} {flags} $archs -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 """
@@ -71,11 +71,18 @@ def compile_objects(folder: Path, sources: Sequence[Path]) -> list[str]:
     """Compile CUDA sources into a folder, in parallel; return the objects' paths."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    archs = " ".join(arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS))
-    objects = [str(folder / f"{source.stem}.o") for source in sources]
-    pairs = zip(objects, sources, strict=True)
-    lines = [f"build {made}: nvcc {source.resolve()}" for made, source in pairs]
-    rule = RULE.format(nvcc=shutil.which("nvcc"), flags=FLAGS, archs=archs)
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS
+    objects, lines = [], []
+    for source in sources:
+        alone = "9.0a" if source.stem.startswith("kernels_sm90") else None
+        if alone is not None and alone not in re.split(r"[;, ]+", archs.replace("+PTX", "")):
+            continue
+        made = str(folder / f"{source.stem}.o")
+        objects.append(made)
+        lines += [f"build {made}: nvcc {source.resolve()}"]
+        lines += [f"  archs = {' '.join(arch_flags(alone or archs))}"]
+    flags = FLAGS + (" -DLORA_SM90A" if any("kernels_sm90" in made for made in objects) else "")
+    rule = RULE.format(nvcc=shutil.which("nvcc"), flags=flags)
     (folder / "build.ninja").write_text(rule + "\n".join(lines) + "\n")
     subprocess.run(["ninja", "-C", str(folder)], check=True, stdout=sys.stderr)
     return objects

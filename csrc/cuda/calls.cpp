@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "shapes.h"
+
 namespace lora_kernels {
 
 namespace {
@@ -30,6 +32,13 @@ Rows rows(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0)}; }
 
 bool in_chunks(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(0) * t.element_size() % 16 == 0;
+}
+
+// Rows as sm_90's copies take boxes of them.
+bool in_boxes(const Tensor& t) { return in_chunks(t) && t.stride(0) >= t.size(1); }
+
+Boxes boxes(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.size(0), t.size(1), t.stride(0), Hopper::kRows, t.scalar_type() == ScalarType::Half};
 }
 
 std::vector<int64_t> shape_like(const Tensor& like, int64_t columns) {
@@ -117,7 +126,8 @@ std::tuple<Tensor, Tensor> forward_call(
   for (const Tensor& t : {x_rows, d.weight, d.a, d.b}) target.scratch(t);
   if (added) target.scratch(*added);
   if (d.scaling) target.scratch(*d.scaling);
-  const Problem problem = problem_of(layer, x, in_chunks(x_rows) && in_chunks(d.weight));
+  Problem problem = problem_of(layer, x, in_chunks(x_rows) && in_chunks(d.weight));
+  problem.in_boxes = in_boxes(x_rows) && in_boxes(d.weight);
   if (is_decoding(problem)) {
     DecodeParams params{};
     params.layer = layer;
@@ -134,7 +144,11 @@ std::tuple<Tensor, Tensor> forward_call(
   if (split) launch(target, plan.thin, ThinParams{layer, rows(x_rows), data(xa), 0});
   ForwardParams params{layer, plan.grid, rows(x_rows), nullptr, data(y), data(xa), static_cast<int*>(data(flags)), !split};
   if (added) params.bias = data(*added);
-  launch(target, plan.large, params);
+  if (plan.sm90a) {
+    launch(target, plan.large, HopperForwardParams{target.map(boxes(x_rows)), target.map(boxes(d.weight)), params});
+  } else {
+    launch(target, plan.large, params);
+  }
   return {y, xa};
 }
 

@@ -28,6 +28,8 @@ struct Target {
   // At least so many int32 zeros, which every launch leaves as it found them.
   std::function<Tensor(const Tensor& like, int count)> zeros;
   std::function<void(const Launch&, const void* params, size_t bytes)> launch;
+  // Encodes where boxes are copied from.
+  std::function<TensorMap(const Boxes&)> map;
   // Told of memory that launches use beyond inputs and outputs.
   std::function<void(const Tensor&)> scratch;
 };

@@ -89,19 +89,28 @@ __device__ inline bool decode_sum_of_parts(float (&sums)[kDecodeNumbers], float*
   return true;
 }
 
-// Σ xa[m] b[n], with b rounded to T.
+// xa as another program published it, to float32 rows of `pitch` numbers in shared memory, zeros after its ranks.
 template <class T>
-__device__ inline float low_rank_number(const DecodeParams& p, int m, int n) {
+__device__ inline void load_xa(const DecodeParams& p, int pitch, float* shared) {
   const Layer& layer = p.layer;
-  const Bits<T>* xa = static_cast<const Bits<T>*>(p.xa) + m * layer.r;
+  for (int index = threadIdx.x; index < layer.m * pitch; index += kDecodeThreads) {
+    const int m = index / pitch, r = index % pitch;
+    shared[index] = number<T>(load_fresh(static_cast<const Bits<T>*>(p.xa) + m * layer.r + r, r < layer.r));
+  }
+  __syncthreads();
+}
+
+// Σ xa[m] b[n] of a row of xa in shared memory.
+template <class T>
+__device__ inline float low_rank_number(const Source& b, int n, const float* xa) {
   float sum = 0;
-#pragma unroll 8
-  for (int r = 0; r < layer.r; ++r) {
-    const int64_t at = n * layer.b.stride + r;
-    const float b = layer.adapters_are_float ? static_cast<const float*>(layer.b.data)[at]
-                                             : number<T>(static_cast<const Bits<T>*>(layer.b.data)[at]);
-    const float rounded = number<T>(static_cast<Bits<T>>(pair_of<T>(b, 0.0f)));
-    sum += number<T>(load_fresh(xa + r, true)) * rounded;
+  for (int rank = 0; rank < b.columns; rank += kChunk<T>) {
+    const uint4 of_b = DecodeSums<T>::chunk(b, n, rank, rank + kChunk<T>);
+    const uint32_t pairs[4] = {of_b.x, of_b.y, of_b.z, of_b.w};
+#pragma unroll
+    for (int i = 0; i < kChunk<T>; ++i) {
+      sum += xa[rank + i] * number<T>(static_cast<Bits<T>>(pairs[i / 2] >> 16 * (i % 2)));
+    }
   }
   return sum;
 }
@@ -112,6 +121,9 @@ __device__ inline void decode(const DecodeParams& p) {
   float* memory = reinterpret_cast<float*>(dynamic);
   const Layer& layer = p.layer;
   const Source x = matrix<T>(p.x, layer.m, layer.k);
+  const Source b = adapter<T>(layer, layer.b, layer.n, layer.r);
+  const int pitch = (layer.r + kChunk<T> - 1) / kChunk<T> * kChunk<T>;
+  static_assert(kDecodeRows * 256 * 4 <= kDecodeBytes, "xa of all ranks");
   const int thin_tiles = (layer.r + kDecodeColumns - 1) / kDecodeColumns;
   const int tiles = thin_tiles + (layer.n + kDecodeColumns - 1) / kDecodeColumns;
   for (int index = blockIdx.x; index < tiles * p.parts; index += gridDim.x) {
@@ -123,7 +135,10 @@ __device__ inline void decode(const DecodeParams& p) {
     decode_sums<T>(sums, x, w, row, part, p.parts, memory);
     float* space = p.partials + static_cast<int64_t>(tile) * p.parts * kDecodeTile;
     if (!decode_sum_of_parts(sums, space, p.counters + tile, part, p.parts, reinterpret_cast<int*>(memory))) continue;
-    if (!thin) wait(p.flag, thin_tiles);
+    if (!thin) {
+      wait(p.flag, thin_tiles);
+      load_xa<T>(p, pitch, memory);
+    }
 #pragma unroll
     for (int i = 0; i < kDecodeNumbers; ++i) {
       const int at = i * kDecodeThreads + threadIdx.x, m = at / kDecodeColumns, n = row + at % kDecodeColumns;
@@ -132,7 +147,7 @@ __device__ inline void decode(const DecodeParams& p) {
         store_number<T>(p.xa, static_cast<int64_t>(m) * layer.r + n, sums[i], false);
       } else {
         const float bias = p.bias ? number<T>(static_cast<const Bits<T>*>(p.bias)[n]) : 0.0f;
-        const float y = sums[i] + scaling_of(layer) * low_rank_number<T>(p, m, n) + bias;
+        const float y = sums[i] + scaling_of(layer) * low_rank_number<T>(b, n, memory + m * pitch) + bias;
         store_number<T>(p.y, static_cast<int64_t>(m) * layer.n + n, y, false);
       }
     }

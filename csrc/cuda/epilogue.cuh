@@ -49,18 +49,45 @@ __device__ inline void add_kept(float (&first)[4], float (&second)[4], const flo
   }
 }
 
+// sums += scale * D(left right) for kRanks ranks, `depth` of them not zero: left [rows, kRanks] and right [columns,
+// kRanks], or [kRanks, columns] if kByDepth, in shared memory.
+template <class T, class S, int kRanks, bool kByDepth, bool kDropout>
+__device__ __forceinline__ void add_ranks(Sums<S>& sums, const Place<S>& place, const Mask& mask, const Operands& at,
+                                          float scale, int depth, uint32_t left, uint32_t right) {
+  using LeftTile = Tile<T, S::kRows, kRanks>;
+  using RightTile = std::conditional_t<kByDepth, Tile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
+  const LeftReader<LeftTile> left_reader(place.warp_row);
+  const RightReader<RightTile, kByDepth> right_reader(place.warp_column);
+  repeat<S::kBlocksM>([&](auto i) {
+    repeat<S::kBlocksN / 2>([&](auto j) {
+      float low_rank[2][4] = {};
+      repeat<kRanks / kDeep<T>>([&](auto slice) {
+        if (slice && kDeep<T> * slice >= depth) return;
+        Left<T> a;
+        Right<T> b;
+        left_reader.template read<16 * i>(a, left, slice);
+        right_reader.template read<16 * j, slice>(b, right);
+        multiply<T>(low_rank[0], a, b[0], b[1]);
+        multiply<T>(low_rank[1], a, b[2], b[3]);
+      });
+      add_kept<kDropout>(sums.v[i][2 * j], sums.v[i][2 * j + 1], low_rank, scale, mask, at.row + place.row(i),
+                         (at.column + place.warp_column) / 8 + 2 * j, place.t);
+      // The calls of the mask one after the other: together they would need too many registers.
+      if (kDropout) __syncwarp();
+    });
+  });
+}
+
 // sums += scale * D(left right) for low-rank factors: left [rows, r], right [columns, r], or [r, columns] if
 // kByDepth. No pipeline, since the depth is the rank; kRanks of it at a time.
 template <class T, class S, int kRanks, bool kByDepth, bool kDropout>
 __device__ __forceinline__ void add_low_rank(Sums<S>& sums, const Place<S>& place, const Operands& operands, float scale,
-                                    uint32_t shared) {
+                                             uint32_t shared) {
   using LeftTile = Tile<T, S::kRows, kRanks>;
   using RightTile = std::conditional_t<kByDepth, Tile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
   const Mask mask(operands.layer);
   const uint32_t right = shared + LeftTile::kBytes;
   static_assert(LeftTile::kBytes + RightTile::kBytes == low_rank_bytes<S>(kRanks), "what the host asks for");
-  const LeftReader<LeftTile> left_reader(place.warp_row);
-  const RightReader<RightTile, kByDepth> right_reader(place.warp_column);
   for (int rank = 0; rank < operands.depth; rank += kRanks) {
     copy_tile<T, LeftTile, S::kThreads>(shared, operands.left, operands.row, rank);
     copy_tile<T, RightTile, S::kThreads>(
@@ -68,24 +95,7 @@ __device__ __forceinline__ void add_low_rank(Sums<S>& sums, const Place<S>& plac
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
-    repeat<S::kBlocksM>([&](auto i) {
-      repeat<S::kBlocksN / 2>([&](auto j) {
-        float low_rank[2][4] = {};
-        repeat<kRanks / kDeep<T>>([&](auto slice) {
-          if (slice && kDeep<T> * slice >= operands.depth - rank) return;
-          Left<T> a;
-          Right<T> b;
-          left_reader.template read<16 * i>(a, shared, slice);
-          right_reader.template read<16 * j, slice>(b, right);
-          multiply<T>(low_rank[0], a, b[0], b[1]);
-          multiply<T>(low_rank[1], a, b[2], b[3]);
-        });
-        add_kept<kDropout>(sums.v[i][2 * j], sums.v[i][2 * j + 1], low_rank, scale, mask,
-                           operands.row + place.row(i), (operands.column + place.warp_column) / 8 + 2 * j, place.t);
-        // The calls of the mask one after the other: together they would need too many registers.
-        if (kDropout) __syncwarp();
-      });
-    });
+    add_ranks<T, S, kRanks, kByDepth, kDropout>(sums, place, mask, operands, scale, operands.depth - rank, shared, right);
     __syncthreads();
   }
 }
@@ -157,7 +167,7 @@ __device__ inline void store_sums(const Sums<S>& sums, const Place<S>& place, vo
       }
     }
   }
-  __syncthreads();
+  synchronize<S>();
   const bool chunks = in_chunks<T>(out, columns);
 #pragma unroll
   for (int first = 0; first < Out::kRows * Out::kChunks; first += S::kThreads) {
@@ -181,7 +191,7 @@ __device__ inline void store_sums(const Sums<S>& sums, const Place<S>& place, vo
       }
     }
   }
-  __syncthreads();
+  synchronize<S>();
 }
 
 }  // namespace lora_kernels

@@ -276,7 +276,7 @@ __device__ inline Position grouped_tile(int index, int rows, int columns) {
 // Makes this program's stores visible to whoever waits on the flag.
 __device__ inline void publish(int* flag) {
   __syncthreads();
-  if (threadIdx.x == 0) release_add(flag);
+  release_add(flag, threadIdx.x == 0);
 }
 
 __device__ inline void wait(const int* flag, int arrivals) {
@@ -289,7 +289,7 @@ __device__ inline void wait(const int* flag, int arrivals) {
 // Counts a consumer out; the last one, who finds `last` there, leaves a zero behind.
 __device__ inline void leave(int* flag, int last) {
   __syncthreads();
-  if (threadIdx.x == 0 && count_up(flag) == last) atomicExch(flag, 0);
+  count_out(flag, last, threadIdx.x == 0);
 }
 
 // Counts a program in and tells all of its threads whether it is the last of `parts`, which leaves a zero behind.

@@ -60,6 +60,23 @@ struct BackwardParams {
   int fused;                // whether the first tiles make dxa; 0: an earlier launch made it
 };
 
+// Where a matrix lies that copies take boxes of, as sm_90's hardware has it encoded.
+struct alignas(64) TensorMap {
+  unsigned char bytes[128];
+};
+
+// What a map says: a matrix of 16-bit elements and a box of it, whose rows are 128 bytes.
+struct Boxes {
+  void* data;
+  int64_t rows, columns, stride;
+  int box_rows, is_half;
+};
+
+struct HopperForwardParams {
+  TensorMap x_map, w_map;
+  ForwardParams forward;
+};
+
 struct DecodeParams {
   Layer layer;              // at most 16 rows, no dropout
   Rows x;                   // [m, k]

@@ -107,6 +107,18 @@ void number_tiles(Plan& plan, const Problem& p, const Choice& c, bool fused) {
   plan.counters = k.db_blocks + k.da_blocks + plan.grid.panels;
 }
 
+// Whether the kernel for sm_90a serves what another's large tiles would.
+bool serves_sm90a(const Problem& p, const Device& d, const Choice& c) {
+  return d.sm90a && !p.backward && p.in_boxes && p.type != Type::kFloat && p.r <= 64 && c.rows == Hopper::kRows &&
+         c.columns == Hopper::kColumns;
+}
+
+Launch sm90a_launch(const Problem& p, int tiles, const Device& d) {
+  const int ranks = p.r <= 16 ? 16 : 64;
+  return {std::string("lora_forward_Hopper_") + name_of(p.type) + "_r" + std::to_string(ranks) + (p.dropout ? "_d1_c1" : "_d0_c1"),
+          std::min(tiles, d.multiprocessors), Hopper::kThreads + kHopperCopying, hopper_bytes(ranks)};
+}
+
 void check(const Problem& p) {
   if (p.r < 1 || p.r > kMaxRank) throw std::invalid_argument("lora_A: expected a rank from 1 to 256");
 }
@@ -164,6 +176,8 @@ Plan plan(const Problem& p, const Device& d) {
   plan.large = {name_of(p.backward ? "backward" : "forward", c, p), std::min(tiles, d.multiprocessors), c.threads,
                 c.shared_bytes};
   if (wants_thin && !fused) plan.thin = thin_launch(p, d);
+  plan.sm90a = serves_sm90a(p, d, c);
+  if (plan.sm90a) plan.large = sm90a_launch(p, tiles, d), plan.thin = {};
   return plan;
 }
 

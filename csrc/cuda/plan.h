@@ -13,6 +13,7 @@ struct Device {
   int arch;            // compute capability 9.0 is 90
   int multiprocessors;
   int shared_bytes;    // a program may have at most
+  bool sm90a;          // whether kernels for sm_90a run on it
 };
 
 // What a plan depends on of a call.
@@ -21,6 +22,7 @@ struct Problem {
   Type type;
   bool dropout;
   bool in_chunks;      // whether all rows of the large operands start at multiples of 16 bytes
+  bool in_boxes;       // whether besides no rows overlap, as sm_90's copies ask
   bool backward;
   bool dx, da, db, dbias;
 };
@@ -36,6 +38,7 @@ struct Plan {
   Launch thin;         // its kernel is empty where one launch does it all
   int rows, columns;   // of a tile
   int ranks;           // that a tile takes at a time
+  bool sm90a;          // whether the large launch is of a kernel for sm_90a
   Kinds kinds;         // of backward
   Grid grid;
   int segment;         // rows that a tile of da or db sums

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 namespace lora_kernels {
@@ -47,6 +48,21 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t from
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(from), "n"(kOffset)
                : "memory");
+}
+
+// Waits for kThreads threads of the program that take the same barrier, 1 to 15.
+template <int kBarrier, int kThreads>
+__device__ inline void synchronize() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+// For the threads of a shape: all of a program's, or those with a barrier of their own.
+template <class S>
+__device__ inline void synchronize() {
+  if constexpr (S::kBarrier == 0) {
+    __syncthreads();
+  } else {
+    synchronize<S::kBarrier, S::kThreads>();
+  }
 }
 
 // The compiler takes the number for one that it can't compute again: it keeps it in a register.
@@ -118,8 +134,11 @@ __device__ inline void multiply_long(float (&sum)[4], const A& a, const B& b0, c
 // ---- flags between programs ----
 
 // Adds one to a flag; what this thread wrote before is visible to whoever sees the sum.
-__device__ inline void release_add(int* flag) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(flag) : "memory");
+// `does`: whether this thread does, by a predicate, since a branch would divide the warp.
+__device__ inline void release_add(int* flag, bool does) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %1, 0; @p red.release.gpu.global.add.s32 [%0], 1; }" ::"l"(flag),
+               "r"(static_cast<int>(does))
+               : "memory");
 }
 
 __device__ inline int acquire_load(const int* flag) {
@@ -133,6 +152,15 @@ __device__ inline int count_up(int* flag) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(flag) : "memory");
   return before;
+}
+
+// Counts a consumer out; the last one, who finds `last` there, leaves a zero behind. `does`: as above.
+__device__ inline void count_out(int* flag, int last, bool does) {
+  asm volatile(
+      "{ .reg .pred p, q; .reg .b32 seen; setp.ne.b32 p, %2, 0; @p atom.acq_rel.gpu.global.add.s32 seen, [%0], 1; "
+      "setp.eq.and.s32 q, seen, %1, p; @q st.relaxed.gpu.global.s32 [%0], 0; }" ::"l"(flag),
+      "r"(last), "r"(static_cast<int>(does))
+      : "memory");
 }
 
 // Memory that other programs wrote in this launch: past L1, which may hold what was there before. Zero where it is

@@ -1,5 +1,6 @@
 // Launches: every launch of the compiled kernels passes here.
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <mutex>
@@ -24,10 +25,18 @@ int attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
+#ifdef LORA_SM90A
+constexpr bool kHasSm90a = true;
+const Kernels kTables[] = {bf16_kernels(), half_kernels(), float_kernels(), bf16_kernels_sm90(), half_kernels_sm90()};
+#else
+constexpr bool kHasSm90a = false;
+const Kernels kTables[] = {bf16_kernels(), half_kernels(), float_kernels()};
+#endif
+
 const void* address_of(const std::string& name) {
   static const std::unordered_map<std::string, const void*> table = [] {
     std::unordered_map<std::string, const void*> all;
-    for (const Kernels& some : {bf16_kernels(), half_kernels(), float_kernels()}) {
+    for (const Kernels& some : kTables) {
       for (int i = 0; i < some.count; ++i) all[some.first[i].name] = some.first[i].address;
     }
     return all;
@@ -47,8 +56,29 @@ Device device_of(int index) {
   if (found != known.end()) return found->second;
   const int arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
   const Device device{arch, attribute(cudaDevAttrMultiProcessorCount, index),
-                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index), kHasSm90a && arch == 90};
   return known[index] = device;
+}
+
+TensorMap encoded(const Boxes& b) {
+  static const auto encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status),
+          "cudaGetDriverEntryPointByVersion of cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "the map is passed as bytes");
+  TensorMap map;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(b.columns), static_cast<cuuint64_t>(b.rows)};
+  const cuuint64_t strides[] = {2 * static_cast<cuuint64_t>(b.stride)};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(b.box_rows)}, steps[] = {1, 1};
+  const CUresult result = encode(
+      reinterpret_cast<CUtensorMap*>(map.bytes), b.is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      2, b.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(result));
+  return map;
 }
 
 void launch(const Launch& how, const void* params, void* stream) {

@@ -9,6 +9,9 @@ namespace lora_kernels {
 // The properties of a CUDA device; asked of the driver once per device.
 Device device_of(int index);
 
+// A map for copies of boxes, whose chunks are permuted in shared memory by 128 bytes.
+TensorMap encoded(const Boxes& boxes);
+
 // Launches a kernel of the list on the current device: `params` are copied.
 void launch(const Launch& how, const void* params, void* stream);
 

@@ -8,7 +8,7 @@ namespace lora_kernels {
 template <int kRowsOfTile, int kColumnsOfTile, int kDepthOfStep, int kStagesOfRing, int kWarpsAlongM, int kWarpsAlongN,
           int kBytesOfElement = 2>
 struct Shape {
-  static constexpr int kSize = kBytesOfElement;
+  static constexpr int kSize = kBytesOfElement, kBarrier = 0;
   static constexpr int kRows = kRowsOfTile, kColumns = kColumnsOfTile, kDepth = kDepthOfStep;
   static constexpr int kStages = kStagesOfRing, kWarpsM = kWarpsAlongM, kWarpsN = kWarpsAlongN;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
@@ -26,6 +26,12 @@ using Small = Shape<64, 64, 64, 3, 2, 2>;     // for few tiles
 using TallFloat = Shape<128, 64, 32, 3, 4, 2, 4>;  // float32
 using SmallFloat = Shape<64, 64, 32, 3, 2, 2, 4>;
 
+// sm_90a: the threads that multiply; a warp has 16 rows and all columns, as wgmma gives them.
+struct Hopper : Shape<128, 128, 64, 4, 8, 1> {
+  static constexpr int kBarrier = 1;  // of theirs alone
+};
+constexpr int kHopperCopying = 128;  // threads after them, which copy
+
 // X(shape, ranks, dropout, whether rows start at multiples of 16 bytes)
 #define LORA_EACH_FORWARD(X) \
   X(Large, 16, 0, 1) X(Large, 16, 1, 1) X(Large, 64, 0, 1) X(Large, 64, 1, 1) \
@@ -37,6 +43,9 @@ using SmallFloat = Shape<64, 64, 32, 3, 2, 2, 4>;
   X(Small, 16, 0, 1) X(Small, 16, 1, 1) X(Small, 64, 0, 1) X(Small, 64, 1, 1) X(Small, 16, 0, 0) X(Small, 16, 1, 0)
 
 #define LORA_EACH_DECODE(X) X()
+
+// X(ranks, dropout)
+#define LORA_EACH_HOPPER(X) X(16, 0) X(16, 1) X(64, 0) X(64, 1)
 
 #define LORA_EACH_FORWARD_FLOAT(X) \
   X(TallFloat, 16, 0, 1) X(TallFloat, 16, 1, 1) X(TallFloat, 64, 0, 1) X(TallFloat, 64, 1, 1) \
@@ -73,6 +82,10 @@ constexpr int sum_bytes(int ranks) {
 template <class S>
 constexpr int backward_bytes(int ranks) {
   return larger(forward_bytes<S>(ranks), sum_bytes(ranks));
+}
+constexpr int hopper_bytes(int ranks) {
+  const int stage = ring_bytes<Hopper>(ranks), barriers = 8 * (2 * Hopper::kStages + 2);
+  return stage + low_rank_bytes<Hopper>(ranks) + 2 * Hopper::kRows * Hopper::kColumns + barriers;
 }
 // Decoding: tiles of 16 rows of x by as many rows of W, a program's warps sharing its columns.
 constexpr int kDecodeRows = 16, kDecodeColumns = 32, kDecodeTile = kDecodeRows * kDecodeColumns, kDecodeWarps = 8;

@@ -120,13 +120,15 @@ __device__ inline V load_floats(uint32_t from) {
   return v;
 }
 
-// Copies a tile at (row, column) of a matrix; zeros beyond it. Asynchronous where rows allow chunks.
-template <class T, class Tile, int kThreads>
+// Copies a tile at (row, column) of a matrix, by kThreads threads from kFirstThread on; zeros beyond the matrix. Asynchronous where rows allow chunks.
+template <class T, class Tile, int kThreads, int kFirstThread = 0>
 __device__ inline void copy_tile(uint32_t to, const Source& from, int row, int column) {
   constexpr int kAll = Tile::kRows * Tile::kChunks;
-#pragma unroll
+  // Threads that only copy have few registers.
+  constexpr int kAtOnce = kFirstThread ? 1 : (kAll + kThreads - 1) / kThreads;
+#pragma unroll kAtOnce
   for (int first = 0; first < kAll; first += kThreads) {
-    const int index = first + threadIdx.x;
+    const int index = first + threadIdx.x - kFirstThread;
     if (kAll % kThreads && index >= kAll) break;
     const int r = index / Tile::kChunks, c = index % Tile::kChunks;
     const uint32_t at = to + Tile::offset(r, c);

@@ -4,6 +4,7 @@ The library plans a call, allocates and fills in the kernels' parameters as for 
 tensors; only the launches are made here.
 """
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from lora_kernels._cuobjdump import cuobjdump
 from lora_kernels._native import LIBRARIES, absence
+
+# A tensor map in a kernel's parameters, and what the library writes there for a machine to encode.
+_MAP_BYTES, _BOXES, _BOX_COLUMNS = 128, struct.Struct("<QqqqiI"), 64
 
 
 @dataclass
@@ -45,11 +49,13 @@ class Machine:
         first = 0
         for name, launch in zip(names.split(), numbers.view(-1, 4).tolist(), strict=True):
             grid, threads, shared, size = launch
-            stats = _code().launch(
+            sm_90a = "_Hopper_" in name
+            given = bytes(params[first : first + size].tolist())
+            stats = _code("sm_90a" if sm_90a else "sm_80").launch(
                 name,
                 (grid,),
                 threads,
-                (bytes(params[first : first + size].tolist()),),
+                (_with_maps(given, memory) if sm_90a else given,),
                 shared_bytes=shared,
                 resident_ctas=self.resident,
                 seed=self.seed,
@@ -61,23 +67,37 @@ class Machine:
             stats.assert_clean()
 
 
-@cache
-def _code() -> Any:
+def _with_maps(params: bytes, memory: list[Tensor]) -> bytes:
+    """Return parameters whose two tensor maps the machine understands; see `Boxes` in params.h."""
     import ptxvm
 
-    return ptxvm.load(ptx())
+    maps = []
+    for at in (0, _MAP_BYTES):
+        data, rows, columns, stride, box_rows, _ = _BOXES.unpack_from(params, at)
+        tensor = next(t for t in memory if t.data_ptr() == data)
+        matrix = tensor.as_strided((rows, columns), (stride, 1))
+        maps.append(bytes(ptxvm.tensor_map(matrix, (box_rows, _BOX_COLUMNS), 128).descriptor))
+    return b"".join([*maps, params[2 * _MAP_BYTES :]])
 
 
-def ptx() -> str:
-    """Return the PTX that the library holds.
+@cache
+def _code(target: str) -> Any:
+    import ptxvm
+
+    return ptxvm.load(ptx(target))
+
+
+def ptx(target: str) -> str:
+    """Return the PTX that the library holds for a target, such as "sm_80".
 
     Raises:
         RuntimeError: there is none; it is kept where an architecture was built with "+PTX".
     """
-    modules = cuobjdump("-ptx", LIBRARIES["cuda"]).split(".version")[1:]
+    said = cuobjdump("-ptx", LIBRARIES["cuda"]).split(".version")[1:]
+    modules = [module for module in said if f".target {target}\n" in module]
     if not modules:
         raise RuntimeError(
-            f"{LIBRARIES['cuda'].name} holds no PTX: build with an arch like 8.0+PTX"
+            f"{LIBRARIES['cuda'].name} holds no PTX for {target}: build with an arch like 8.0+PTX"
         )
     # One module of all: the heads are alike, and names are distinct.
     texts = [".version" + module.split("\nFatbin")[0] for module in modules]

@@ -1,0 +1,107 @@
+// The instructions of sm_90a that a pipeline of asynchronous copies and products is made of.
+
+#pragma once
+
+#include "ptx.cuh"
+
+namespace lora_kernels {
+
+// A barrier in shared memory: a phase ends when so many threads have arrived and all bytes announced have come.
+__device__ inline void init_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// `does`: whether this thread does, by a predicate, since a branch would divide the warp.
+__device__ inline void arrive(uint32_t barrier, bool does = true) {
+  asm volatile(
+      "{ .reg .pred p; .reg .b64 state; setp.ne.b32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(barrier),
+      "r"(static_cast<int>(does))
+      : "memory");
+}
+__device__ inline void arrive_expecting(uint32_t barrier, int bytes, bool does) {
+  asm volatile(
+      "{ .reg .pred p; .reg .b64 state; setp.ne.b32 p, %2, 0; "
+      "@p mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(barrier),
+      "r"(bytes), "r"(static_cast<int>(does))
+      : "memory");
+}
+// Arrives when this thread's copies by cp.async have come.
+__device__ inline void arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Waits for the end of a phase with this parity.
+__device__ inline void wait_for_phase(uint32_t barrier, int parity) {
+  int done = 0;
+  while (!done) {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+}
+
+// What barriers were initialised is visible to copies, and what registers stored to products.
+__device__ inline void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// Copies the box of a map that starts at (row, column) to shared memory; its bytes count for the barrier.
+__device__ inline void copy_box(uint32_t to, const void* map, int row, int column, uint32_t barrier, bool does) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %5, 0; "
+      "@p cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4]; }" ::"r"(
+          to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "r"(static_cast<int>(does))
+      : "memory");
+}
+
+// More or fewer registers for all threads of a warpgroup.
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ---- products of a warpgroup: 64 rows, operands in shared memory ----
+
+// A tile whose rows are 128 bytes of the summed dimension, its chunks permuted by copies that swizzle 128 bytes.
+__device__ inline uint64_t operand(uint32_t tile) {
+  constexpr uint64_t kRowsApart = 1024 >> 4, kSwizzle128 = 1;
+  return (tile >> 4 & 0x3FFF) | uint64_t{1} << 16 | kRowsApart << 32 | kSwizzle128 << 62;
+}
+
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ inline void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// sums [64 x 128] += a [64 x 16] b [16 x 128]
+#define LORA_WGMMA(type)                                                                                       \
+  asm volatile(                                                                                                \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                             \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "   \
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "   \
+      "%62, %63}, %64, %65, 1, 1, 1, 0, 0;"                                                                    \
+      : LORA_SUMS(0), LORA_SUMS(1), LORA_SUMS(2), LORA_SUMS(3), LORA_SUMS(4), LORA_SUMS(5), LORA_SUMS(6),      \
+        LORA_SUMS(7), LORA_SUMS(8), LORA_SUMS(9), LORA_SUMS(10), LORA_SUMS(11), LORA_SUMS(12), LORA_SUMS(13),  \
+        LORA_SUMS(14), LORA_SUMS(15)                                                                           \
+      : "l"(a), "l"(b))
+#define LORA_SUMS(j) "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])
+
+template <class T>
+__device__ inline void multiply_async(float (&sums)[16][4], uint64_t a, uint64_t b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    LORA_WGMMA("f16");
+  } else {
+    LORA_WGMMA("bf16");
+  }
+}
+
+#undef LORA_WGMMA
+#undef LORA_SUMS
+
+}  // namespace lora_kernels

@@ -1,0 +1,7 @@
+// The kernels of kernels_sm90.cuh for float16.
+
+#define LORA_TYPE half
+#define LORA_ELEMENT __half
+#define LORA_TABLE half_kernels_sm90
+
+#include "kernels_sm90.cuh"
