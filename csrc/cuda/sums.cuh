@@ -102,7 +102,7 @@ __device__ inline void drop(uint32_t tile, int row, int column, const Mask& mask
 }
 
 // sums = leftT D(right) and the columns' totals, of rows from `row` to the matrices' end.
-template <class T, class S, int kRanks, bool kDropout>
+template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer& layer, const Source& left, const Source& right,
                                 int row, int column, bool want_product, bool want_total, uint32_t shared) {
   using C = SumShape<S, kRanks>;
@@ -116,7 +116,7 @@ __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer
     const uint32_t stage = shared + step % C::kStages * C::kStageBytes;
     const int at = row + step * C::kRowsOfStep;
     if (want_product) copy_tile<T, LeftTile, S::kThreads>(stage, left, at, 0);
-    copy_tile<T, RightTile, S::kThreads>(stage + C::kLeftBytes, right, at, column);
+    copy_tile<T, RightTile, S::kThreads, 0, kInChunks, !kInChunks && sizeof(T) == 4>(stage + C::kLeftBytes, right, at, column);
   };
   sums.clear();
   for (int step = 0; step < C::kStages - 1; ++step) {

@@ -120,12 +120,13 @@ __device__ inline V load_floats(uint32_t from) {
   return v;
 }
 
-// Copies a tile at (row, column) of a matrix, by kThreads threads from kFirstThread on; zeros beyond the matrix. Asynchronous where rows allow chunks.
-template <class T, class Tile, int kThreads, int kFirstThread = 0>
+// Copies a tile at (row, column) of a matrix, by kThreads threads from kFirstThread on; zeros beyond the matrix.
+// Asynchronous where rows allow chunks. kInChunks: whether that is known when compiled; kRolled: chunk after chunk,
+// for threads of few registers.
+template <class T, class Tile, int kThreads, int kFirstThread = 0, bool kInChunks = false, bool kRolled = kFirstThread != 0>
 __device__ inline void copy_tile(uint32_t to, const Source& from, int row, int column) {
   constexpr int kAll = Tile::kRows * Tile::kChunks;
-  // Threads that only copy have few registers.
-  constexpr int kAtOnce = kFirstThread ? 1 : (kAll + kThreads - 1) / kThreads;
+  constexpr int kAtOnce = kRolled ? 1 : (kAll + kThreads - 1) / kThreads;
 #pragma unroll kAtOnce
   for (int first = 0; first < kAll; first += kThreads) {
     const int index = first + threadIdx.x - kFirstThread;
@@ -133,7 +134,7 @@ __device__ inline void copy_tile(uint32_t to, const Source& from, int row, int c
     const int r = index / Tile::kChunks, c = index % Tile::kChunks;
     const uint32_t at = to + Tile::offset(r, c);
     const int first_column = column + c * kChunk<T>;
-    if (from.in_chunks) {
+    if (kInChunks || from.in_chunks) {
       const int inside = row + r < from.rows ? min(max(from.columns - first_column, 0), kChunk<T>) : 0;
       const int64_t offset = inside ? (row + r) * from.stride + first_column : 0;
       copy_async(at, static_cast<const Bits<T>*>(from.data) + offset, static_cast<int>(sizeof(T)) * inside);
@@ -141,6 +142,8 @@ __device__ inline void copy_tile(uint32_t to, const Source& from, int row, int c
       store_chunk(at, fetch_chunk<T>(from, row + r, first_column));
     }
   }
+  // A loop may have divided the warp, and matrix loads follow.
+  if (kRolled) __syncwarp();
 }
 
 // Copies equal tiles along one dimension, the rows' or the columns': addresses are computed once and advanced.
@@ -168,7 +171,7 @@ class Stream {
     const bool inside = kAlongRows ? row_ + Tile::kRows <= from_.rows && column_ + Tile::kColumns <= from_.columns
                                    : column_ + Tile::kColumns <= from_.columns;
     if (!kInChunks) {
-      copy_tile<T, Tile, kThreads>(to, from_, row_, column_);
+      copy_tile<T, Tile, kThreads, 0, false, sizeof(T) == 4>(to, from_, row_, column_);
     } else if (inside) {
       repeat<kCopies>([&](auto i) { copy_async<i * kThreads * 16>(to + first_, pointers_[i]); });
     } else {
