@@ -53,7 +53,7 @@ peft-suite: $(READY)
 SANITIZED := build/sanitized/lora_kernels/_cpu.abi3.so
 LIBRARIES := libasan.so libubsan.so libstdc++.so
 sanitize: $(READY)
-	LORA_KERNELS_CPU=1 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
+	LORA_KERNELS_CPU=1 LORA_KERNELS_CUDA=0 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
 		build_ext --build-lib build/sanitized --build-temp build/sanitized-objects > /dev/null
 	LD_PRELOAD="$(foreach name,$(LIBRARIES),$(shell $(CXX) -print-file-name=$(name)))" \
 		ASAN_OPTIONS=detect_leaks=0 LORA_KERNELS_TEST_LIBRARY=$(SANITIZED) \
