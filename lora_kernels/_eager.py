@@ -5,13 +5,11 @@ applied to [M, R] tensors, products are added in place, and dropout works on blo
 regenerated mask, so that beyond its outputs a call holds [M, R] tensors and one block.
 """
 
-from functools import cache
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lora_kernels import _onednn
 from lora_kernels._philox import keep_blocks
 from lora_kernels.dropout import keep_scale
 
@@ -20,9 +18,6 @@ SMALL_M = 32
 # 2026-11-24, Zen 4, bf16, 2 threads, dB of 2048x768: 0.19 ms transposed, 0.24 straight; at
 # 512x2048 0.16 and 0.20, but a copy of the result adds 0.035.
 TALL_M = 1024
-# Multiplications from which oneDNN's call, dearer from Python, pays. 2026-11-24, Zen 5: 0.9 of
-# MKL's time at 256x64x64, 0.5 at 64x512x512.
-ONEDNN_WORK = 1 << 21
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -145,36 +140,12 @@ def _tall_product(dy: Tensor, xs: Tensor) -> Tensor:
 
 def _base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x Wᵀ + bias."""
-    if _prefers_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return linear(x, weight, bias)
+    product = _onednn.linear if _onednn.preferred(x, weight) else linear
+    return product(x, weight, bias)
 
 
 def _base_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """Return dy W."""
-    if _prefers_onednn(dy, weight):
-        return torch.ops.mkldnn._linear_pointwise(dy, weight.t(), None, "none", [], "")
+    if _onednn.preferred(dy, weight.t()):
+        return _onednn.linear(dy, weight.t(), None)
     return torch.mm(dy, weight)
-
-
-def _prefers_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's float32 product is the faster one: on AMD processors, but for small work."""
-    return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and x.shape[0] >= 16
-        and x.shape[0] * weight.numel() >= ONEDNN_WORK
-        and _onednn_beats_mkl()
-    )
-
-
-@cache
-def _onednn_beats_mkl() -> bool:
-    """Whether this processor is an AMD one, where oneDNN's sgemm takes 0.4 to 0.9 of MKL's time."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return (
-        torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and cpuinfo.exists()
-        and "AuthenticAMD" in cpuinfo.read_text()
-    )

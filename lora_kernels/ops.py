@@ -127,8 +127,9 @@ def _register_compiled(name: str, more: str = "") -> None:
 
 for _name in ("reference", "eager", "triton"):
     _register(_name)
-# packed: the weight in oneDNN's own layout, that of W forward and of Wᵀ backward.
-_register_compiled("cpu", ", Tensor? packed=None")
+# packed: the weight in oneDNN's own layout, that of W forward and of Wᵀ backward, in the parts that
+# `_onednn.parts` makes; None: it isn't packed.
+_register_compiled("cpu", ", Tensor[]? packed=None")
 _register_compiled("cuda")
 
 # Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lora_kernels._onednn import parts
 from lora_kernels.ops import backward_op, forward_op
 
 
@@ -21,13 +22,13 @@ class Packed:
         # The detached alias shares memory and version counter, and keeps that address from reuse.
         self._weight, self._version = weight.detach(), weight._version
         self.dtype = weight.dtype
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        copies = [reorder(self._weight)]
-        self.forward: Any = partial(forward_op("cpu"), packed=copies[0])
+        copies = _packed(self._weight)
+        self.forward: Any = partial(forward_op("cpu"), packed=copies)
         self.backward: Any = backward_op("cpu")
         if backward:
-            copies.append(reorder(self._weight.t().contiguous()))
-            self.backward = partial(self.backward, packed=copies[1])
+            transposed = _packed(self._weight.t())
+            self.backward = partial(self.backward, packed=transposed)
+            copies = copies + transposed
         self.nbytes = sum(copy.numel() * copy.element_size() for copy in copies)
 
     def holds(self, weight: Tensor) -> bool:
@@ -40,6 +41,11 @@ class Packed:
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+
+def _packed(weight: Tensor) -> list[Tensor]:
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    return [reorder(part.contiguous()) for _, part in parts(weight)]
 
 
 class PackedLayer(Protocol):

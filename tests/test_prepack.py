@@ -10,6 +10,8 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels._native import absence
+from lora_kernels._onednn import CHAIN, parts
+from lora_kernels.testing import Case, assert_results, make_inputs
 
 needs_packing = pytest.mark.skipif(
     absence("cpu") is not None or not torch.backends.mkldnn.is_available(),
@@ -57,6 +59,36 @@ def test_results_are_those_of_the_weight(dtype, rows, backward):
         torch.testing.assert_close(result, value)
     assert lk.unprepack_(model) == 2
     assert packed(model) == [False, False]
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [3, 17, 130])
+def test_long_sums_are_within_the_budget(dtype, rows):
+    case = Case((rows,), 1030, 1100, 8, dtype, bias=False, scaling=1.0)
+    inputs = make_inputs(case)
+    linear = nn.Linear(1100, 1030, bias=False, dtype=dtype)
+    layer = lk.LoRALinear.from_linear(linear, r=8, lora_alpha=8)
+    with torch.no_grad():
+        layer.weight.copy_(inputs.weight)
+        layer.lora_A.weight.copy_(inputs.lora_A)
+        layer.lora_B.weight.copy_(inputs.lora_B)
+    lk.prepack_(layer)
+    results = gradients(layer, inputs.x, inputs.dy)
+    assert layer._lora_kernels_packed is not None
+    named = dict(zip(("y", "dx", "da", "db"), results, strict=True))
+    assert_results(case, inputs, named, "cpu")
+
+
+@pytest.mark.parametrize("depth", [1, CHAIN, CHAIN + 1, 1100])
+def test_parts_of_float32_sums_are_short_and_all_there(depth):
+    weight = torch.randn(24, depth)
+    for w in (weight, weight.t().contiguous().t()):
+        found = list(parts(w))
+        assert [start for start, _ in found] == [depth * i // len(found) for i in range(len(found))]
+        assert max(part.shape[1] for _, part in found) <= CHAIN
+        assert torch.equal(torch.cat([part for _, part in found], 1), w)
+    assert len(list(parts(weight.bfloat16()))) == 1
 
 
 def _in_place(model):

@@ -14,6 +14,10 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise
     AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* activation,
     const double** scalars, int64_t scalar_count, const char** algorithm, AtenTensorHandle* out);
 
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(
+    AtenTensorHandle x, AtenTensorHandle other, AtenTensorHandle weight, AtenTensorHandle* bias,
+    const char* activation, AtenTensorHandle* out);
+
 namespace lora_kernels {
 
 namespace {
@@ -28,38 +32,78 @@ struct Rows {
 constexpr Rows kForwardBf16{1, 16}, kForwardFloat{1, 4}, kBackwardBf16{1, 32}, kBackwardFloat{4, 64};
 
 constexpr int64_t kOnednnRows = 4, kOnednnWork = 1 << 20;
+// As lora_kernels/_onednn.py has them, with their reasons.
+constexpr int64_t kOnednnChain = 512, kRowsToCopyFor = 64;
+
+// Whether w [C, L] is summed in parts of L that have to be copied, since its rows lie apart.
+bool copied_in_parts(const Tensor& w) {
+  return w.scalar_type() == ScalarType::Float && w.size(1) > kOnednnChain && w.stride(0) != 1;
+}
 
 bool within(const Tensor& v, const Tensor& weight, Rows of_bf16, Rows of_float) {
   const Rows rows = v.scalar_type() == ScalarType::BFloat16 ? of_bf16 : of_float;
   return rows.least <= v.size(0) && v.size(0) <= rows.most && weight.size(0) >= kRowGroup;
 }
 
-// Whether oneDNN's float32 product is the faster one: on AMD processors, from some work on.
+// Whether oneDNN's float32 product v wT is the faster one: on AMD processors, from some work on.
 // 2026-11: Zen 4, 0.6 to 0.9 of MKL's time from 1024 columns up, as much as it at 768; Zen 5, 0.4 to
 // 0.9 of it from 2^20 multiplications on, whatever the shape; for one row 0.9 forward, 2.2 backward.
-bool prefers_onednn(const Tensor& v, const Tensor& factor) {
+bool prefers_onednn(const Tensor& v, const Tensor& w) {
 #if defined(__x86_64__)
   static const bool amd = __builtin_cpu_is("amd");
   return amd && aoti_torch_cpu__linear_pointwise && v.scalar_type() == ScalarType::Float &&
-         v.size(0) >= kOnednnRows && v.size(0) * factor.size(0) * factor.size(1) >= kOnednnWork;
+         v.size(0) >= (copied_in_parts(w) ? kRowsToCopyFor : kOnednnRows) &&
+         v.size(0) * w.size(0) * w.size(1) >= kOnednnWork;
 #else
   return false;
 #endif
 }
 
-// x wT + bias by oneDNN, w [C, L] as it stands or packed.
-Tensor onednn_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+Tensor columns(Tensor t, int64_t start, int64_t length) { return torch::stable::narrow(t, 1, start, length); }
+
+// sum + x wT + bias by oneDNN, w [C, L] as it stands or packed; sum and bias may be absent.
+Tensor onednn_part(const OptionalTensor& sum, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
   STD_TORCH_CHECK(aoti_torch_cpu__linear_pointwise, "packed: this torch was built without oneDNN");
   AtenTensorHandle out, added = bias ? bias->get() : nullptr;
+  AtenTensorHandle* const bias_given = bias ? &added : nullptr;
   const char* algorithm = "";
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
-      x.get(), w.get(), bias ? &added : nullptr, "none", nullptr, 0, &algorithm, &out));
+  TORCH_ERROR_CODE_CHECK(
+      sum ? aoti_torch_cpu__linear_pointwise_binary(x.get(), sum->get(), w.get(), bias_given, "add", &out)
+          : aoti_torch_cpu__linear_pointwise(x.get(), w.get(), bias_given, "none", nullptr, 0, &algorithm, &out));
   return Tensor(out);
+}
+
+// x wT + bias by oneDNN, for w [C, L] packed in parts of L.
+Tensor packed_linear(const Tensor& x, const std::vector<Tensor>& packed, const OptionalTensor& bias) {
+  OptionalTensor sum;
+  int64_t start = 0;
+  for (const Tensor& part : packed) {
+    const int64_t length = part.size(1);
+    const Tensor v = packed.size() == 1 ? x : columns(x, start, length);
+    sum = onednn_part(sum, v, part, sum ? std::nullopt : bias);
+    start += length;
+  }
+  return *sum;
+}
+
+// The same for w as it stands; one part's copy at a time.
+Tensor onednn_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  const int64_t depth = w.size(1), parts = std::max<int64_t>(1, (depth + kOnednnChain - 1) / kOnednnChain);
+  if (parts == 1) return onednn_part(std::nullopt, x, w, bias);
+  OptionalTensor sum;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t start = depth * i / parts, length = depth * (i + 1) / parts - start;
+    const Tensor part = columns(w, start, length);
+    sum = onednn_part(sum, columns(x, start, length),
+                      copied_in_parts(w) ? torch::stable::contiguous(part) : part, sum ? std::nullopt : bias);
+  }
+  return *sum;
 }
 
 // v factor + bias by the library: v [M, L], factor [L, C].
 Tensor product(const Tensor& v, const Tensor& factor, const OptionalTensor& bias) {
-  if (prefers_onednn(v, factor)) return onednn_linear(v, transposed(factor), bias);
+  const Tensor w = transposed(factor);
+  if (prefers_onednn(v, w)) return onednn_linear(v, w, bias);
   const Tensor out = empty_matrix(v.size(0), factor.size(1), v.scalar_type());
   TORCH_ERROR_CODE_CHECK(
       bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), v.get(), factor.get(), 1, 1)
@@ -70,8 +114,8 @@ Tensor product(const Tensor& v, const Tensor& factor, const OptionalTensor& bias
 }  // namespace
 
 Tensor base_forward(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& packed) {
-  if (packed && x.size(0) > 0) return onednn_linear(x, *packed, bias);
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Packed& packed) {
+  if (packed && x.size(0) > 0) return packed_linear(x, *packed, bias);
   const Tensor w = as_matrix(weight);
   if (!within(x, w, kForwardBf16, kForwardFloat)) return product(x, transposed(w), bias);
   const int64_t m = x.size(0), n = w.size(0);
@@ -84,8 +128,8 @@ Tensor base_forward(
   return y;
 }
 
-Tensor base_backward(const Tensor& dy, const Tensor& weight, const OptionalTensor& packed) {
-  if (packed && dy.size(0) > 0) return onednn_linear(dy, *packed, std::nullopt);
+Tensor base_backward(const Tensor& dy, const Tensor& weight, const Packed& packed) {
+  if (packed && dy.size(0) > 0) return packed_linear(dy, *packed, std::nullopt);
   const Tensor w = as_matrix(weight);
   if (!within(dy, w, kBackwardBf16, kBackwardFloat)) return product(dy, w, std::nullopt);
   const int64_t m = dy.size(0), stride = round_up(m, kLanes);

@@ -2,15 +2,20 @@
 
 #pragma once
 
+#include <vector>
+
 #include "tensors.h"
 
 namespace lora_kernels {
 
+// A weight in oneDNN's layout, in the parts of lora_kernels/_onednn.py, or none.
+using Packed = std::optional<std::vector<Tensor>>;
+
 // x WT + bias [M, N], for x [M, K], W [N, K], bias [N] or none; packed is W in oneDNN's layout.
 Tensor base_forward(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& packed);
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Packed& packed);
 
 // dy W [M, K], for dy [M, N]; packed is WT in oneDNN's layout.
-Tensor base_backward(const Tensor& dy, const Tensor& weight, const OptionalTensor& packed);
+Tensor base_backward(const Tensor& dy, const Tensor& weight, const Packed& packed);
 
 }  // namespace lora_kernels

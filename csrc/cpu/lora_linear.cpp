@@ -36,7 +36,7 @@ float scale_of(const OptionalTensor& tensor, double number) {
 
 std::tuple<Tensor, Tensor> forward(
     Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, OptionalTensor bias, OptionalTensor seed,
-    OptionalTensor scaling_tensor, double scaling, int64_t threshold, OptionalTensor packed) {
+    OptionalTensor scaling_tensor, double scaling, int64_t threshold, Packed packed) {
   const Tensor rows = as_matrix(x), a = factor(lora_A, x), b = factor(lora_B, x);
   const int64_t m = rows.size(0), n = weight.size(0), k = weight.size(1), r = a.size(0);
   const Tensor y = base_forward(rows, weight, bias, packed);
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     Tensor dy, OptionalTensor x, OptionalTensor xa, Tensor weight, Tensor lora_A, Tensor lora_B,
     OptionalTensor seed, OptionalTensor scaling_tensor, double scaling, int64_t threshold,
-    std::vector<bool> needs, OptionalTensor packed) {
+    std::vector<bool> needs, Packed packed) {
   const bool need_dx = needs[0], need_da = needs[1], need_db = needs[2], need_dbias = needs[3];
   const Tensor rows = as_matrix(dy);
   const int64_t m = rows.size(0), n = weight.size(0), k = weight.size(1), r = lora_A.size(0);

@@ -1,0 +1,69 @@
+"""oneDNN's float32 products on CPUs: where they are faster, and within the error budget."""
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Multiplications from which oneDNN's call, dearer from Python, pays. 2026-11-24, Zen 5: 0.9 of
+# MKL's time at 256x64x64, 0.5 at 64x512x512.
+WORK = 1 << 21
+# oneDNN sums a float32 product's depth in one chain of up to about 1,100 terms, and errs up to 3.6
+# times as much as MKL; in parts of at most 512 terms 1.5 to 2 times, for 0.1 of its time.
+CHAIN = 512
+# Rows from which copying a part of W, whose rows lie apart, pays.
+ROWS_TO_COPY_FOR = 64
+
+
+def parts(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield the parts of weight [C, L] along L that are summed by themselves, each with its start.
+
+    A part is laid out as oneDNN takes it without falling back to its slow reference: a view where
+    columns are adjacent (Wᵀ of a contiguous W), a copy where rows are.
+    """
+    depth = weight.shape[1]
+    count = max(1, -(-depth // CHAIN)) if weight.dtype == torch.float32 else 1
+    bounds = [depth * i // count for i in range(count + 1)]
+    for start, end in pairwise(bounds):
+        part = weight[:, start:end]
+        yield start, part if count == 1 or weight.stride(0) == 1 else part.contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x weightᵀ + bias; x [M, L], weight [C, L], float32 sums in parts of L."""
+    y = None
+    for start, part in parts(weight):
+        columns = x[:, start : start + part.shape[1]]
+        if y is None:
+            y = torch.ops.mkldnn._linear_pointwise(columns, part, bias, "none", [], "")
+        else:
+            y = torch.ops.mkldnn._linear_pointwise.binary(columns, y, part, None, "add")
+    assert y is not None
+    return y
+
+
+def preferred(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` beats MKL: float32 on AMD processors, but for small work and for copies."""
+    copied = weight.shape[1] > CHAIN and weight.stride(0) != 1
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.shape[0] >= (ROWS_TO_COPY_FOR if copied else 16)
+        and x.shape[0] * weight.numel() >= WORK
+        and _beats_mkl()
+    )
+
+
+@cache
+def _beats_mkl() -> bool:
+    """Whether this processor is an AMD one, where oneDNN's sgemm takes 0.4 to 0.9 of MKL's time."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and cpuinfo.exists()
+        and "AuthenticAMD" in cpuinfo.read_text()
+    )
