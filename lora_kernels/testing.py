@@ -15,7 +15,8 @@ from lora_kernels import functional, reference
 from lora_kernels.dropout import drop_threshold
 
 FEW_ELEMENTS, MORE_DRAWS = 1 << 17, 7
-# Where xa has so few elements, one rounding of it decides the errors of y and db.
+# Where xa has so few elements, one rounding of it decides the errors of y and db: against seven
+# more draws torch's own results failed in 0.4 % of runs (1-7-129, R = 1).
 FEW_SUMS, MANY_DRAWS = 64, 31
 GRADIENTS = ("dx", "da", "db", "dbias")
 

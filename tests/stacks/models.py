@@ -16,6 +16,16 @@ transformers = pytest.importorskip("transformers")
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY = 384
+# Of transformers' Trainer and those built on it.
+TRAINER_SETTINGS = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
 
 
 def llama_config(**settings):
@@ -55,6 +65,10 @@ def patched_copy(model, left=0):
     patched = copy.deepcopy(model)
     assert len(lk.patch_peft(patched).left) == left
     return patched
+
+
+def history(trainer, key="loss"):
+    return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry])
 
 
 def tokens(rows=2, length=24):

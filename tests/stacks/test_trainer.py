@@ -8,9 +8,11 @@ import torch
 
 import lora_kernels as lk
 from tests.stacks.models import (
+    TRAINER_SETTINGS,
     FusedCalls,
     adapted_llama,
     adapters,
+    history,
     peak_bytes,
     tokens,
 )
@@ -36,23 +38,9 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer_of(model, rows, folder, **settings):
-    defaults = {
-        "per_device_train_batch_size": 2,
-        "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    arguments = transformers.TrainingArguments(output_dir=str(folder), **{**defaults, **settings})
+    settings = {**TRAINER_SETTINGS, "max_steps": STEPS, "seed": 3, **settings}
+    arguments = transformers.TrainingArguments(output_dir=str(folder), **settings)
     return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
-
-
-def history(trainer, key="loss"):
-    return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry])
 
 
 VARIANTS = {
@@ -165,7 +153,8 @@ def test_accelerate(mixed_precision, rtol, when):
 
 def scaled_losses(model, batches):
     """Losses of float16 autocast with a GradScaler, which finds its scale by halving."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    # So small that float16's roundings don't grow from step to step.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     losses = []
     for rows in batches:
@@ -191,9 +180,7 @@ def test_grad_scaler_skips_the_same_steps():
     assert fused.count == 24 * LAYERS
     assert our_scale == scale < 2.0**30  # so steps were skipped, as many here as there
     assert losses[-1] < losses[0]
-    # float16's roundings grow from step to step.
-    torch.testing.assert_close(losses[:8], expected[:8], rtol=1e-2, atol=0)
-    torch.testing.assert_close(losses, expected, rtol=0.15, atol=0)
+    torch.testing.assert_close(losses, expected, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize(("dropout", "dtype"), [(0.1, torch.float32), (0.0, torch.bfloat16)])

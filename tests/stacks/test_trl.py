@@ -6,29 +6,23 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from tests.stacks.models import FusedCalls, llama, lora_config, randomize, texts, tokenizer
+from tests.stacks.models import (
+    TRAINER_SETTINGS,
+    FusedCalls,
+    history,
+    llama,
+    lora_config,
+    randomize,
+    texts,
+    tokenizer,
+)
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 LAYERS, STEPS = 14, 8
 PASSES = 2 * STEPS  # TRL checkpoints activations by default: forward runs twice a step
-SETTINGS = {
-    "per_device_train_batch_size": 2,
-    "max_steps": STEPS,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "bf16": False,
-    "max_length": 48,
-}
-
-
-def history(trainer, key="loss"):
-    return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry])
+SETTINGS = {**TRAINER_SETTINGS, "max_steps": STEPS, "bf16": False, "max_length": 48}
 
 
 def trained(trainer, patch):
