@@ -180,8 +180,7 @@ def test_no_bank_conflicts_and_whole_sectors(shared, dtype, rank, dropout_p):
     for name, stats in machine.stats:
         assert stats.shared_bank_conflicts == 0, name
         if "thin" not in name:
-            least = min(stats.load_efficiency, stats.store_efficiency)
-            assert least >= (0.95 if rank == 16 else 0.89)
+            assert min(stats.load_efficiency, stats.store_efficiency) > 0.95
 
 
 def test_what_it_refuses():

@@ -62,6 +62,7 @@ __device__ __forceinline__ void add_ranks(Sums<S>& sums, const Place<S>& place, 
     repeat<S::kBlocksN / 2>([&](auto j) {
       float low_rank[2][4] = {};
       repeat<kRanks / kDeep<T>>([&](auto slice) {
+        if (sizeof(T) == 4) __syncwarp();  // as in mainloop.cuh
         if (slice && kDeep<T> * slice >= depth) return;
         Left<T> a;
         Right<T> b;

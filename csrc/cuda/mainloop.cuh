@@ -72,6 +72,7 @@ struct Ring {
 };
 
 // Copies the thin operand by registers where chunks can't be: fetched while a step is computed, stored after.
+// Not float32's, whose loop has none to spare: stored at once.
 template <class T, class ThinTile, int kThreads>
 struct ThinFetch {
   static constexpr int kCopies = (ThinTile::kRows * ThinTile::kChunks + kThreads - 1) / kThreads;
@@ -122,7 +123,7 @@ struct Copies {
         operands(o),
         stage(shared),
         end(shared + R::kBytes),
-        by_registers(kProducing && !o.thin.in_chunks) {}
+        by_registers(kProducing && sizeof(T) == 2 && !o.thin.in_chunks) {}
 
   // Starts the copies of the next step; what goes by registers is only fetched.
   __device__ void start() {
@@ -176,20 +177,7 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
     const auto add_step = [&](Sums<S>& to) {
       LeftMask<T> left_mask;
       repeat<S::kDepth / kDeep<T>>([&](auto slice) {
-        Left<T> a[S::kBlocksM];
-        Right<T> b[S::kBlocksN / 2];
-        repeat<S::kBlocksM>([&](auto i) { left.template read<16 * i>(a[i], stage, slice); });
-        repeat<S::kBlocksN / 2>([&](auto j) { right.template read<16 * j, slice>(b[j], stage + R::kRight); });
-#pragma unroll
-        for (int i = 0; i < S::kBlocksM; ++i) {
-#pragma unroll
-          for (int j = 0; j < S::kBlocksN; ++j) {
-            multiply<T>(to.v[i][j], a[i], b[j / 2][2 * (j % 2)], b[j / 2][2 * (j % 2) + 1]);
-          }
-        }
         if (kProducing) {
-          // One product after the other: the operands of both would need too many registers.
-          if (sizeof(T) == 4) __syncwarp();
           Left<T> kept;
           thin_left.template read<0>(kept, stage, slice);
           if (kDropout) {
@@ -204,6 +192,19 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
             multiply_long<T>(thin_sums.v[2 * j + 1], kept, f[2], f[3]);
           });
         }
+        // One product after the other, slice by slice: float32's operands take many registers.
+        if (sizeof(T) == 4) __syncwarp();
+        Left<T> a[S::kBlocksM];
+        repeat<S::kBlocksM>([&](auto i) { left.template read<16 * i>(a[i], stage, slice); });
+        repeat<S::kBlocksN / 2>([&](auto j) {
+          Right<T> b;
+          right.template read<16 * j, slice>(b, stage + R::kRight);
+#pragma unroll
+          for (int i = 0; i < S::kBlocksM; ++i) {
+            multiply<T>(to.v[i][2 * j], a[i], b[0], b[1]);
+            multiply<T>(to.v[i][2 * j + 1], a[i], b[2], b[3]);
+          }
+        });
       });
     };
     if constexpr (sizeof(T) == 4) {
@@ -243,11 +244,37 @@ __device__ inline void store_pair(Bits<T>* to, float low, float high, bool align
   }
 }
 
+// A row's 16 ranks, of which the threads t of a quad hold 2 t and 2 t + 1 of both halves: four neighbours for each.
+template <class T>
+__device__ inline uint2 four_ranks(float low0, float high0, float low1, float high1, int t) {
+  const uint32_t first = pair_of<T>(low0, high0), second = pair_of<T>(low1, high1);
+  const uint32_t even0 = __shfl_sync(0xFFFFFFFFu, first, 2 * t, 4), even1 = __shfl_sync(0xFFFFFFFFu, second, 2 * t, 4);
+  const uint32_t odd0 = __shfl_sync(0xFFFFFFFFu, first, 2 * t + 1, 4), odd1 = __shfl_sync(0xFFFFFFFFu, second, 2 * t + 1, 4);
+  return make_uint2(t < 2 ? even0 : even1, t < 2 ? odd0 : odd1);
+}
+
 // Stores a warp's 16 rows of a thin product from (row, rank) on, times scale, to out [rows, r].
 template <class T, int kRanks>
 __device__ inline void store_thin(const ThinSums<kRanks>& thin, float scale, void* out, int row, int rows, int rank,
                                   int r) {
   const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 2) {
+    // Whole sectors: 8 bytes a thread.
+    if (r % 4 == 0) {
+#pragma unroll
+      for (int j = 0; j < kRanks / 8; j += 2) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float *const low = thin.v[j] + 2 * half, *const high = thin.v[j + 1] + 2 * half;
+          const uint2 four = four_ranks<T>(low[0] * scale, low[1] * scale, high[0] * scale, high[1] * scale, lane % 4);
+          const int m = row + lane / 4 + 8 * half, first = rank + 8 * j + 4 * (lane % 4);
+          uint16_t* const to = static_cast<uint16_t*>(out) + static_cast<int64_t>(m) * r + first;
+          if (m < rows && first < r) *reinterpret_cast<uint2*>(to) = four;
+        }
+      }
+      return;
+    }
+  }
 #pragma unroll
   for (int j = 0; j < kRanks / 8; ++j) {
 #pragma unroll

@@ -135,6 +135,7 @@ __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer
     }
     const auto add_step = [&](BlockSums<S, kRanks>& to) {
       repeat<C::kRowsOfStep / kDeep<T>>([&](auto slice) {
+        if (sizeof(T) == 4) __syncwarp();  // as in mainloop.cuh
         Left<T> a;
         Right<T> b[C::kBlocksN / 2];
         repeat<C::kBlocksN / 2>([&](auto j) { right_reader.template read<16 * j, slice>(b[j], tile); });
