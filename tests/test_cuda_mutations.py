@@ -36,14 +36,23 @@ KERNELS = """
 #define LORA_EACH_THIN(X)
 #include "kernels_sm80.cuh"
 """
+HOPPER_KERNELS = """
+#define LORA_TYPE bf16
+#define LORA_ELEMENT __nv_bfloat16
+#define LORA_TABLE table
+#include "shapes.h"
+#undef LORA_EACH_HOPPER
+#define LORA_EACH_HOPPER(X) X(16, 1)
+#include "kernels_sm90.cuh"
+"""
 # name: (file, text, what stands there instead)
 MUTANTS = {
     "nothing": ("forward.cuh", "layer.m, 0, layer.r", "layer.m, 0, layer.r"),
     "dxa published before the store": (
         "backward.cuh",
         "store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, 0, layer.r);\n"
-        "    publish(p.flags + at.row);",
-        "publish(p.flags + at.row);\n"
+        "    publish(p.flags + panel);",
+        "publish(p.flags + panel);\n"
         "    store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, 0, layer.r);",
     ),
     "flag not waited for": ("mainloop.cuh", "(acquire_load(flag) < arrivals)", "(false)"),
@@ -65,24 +74,65 @@ MUTANTS = {
 }
 
 
-def _ptx(folder: Path, mutant: tuple[str, str, str]) -> str:
+HOPPER_MUTANTS = {
+    "nothing": ("forward_sm90.cuh", "layer.m, 0, layer.r", "layer.m, 0, layer.r"),
+    "dxa published before the store": (
+        "backward_sm90.cuh",
+        "        store_thin<T>(thin, scale",
+        "        publish<S>(p.flags + tile.panel);\n        store_thin<T>(thin, scale",
+    ),
+    "dxa not waited for": (
+        "backward_sm90.cuh",
+        "[&](int panel) { side.wait(p.flags + panel, 1); }",
+        "[](int) {}",
+    ),
+    "stage refilled while it is read": (
+        "pipeline_sm90.cuh",
+        "wait_for_phase(memory.read(stage), parity);",
+        "",
+    ),
+    "step not waited for": (
+        "backward_sm90.cuh",
+        "wait_for_phase(side.memory.filled(side.stage), side.parity);",
+        "",
+    ),
+    "products not waited for": ("pipeline_sm90.cuh", "    wait_for_products<0>();", ""),
+    "factors overwritten while they are read": (
+        "pipeline_sm90.cuh",
+        "wait_for_phase(memory.factors_read(), ~tiles++ & 1);",
+        "++tiles;",
+    ),
+    "a box for another": ("backward_sm90.cuh", "column / kHopperBox * M::Box::kBytes", "0"),
+    "columns' distance of W": ("hopper.cuh", "(apart >> 4)", "(apart >> 5)"),
+}
+
+
+def _ptx(folder: Path, mutant: tuple[str, str, str], kernels: str, arch: str) -> str:
     name, text, other = mutant
     shutil.copytree(SOURCES, folder / "cuda")
     source = (folder / "cuda" / name).read_text()
     assert text in source
     (folder / "cuda" / name).write_text(source.replace(text, other))
-    (folder / "cuda" / "few.cu").write_text(KERNELS)
-    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_80", "-ptx", "-w"]
+    (folder / "cuda" / "few.cu").write_text(kernels)
+    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={arch}", "-ptx", "-w"]
     command = ["nvcc", *options, "-o", str(folder / "few.ptx"), str(folder / "cuda" / "few.cu")]
     subprocess.run(command, check=True, capture_output=True)
     return (folder / "few.ptx").read_text()
+
+
+def _check(name, suite):
+    if name == "nothing":
+        suite()
+    else:
+        with pytest.raises((AssertionError, RuntimeError)):
+            suite()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_fault_is_found(name, tmp_path, monkeypatch):
     import ptxvm
 
-    code = ptxvm.load(_ptx(tmp_path, MUTANTS[name]))
+    code = ptxvm.load(_ptx(tmp_path, MUTANTS[name], KERNELS, "sm_80"))
     monkeypatch.setattr(machine, "_code", lambda target: code)
     case = Case((130,), 72, 104, 8, torch.bfloat16, dropout_p=0.1)
 
@@ -93,8 +143,23 @@ def test_planted_fault_is_found(name, tmp_path, monkeypatch):
                 assert_parity(case, make_inputs(case), "cuda")
             assert not zeros.any()
 
-    if name == "nothing":
-        suite()
-    else:
-        with pytest.raises((AssertionError, RuntimeError)):
-            suite()
+    _check(name, suite)
+
+
+@pytest.mark.parametrize("name", HOPPER_MUTANTS)
+def test_planted_fault_for_sm_90a_is_found(name, tmp_path, monkeypatch):
+    import ptxvm
+
+    code = ptxvm.load(_ptx(tmp_path, HOPPER_MUTANTS[name], HOPPER_KERNELS, "sm_90a"))
+    monkeypatch.setattr(machine, "_code", lambda target: code)
+    case = Case((400,), 256, 520, 8, torch.bfloat16, dropout_p=0.1)
+
+    def suite():
+        zeros = torch.zeros(256, dtype=torch.int32)
+        for seed in range(3):
+            made = Machine(arch=90, shared_bytes=232448, resident=3, seed=seed, zeros=zeros)
+            with using(made):
+                assert_parity(case, make_inputs(case), "cuda")
+            assert not zeros.any()
+
+    _check(name, suite)

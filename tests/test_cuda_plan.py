@@ -75,6 +75,17 @@ def test_tiles_grow_with_the_call():
         assert grid == 8
 
 
+@pytest.mark.parametrize("wanted", [None, ALL, DX], ids=str)
+@pytest.mark.parametrize("r", [1, 16, 24, 64])
+def test_large_16_bit_calls_go_to_the_kernels_for_sm_90a(wanted, r):
+    for kind, dropout in product((BF16, FP16), (0, 1)):
+        ((kernel, _),) = plan(DEVICES["H100"], 8192, 4096, 4096, r, kind, dropout, 1, wanted)
+        assert kernel.split("_")[2] == "Hopper"
+    for name in set(DEVICES) - {"H100"}:
+        for kernel, _ in plan(DEVICES[name], 8192, 4096, 4096, r, BF16, 0, 1, wanted):
+            assert "_Hopper_" not in kernel
+
+
 def test_decoding_fills_the_device():
     """Every multiprocessor streams a part of W, in rounds that come out even."""
     for device, (n, k) in product(DEVICES.values(), ((4096, 4096), (14336, 4096), (4096, 14336))):

@@ -10,18 +10,34 @@
 
 namespace lora_kernels {
 
+__device__ inline bool is_of_dx(const Kinds& kinds, int tile) { return tile < kinds.dxa || tile >= kinds.da; }
+
 // A tile of dx, and of dxa if it is one of the first.
+struct DxTile {
+  int row, column, panel;
+  bool producing;
+
+  template <class S>
+  static __device__ DxTile at(const BackwardParams& p, int tile) {
+    const bool producing = tile < p.kinds.dxa;
+    Position at{tile, 0};
+    if (!producing) {
+      at = grouped_tile(tile - p.kinds.da, p.grid.panels, p.grid.columns - (p.fused ? 1 : 0));
+      at.column += p.fused ? 1 : 0;
+    }
+    return {at.row * S::kRows, at.column * S::kColumns, at.row, producing};
+  }
+};
+
+// Readers of a row panel's dxa.
+__device__ inline int readers_of_dxa(const BackwardParams& p) {
+  return (p.dx ? p.grid.columns : 0) + (p.da ? p.kinds.da_blocks : 0);
+}
+
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void dx_tile(const BackwardParams& p, int tile, uint32_t shared) {
   const Layer& layer = p.layer;
-  const Kinds& kinds = p.kinds;
-  const bool producing = tile < kinds.dxa;
-  Position at{tile, 0};
-  if (!producing) {
-    at = grouped_tile(tile - kinds.da, p.grid.panels, p.grid.columns - (p.fused ? 1 : 0));
-    at.column += p.fused ? 1 : 0;
-  }
-  const int row = at.row * S::kRows, column = at.column * S::kColumns;
+  const auto [row, column, panel, producing] = DxTile::at<S>(p, tile);
   const Operands operands{layer, matrix<T>(p.dy, layer.m, layer.n), matrix<T>(layer.w, layer.n, layer.k),
                           adapter<T>(layer, layer.b, layer.n, layer.r), row, column, layer.n};
   const Place<S> place;
@@ -31,56 +47,74 @@ __device__ inline void dx_tile(const BackwardParams& p, int tile, uint32_t share
     const float scale = scaling_of(layer) * keep_scale(layer);
     product<T, S, kRanks, true, true, false, kInChunks>(sums, thin, operands, shared);
     store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, 0, layer.r);
-    publish(p.flags + at.row);
+    publish(p.flags + panel);
   } else {
     ThinSums<kRanks> none;
     product<T, S, kRanks, true, false, false, kInChunks>(sums, none, operands, shared);
   }
-  if (p.fused) wait(p.flags + at.row, 1);
+  if (p.fused) wait(p.flags + panel, 1);
   const Operands low_rank{layer, matrix<T>({const_cast<void*>(p.dxa), layer.r}, layer.m, layer.r),
                           adapter<T>(layer, layer.a, layer.r, layer.k), {}, row, column, layer.r};
   add_low_rank<T, S, kRanks, true, kDropout>(sums, place, low_rank, 1.0f, shared);
-  if (p.fused) leave(p.flags + at.row, p.grid.columns + (p.da ? kinds.da_blocks : 0));
+  if (p.fused) leave(p.flags + panel, readers_of_dxa(p));
   store_sums<T, S>(sums, place, p.dx, row, column, layer.m, layer.k, shared);
 }
 
-// A tile of dB and dbias, or of dA.
-template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
-__device__ inline void sum_tile(const BackwardParams& p, int index, bool of_da, uint32_t shared) {
-  using C = SumShape<S, kRanks>;
+// A tile of dB and dbias, or of dA: rows from `row` to `end` of a block of columns and ranks.
+struct SumTile {
+  bool of_da;
+  int block, part, column, rank, row, end;
+
+  template <class S, int kRanks>
+  static __device__ SumTile at(const BackwardParams& p, int tile) {
+    const Kinds& kinds = p.kinds;
+    const bool of_da = tile >= kinds.db;
+    const int index = tile - (of_da ? kinds.db : kinds.dxa), blocks = of_da ? kinds.da_blocks : kinds.db_blocks;
+    const int block = index % blocks, part = index / blocks, row = part * p.segment;
+    return {of_da, block, part, block / kinds.slabs * SumShape<S, kRanks>::kColumns, block % kinds.slabs * kRanks, row,
+            min(row + p.segment, p.layer.m)};
+  }
+  // The row panels whose dxa it reads.
+  template <class S, class F>
+  __device__ void for_each_panel(F f) const {
+    for (int panel = row / S::kRows; panel * S::kRows < end; ++panel) f(panel);
+  }
+};
+
+// Adds a tile's sums to those of its other parts and stores the whole if it is the last one.
+template <class T, class S, int kRanks>
+__device__ inline void finish_sums(const BackwardParams& p, const SumTile& tile, BlockSums<S, kRanks>& sums, uint32_t shared) {
   const Layer& layer = p.layer;
-  const Kinds& kinds = p.kinds;
-  const int blocks = of_da ? kinds.da_blocks : kinds.db_blocks, block = index % blocks, part = index / blocks;
-  const int column = block / kinds.slabs * C::kColumns, rank = block % kinds.slabs * kRanks;
-  const int row = part * p.segment, end = min(row + p.segment, layer.m);
-  const bool waits = of_da && p.fused;
-  const int first_panel = row / S::kRows, last_panel = (end + S::kRows - 1) / S::kRows;
-  if (waits) {
-    for (int panel = first_panel; panel < last_panel; ++panel) wait(p.flags + panel, 1);
-  }
-  const void* factor = of_da ? p.dxa : p.xa;
-  const Source left = from_column(matrix<T>({const_cast<void*>(factor), layer.r}, end, layer.r), rank);
-  const Source right = of_da ? matrix<T>(p.x, end, layer.k) : matrix<T>(p.dy, end, layer.n);
-  BlockSums<S, kRanks> sums;
-  if (of_da) {
-    row_sums<T, S, kRanks, kDropout, kInChunks>(sums, layer, left, right, row, column, true, false, shared);
-  } else {
-    row_sums<T, S, kRanks, false, kInChunks>(sums, layer, left, right, row, column, p.db, p.dbias && rank == 0, shared);
-  }
-  if (waits) {
-    const int last = (p.dx ? p.grid.columns : 0) + kinds.da_blocks;
-    for (int panel = first_panel; panel < last_panel; ++panel) leave(p.flags + panel, last);
-  }
-  const int slot = (of_da ? kinds.db_blocks : 0) + block;
-  float* space = p.partials + static_cast<int64_t>(slot) * kinds.parts * C::kSpace;
-  if (!sum_of_parts<S, kRanks>(sums, space, p.counters + slot, part, kinds.parts, shared)) return;
-  const Block to{rank, column, layer.r, of_da ? layer.k : layer.n};
-  if (of_da) {
+  const int slot = (tile.of_da ? p.kinds.db_blocks : 0) + tile.block;
+  float* space = p.partials + static_cast<int64_t>(slot) * p.kinds.parts * SumShape<S, kRanks>::kSpace;
+  if (!sum_of_parts<S, kRanks>(sums, space, p.counters + slot, tile.part, p.kinds.parts, shared)) return;
+  const Block to{tile.rank, tile.column, layer.r, tile.of_da ? layer.k : layer.n};
+  if (tile.of_da) {
     store_by_rank<T, S, kRanks>(sums, to, p.da, p.adapter_gradients_are_float, shared);
   } else {
     if (p.db) store_by_column<T, S, kRanks>(sums, to, p.db, scaling_of(layer), p.adapter_gradients_are_float, shared);
-    if (p.dbias && rank == 0) store_totals<T, S, kRanks>(sums, to, p.dbias);
+    if (p.dbias && tile.rank == 0) store_totals<T, S, kRanks>(sums, to, p.dbias);
   }
+}
+
+template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
+__device__ inline void sum_tile(const BackwardParams& p, int index, uint32_t shared) {
+  const Layer& layer = p.layer;
+  const SumTile tile = SumTile::at<S, kRanks>(p, index);
+  const bool waits = tile.of_da && p.fused;
+  if (waits) tile.for_each_panel<S>([&](int panel) { wait(p.flags + panel, 1); });
+  const void* factor = tile.of_da ? p.dxa : p.xa;
+  const Source left = from_column(matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r), tile.rank);
+  const Source right = tile.of_da ? matrix<T>(p.x, tile.end, layer.k) : matrix<T>(p.dy, tile.end, layer.n);
+  BlockSums<S, kRanks> sums;
+  if (tile.of_da) {
+    row_sums<T, S, kRanks, kDropout, kInChunks>(sums, layer, left, right, tile.row, tile.column, true, false, shared);
+  } else {
+    row_sums<T, S, kRanks, false, kInChunks>(
+        sums, layer, left, right, tile.row, tile.column, p.db, p.dbias && tile.rank == 0, shared);
+  }
+  if (waits) tile.for_each_panel<S>([&](int panel) { leave(p.flags + panel, readers_of_dxa(p)); });
+  finish_sums<T>(p, tile, sums, shared);
 }
 
 // With `fused` the first tiles make dxa [m, r] and publish it before they wait for anything: no tile waits for one
@@ -91,11 +125,10 @@ __device__ inline void backward(const BackwardParams& p) {
   const uint32_t shared = shared_address(memory);
   const Kinds& kinds = p.kinds;
   for (int tile = blockIdx.x; tile < kinds.all; tile += gridDim.x) {
-    if (tile < kinds.dxa || tile >= kinds.da) {
+    if (is_of_dx(kinds, tile)) {
       dx_tile<T, S, kRanks, kDropout, kInChunks>(p, tile, shared);
     } else {
-      const bool of_da = tile >= kinds.db;
-      sum_tile<T, S, kRanks, kDropout, kInChunks>(p, tile - (of_da ? kinds.db : kinds.dxa), of_da, shared);
+      sum_tile<T, S, kRanks, kDropout, kInChunks>(p, tile, shared);
     }
   }
 }

@@ -38,7 +38,7 @@ bool in_chunks(const Tensor& t) {
 bool in_boxes(const Tensor& t) { return in_chunks(t) && t.stride(0) >= t.size(1); }
 
 Boxes boxes(const Tensor& t) {
-  return {t.mutable_data_ptr(), t.size(0), t.size(1), t.stride(0), Hopper::kRows, t.scalar_type() == ScalarType::Half};
+  return {t.mutable_data_ptr(), t.size(0), t.size(1), t.stride(0), kHopperBox, t.scalar_type() == ScalarType::Half};
 }
 
 std::vector<int64_t> shape_like(const Tensor& like, int64_t columns) {
@@ -88,6 +88,21 @@ Problem problem_of(const Layer& layer, const Tensor& of, bool chunks) {
                                                     : Type::kFloat;
   p.dropout = layer.seed != nullptr;
   p.in_chunks = chunks;
+  return p;
+}
+
+Tensor as_parameter(const Tensor& gradient, const Tensor& parameter) {
+  return gradient.scalar_type() == parameter.scalar_type() ? gradient : torch::stable::to(gradient, parameter.scalar_type());
+}
+
+Problem backward_problem(const Described& d, const Tensor& dy, const OptionalTensor& x, const std::vector<bool>& needs) {
+  Problem p = problem_of(d.layer, dy, in_chunks(dy) && in_chunks(d.weight) && (!x || in_chunks(*x)));
+  p.in_boxes = in_boxes(dy) && in_boxes(d.weight) && (!x || in_boxes(*x));
+  p.backward = true;
+  p.dx = needs[0];
+  p.da = needs[1];
+  p.db = needs[2];
+  p.dbias = needs[3];
   return p;
 }
 
@@ -168,9 +183,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
   const Tensor da = gradient(1, {layer.r, layer.k}, gradients);
   const Tensor db = gradient(2, {layer.n, layer.r}, gradients);
   const Tensor dbias = gradient(3, {layer.n}, dy.scalar_type());
-  const auto as_parameter = [](const Tensor& g, const Tensor& parameter) {
-    return g.scalar_type() == parameter.scalar_type() ? g : torch::stable::to(g, parameter.scalar_type());
-  };
   const auto results = [&] {
     return std::make_tuple(dx, needs[1] ? as_parameter(da, parameters.lora_A) : da,
                            needs[2] ? as_parameter(db, parameters.lora_B) : db, dbias);
@@ -180,14 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
     return results();
   }
   if (std::none_of(needs.begin(), needs.end(), [](bool need) { return need; })) return results();
-  const bool chunks = in_chunks(dy_rows) && in_chunks(d.weight) && (!x_rows || in_chunks(*x_rows));
-  Problem problem = problem_of(layer, dy, chunks);
-  problem.backward = true;
-  problem.dx = needs[0];
-  problem.da = needs[1];
-  problem.db = needs[2];
-  problem.dbias = needs[3];
-  const Plan plan = lora_kernels::plan(problem, target.device);
+  const Plan plan = lora_kernels::plan(backward_problem(d, dy_rows, x_rows, needs), target.device);
   const Tensor counters = target.zeros(dy, plan.counters);
   const Tensor dxa = target.empty(dy, {needs[0] || needs[1] ? layer.m : 0, layer.r}, {});
   const Tensor partials = target.empty(dy, {plan.partials}, ScalarType::Float);
@@ -204,7 +209,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
   if (x_rows) target.scratch(*x_rows);
   if (xa_rows) target.scratch(*xa_rows);
   if (d.scaling) target.scratch(*d.scaling);
-  launch(target, plan.large, params);
+  if (plan.sm90a) {
+    const TensorMap dy_map = target.map(boxes(dy_rows)), x_map = x_rows ? target.map(boxes(*x_rows)) : dy_map;
+    launch(target, plan.large, HopperBackwardParams{dy_map, target.map(boxes(d.weight)), x_map, params});
+  } else {
+    launch(target, plan.large, params);
+  }
   return results();
 }
 

@@ -40,8 +40,11 @@ __device__ inline void wait_for_phase(uint32_t barrier, int parity) {
   }
 }
 
-// What barriers were initialised is visible to copies, and what registers stored to products.
+// What barriers were initialised is visible to copies.
 __device__ inline void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// What this thread stored to shared memory comes before what copies of boxes write there next.
+__device__ inline void fence_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Copies the box of a map that starts at (row, column) to shared memory; its bytes count for the barrier.
 __device__ inline void copy_box(uint32_t to, const void* map, int row, int column, uint32_t barrier, bool does) {
@@ -71,6 +74,12 @@ __device__ inline uint64_t operand(uint32_t tile) {
   return (tile >> 4 & 0x3FFF) | uint64_t{1} << 16 | kRowsApart << 32 | kSwizzle128 << 62;
 }
 
+// The same tile, [depth, 64 columns], for products over its rows; the next 64 columns lie `apart` bytes further.
+__device__ inline uint64_t operand_by_depth(uint32_t tile, int apart) {
+  constexpr uint64_t kRowsApart = 1024 >> 4, kSwizzle128 = 1;
+  return (tile >> 4 & 0x3FFF) | static_cast<uint64_t>(apart >> 4) << 16 | kRowsApart << 32 | kSwizzle128 << 62;
+}
+
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
@@ -78,21 +87,21 @@ __device__ inline void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// sums [64 x 128] += a [64 x 16] b [16 x 128]
+// sums [64 x 128] += a [64 x 16] b [16 x 128]; kByDepth: b's tile is one of operand_by_depth.
 #define LORA_WGMMA(type)                                                                                       \
   asm volatile(                                                                                                \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                             \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
       "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "   \
       "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "   \
-      "%62, %63}, %64, %65, 1, 1, 1, 0, 0;"                                                                    \
+      "%62, %63}, %64, %65, 1, 1, 1, 0, %66;"                                                                   \
       : LORA_SUMS(0), LORA_SUMS(1), LORA_SUMS(2), LORA_SUMS(3), LORA_SUMS(4), LORA_SUMS(5), LORA_SUMS(6),      \
         LORA_SUMS(7), LORA_SUMS(8), LORA_SUMS(9), LORA_SUMS(10), LORA_SUMS(11), LORA_SUMS(12), LORA_SUMS(13),  \
         LORA_SUMS(14), LORA_SUMS(15)                                                                           \
-      : "l"(a), "l"(b))
+      : "l"(a), "l"(b), "n"(static_cast<int>(kByDepth)))
 #define LORA_SUMS(j) "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])
 
-template <class T>
+template <class T, bool kByDepth>
 __device__ inline void multiply_async(float (&sums)[16][4], uint64_t a, uint64_t b) {
   if constexpr (std::is_same_v<T, __half>) {
     LORA_WGMMA("f16");

@@ -268,8 +268,7 @@ __device__ inline void store_thin(const ThinSums<kRanks>& thin, float scale, voi
           const float *const low = thin.v[j] + 2 * half, *const high = thin.v[j + 1] + 2 * half;
           const uint2 four = four_ranks<T>(low[0] * scale, low[1] * scale, high[0] * scale, high[1] * scale, lane % 4);
           const int m = row + lane / 4 + 8 * half, first = rank + 8 * j + 4 * (lane % 4);
-          uint16_t* const to = static_cast<uint16_t*>(out) + static_cast<int64_t>(m) * r + first;
-          if (m < rows && first < r) *reinterpret_cast<uint2*>(to) = four;
+          store_four(static_cast<uint16_t*>(out) + static_cast<int64_t>(m) * r + first, four, m < rows && first < r);
         }
       }
       return;
@@ -300,9 +299,10 @@ __device__ inline Position grouped_tile(int index, int rows, int columns) {
   return {first + index % in_group % height, index % in_group / height};
 }
 
-// Makes this program's stores visible to whoever waits on the flag.
+// Makes these threads' stores visible to whoever waits on the flag.
+template <class S = AllThreads>
 __device__ inline void publish(int* flag) {
-  __syncthreads();
+  synchronize<S>();
   release_add(flag, threadIdx.x == 0);
 }
 
@@ -319,18 +319,19 @@ __device__ inline void leave(int* flag, int last) {
   count_out(flag, last, threadIdx.x == 0);
 }
 
-// Counts a program in and tells all of its threads whether it is the last of `parts`, which leaves a zero behind.
+// Counts a program in and tells its threads whether it is the last of `parts`, which leaves a zero behind.
+template <class S = AllThreads>
 __device__ inline bool last_to_arrive(int* counter, int parts, uint32_t shared) {
-  __syncthreads();
+  synchronize<S>();
   if (threadIdx.x == 0) {
     const int before = count_up(counter);
     if (before == parts - 1) atomicExch(counter, 0);
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(before) : "memory");
   }
-  __syncthreads();
+  synchronize<S>();
   int before;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(before) : "r"(shared) : "memory");
-  __syncthreads();
+  synchronize<S>();
   return before == parts - 1;
 }
 

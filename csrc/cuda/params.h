@@ -65,16 +65,21 @@ struct alignas(64) TensorMap {
   unsigned char bytes[128];
 };
 
-// What a map says: a matrix of 16-bit elements and a box of it, whose rows are 128 bytes.
+// What a map says: a matrix of 16-bit elements, and its boxes' rows and columns: as many of each.
 struct Boxes {
   void* data;
   int64_t rows, columns, stride;
-  int box_rows, is_half;
+  int box, is_half;
 };
 
 struct HopperForwardParams {
   TensorMap x_map, w_map;
   ForwardParams forward;
+};
+
+struct HopperBackwardParams {
+  TensorMap dy_map, w_map, x_map;  // x's is dy's where da isn't wanted
+  BackwardParams backward;
 };
 
 struct DecodeParams {

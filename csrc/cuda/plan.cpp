@@ -24,21 +24,30 @@ constexpr int kMostTiles = 1 << 30;
 struct Choice {
   const char* shape;
   int rows, columns, depth, threads, ranks, shared_bytes;
-  bool dropout, in_chunks;
+  bool dropout, in_chunks, sm90a;
 };
 
 template <class S>
 Choice choice(const char* shape, int ranks, bool dropout, bool in_chunks, int shared_bytes) {
-  return {shape, S::kRows, S::kColumns, S::kDepth, S::kThreads, ranks, shared_bytes, dropout, in_chunks};
+  return {shape, S::kRows, S::kColumns, S::kDepth, S::kThreads, ranks, shared_bytes, dropout, in_chunks, false};
+}
+
+Choice hopper_choice(int ranks, bool dropout) {
+  using S = Hopper;
+  return {"Hopper", S::kRows, S::kColumns, S::kDepth, S::kThreads + kHopperCopying, ranks, hopper_bytes(ranks), dropout, true, true};
 }
 
 const std::vector<Choice>& choices(bool backward, bool is_float) {
 #define LORA_X(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, forward_bytes<S>(ranks)),
-  static const std::vector<Choice> forwards[] = {{LORA_EACH_FORWARD(LORA_X)}, {LORA_EACH_FORWARD_FLOAT(LORA_X)}};
+#define LORA_Y(ranks, dropout) hopper_choice(ranks, dropout),
+  static const std::vector<Choice> forwards[] = {
+      {LORA_EACH_FORWARD(LORA_X) LORA_EACH_HOPPER(LORA_Y)}, {LORA_EACH_FORWARD_FLOAT(LORA_X)}};
 #undef LORA_X
 #define LORA_X(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, backward_bytes<S>(ranks)),
-  static const std::vector<Choice> backwards[] = {{LORA_EACH_BACKWARD(LORA_X)}, {LORA_EACH_BACKWARD_FLOAT(LORA_X)}};
+  static const std::vector<Choice> backwards[] = {
+      {LORA_EACH_BACKWARD(LORA_X) LORA_EACH_HOPPER(LORA_Y)}, {LORA_EACH_BACKWARD_FLOAT(LORA_X)}};
 #undef LORA_X
+#undef LORA_Y
   return backward ? backwards[is_float] : forwards[is_float];
 }
 
@@ -51,6 +60,9 @@ std::string refusal(const Choice& c, const Problem& p, const Device& d) {
   if (c.dropout != p.dropout) return "is for another mode of dropout";
   if (c.in_chunks && !p.in_chunks) return "needs rows that start at multiples of 16 bytes";
   if (c.shared_bytes > d.shared_bytes) return "needs more shared memory";
+  if (!c.sm90a) return "";
+  if (!d.sm90a || !p.in_boxes) return "needs sm_90a, and rows that don't overlap";
+  if (p.r > c.ranks || (p.backward && !p.dx)) return "makes the thin product beside the large one only";
   return "";
 }
 
@@ -61,7 +73,7 @@ double cost(const Choice& c, const Problem& p, const Device& d) {
   const double tiles = static_cast<double>(over(p.m, c.rows)) * over(out, c.columns);
   const double waves = std::max(1.0, tiles / d.multiprocessors);
   const int area = c.rows * c.columns;
-  const double share = area >= 16384 ? 0.75 : area >= 8192 ? 0.62 : 0.5;
+  const double share = c.sm90a ? 1.0 : area >= 16384 ? 0.75 : area >= 8192 ? 0.62 : 0.5;
   const double tile = area / share * (over(depth, c.depth) * c.depth + 192.0);
   return (waves < 2 ? over(static_cast<int64_t>(tiles), d.multiprocessors) : waves) * tile;
 }
@@ -105,18 +117,6 @@ void number_tiles(Plan& plan, const Problem& p, const Choice& c, bool fused) {
   k.all = k.da + (p.dx ? plan.grid.panels * (plan.grid.columns - (fused ? 1 : 0)) : 0);
   plan.partials = k.parts > 1 ? int64_t{k.db_blocks + k.da_blocks} * k.parts * (c.ranks + 1) * kSumColumns : 0;
   plan.counters = k.db_blocks + k.da_blocks + plan.grid.panels;
-}
-
-// Whether the kernel for sm_90a serves what another's large tiles would.
-bool serves_sm90a(const Problem& p, const Device& d, const Choice& c) {
-  return d.sm90a && !p.backward && p.in_boxes && p.type != Type::kFloat && p.r <= 64 && c.rows == Hopper::kRows &&
-         c.columns == Hopper::kColumns;
-}
-
-Launch sm90a_launch(const Problem& p, int tiles, const Device& d) {
-  const int ranks = p.r <= 16 ? 16 : 64;
-  return {std::string("lora_forward_Hopper_") + name_of(p.type) + "_r" + std::to_string(ranks) + (p.dropout ? "_d1_c1" : "_d0_c1"),
-          std::min(tiles, d.multiprocessors), Hopper::kThreads + kHopperCopying, hopper_bytes(ranks)};
 }
 
 void check(const Problem& p) {
@@ -176,8 +176,7 @@ Plan plan(const Problem& p, const Device& d) {
   plan.large = {name_of(p.backward ? "backward" : "forward", c, p), std::min(tiles, d.multiprocessors), c.threads,
                 c.shared_bytes};
   if (wants_thin && !fused) plan.thin = thin_launch(p, d);
-  plan.sm90a = serves_sm90a(p, d, c);
-  if (plan.sm90a) plan.large = sm90a_launch(p, tiles, d), plan.thin = {};
+  plan.sm90a = c.sm90a;
   return plan;
 }
 

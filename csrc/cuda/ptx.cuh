@@ -56,6 +56,9 @@ __device__ inline void synchronize() {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 // For the threads of a shape: all of a program's, or those with a barrier of their own.
+struct AllThreads {
+  static constexpr int kBarrier = 0;
+};
 template <class S>
 __device__ inline void synchronize() {
   if constexpr (S::kBarrier == 0) {
@@ -129,6 +132,13 @@ __device__ inline void multiply_long(float (&sum)[4], const A& a, const B& b0, c
   } else {
     multiply<T>(sum, a, b0, b1);
   }
+}
+
+// Stores four 16-bit numbers, or nothing: by a predicate, since a branch would divide the warp.
+__device__ inline void store_four(uint16_t* to, uint2 four, bool does) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2}; }" ::"l"(to), "r"(four.x),
+               "r"(four.y), "r"(static_cast<int>(does))
+               : "memory");
 }
 
 // ---- flags between programs ----

@@ -72,7 +72,7 @@ TensorMap encoded(const Boxes& b) {
   TensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(b.columns), static_cast<cuuint64_t>(b.rows)};
   const cuuint64_t strides[] = {2 * static_cast<cuuint64_t>(b.stride)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(b.box_rows)}, steps[] = {1, 1};
+  const cuuint32_t side = static_cast<cuuint32_t>(b.box), box[] = {side, side}, steps[] = {1, 1};
   const CUresult result = encode(
       reinterpret_cast<CUtensorMap*>(map.bytes), b.is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       2, b.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

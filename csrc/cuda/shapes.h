@@ -31,6 +31,7 @@ struct Hopper : Shape<128, 128, 64, 4, 8, 1> {
   static constexpr int kBarrier = 1;  // of theirs alone
 };
 constexpr int kHopperCopying = 128;  // threads after them, which copy
+constexpr int kHopperBox = 64;       // rows and columns of what is copied at once
 
 // X(shape, ranks, dropout, whether rows start at multiples of 16 bytes)
 #define LORA_EACH_FORWARD(X) \
@@ -75,17 +76,21 @@ constexpr int forward_bytes(int ranks) {
 }
 // Rows of a step of sums and depth of a step of thin products are those of 16-bit elements; half of float32's.
 constexpr int kSumColumns = 128, kSumRows = 64, kSumStages = 3;
+constexpr int in_order_bytes(int ranks) { return 4 * larger(kSumColumns * (ranks + 1), ranks * (kSumColumns + 1)); }
 constexpr int sum_bytes(int ranks) {
-  const int in_order = 4 * larger(kSumColumns * (ranks + 1), ranks * (kSumColumns + 1));
-  return larger(kSumStages * 2 * kSumRows * (ranks + kSumColumns), in_order);
+  return larger(kSumStages * 2 * kSumRows * (ranks + kSumColumns), in_order_bytes(ranks));
 }
 template <class S>
 constexpr int backward_bytes(int ranks) {
   return larger(forward_bytes<S>(ranks), sum_bytes(ranks));
 }
+// Where results of sm_90a's kernels lie before they are stored: a tile, or sums in order.
+constexpr int hopper_out_bytes(int ranks) {
+  return larger(2 * Hopper::kRows * Hopper::kColumns, in_order_bytes(ranks));
+}
 constexpr int hopper_bytes(int ranks) {
-  const int stage = ring_bytes<Hopper>(ranks), barriers = 8 * (2 * Hopper::kStages + 2);
-  return stage + low_rank_bytes<Hopper>(ranks) + 2 * Hopper::kRows * Hopper::kColumns + barriers;
+  const int barriers = 8 * (2 * Hopper::kStages + 2);
+  return ring_bytes<Hopper>(ranks) + low_rank_bytes<Hopper>(ranks) + hopper_out_bytes(ranks) + barriers;
 }
 // Decoding: tiles of 16 rows of x by as many rows of W, a program's warps sharing its columns.
 constexpr int kDecodeRows = 16, kDecodeColumns = 32, kDecodeTile = kDecodeRows * kDecodeColumns, kDecodeWarps = 8;

@@ -101,6 +101,35 @@ __device__ inline void drop(uint32_t tile, int row, int column, const Mask& mask
   }
 }
 
+// sums += leftT right, and the columns' totals, of the rows of one step in shared memory.
+template <class T, class S, int kRanks, class LeftReader, class RightReader>
+__device__ __forceinline__ void add_rows(BlockSums<S, kRanks>& sums, const LeftReader& left_reader, uint32_t left,
+                                         const RightReader& right_reader, uint32_t right, bool want_product, bool want_total) {
+  using C = SumShape<S, kRanks>;
+  repeat<C::kRowsOfStep / kDeep<T>>([&](auto slice) {
+    if (sizeof(T) == 4) __syncwarp();  // as in mainloop.cuh
+    Left<T> a;
+    Right<T> b[C::kBlocksN / 2];
+    repeat<C::kBlocksN / 2>([&](auto j) { right_reader.template read<16 * j, slice>(b[j], right); });
+    const auto add_block = [&](float (&sums_of)[C::kBlocksN][4]) {
+#pragma unroll
+      for (int j = 0; j < C::kBlocksN; ++j) {
+        multiply<T>(sums_of[j], a, b[j / 2][2 * (j % 2)], b[j / 2][2 * (j % 2) + 1]);
+      }
+    };
+    if (want_product) {
+      repeat<C::kBlocksM>([&](auto i) {
+        left_reader.template read<16 * i, slice>(a, left);
+        add_block(sums.v[i]);
+      });
+    }
+    if (want_total) {
+      set_ones<T>(a);
+      add_block(sums.total);
+    }
+  });
+}
+
 // sums = leftT D(right) and the columns' totals, of rows from `row` to the matrices' end.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer& layer, const Source& left, const Source& right,
@@ -134,28 +163,7 @@ __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer
       __syncthreads();
     }
     const auto add_step = [&](BlockSums<S, kRanks>& to) {
-      repeat<C::kRowsOfStep / kDeep<T>>([&](auto slice) {
-        if (sizeof(T) == 4) __syncwarp();  // as in mainloop.cuh
-        Left<T> a;
-        Right<T> b[C::kBlocksN / 2];
-        repeat<C::kBlocksN / 2>([&](auto j) { right_reader.template read<16 * j, slice>(b[j], tile); });
-        const auto add_block = [&](float (&sums_of)[C::kBlocksN][4]) {
-#pragma unroll
-          for (int j = 0; j < C::kBlocksN; ++j) {
-            multiply<T>(sums_of[j], a, b[j / 2][2 * (j % 2)], b[j / 2][2 * (j % 2) + 1]);
-          }
-        };
-        if (want_product) {
-          repeat<C::kBlocksM>([&](auto i) {
-            left_reader.template read<16 * i, slice>(a, stage);
-            add_block(to.v[i]);
-          });
-        }
-        if (want_total) {
-          set_ones<T>(a);
-          add_block(to.total);
-        }
-      });
+      add_rows<T>(to, left_reader, stage, right_reader, tile, want_product, want_total);
     };
     if constexpr (sizeof(T) == 4) {
       BlockSums<S, kRanks> of_step;
@@ -193,7 +201,7 @@ __device__ inline bool sum_of_parts(BlockSums<S, kRanks>& sums, float* space, in
   using C = SumShape<S, kRanks>;
   if (parts == 1) return true;
   for_each(sums, [&](float& value, int at) { space[static_cast<int64_t>(part) * C::kSpace + at] = value; });
-  if (!last_to_arrive(counter, parts, shared)) return false;
+  if (!last_to_arrive<S>(counter, parts, shared)) return false;
   sums.clear();
   for (int i = 0; i < parts; ++i) {
     for_each(sums, [&](float& value, int at) { value += load_fresh(space + static_cast<int64_t>(i) * C::kSpace + at, true); });
@@ -220,7 +228,7 @@ __device__ inline void in_order(BlockSums<S, kRanks>& sums, uint32_t shared, F f
       }
     }
   }
-  __syncthreads();
+  synchronize<S>();
   constexpr int kInRow = kRanksTogether ? kRanks : C::kColumns;
   for (int index = threadIdx.x; index < kRanks * C::kColumns; index += S::kThreads) {
     const int row = index / kInRow, in_row = index % kInRow;
@@ -228,7 +236,7 @@ __device__ inline void in_order(BlockSums<S, kRanks>& sums, uint32_t shared, F f
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(shared + 4 * (row * kPitch + in_row)) : "memory");
     f(kRanksTogether ? in_row : row, kRanksTogether ? row : in_row, value);
   }
-  __syncthreads();
+  synchronize<S>();
 }
 
 // Stores the sums to out [ranks, columns].

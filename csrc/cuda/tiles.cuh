@@ -135,7 +135,8 @@ __device__ inline void copy_tile(uint32_t to, const Source& from, int row, int c
     const uint32_t at = to + Tile::offset(r, c);
     const int first_column = column + c * kChunk<T>;
     if (kInChunks || from.in_chunks) {
-      const int inside = row + r < from.rows ? min(max(from.columns - first_column, 0), kChunk<T>) : 0;
+      // Both numbers first, so that the choice isn't a branch, which would divide the warp.
+      const int columns = min(max(from.columns - first_column, 0), kChunk<T>), inside = row + r < from.rows ? columns : 0;
       const int64_t offset = inside ? (row + r) * from.stride + first_column : 0;
       copy_async(at, static_cast<const Bits<T>*>(from.data) + offset, static_cast<int>(sizeof(T)) * inside);
     } else {

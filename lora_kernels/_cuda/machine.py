@@ -19,7 +19,7 @@ from lora_kernels._cuobjdump import cuobjdump
 from lora_kernels._native import LIBRARIES, absence
 
 # A tensor map in a kernel's parameters, and what the library writes there for a machine to encode.
-_MAP_BYTES, _BOXES, _BOX_COLUMNS = 128, struct.Struct("<QqqqiI"), 64
+_MAP_BYTES, _BOXES = 128, struct.Struct("<QqqqiI")
 
 
 @dataclass
@@ -50,12 +50,13 @@ class Machine:
         for name, launch in zip(names.split(), numbers.view(-1, 4).tolist(), strict=True):
             grid, threads, shared, size = launch
             sm_90a = "_Hopper_" in name
+            maps = 0 if not sm_90a else 2 if "_forward_" in name else 3
             given = bytes(params[first : first + size].tolist())
             stats = _code("sm_90a" if sm_90a else "sm_80").launch(
                 name,
                 (grid,),
                 threads,
-                (_with_maps(given, memory) if sm_90a else given,),
+                (_with_maps(given, maps, memory),),
                 shared_bytes=shared,
                 resident_ctas=self.resident,
                 seed=self.seed,
@@ -67,17 +68,17 @@ class Machine:
             stats.assert_clean()
 
 
-def _with_maps(params: bytes, memory: list[Tensor]) -> bytes:
-    """Return parameters whose two tensor maps the machine understands; see `Boxes` in params.h."""
+def _with_maps(params: bytes, count: int, memory: list[Tensor]) -> bytes:
+    """Return parameters whose first maps the machine understands; see `Boxes` in params.h."""
     import ptxvm
 
     maps = []
-    for at in (0, _MAP_BYTES):
-        data, rows, columns, stride, box_rows, _ = _BOXES.unpack_from(params, at)
+    for at in range(0, count * _MAP_BYTES, _MAP_BYTES):
+        data, rows, columns, stride, box, _ = _BOXES.unpack_from(params, at)
         tensor = next(t for t in memory if t.data_ptr() == data)
         matrix = tensor.as_strided((rows, columns), (stride, 1))
-        maps.append(bytes(ptxvm.tensor_map(matrix, (box_rows, _BOX_COLUMNS), 128).descriptor))
-    return b"".join([*maps, params[2 * _MAP_BYTES :]])
+        maps.append(bytes(ptxvm.tensor_map(matrix, (box, box), 128).descriptor))
+    return b"".join([*maps, params[count * _MAP_BYTES :]])
 
 
 @cache

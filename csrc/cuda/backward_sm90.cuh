@@ -1,0 +1,115 @@
+// The backward of backward.cuh for sm_90a. Sums over rows go through the ring of dx's steps: x or dy as the right
+// operand, dxa or xa as the thin one.
+
+#pragma once
+
+#include "backward.cuh"
+#include "pipeline_sm90.cuh"
+
+namespace lora_kernels {
+
+// kRanks hold all ranks here: a tile of sums has one slab of them.
+template <class T, class S, int kRanks>
+__device__ inline void copy_backward(const HopperBackwardParams& params, const HopperMemory<T, S, kRanks, true>& memory) {
+  const BackwardParams& p = params.backward;
+  const Layer& layer = p.layer;
+  const Source a = adapter<T>(layer, layer.a, layer.r, layer.k), b = adapter<T>(layer, layer.b, layer.n, layer.r);
+  CopyingSide<T, S, kRanks, true> side(memory);
+  for (int index = blockIdx.x; index < p.kinds.all; index += gridDim.x) {
+    if (is_of_dx(p.kinds, index)) {
+      const DxTile tile = DxTile::at<S>(p, index);
+      for (int depth = 0; depth < layer.n; depth += S::kDepth) {
+        side.begin(2);
+        side.left(params.dy_map, tile.row, depth);
+        side.right(params.w_map, depth, tile.column);
+        side.end(tile.producing, b, depth, 0);
+      }
+      const Source dxa = matrix<T>({p.dxa, layer.r}, layer.m, layer.r);
+      side.factors(p.flags + tile.panel, 1, readers_of_dxa(p), dxa, tile.row, a, 0, tile.column);
+      continue;
+    }
+    const SumTile tile = SumTile::at<S, kRanks>(p, index);
+    if (tile.of_da) tile.for_each_panel<S>([&](int panel) { side.wait(p.flags + panel, 1); });
+    const void* factor = tile.of_da ? p.dxa : p.xa;
+    const Source thin = matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r);
+    for (int row = tile.row; row < tile.end; row += S::kDepth) {
+      side.begin(1);
+      side.right(tile.of_da ? params.x_map : params.dy_map, row, tile.column);
+      side.end(factor, thin, row, 0);
+    }
+    if (tile.of_da) tile.for_each_panel<S>([&](int panel) { side.leave(p.flags + panel, readers_of_dxa(p)); });
+  }
+}
+
+// The sums of a tile and the totals of its columns.
+template <class T, class S, int kRanks, bool kDropout>
+__device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, S, kRanks, true>& side, const Mask& mask,
+                                 const SumTile& tile, bool want_product, bool want_total) {
+  using M = HopperMemory<T, S, kRanks, true>;
+  using C = SumShape<S, kRanks>;
+  static_assert(C::kRowsOfStep == S::kDepth && kHopperBox % C::kWarpColumns == 0, "a warp's columns lie in one box");
+  const int column = threadIdx.x / 32 * C::kWarpColumns;
+  const LeftReaderByDepth<typename M::Thin> left_reader(0);
+  const RightReader<typename M::Box, true> right_reader(column % kHopperBox);
+  sums.clear();
+  for (int row = tile.row; row < tile.end; row += S::kDepth) {
+    wait_for_phase(side.memory.filled(side.stage), side.parity);
+    const uint32_t right = side.memory.right(side.stage);
+    if (kDropout) {
+      drop<typename M::Box, S::kThreads>(right, row, tile.column, mask);
+      drop<typename M::Box, S::kThreads>(right + M::Box::kBytes, row, tile.column + kHopperBox, mask);
+      fence_stores();
+      synchronize<S>();
+    }
+    add_rows<T>(sums, left_reader, side.memory.thin(side.stage), right_reader, right + column / kHopperBox * M::Box::kBytes,
+                want_product, want_total);
+    __syncwarp();
+    side.arrive_by_warp(side.memory.read(side.stage));
+    side.advance();
+  }
+}
+
+template <class T, class S, int kRanks, bool kDropout>
+__device__ inline void multiply_backward(const BackwardParams& p, const HopperMemory<T, S, kRanks, true>& memory) {
+  const Layer& layer = p.layer;
+  const int steps = (layer.n + S::kDepth - 1) / S::kDepth;
+  MultiplyingSide<T, S, kRanks, true> side(memory);
+  for (int index = blockIdx.x; index < p.kinds.all; index += gridDim.x) {
+    if (is_of_dx(p.kinds, index)) {
+      const DxTile tile = DxTile::at<S>(p, index);
+      Sums<S> sums;
+      ThinSums<kRanks> thin;
+      side.template product<false>(sums, thin, Mask(layer), tile.row, steps, tile.producing);
+      if (tile.producing) {
+        const float scale = scaling_of(layer) * keep_scale(layer);
+        store_thin<T>(thin, scale, p.dxa, tile.row + side.place.thin_row, layer.m, 0, layer.r);
+        publish<S>(p.flags + tile.panel);
+      }
+      const Operands at{layer, {}, {}, {}, tile.row, tile.column, layer.r};
+      side.template add_factors<kDropout>(sums, Mask(layer), at, 1.0f);
+      store_sums<T, S>(sums, side.place, p.dx, tile.row, tile.column, layer.m, layer.k, memory.out());
+      continue;
+    }
+    const SumTile tile = SumTile::at<S, kRanks>(p, index);
+    BlockSums<S, kRanks> sums;
+    if (tile.of_da) {
+      ring_sums<T, S, kRanks, kDropout>(sums, side, Mask(layer), tile, true, false);
+    } else {
+      ring_sums<T, S, kRanks, false>(sums, side, Mask(layer), tile, p.db, p.dbias);
+    }
+    finish_sums<T>(p, tile, sums, memory.out());
+    // The stores may have divided warps, and the next tile's products need whole ones.
+    synchronize<S>();
+  }
+}
+
+template <class T, int kRanks, bool kDropout>
+__device__ inline void backward_sm90(const HopperBackwardParams& params) {
+  using S = Hopper;
+  run_sides<HopperMemory<T, S, kRanks, true>, S>([&](const auto& memory) { copy_backward<T, S, kRanks>(params, memory); },
+                                                 [&](const auto& memory) {
+                                                   multiply_backward<T, S, kRanks, kDropout>(params.backward, memory);
+                                                 });
+}
+
+}  // namespace lora_kernels

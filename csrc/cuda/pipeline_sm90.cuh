@@ -1,0 +1,206 @@
+// What forward and backward for sm_90a share: a warpgroup copies steps into a ring in shared memory, two multiply
+// them, and neither waits for the other but through barriers. Copying runs on into the next tile while the last one
+// is finished and stored.
+
+#pragma once
+
+#include "epilogue.cuh"
+#include "hopper.cuh"
+
+namespace lora_kernels {
+
+// What lies where in shared memory. Large operands come in boxes of 64 x 64, a box at a multiple of 1,024 bytes, as
+// its permutation asks: the left one's below each other, the right one's two as well, or beside each other if
+// kByDepth, where it lies [depth, columns]; so do the thin operand and the right low-rank factor then.
+template <class T, class S, int kRanks, bool kByDepth>
+struct HopperMemory {
+  using Box = Tile<T, kHopperBox, kHopperBox>;
+  using Left = Tile<T, S::kRows, S::kDepth>;
+  using Thin = std::conditional_t<kByDepth, Tile<T, S::kDepth, kRanks>, Tile<T, kRanks, S::kDepth>>;
+  using LeftFactor = Tile<T, S::kRows, kRanks>;
+  using RightFactor = std::conditional_t<kByDepth, Tile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
+  static_assert(S::kRows == 2 * kHopperBox && S::kColumns == 2 * kHopperBox && S::kDepth == kHopperBox, "two boxes each");
+  static constexpr int kOperandBytes = 2 * Box::kBytes, kStageBytes = 2 * kOperandBytes;
+  static constexpr int kThin = S::kStages * kStageBytes, kLeftFactor = kThin + S::kStages * Thin::kBytes;
+  static constexpr int kRightFactor = kLeftFactor + LeftFactor::kBytes, kOut = kRightFactor + RightFactor::kBytes;
+  static constexpr int kBarriers = kOut + hopper_out_bytes(kRanks);
+  static_assert(kBarriers + 8 * (2 * S::kStages + 2) == hopper_bytes(kRanks), "what the host asks for");
+
+  uint32_t first;
+  __device__ uint32_t left(int stage) const { return first + stage * kStageBytes; }
+  __device__ uint32_t right(int stage) const { return left(stage) + kOperandBytes; }
+  __device__ uint32_t thin(int stage) const { return first + kThin + stage * Thin::kBytes; }
+  __device__ uint32_t left_factor() const { return first + kLeftFactor; }
+  __device__ uint32_t right_factor() const { return first + kRightFactor; }
+  __device__ uint32_t out() const { return first + kOut; }
+  __device__ uint32_t filled(int stage) const { return first + kBarriers + 8 * stage; }
+  __device__ uint32_t read(int stage) const { return filled(S::kStages + stage); }
+  __device__ uint32_t factors_filled() const { return filled(2 * S::kStages); }
+  __device__ uint32_t factors_read() const { return filled(2 * S::kStages + 1); }
+
+  __device__ void init() const {
+    for (int stage = 0; stage < S::kStages; ++stage) {
+      init_barrier(filled(stage), kHopperCopying + 1);
+      init_barrier(read(stage), S::kThreads / 32);
+    }
+    init_barrier(factors_filled(), kHopperCopying);
+    init_barrier(factors_read(), S::kThreads / 32);
+    fence_barriers();
+  }
+};
+
+// The warpgroup that copies; one of its threads starts the copies of boxes.
+template <class T, class S, int kRanks, bool kByDepth>
+struct CopyingSide {
+  using M = HopperMemory<T, S, kRanks, kByDepth>;
+  M memory;
+  bool one;
+  int stage = 0, parity = 1, tiles = 0;
+
+  __device__ explicit CopyingSide(M memory) : memory(memory), one(threadIdx.x == S::kThreads) {}
+
+  // Starts a step of one or two operands, as soon as nobody reads the stage any more.
+  __device__ void begin(int operands) const {
+    wait_for_phase(memory.read(stage), parity);
+    arrive_expecting(memory.filled(stage), operands * M::kOperandBytes, one);
+  }
+  __device__ void left(const TensorMap& map, int row, int column) const { copy(memory.left(stage), map, row, column, true); }
+  __device__ void right(const TensorMap& map, int row, int column) const { copy(memory.right(stage), map, row, column, !kByDepth); }
+  // Ends it, with the thin operand at (row, column) of a matrix if there is one.
+  __device__ void end(bool has_thin, const Source& thin, int row, int column) {
+    if (has_thin) {
+      copy_tile<T, typename M::Thin, kHopperCopying, S::kThreads>(memory.thin(stage), thin, row, column);
+      arrive_after_copies(memory.filled(stage));
+    } else {
+      arrive(memory.filled(stage));
+    }
+    stage = stage + 1 == S::kStages ? 0 : stage + 1;
+    parity ^= stage == 0;
+  }
+
+  // Waits for another program. All lanes of a warp ask, so that none waits at the barrier for another.
+  __device__ void wait(const int* flag, int arrivals) const {
+    if (threadIdx.x / 32 == S::kThreads / 32) {
+      while (!__all_sync(0xFFFFFFFFu, acquire_load(flag) >= arrivals)) __nanosleep(32);
+    }
+    synchronize<2, kHopperCopying>();
+  }
+  // Counts this tile out of a row panel's readers, of whom the last one finds `last`, when all its copies have come.
+  __device__ void leave(int* flag, int last) const {
+    commit_copies();
+    wait_for_copies<0>();
+    synchronize<2, kHopperCopying>();
+    count_out(flag, last, one);
+  }
+
+  // The low-rank factors are a tile's last step: only here does a tile of the large product wait for another program.
+  __device__ void factors(int* flag, int arrivals, int last, const Source& left, int row, const Source& right, int right_row,
+                          int right_column) {
+    wait_for_phase(memory.factors_read(), ~tiles++ & 1);
+    wait(flag, arrivals);
+    copy_tile<T, typename M::LeftFactor, kHopperCopying, S::kThreads>(memory.left_factor(), left, row, 0);
+    copy_tile<T, typename M::RightFactor, kHopperCopying, S::kThreads>(memory.right_factor(), right, right_row, right_column);
+    arrive_after_copies(memory.factors_filled());
+    leave(flag, last);
+  }
+
+ private:
+  __device__ void copy(uint32_t to, const TensorMap& map, int row, int column, bool below) const {
+    const uint32_t filled = memory.filled(stage);
+    copy_box(to, map.bytes, row, column, filled, one);
+    copy_box(to + M::Box::kBytes, map.bytes, row + (below ? kHopperBox : 0), column + (below ? 0 : kHopperBox), filled, one);
+  }
+};
+
+// The warpgroups that multiply.
+template <class T, class S, int kRanks, bool kByDepth>
+struct MultiplyingSide {
+  using M = HopperMemory<T, S, kRanks, kByDepth>;
+  M memory;
+  Place<S> place;
+  int stage = 0, parity = 0, tiles = 0;
+
+  __device__ explicit MultiplyingSide(M memory) : memory(memory) {}
+  __device__ void arrive_by_warp(uint32_t barrier, bool does = true) const { arrive(barrier, does && threadIdx.x % 32 == 0); }
+  __device__ void advance() {
+    stage = stage + 1 == S::kStages ? 0 : stage + 1;
+    parity ^= stage == 0;
+  }
+
+  // sums = left right over all steps of a tile whose first row is `row`; a producing tile: thin_sums = D(left) thin.
+  template <bool kDropout>
+  __device__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_sums, const Mask& mask, int row, int steps, bool producing) {
+    const int group_row = threadIdx.x / 128 * 64;
+    int before = 0;
+    sums.clear();
+    for (int step = 0; step < steps; ++step) {
+      wait_for_phase(memory.filled(stage), parity);
+      const uint64_t left = operand(memory.left(stage) + group_row * M::Left::kRowBytes);
+      const uint64_t right = kByDepth ? operand_by_depth(memory.right(stage), M::Box::kBytes) : operand(memory.right(stage));
+      // 16 elements of depth: 32 bytes of a row, or 16 rows of 128; addresses count 16 bytes.
+      constexpr int kLeftStep = 32 / 16, kRightStep = kByDepth ? 16 * 128 / 16 : kLeftStep;
+      begin_products();
+      repeat<S::kDepth / 16>([&](auto slice) {
+        multiply_async<T, kByDepth>(sums.v[0], left + kLeftStep * slice, right + kRightStep * slice);
+      });
+      commit_products();
+      if (producing) add_thin<kDropout>(thin_sums, mask, row, step * S::kDepth);
+      wait_for_products<1>();
+      arrive_by_warp(memory.read(before), step);
+      before = stage;
+      advance();
+    }
+    wait_for_products<0>();
+    arrive_by_warp(memory.read(before));
+  }
+
+  // sums += scale * D(factors' product).
+  template <bool kDropout>
+  __device__ void add_factors(Sums<S>& sums, const Mask& mask, const Operands& at, float scale) {
+    wait_for_phase(memory.factors_filled(), tiles++ & 1);
+    add_ranks<T, S, kRanks, kByDepth, kDropout>(
+        sums, place, mask, at, scale, at.layer.r, memory.left_factor(), memory.right_factor());
+    __syncwarp();
+    arrive_by_warp(memory.factors_read());
+  }
+
+ private:
+  // The thin product of a warp's 16 rows from one step.
+  template <bool kDropout>
+  __device__ void add_thin(ThinSums<kRanks>& sums, const Mask& mask, int row, int column) const {
+    const LeftReader<typename M::Left> left(place.thin_row);
+    const RightReader<typename M::Thin, kByDepth> thin(0);
+    LeftMask<T> left_mask;
+    repeat<S::kDepth / kDeep<T>>([&](auto slice) {
+      Left<T> kept;
+      left.template read<0>(kept, memory.left(stage), slice);
+      if (kDropout) {
+        left_mask.template keep<slice>(kept, mask, row + place.thin_row + place.group, column + 16 * slice, place.t);
+      }
+      repeat<kRanks / 16>([&](auto j) {
+        Right<T> f;
+        thin.template read<16 * j, slice>(f, memory.thin(stage));
+        multiply<T>(sums.v[2 * j], kept, f[0], f[1]);
+        multiply<T>(sums.v[2 * j + 1], kept, f[2], f[3]);
+      });
+    });
+  }
+};
+
+// Divides a program's warpgroups, and its registers, between the sides.
+template <class Memory, class S, class Copy, class Multiply>
+__device__ inline void run_sides(Copy copy, Multiply multiply) {
+  extern __shared__ __align__(1024) char dynamic[];
+  const Memory memory{shared_address(dynamic)};
+  if (threadIdx.x == 0) memory.init();
+  __syncthreads();
+  if (threadIdx.x >= S::kThreads) {
+    give_registers<40>();
+    copy(memory);
+  } else {
+    take_registers<232>();
+    multiply(memory);
+  }
+}
+
+}  // namespace lora_kernels
