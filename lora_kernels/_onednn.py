@@ -11,9 +11,10 @@ from torch import Tensor
 # Multiplications from which oneDNN's call, dearer from Python, pays. 2026-11-24, Zen 5: 0.9 of
 # MKL's time at 256x64x64, 0.5 at 64x512x512.
 WORK = 1 << 21
-# oneDNN sums a float32 product's depth in one chain of up to about 1,100 terms, and errs up to 3.6
-# times as much as MKL; in parts of at most 512 terms 1.5 to 2 times, for 0.1 of its time.
-CHAIN = 512
+# Longer float32 sums are made of parts. 2026-11-25, Zen 5: oneDNN's root mean square error is 1.5
+# to 1.7 times MKL's up to 1,024 terms and 2.0 to 2.3 times beyond; two parts take 1.02 to 1.1 of
+# the time of one.
+CHAIN = 1024
 # Rows from which copying a part of W, whose rows lie apart, pays.
 ROWS_TO_COPY_FOR = 64
 

@@ -33,7 +33,7 @@ constexpr Rows kForwardBf16{1, 16}, kForwardFloat{1, 4}, kBackwardBf16{1, 32}, k
 
 constexpr int64_t kOnednnRows = 4, kOnednnWork = 1 << 20;
 // As lora_kernels/_onednn.py has them, with their reasons.
-constexpr int64_t kOnednnChain = 512, kRowsToCopyFor = 64;
+constexpr int64_t kOnednnChain = 1024, kRowsToCopyFor = 64;
 
 // Whether w [C, L] is summed in parts of L that have to be copied, since its rows lie apart.
 bool copied_in_parts(const Tensor& w) {
