@@ -77,6 +77,13 @@ Described describe(const Tensor& rows_of, const Parameters& p) {
   return d;
 }
 
+// torch's switch of float32 products as it is now, which Python knows and the stable interface doesn't.
+bool allows_tf32() {
+  StableIValue answer[1];
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("lora_kernels::allows_tf32", "", answer, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(answer[0]);
+}
+
 Problem problem_of(const Layer& layer, const Tensor& of, bool chunks) {
   Problem p{};
   p.m = layer.m;
@@ -85,6 +92,7 @@ Problem problem_of(const Layer& layer, const Tensor& of, bool chunks) {
   p.r = layer.r;
   p.type = of.scalar_type() == ScalarType::BFloat16 ? Type::kBf16
            : of.scalar_type() == ScalarType::Half   ? Type::kHalf
+           : allows_tf32()                          ? Type::kTf32
                                                     : Type::kFloat;
   p.dropout = layer.seed != nullptr;
   p.in_chunks = chunks;
@@ -168,18 +176,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
   const Tensor da = gradient(1, {layer.r, layer.k}, gradients);
   const Tensor db = gradient(2, {layer.n, layer.r}, gradients);
   const Tensor dbias = gradient(3, {layer.n}, dy.scalar_type());
-  const auto as_parameter = [](const Tensor& g, const Tensor& parameter) {
-    return g.scalar_type() == parameter.scalar_type() ? g : torch::stable::to(g, parameter.scalar_type());
-  };
-  const auto results = [&] {
-    return std::make_tuple(dx, needs[1] ? as_parameter(da, parameters.lora_A) : da,
-                           needs[2] ? as_parameter(db, parameters.lora_B) : db, dbias);
-  };
+  const auto results = std::make_tuple(dx, da, db, dbias);
   if (layer.m == 0) {
     for (Tensor t : {da, db, dbias}) torch::stable::zero_(t);
-    return results();
+    return results;
   }
-  if (std::none_of(needs.begin(), needs.end(), [](bool need) { return need; })) return results();
+  if (std::none_of(needs.begin(), needs.end(), [](bool need) { return need; })) return results;
   const bool chunks = in_chunks(dy_rows) && in_chunks(d.weight) && (!x_rows || in_chunks(*x_rows));
   Problem problem = problem_of(layer, dy, chunks);
   problem.backward = true;
@@ -205,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
   if (xa_rows) target.scratch(*xa_rows);
   if (d.scaling) target.scratch(*d.scaling);
   launch(target, plan.large, params);
-  return results();
+  return results;
 }
 
 }  // namespace lora_kernels

@@ -32,17 +32,24 @@ Choice choice(const char* shape, int ranks, bool dropout, bool in_chunks, int sh
   return {shape, S::kRows, S::kColumns, S::kDepth, S::kThreads, ranks, shared_bytes, dropout, in_chunks};
 }
 
-const std::vector<Choice>& choices(bool backward, bool is_float) {
+bool is_16_bit(Type type) { return type == Type::kBf16 || type == Type::kHalf; }
+
+const std::vector<Choice>& choices(bool backward, Type type) {
 #define LORA_X(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, forward_bytes<S>(ranks)),
-  static const std::vector<Choice> forwards[] = {{LORA_EACH_FORWARD(LORA_X)}, {LORA_EACH_FORWARD_FLOAT(LORA_X)}};
+  static const std::vector<Choice> forwards[] = {
+      {LORA_EACH_FORWARD(LORA_X)}, {LORA_EACH_FORWARD_FLOAT(LORA_X)}, {LORA_EACH_FORWARD_TF32(LORA_X)}};
 #undef LORA_X
 #define LORA_X(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, backward_bytes<S>(ranks)),
-  static const std::vector<Choice> backwards[] = {{LORA_EACH_BACKWARD(LORA_X)}, {LORA_EACH_BACKWARD_FLOAT(LORA_X)}};
+  static const std::vector<Choice> backwards[] = {
+      {LORA_EACH_BACKWARD(LORA_X)}, {LORA_EACH_BACKWARD_FLOAT(LORA_X)}, {LORA_EACH_BACKWARD_TF32(LORA_X)}};
 #undef LORA_X
-  return backward ? backwards[is_float] : forwards[is_float];
+  const int list = is_16_bit(type) ? 0 : type == Type::kFloat ? 1 : 2;
+  return (backward ? backwards : forwards)[list];
 }
 
-const char* name_of(Type type) { return type == Type::kBf16 ? "bf16" : type == Type::kHalf ? "half" : "float"; }
+const char* name_of(Type type) {
+  return type == Type::kBf16 ? "bf16" : type == Type::kHalf ? "half" : type == Type::kFloat ? "float" : "tf32";
+}
 
 int over(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -109,7 +116,7 @@ void number_tiles(Plan& plan, const Problem& p, const Choice& c, bool fused) {
 
 // Whether the kernel for sm_90a serves what another's large tiles would.
 bool serves_sm90a(const Problem& p, const Device& d, const Choice& c) {
-  return d.sm90a && !p.backward && p.in_boxes && p.type != Type::kFloat && p.r <= 64 && c.rows == Hopper::kRows &&
+  return d.sm90a && !p.backward && p.in_boxes && is_16_bit(p.type) && p.r <= 64 && c.rows == Hopper::kRows &&
          c.columns == Hopper::kColumns;
 }
 
@@ -126,7 +133,7 @@ void check(const Problem& p) {
 }  // namespace
 
 bool is_decoding(const Problem& p) {
-  return !p.backward && p.m <= kDecodeRows && !p.dropout && p.in_chunks && p.type != Type::kFloat;
+  return !p.backward && p.m <= kDecodeRows && !p.dropout && p.in_chunks;
 }
 
 // The columns are divided so that programs come out even: a round costs what its share of W takes to read, and some
@@ -134,11 +141,12 @@ bool is_decoding(const Problem& p) {
 DecodePlan decode_plan(const Problem& p, const Device& d) {
   check(p);
   const int tiles = over(p.r, kDecodeColumns) + over(p.n, kDecodeColumns);
-  const int most = std::max(1, std::min(16, p.k / (32 * kDecodeWarps)));
+  const int bytes = is_16_bit(p.type) ? 2 : 4;
+  const int most = std::max(1, std::min(16, bytes * p.k / (64 * kDecodeWarps)));
   int parts = 1;
   double least = 0;
   for (int tried = 1; tried <= most; ++tried) {
-    const double round = 2.0 * kDecodeColumns * p.k / tried + 16384;
+    const double round = 1.0 * bytes * kDecodeColumns * p.k / tried + 16384;
     const double time = round * over(static_cast<int64_t>(tiles) * tried, d.multiprocessors);
     if (tried == 1 || time < least) parts = tried, least = time;
   }
@@ -151,7 +159,7 @@ DecodePlan decode_plan(const Problem& p, const Device& d) {
 Plan plan(const Problem& p, const Device& d) {
   check(p);
   const Choice* best = nullptr;
-  for (const Choice& c : choices(p.backward, p.type == Type::kFloat)) {
+  for (const Choice& c : choices(p.backward, p.type)) {
     if (!refusal(c, p, d).empty()) continue;
     if (!best || better(c, *best, p, d)) best = &c;
   }
