@@ -3,7 +3,8 @@
 The budget is derived, not tuned: an implementation may err twice as much as same-dtype eager
 PyTorch (`reference` in that dtype), both measured against the float64 oracle, plus one rounding of
 the largest element. The root mean square is held to the same rule, which catches broad drift that a
-maximum hides. Where torch's switch lets float32 products be TF32's, eager's operands are rounded to it.
+maximum hides. Where torch's switch lets float32 products be TF32's, eager's operands are rounded
+to it.
 """
 
 from dataclasses import dataclass, replace
@@ -158,8 +159,14 @@ def eager_results(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """
     results = reference_results(case, inputs)
     if case.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        names = ("x", "weight", "lora_A", "lora_B", "dy")
-        rounded = replace(inputs, **{name: to_tf32(getattr(inputs, name)) for name in names})
+        rounded = replace(
+            inputs,
+            x=to_tf32(inputs.x),
+            weight=to_tf32(inputs.weight),
+            lora_A=to_tf32(inputs.lora_A),
+            lora_B=to_tf32(inputs.lora_B),
+            dy=to_tf32(inputs.dy),
+        )
         exact = {name: t for name, t in results.items() if name == "dbias"}
         results = reference_results(case, rounded) | exact
     return results

@@ -25,17 +25,19 @@ pytestmark = pytest.mark.skipif(
     reason="needs the compiled CUDA part, nvcc and the PTX virtual machine (module ptxvm)",
 )
 KERNELS = """
-#define LORA_TYPE bf16
-#define LORA_ELEMENT __nv_bfloat16
+#define LORA_TYPE {type}
+#define LORA_ELEMENT {element}
 #define LORA_TABLE table
-#define LORA_FORWARD(X) X(Small, 16, 1, 1)
-#define LORA_BACKWARD(X) X(Small, 16, 1, 1)
+#define LORA_FORWARD(X) X({shape}, 16, 1, 1)
+#define LORA_BACKWARD(X) X({shape}, 16, 1, 1)
 #define LORA_DECODE(X) X()
 #include "shapes.h"
 #undef LORA_EACH_THIN
 #define LORA_EACH_THIN(X)
 #include "kernels_sm80.cuh"
 """
+BF16_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small")
+TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat")
 # name: (file, text, what stands there instead)
 MUTANTS = {
     "nothing": ("forward.cuh", "layer.m, 0, layer.r", "layer.m, 0, layer.r"),
@@ -63,28 +65,37 @@ MUTANTS = {
         "scaling_of(layer)",
     ),
 }
+TF32_MUTANTS = {
+    "nothing": MUTANTS["nothing"],
+    "fragment's parts in another order": (
+        "tiles.cuh",
+        "kRow = 8 * kSlice + 4 * (part / 2), kBits = 4 * (kColumn + 8 * (part % 2))",
+        "kRow = 8 * kSlice + 4 * (part % 2), kBits = 4 * (kColumn + 8 * (part / 2))",
+    ),
+    "wrong bit of the mask": ("mask.cuh", "mine & 1 << 4 ? fragment[2]", "mine & 1 ? fragment[2]"),
+    "bias's gradient of rounded numbers": ("sums.cuh", "b[j][i] = rest_of_tf32(b[j][i]);", ";"),
+    "dropped bits": ("ptx.cuh", "? bits + 0x1000u : bits", "? bits : bits"),
+}
 
 
-def _ptx(folder: Path, mutant: tuple[str, str, str]) -> str:
+def _ptx(folder: Path, kernels: str, mutant: tuple[str, str, str]) -> str:
     name, text, other = mutant
     shutil.copytree(SOURCES, folder / "cuda")
     source = (folder / "cuda" / name).read_text()
     assert text in source
     (folder / "cuda" / name).write_text(source.replace(text, other))
-    (folder / "cuda" / "few.cu").write_text(KERNELS)
+    (folder / "cuda" / "few.cu").write_text(kernels)
     options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_80", "-ptx", "-w"]
     command = ["nvcc", *options, "-o", str(folder / "few.ptx"), str(folder / "cuda" / "few.cu")]
     subprocess.run(command, check=True, capture_output=True)
     return (folder / "few.ptx").read_text()
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_planted_fault_is_found(name, tmp_path, monkeypatch):
+def _check(case: Case, kernels: str, name: str, mutants, tmp_path, monkeypatch) -> None:
     import ptxvm
 
-    code = ptxvm.load(_ptx(tmp_path, MUTANTS[name]))
+    code = ptxvm.load(_ptx(tmp_path, kernels, mutants[name]))
     monkeypatch.setattr(machine, "_code", lambda target: code)
-    case = Case((130,), 72, 104, 8, torch.bfloat16, dropout_p=0.1)
 
     def suite():
         zeros = torch.zeros(256, dtype=torch.int32)
@@ -98,3 +109,16 @@ def test_planted_fault_is_found(name, tmp_path, monkeypatch):
     else:
         with pytest.raises((AssertionError, RuntimeError)):
             suite()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_fault_is_found(name, tmp_path, monkeypatch):
+    case = Case((130,), 72, 104, 8, torch.bfloat16, dropout_p=0.1)
+    _check(case, BF16_KERNELS, name, MUTANTS, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", TF32_MUTANTS)
+def test_planted_fault_is_found_of_tf32(name, tmp_path, monkeypatch, float32_precision):
+    float32_precision("high")
+    case = Case((130,), 72, 104, 8, dropout_p=0.1)
+    _check(case, TF32_KERNELS, name, TF32_MUTANTS, tmp_path, monkeypatch)

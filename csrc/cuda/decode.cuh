@@ -132,7 +132,7 @@ struct DecodeSums<float> {
   __device__ void add_shares(bool bit) {
 #pragma unroll
     for (int m = 0; m < kDecodeRows; ++m) {
-      if (m & kBit || m & (kBit - 1) & 2) continue;
+      if (m & 6 & (2 * kBit - 1)) continue;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
         const float kept = bit ? v[m | kBit][block] : v[m][block], given = bit ? v[m][block] : v[m | kBit][block];

@@ -205,9 +205,9 @@ class Stream {
 // ---- fragments of matrix products ----
 //
 // 16-bit elements: 16 deep, as mma.sync takes them, and TF32 8 deep, rounded. float32: four deep, a row's in a register
-// each, as plain products of the same sums take them. A reader is made for a lane and a place in the tile; what is read from there on has
-// constant offsets. The permutation of chunks and a number of chunks are combined bit by bit, so their byte offsets
-// are too.
+// each, as plain products of the same sums take them. A reader is made for a lane and a place in the tile; what is read
+// from there on has constant offsets. The permutation of chunks and a number of chunks are combined bit by bit, so
+// their byte offsets are too.
 
 template <class T>
 constexpr int kDeep = kPlain<T> ? 4 : 32 / sizeof(T);
@@ -239,7 +239,7 @@ __device__ inline void round_operand(uint32_t (&fragment)[4]) {
 // a multiple of 8 further have the same permutation, so that they lie at constant distances.
 template <class Tile>
 __device__ inline int offset_by_depth(int lane) {
-  static_assert(!std::is_same_v<typename Tile::Element, Tf32> || Tile::permutation(4) == Tile::permutation(0), "as said");
+  static_assert(!std::is_same_v<typename Tile::Element, Tf32> || Tile::permutation(4) == Tile::permutation(0), "rows four apart");
   return Tile::offset(lane % 4, lane / 16) + lane / 4 % 4 * 4;
 }
 
