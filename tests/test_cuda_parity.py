@@ -136,7 +136,7 @@ def test_decoding_float32(executor, m, rank, adapter_dtype, precision, float32_p
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_decoding_sums_no_long_chains(executor):
-    """One program's warps take 1024 columns each: in one chain they err more than the budget."""
+    """Each warp of the only program takes 1024 columns."""
     case = Case((16,), 64, 8192, 4, FP32)
     with executor(resident=1):
         assert_parity(case, make_inputs(case), "cuda")
