@@ -131,6 +131,14 @@ for _name in ("reference", "eager", "triton"):
 # `_onednn.parts` makes; None: it isn't packed.
 _register_compiled("cpu", ", Tensor[]? packed=None")
 _register_compiled("cuda")
+# Whether float32 products may be TF32's, by torch's own switch. The compiled CUDA part asks at each
+# call on float32 tensors, forward and backward: what is compiled around an operator doesn't fix it.
+_library.define("allows_tf32() -> bool")
+_library.impl(
+    "allows_tf32",
+    lambda: torch.get_float32_matmul_precision() != "highest",
+    "CompositeExplicitAutograd",
+)
 
 # Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16
 # [count, 8], for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.
@@ -140,8 +148,9 @@ _library.define("cpu_isa() -> str")
 
 
 # Bodies in csrc/cuda/bindings.cpp. The names of a call's launches, one a line, and programs,
-# threads and bytes of shared memory of each; problem: [M, N, K, R, type (0 bfloat16, 1 float16),
-# dropout, rows at multiples of 16 bytes, backward, dx, dA, dB, dbias]; device as below.
+# threads and bytes of shared memory of each; problem: [M, N, K, R, type (0 bfloat16, 1 float16,
+# 2 float32, 3 float32 by TF32), dropout, rows at multiples of 16 bytes, backward, dx, dA, dB,
+# dbias]; device as below.
 _library.define("cuda_plan(int[] problem, int[] device) -> (str, int[])")
 # The compiled kernels' calls with their launches written down
 # instead of made. device: [arch, multiprocessors, bytes of shared memory]; zeros: flags to use.

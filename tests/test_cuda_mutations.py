@@ -25,11 +25,11 @@ pytestmark = pytest.mark.skipif(
     reason="needs the compiled CUDA part, nvcc and the PTX virtual machine (module ptxvm)",
 )
 KERNELS = """
-#define LORA_TYPE bf16
-#define LORA_ELEMENT __nv_bfloat16
+#define LORA_TYPE {type}
+#define LORA_ELEMENT {element}
 #define LORA_TABLE table
-#define LORA_FORWARD(X) X(Small, 16, 1, 1)
-#define LORA_BACKWARD(X) X(Small, 16, 1, 1)
+#define LORA_FORWARD(X) X({shape}, 16, 1, 1)
+#define LORA_BACKWARD(X) X({shape}, 16, 1, 1)
 #define LORA_DECODE(X) X()
 #include "shapes.h"
 #undef LORA_EACH_THIN
@@ -45,6 +45,8 @@ HOPPER_KERNELS = """
 #define LORA_EACH_HOPPER(X) X(16, 1)
 #include "kernels_sm90.cuh"
 """
+BF16_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small")
+TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat")
 # name: (file, text, what stands there instead)
 MUTANTS = {
     "nothing": ("forward.cuh", "layer.m, 0, layer.r", "layer.m, 0, layer.r"),
@@ -71,6 +73,17 @@ MUTANTS = {
         "scaling_of(layer) * keep_scale(layer)",
         "scaling_of(layer)",
     ),
+}
+TF32_MUTANTS = {
+    "nothing": MUTANTS["nothing"],
+    "fragment's parts in another order": (
+        "tiles.cuh",
+        "kRow = 8 * kSlice + 4 * (part / 2), kBits = 4 * (kColumn + 8 * (part % 2))",
+        "kRow = 8 * kSlice + 4 * (part % 2), kBits = 4 * (kColumn + 8 * (part / 2))",
+    ),
+    "wrong bit of the mask": ("mask.cuh", "mine & 1 << 4 ? fragment[2]", "mine & 1 ? fragment[2]"),
+    "bias's gradient of rounded numbers": ("sums.cuh", "b[j][i] = rest_of_tf32(b[j][i]);", ";"),
+    "dropped bits": ("ptx.cuh", "? bits + 0x1000u : bits", "? bits : bits"),
 }
 
 
@@ -107,59 +120,60 @@ HOPPER_MUTANTS = {
 }
 
 
-def _ptx(folder: Path, mutant: tuple[str, str, str], kernels: str, arch: str) -> str:
+def _ptx(folder: Path, kernels: str, mutant: tuple[str, str, str], target: str) -> str:
     name, text, other = mutant
     shutil.copytree(SOURCES, folder / "cuda")
     source = (folder / "cuda" / name).read_text()
     assert text in source
     (folder / "cuda" / name).write_text(source.replace(text, other))
     (folder / "cuda" / "few.cu").write_text(kernels)
-    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={arch}", "-ptx", "-w"]
+    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={target}", "-ptx", "-w"]
     command = ["nvcc", *options, "-o", str(folder / "few.ptx"), str(folder / "cuda" / "few.cu")]
     subprocess.run(command, check=True, capture_output=True)
     return (folder / "few.ptx").read_text()
 
 
-def _check(name, suite):
-    if name == "nothing":
-        suite()
-    else:
-        with pytest.raises((AssertionError, RuntimeError)):
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """Runs the parity suite of a case on mutated kernels; all but "nothing" must turn it red."""
+
+    def run(name, case, kernels, mutants, target="sm_80", **device):
+        import ptxvm
+
+        code = ptxvm.load(_ptx(tmp_path, kernels, mutants[name], target))
+        monkeypatch.setattr(machine, "_code", lambda target: code)
+
+        def suite():
+            zeros = torch.zeros(256, dtype=torch.int32)
+            for seed in range(3):
+                with using(Machine(seed=seed, zeros=zeros, **device)):
+                    assert_parity(case, make_inputs(case), "cuda")
+                assert not zeros.any()
+
+        if name == "nothing":
             suite()
+        else:
+            with pytest.raises((AssertionError, RuntimeError)):
+                suite()
+
+    return run
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_planted_fault_is_found(name, tmp_path, monkeypatch):
-    import ptxvm
-
-    code = ptxvm.load(_ptx(tmp_path, MUTANTS[name], KERNELS, "sm_80"))
-    monkeypatch.setattr(machine, "_code", lambda target: code)
+def test_planted_fault_is_found(name, check):
     case = Case((130,), 72, 104, 8, torch.bfloat16, dropout_p=0.1)
+    check(name, case, BF16_KERNELS, MUTANTS, resident=8)
 
-    def suite():
-        zeros = torch.zeros(256, dtype=torch.int32)
-        for seed in range(3):
-            with using(Machine(resident=8, seed=seed, zeros=zeros)):
-                assert_parity(case, make_inputs(case), "cuda")
-            assert not zeros.any()
 
-    _check(name, suite)
+@pytest.mark.parametrize("name", TF32_MUTANTS)
+def test_planted_fault_is_found_of_tf32(name, check, float32_precision):
+    float32_precision("high")
+    case = Case((130,), 72, 104, 8, dropout_p=0.1)
+    check(name, case, TF32_KERNELS, TF32_MUTANTS, resident=8)
 
 
 @pytest.mark.parametrize("name", HOPPER_MUTANTS)
-def test_planted_fault_for_sm_90a_is_found(name, tmp_path, monkeypatch):
-    import ptxvm
-
-    code = ptxvm.load(_ptx(tmp_path, HOPPER_MUTANTS[name], HOPPER_KERNELS, "sm_90a"))
-    monkeypatch.setattr(machine, "_code", lambda target: code)
+def test_planted_fault_is_found_of_sm_90a(name, check):
     case = Case((400,), 256, 520, 8, torch.bfloat16, dropout_p=0.1)
-
-    def suite():
-        zeros = torch.zeros(256, dtype=torch.int32)
-        for seed in range(3):
-            made = Machine(arch=90, shared_bytes=232448, resident=3, seed=seed, zeros=zeros)
-            with using(made):
-                assert_parity(case, make_inputs(case), "cuda")
-            assert not zeros.any()
-
-    _check(name, suite)
+    hopper = {"arch": 90, "shared_bytes": 232448, "resident": 3}
+    check(name, case, HOPPER_KERNELS, HOPPER_MUTANTS, "sm_90a", **hopper)

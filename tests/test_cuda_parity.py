@@ -120,9 +120,32 @@ def test_decoding(executor, m, rank, adapter_dtype):
         assert_parity(case, make_inputs(case), "cuda")
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize(
+    ("rank", "adapter_dtype"), [(1, BF16), (24, None), (96, BF16), (250, None)], ids=str
+)
+@pytest.mark.parametrize("m", [1, 7, 8, 13, 16])
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_decoding_float32(executor, m, rank, adapter_dtype, precision, float32_precision):
+    """By plain products, and by TF32 where torch allows it; no multiples of a step's columns."""
+    case = Case((m,), 200, 1364, rank, FP32, adapter_dtype, bias=rank > 1)
+    float32_precision(precision)
+    with executor(resident=1 + m % 5, seed=rank):
+        assert_parity(case, make_inputs(case), "cuda")
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_decoding_sums_no_long_chains(executor):
+    """Each warp of the only program takes 1024 columns."""
+    case = Case((16,), 64, 8192, 4, FP32)
+    with executor(resident=1):
+        assert_parity(case, make_inputs(case), "cuda")
+
+
 @needs_machine
-def test_decoding_is_one_launch_that_reads_the_weight_once():
-    case = Case((8,), 512, 2048, 16, BF16)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_decoding_is_one_launch_that_reads_the_weight_once(dtype):
+    case = Case((8,), 512, 2048, 16, dtype)
     machine = Machine(resident=6, zeros=torch.zeros(64, dtype=torch.int32))
     inputs = make_inputs(case)
     adapter = (inputs.weight, inputs.lora_A, inputs.lora_B)
@@ -130,9 +153,11 @@ def test_decoding_is_one_launch_that_reads_the_weight_once():
         first, second = (lk.lora_linear(inputs.x, *adapter, impl="cuda") for _ in range(2))
     assert torch.equal(first, second)
     assert not machine.zeros.any()
-    assert [name for name, _ in machine.stats] == ["lora_decode_bf16"] * 2
-    loaded = machine.stats[0][1].data["global_load_bytes"]
-    once = 2 * (512 * 2048 + 16 * 2048)
+    kind = {BF16: "bf16", FP32: "float"}[dtype]
+    assert [name for name, _ in machine.stats] == [f"lora_decode_{kind}"] * 2
+    assert machine.stats[0][1].shared_bank_conflicts == 0
+    loaded = 32 * machine.stats[0][1].data["global_load_sectors"]
+    once = dtype.itemsize * (512 * 2048 + 16 * 2048)
     # Each tile of 32 rows of W reads all rows of x, and its epilogue xa and B.
     assert loaded < 1.55 * once
     assert machine.stats[0][1].load_efficiency > 0.95

@@ -67,11 +67,18 @@ std::tuple<Tensor, Tensor> forward(
   return forward_call(x, {weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold}, bias, gpu.target());
 }
 
+Tensor in_type_of(const Tensor& parameter, const Tensor& gradient) {
+  const ScalarType type = parameter.scalar_type();
+  return gradient.scalar_type() == type ? gradient : torch::stable::to(gradient, type);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     Tensor dy, OptionalTensor x, OptionalTensor xa, Tensor weight, Tensor lora_A, Tensor lora_B, OptionalTensor seed,
     OptionalTensor scaling_tensor, double scaling, int64_t threshold, std::vector<bool> needs) {
   Gpu gpu(dy);
-  return backward_call(dy, x, xa, {weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold}, needs, gpu.target());
+  const auto [dx, da, db, dbias] =
+      backward_call(dy, x, xa, {weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold}, needs, gpu.target());
+  return {dx, in_type_of(lora_A, da), in_type_of(lora_B, db), dbias};
 }
 
 Device device_of(const std::vector<int64_t>& numbers) {

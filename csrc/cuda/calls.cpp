@@ -77,6 +77,13 @@ Described describe(const Tensor& rows_of, const Parameters& p) {
   return d;
 }
 
+// torch's switch of float32 products as it is now, which Python knows and the stable interface doesn't.
+bool allows_tf32() {
+  StableIValue answer[1];
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("lora_kernels::allows_tf32", "", answer, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(answer[0]);
+}
+
 Problem problem_of(const Layer& layer, const Tensor& of, bool chunks) {
   Problem p{};
   p.m = layer.m;
@@ -85,14 +92,11 @@ Problem problem_of(const Layer& layer, const Tensor& of, bool chunks) {
   p.r = layer.r;
   p.type = of.scalar_type() == ScalarType::BFloat16 ? Type::kBf16
            : of.scalar_type() == ScalarType::Half   ? Type::kHalf
+           : allows_tf32()                          ? Type::kTf32
                                                     : Type::kFloat;
   p.dropout = layer.seed != nullptr;
   p.in_chunks = chunks;
   return p;
-}
-
-Tensor as_parameter(const Tensor& gradient, const Tensor& parameter) {
-  return gradient.scalar_type() == parameter.scalar_type() ? gradient : torch::stable::to(gradient, parameter.scalar_type());
 }
 
 Problem backward_problem(const Described& d, const Tensor& dy, const OptionalTensor& x, const std::vector<bool>& needs) {
@@ -183,15 +187,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
   const Tensor da = gradient(1, {layer.r, layer.k}, gradients);
   const Tensor db = gradient(2, {layer.n, layer.r}, gradients);
   const Tensor dbias = gradient(3, {layer.n}, dy.scalar_type());
-  const auto results = [&] {
-    return std::make_tuple(dx, needs[1] ? as_parameter(da, parameters.lora_A) : da,
-                           needs[2] ? as_parameter(db, parameters.lora_B) : db, dbias);
-  };
+  const auto results = std::make_tuple(dx, da, db, dbias);
   if (layer.m == 0) {
     for (Tensor t : {da, db, dbias}) torch::stable::zero_(t);
-    return results();
+    return results;
   }
-  if (std::none_of(needs.begin(), needs.end(), [](bool need) { return need; })) return results();
+  if (std::none_of(needs.begin(), needs.end(), [](bool need) { return need; })) return results;
   const Plan plan = lora_kernels::plan(backward_problem(d, dy_rows, x_rows, needs), target.device);
   const Tensor counters = target.zeros(dy, plan.counters);
   const Tensor dxa = target.empty(dy, {needs[0] || needs[1] ? layer.m : 0, layer.r}, {});
@@ -215,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
   } else {
     launch(target, plan.large, params);
   }
-  return results();
+  return results;
 }
 
 }  // namespace lora_kernels

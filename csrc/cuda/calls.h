@@ -45,7 +45,8 @@ struct Parameters {
 std::tuple<Tensor, Tensor> forward_call(
     const Tensor& x, const Parameters& parameters, const OptionalTensor& bias, const Target& target);
 
-// dx, da, db and dbias; an empty tensor stands for a gradient not asked for.
+// dx, da, db and dbias; an empty tensor stands for a gradient not asked for. Once the launches are made, da and db
+// are converted to their parameters' types by whoever made them.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& xa, const Parameters& parameters,
     const std::vector<bool>& needs, const Target& target);

@@ -9,35 +9,135 @@
 
 namespace lora_kernels {
 
-// A warp's share of x WT: float32 sums of 16 rows by kDecodeColumns rows of W, from column k to end.
+// Columns of a step, a chunk of a row for each thread of a quad.
+template <class T>
+constexpr int kDecodeStep = 4 * kChunk<T>;
+
+// One chunk of a row; by elements where rows don't allow more or the matrix ends before `end`, which is the same for
+// all lanes.
+template <class T>
+__device__ inline uint4 decode_chunk(const Source& from, int row, int column, int end) {
+  if (from.in_chunks && end <= from.columns) {
+    return __ldg(reinterpret_cast<const uint4*>(static_cast<const Bits<T>*>(from.data) + row * from.stride + column));
+  }
+  return fetch_chunk<T>(from, row, column);
+}
+
+// Where sum (m, n) of a tile lies in shared memory: all that the threads of a warp store at once in different banks.
+__device__ inline int decode_place(int m, int n) { return m * kDecodeColumns + (n ^ (m % 2 + m % 8 / 2 * 8)); }
+
+// A warp's share of x WT: float32 sums of 16 rows by kDecodeColumns rows of W.
 template <class T>
 struct DecodeSums {
   static constexpr int kBlocks = kDecodeColumns / 8;
   float v[kBlocks][4] = {};
 
-  // One 16-byte chunk of a row; by elements where rows don't allow more or the matrix ends, which is the same for
-  // all lanes.
-  static __device__ uint4 chunk(const Source& from, int row, int column, int end) {
-    if (from.in_chunks && end <= from.columns) {
-      return __ldg(reinterpret_cast<const uint4*>(static_cast<const Bits<T>*>(from.data) + row * from.stride + column));
-    }
-    return fetch_chunk<T>(from, row, column);
+  // Adds steps `first` to `end` of rows of W from `row` on.
+  __device__ void add(const Source& x, const Source& w, int row, int first, int end) {
+#pragma unroll 4
+    for (int step = first; step < end; ++step) add_step(x, w, row, kDecodeStep<T> * step);
   }
 
-  // A step of 32 columns. Thread t of a quad has columns 8 t to 8 t + 7 of its rows: the products take them in that
-  // order on both sides, so that nothing is exchanged.
-  __device__ void add(const Source& x, const Source& w, int row, int k) {
-    const int group = threadIdx.x % 32 / 4, column = k + kChunk<T> * (threadIdx.x % 4);
+  // The step from column k on. The products take a thread's columns in the order in which its chunks have them, on
+  // both sides, so that nothing is exchanged.
+  __device__ void add_step(const Source& x, const Source& w, int row, int k) {
+    const int group = threadIdx.x % 32 / 4, column = k + kChunk<T> * (threadIdx.x % 4), end = k + kDecodeStep<T>;
     // Beyond the edge the last row stands for what is not there.
-    const uint4 low = chunk(x, min(group, x.rows - 1), column, k + 32);
+    const uint4 low = decode_chunk<T>(x, min(group, x.rows - 1), column, end);
     uint4 high = make_uint4(0, 0, 0, 0);
-    if (x.rows > 8) high = chunk(x, min(group + 8, x.rows - 1), column, k + 32);
-    const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+    if (x.rows > 8) high = decode_chunk<T>(x, min(group + 8, x.rows - 1), column, end);
+    uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+    round_operand<T>(first);
+    round_operand<T>(second);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      const uint4 of_w = chunk(w, min(row + 8 * block + group, w.rows - 1), column, k + 32);
-      multiply<T>(v[block], first, of_w.x, of_w.y);
-      multiply<T>(v[block], second, of_w.z, of_w.w);
+      const uint4 of_w = decode_chunk<T>(w, min(row + 8 * block + group, w.rows - 1), column, end);
+      uint32_t parts[4] = {of_w.x, of_w.y, of_w.z, of_w.w};
+      round_operand<T>(parts);
+      multiply<T>(v[block], first, parts[0], parts[1]);
+      multiply<T>(v[block], second, parts[2], parts[3]);
+    }
+  }
+
+  __device__ void store(float* tile) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) tile[decode_place(lane / 4 + 8 * (e / 2), 8 * block + 2 * (lane % 4) + e % 2)] = v[block][e];
+    }
+  }
+};
+
+// By plain float32 products: every thread sums all rows of x by its quad's rows of W, over its own columns.
+template <>
+struct DecodeSums<float> {
+  static constexpr int kBlocks = kDecodeColumns / 8;
+  float v[kDecodeRows][kBlocks] = {};
+
+  static __device__ float4 numbers(const Source& from, int row, int column, int end) {
+    const uint4 bits = decode_chunk<float>(from, row, column, end);
+    return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w));
+  }
+
+  // W is read a step ahead: branches over the rows of x keep the compiler from it.
+  __device__ void add(const Source& x, const Source& w, int row, int first, int end) {
+    float4 next[kBlocks];
+    if (first < end) read(next, w, row, first);
+    for (int step = first; step < end; ++step) {
+      float4 of_w[kBlocks];
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) of_w[block] = next[block];
+      if (step + 1 < end) read(next, w, row, step + 1);
+      add_step(x, of_w, step);
+    }
+  }
+
+  static __device__ void read(float4 (&to)[kBlocks], const Source& w, int row, int step) {
+    const int group = threadIdx.x % 32 / 4, k = kDecodeStep<float> * step, column = k + 4 * (threadIdx.x % 4);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      to[block] = numbers(w, min(row + 8 * block + group, w.rows - 1), column, k + kDecodeStep<float>);
+    }
+  }
+
+  __device__ void add_step(const Source& x, const float4 (&of_w)[kBlocks], int step) {
+    const int k = kDecodeStep<float> * step, column = k + 4 * (threadIdx.x % 4);
+#pragma unroll
+    for (int m = 0; m < kDecodeRows; ++m) {
+      // Four rows at a time, the last one for those that are not there.
+      if (m >= (x.rows + 3) / 4 * 4) break;
+      const float4 of_x = numbers(x, min(m, x.rows - 1), column, k + kDecodeStep<float>);
+      // Four products are summed by themselves, as in multiply_long.
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) v[m][block] += plus_product(0, of_x, of_w[block]);
+    }
+  }
+
+  // Of each bit of a thread's place in its quad: it keeps half of the rows, adds its neighbour's share of them and
+  // gives the others away. What it has at the end are rows whose bits 1 and 2 are its place.
+  __device__ void store(float* tile) {
+    const int lane = threadIdx.x % 32;
+    add_shares<2>(lane % 2);
+    add_shares<4>(lane / 2 % 2);
+#pragma unroll
+    for (int i = 0; i < kDecodeRows; ++i) {
+      if (i & 6) continue;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) tile[decode_place(i + lane % 4 * 2, 8 * block + lane / 4)] = v[i][block];
+    }
+  }
+  // Rows without kBit become the sums of those that have this thread's `bit` there, over it and its neighbour.
+  template <int kBit>
+  __device__ void add_shares(bool bit) {
+#pragma unroll
+    for (int m = 0; m < kDecodeRows; ++m) {
+      if (m & 6 & (2 * kBit - 1)) continue;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        const float kept = bit ? v[m | kBit][block] : v[m][block], given = bit ? v[m][block] : v[m | kBit][block];
+        v[m][block] = kept + __shfl_xor_sync(0xFFFFFFFFu, given, kBit / 2);
+      }
     }
   }
 };
@@ -46,28 +146,19 @@ struct DecodeSums {
 template <class T>
 __device__ inline void decode_sums(float (&sums)[kDecodeNumbers], const Source& x, const Source& w, int row, int part,
                                    int parts, float* shared) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, steps = (x.columns + 31) / 32;
+  const int warp = threadIdx.x / 32, steps = (x.columns + kDecodeStep<T> - 1) / kDecodeStep<T>;
   const int share = part * kDecodeWarps + warp, shares = parts * kDecodeWarps;
   const int first = static_cast<int>(static_cast<int64_t>(steps) * share / shares);
   const int end = static_cast<int>(static_cast<int64_t>(steps) * (share + 1) / shares);
   DecodeSums<T> of_warp;
-#pragma unroll 4
-  for (int step = first; step < end; ++step) of_warp.add(x, w, row, 32 * step);
-#pragma unroll
-  for (int block = 0; block < DecodeSums<T>::kBlocks; ++block) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int m = lane / 4 + 8 * (e / 2), n = 8 * block + 2 * (lane % 4) + e % 2;
-      shared[warp * kDecodeTile + m * kDecodeColumns + n] = of_warp.v[block][e];
-    }
-  }
+  of_warp.add(x, w, row, first, end);
+  of_warp.store(shared + warp * kDecodeTile);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kDecodeNumbers; ++i) {
     sums[i] = 0;
-    for (int other = 0; other < kDecodeWarps; ++other) {
-      sums[i] += shared[other * kDecodeTile + i * kDecodeThreads + threadIdx.x];
-    }
+    const int at = i * kDecodeThreads + threadIdx.x, place = decode_place(at / kDecodeColumns, at % kDecodeColumns);
+    for (int other = 0; other < kDecodeWarps; ++other) sums[i] += shared[other * kDecodeTile + place];
   }
   __syncthreads();
 }
@@ -105,11 +196,15 @@ template <class T>
 __device__ inline float low_rank_number(const Source& b, int n, const float* xa) {
   float sum = 0;
   for (int rank = 0; rank < b.columns; rank += kChunk<T>) {
-    const uint4 of_b = DecodeSums<T>::chunk(b, n, rank, rank + kChunk<T>);
-    const uint32_t pairs[4] = {of_b.x, of_b.y, of_b.z, of_b.w};
+    const uint4 of_b = decode_chunk<T>(b, n, rank, rank + kChunk<T>);
+    const uint32_t words[4] = {of_b.x, of_b.y, of_b.z, of_b.w};
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) {
-      sum += xa[rank + i] * number<T>(static_cast<Bits<T>>(pairs[i / 2] >> 16 * (i % 2)));
+      if constexpr (sizeof(T) == 4) {
+        sum += xa[rank + i] * __uint_as_float(words[i]);
+      } else {
+        sum += xa[rank + i] * number<T>(static_cast<Bits<T>>(words[i / 2] >> 16 * (i % 2)));
+      }
     }
   }
   return sum;

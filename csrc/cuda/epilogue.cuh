@@ -55,14 +55,14 @@ template <class T, class S, int kRanks, bool kByDepth, bool kDropout>
 __device__ __forceinline__ void add_ranks(Sums<S>& sums, const Place<S>& place, const Mask& mask, const Operands& at,
                                           float scale, int depth, uint32_t left, uint32_t right) {
   using LeftTile = Tile<T, S::kRows, kRanks>;
-  using RightTile = std::conditional_t<kByDepth, Tile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
+  using RightTile = std::conditional_t<kByDepth, DeepTile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
   const LeftReader<LeftTile> left_reader(place.warp_row);
   const RightReader<RightTile, kByDepth> right_reader(place.warp_column);
   repeat<S::kBlocksM>([&](auto i) {
     repeat<S::kBlocksN / 2>([&](auto j) {
       float low_rank[2][4] = {};
       repeat<kRanks / kDeep<T>>([&](auto slice) {
-        if (sizeof(T) == 4) __syncwarp();  // as in mainloop.cuh
+        if (kPlain<T>) __syncwarp();  // as in mainloop.cuh
         if (slice && kDeep<T> * slice >= depth) return;
         Left<T> a;
         Right<T> b;
@@ -85,7 +85,7 @@ template <class T, class S, int kRanks, bool kByDepth, bool kDropout>
 __device__ __forceinline__ void add_low_rank(Sums<S>& sums, const Place<S>& place, const Operands& operands, float scale,
                                              uint32_t shared) {
   using LeftTile = Tile<T, S::kRows, kRanks>;
-  using RightTile = std::conditional_t<kByDepth, Tile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
+  using RightTile = std::conditional_t<kByDepth, DeepTile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
   const Mask mask(operands.layer);
   const uint32_t right = shared + LeftTile::kBytes;
   static_assert(LeftTile::kBytes + RightTile::kBytes == low_rank_bytes<S>(kRanks), "what the host asks for");
@@ -105,6 +105,10 @@ template <class T>
 __device__ inline float number(Bits<T> bits);
 template <>
 __device__ inline float number<float>(float value) {
+  return value;
+}
+template <>
+__device__ inline float number<Tf32>(float value) {
   return value;
 }
 template <>

@@ -17,6 +17,7 @@ struct Kernels {
 Kernels bf16_kernels();
 Kernels half_kernels();
 Kernels float_kernels();
+Kernels tf32_kernels();
 Kernels bf16_kernels_sm90();
 Kernels half_kernels_sm90();
 

@@ -64,8 +64,8 @@ template <class T, class S, int kRanks, bool kByDepth>
 struct Ring {
   static_assert(sizeof(T) == S::kSize, "a shape for elements of this size");
   using Left = Tile<T, S::kRows, S::kDepth>;
-  using Right = std::conditional_t<kByDepth, Tile<T, S::kDepth, S::kColumns>, Tile<T, S::kColumns, S::kDepth>>;
-  using Thin = std::conditional_t<kByDepth, Tile<T, S::kDepth, kRanks>, Tile<T, kRanks, S::kDepth>>;
+  using Right = std::conditional_t<kByDepth, DeepTile<T, S::kDepth, S::kColumns>, Tile<T, S::kColumns, S::kDepth>>;
+  using Thin = std::conditional_t<kByDepth, DeepTile<T, S::kDepth, kRanks>, Tile<T, kRanks, S::kDepth>>;
   static constexpr int kRight = Left::kBytes, kThin = kRight + Right::kBytes;
   static constexpr int kStageBytes = kThin + Thin::kBytes, kBytes = S::kStages * kStageBytes;
   static_assert(kBytes == ring_bytes<S>(kRanks), "what the host asks for");
@@ -193,7 +193,7 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
           });
         }
         // One product after the other, slice by slice: float32's operands take many registers.
-        if (sizeof(T) == 4) __syncwarp();
+        if (kPlain<T>) __syncwarp();
         Left<T> a[S::kBlocksM];
         repeat<S::kBlocksM>([&](auto i) { left.template read<16 * i>(a[i], stage, slice); });
         repeat<S::kBlocksN / 2>([&](auto j) {
@@ -207,7 +207,7 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
         });
       });
     };
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (kPlain<T>) {
       // Long chains of float32 sums err more than a library's: those of a step are summed by themselves.
       Sums<S> of_step;
       of_step.clear();

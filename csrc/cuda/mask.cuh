@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "params.h"
+#include "ptx.cuh"
 
 namespace lora_kernels {
 
@@ -128,6 +129,21 @@ struct LeftMask<float> {
       fragment[half].z = mine & 4 ? fragment[half].z : 0;
       fragment[half].w = mine & 8 ? fragment[half].w : 0;
     }
+  }
+};
+
+template <>
+struct LeftMask<Tf32> {
+  uint32_t bits;  // of two fragments
+
+  template <int kSlice>
+  __device__ void keep(uint32_t (&fragment)[4], const Mask& mask, int row, int column, int t) {
+    if (kSlice % 2 == 0) bits = mask.quad_bits(row, column / 8, t);
+    const uint32_t mine = bits >> (kSlice % 2 * 16 + t);
+    fragment[0] = mine & 1 ? fragment[0] : 0;
+    fragment[1] = mine & 1 << 8 ? fragment[1] : 0;
+    fragment[2] = mine & 1 << 4 ? fragment[2] : 0;
+    fragment[3] = mine & 1 << 12 ? fragment[3] : 0;
   }
 };
 

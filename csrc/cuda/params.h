@@ -6,7 +6,7 @@
 
 namespace lora_kernels {
 
-enum class Type : int { kBf16, kHalf, kFloat };
+enum class Type : int { kBf16, kHalf, kFloat, kTf32 };  // kTf32: float32 in memory
 
 // Rows of a tensor with unit column stride; the stride counts elements.
 struct Rows {

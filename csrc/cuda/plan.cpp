@@ -37,21 +37,28 @@ Choice hopper_choice(int ranks, bool dropout) {
   return {"Hopper", S::kRows, S::kColumns, S::kDepth, S::kThreads + kHopperCopying, ranks, hopper_bytes(ranks), dropout, true, true};
 }
 
-const std::vector<Choice>& choices(bool backward, bool is_float) {
+bool is_16_bit(Type type) { return type == Type::kBf16 || type == Type::kHalf; }
+
+const std::vector<Choice>& choices(bool backward, Type type) {
 #define LORA_X(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, forward_bytes<S>(ranks)),
 #define LORA_Y(ranks, dropout) hopper_choice(ranks, dropout),
-  static const std::vector<Choice> forwards[] = {
-      {LORA_EACH_FORWARD(LORA_X) LORA_EACH_HOPPER(LORA_Y)}, {LORA_EACH_FORWARD_FLOAT(LORA_X)}};
+  static const std::vector<Choice> forwards[] = {{LORA_EACH_FORWARD(LORA_X) LORA_EACH_HOPPER(LORA_Y)},
+                                                 {LORA_EACH_FORWARD_FLOAT(LORA_X)},
+                                                 {LORA_EACH_FORWARD_TF32(LORA_X)}};
 #undef LORA_X
 #define LORA_X(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, backward_bytes<S>(ranks)),
-  static const std::vector<Choice> backwards[] = {
-      {LORA_EACH_BACKWARD(LORA_X) LORA_EACH_HOPPER(LORA_Y)}, {LORA_EACH_BACKWARD_FLOAT(LORA_X)}};
+  static const std::vector<Choice> backwards[] = {{LORA_EACH_BACKWARD(LORA_X) LORA_EACH_HOPPER(LORA_Y)},
+                                                  {LORA_EACH_BACKWARD_FLOAT(LORA_X)},
+                                                  {LORA_EACH_BACKWARD_TF32(LORA_X)}};
 #undef LORA_X
 #undef LORA_Y
-  return backward ? backwards[is_float] : forwards[is_float];
+  const int list = is_16_bit(type) ? 0 : type == Type::kFloat ? 1 : 2;
+  return (backward ? backwards : forwards)[list];
 }
 
-const char* name_of(Type type) { return type == Type::kBf16 ? "bf16" : type == Type::kHalf ? "half" : "float"; }
+const char* name_of(Type type) {
+  return type == Type::kBf16 ? "bf16" : type == Type::kHalf ? "half" : type == Type::kFloat ? "float" : "tf32";
+}
 
 int over(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -126,7 +133,7 @@ void check(const Problem& p) {
 }  // namespace
 
 bool is_decoding(const Problem& p) {
-  return !p.backward && p.m <= kDecodeRows && !p.dropout && p.in_chunks && p.type != Type::kFloat;
+  return !p.backward && p.m <= kDecodeRows && !p.dropout && p.in_chunks;
 }
 
 // The columns are divided so that programs come out even: a round costs what its share of W takes to read, and some
@@ -134,11 +141,12 @@ bool is_decoding(const Problem& p) {
 DecodePlan decode_plan(const Problem& p, const Device& d) {
   check(p);
   const int tiles = over(p.r, kDecodeColumns) + over(p.n, kDecodeColumns);
-  const int most = std::max(1, std::min(16, p.k / (32 * kDecodeWarps)));
+  const int bytes = is_16_bit(p.type) ? 2 : 4;
+  const int most = std::max(1, std::min(16, bytes * p.k / (64 * kDecodeWarps)));
   int parts = 1;
   double least = 0;
   for (int tried = 1; tried <= most; ++tried) {
-    const double round = 2.0 * kDecodeColumns * p.k / tried + 16384;
+    const double round = 1.0 * bytes * kDecodeColumns * p.k / tried + 16384;
     const double time = round * over(static_cast<int64_t>(tiles) * tried, d.multiprocessors);
     if (tried == 1 || time < least) parts = tried, least = time;
   }
@@ -151,7 +159,7 @@ DecodePlan decode_plan(const Problem& p, const Device& d) {
 Plan plan(const Problem& p, const Device& d) {
   check(p);
   const Choice* best = nullptr;
-  for (const Choice& c : choices(p.backward, p.type == Type::kFloat)) {
+  for (const Choice& c : choices(p.backward, p.type)) {
     if (!refusal(c, p, d).empty()) continue;
     if (!best || better(c, *best, p, d)) best = &c;
   }

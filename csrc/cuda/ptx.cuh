@@ -88,7 +88,15 @@ __device__ inline void repeat(F f) {
   }(std::make_integer_sequence<int, kCount>{});
 }
 
-// sum [16 x 8] += a [16 x 16] b [16 x 8], float32 sums.
+// float32 in memory, rounded to TF32 for products on tensor cores.
+struct Tf32 {
+  float value;
+};
+// Whether products are float32's own, not those of tensor cores.
+template <class T>
+constexpr bool kPlain = std::is_same_v<T, float>;
+
+// sum [16 x 8] += a [16 x 16] b [16 x 8], float32 sums; TF32: a [16 x 8] b [8 x 8].
 template <class T>
 __device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
@@ -108,6 +116,25 @@ __device__ inline void multiply<__half>(float (&sum)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+template <>
+__device__ inline void multiply<Tf32>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Rounded to the nearest TF32, but for the low 13 bits, which tensor cores drop: without it they would drop them of
+// the number itself, which errs twice as much, and to one side. cvt.rna.tf32.f32 clears them by an instruction more.
+__device__ inline uint32_t near_tf32(uint32_t bits) {
+  return fabsf(__uint_as_float(bits)) < __uint_as_float(0x7F800000u) ? bits + 0x1000u : bits;
+}
+// What tensor cores take away from a number rounded so; nothing from infinity.
+__device__ inline uint32_t rest_of_tf32(uint32_t bits) {
+  const uint32_t taken = near_tf32(bits) & ~0x1FFFu;
+  return taken == bits ? 0 : __float_as_uint(__uint_as_float(bits) - __uint_as_float(taken));
+}
+
 // The same by plain float32 products, four deep, in order: rows lane / 4 and that + 8 of a, columns 2 (lane % 4) and
 // the next of b.
 __device__ inline float plus_product(float sum, float4 a, float4 b) {
@@ -124,7 +151,7 @@ __device__ inline void multiply(float (&sum)[4], const float4 (&a)[2], float4 b0
 // The same for long sums: float32 products are added up four by four, since one chain of all errs more than a library's.
 template <class T, class A, class B>
 __device__ inline void multiply_long(float (&sum)[4], const A& a, const B& b0, const B& b1) {
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (kPlain<T>) {
     float of_four[4] = {};
     multiply<T>(of_four, a, b0, b1);
 #pragma unroll

@@ -27,10 +27,11 @@ int attribute(cudaDeviceAttr which, int index) {
 
 #ifdef LORA_SM90A
 constexpr bool kHasSm90a = true;
-const Kernels kTables[] = {bf16_kernels(), half_kernels(), float_kernels(), bf16_kernels_sm90(), half_kernels_sm90()};
+const Kernels kTables[] = {bf16_kernels(),      half_kernels(),     float_kernels(), tf32_kernels(),
+                           bf16_kernels_sm90(), half_kernels_sm90()};
 #else
 constexpr bool kHasSm90a = false;
-const Kernels kTables[] = {bf16_kernels(), half_kernels(), float_kernels()};
+const Kernels kTables[] = {bf16_kernels(), half_kernels(), float_kernels(), tf32_kernels()};
 #endif
 
 const void* address_of(const std::string& name) {

@@ -25,6 +25,7 @@ using Tall = Shape<128, 64, 64, 3, 4, 2>;     // half of the sums: for ranks and
 using Small = Shape<64, 64, 64, 3, 2, 2>;     // for few tiles
 using TallFloat = Shape<128, 64, 32, 3, 4, 2, 4>;  // float32
 using SmallFloat = Shape<64, 64, 32, 3, 2, 2, 4>;
+using LargeTf32 = Shape<128, 128, 32, 3, 2, 4, 4>;  // whose sums take no more registers than 16-bit elements'
 
 // sm_90a: the threads that multiply; a warp has 16 rows and all columns, as wgmma gives them.
 struct Hopper : Shape<128, 128, 64, 4, 8, 1> {
@@ -54,7 +55,16 @@ constexpr int kHopperBox = 64;       // rows and columns of what is copied at on
 
 #define LORA_EACH_BACKWARD_FLOAT(X) LORA_EACH_FORWARD_FLOAT(X)
 
-#define LORA_EACH_DECODE_FLOAT(X)
+#define LORA_EACH_FORWARD_TF32(X) \
+  X(LargeTf32, 16, 0, 1) X(LargeTf32, 16, 1, 1) X(LargeTf32, 64, 0, 1) X(LargeTf32, 64, 1, 1) \
+  X(TallFloat, 16, 0, 1) X(TallFloat, 16, 1, 1) X(TallFloat, 64, 0, 1) X(TallFloat, 64, 1, 1) \
+  X(SmallFloat, 16, 0, 1) X(SmallFloat, 16, 1, 1) X(SmallFloat, 64, 0, 1) X(SmallFloat, 64, 1, 1) \
+  X(SmallFloat, 16, 0, 0) X(SmallFloat, 16, 1, 0)
+
+#define LORA_EACH_BACKWARD_TF32(X) \
+  X(LargeTf32, 16, 0, 1) X(LargeTf32, 16, 1, 1) X(TallFloat, 16, 0, 1) X(TallFloat, 16, 1, 1) \
+  X(TallFloat, 64, 0, 1) X(TallFloat, 64, 1, 1) X(SmallFloat, 16, 0, 1) X(SmallFloat, 16, 1, 1) \
+  X(SmallFloat, 64, 0, 1) X(SmallFloat, 64, 1, 1) X(SmallFloat, 16, 0, 0) X(SmallFloat, 16, 1, 0)
 
 // The thin launch of the split path; X(ranks, dropout).
 #define LORA_EACH_THIN(X) X(16, 0) X(16, 1) X(64, 0) X(64, 1)

@@ -60,8 +60,10 @@ struct Block {
 // A left operand's fragment of ones.
 template <class T>
 __device__ inline void set_ones(Left<T>& fragment) {
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (kPlain<T>) {
     fragment[0] = fragment[1] = make_float4(1, 1, 1, 1);
+  } else if constexpr (std::is_same_v<T, Tf32>) {
+    fragment[0] = fragment[1] = fragment[2] = fragment[3] = __float_as_uint(1);
   } else {
     fragment[0] = fragment[1] = fragment[2] = fragment[3] = pair_of<T>(1, 1);
   }
@@ -107,7 +109,7 @@ __device__ __forceinline__ void add_rows(BlockSums<S, kRanks>& sums, const LeftR
                                          const RightReader& right_reader, uint32_t right, bool want_product, bool want_total) {
   using C = SumShape<S, kRanks>;
   repeat<C::kRowsOfStep / kDeep<T>>([&](auto slice) {
-    if (sizeof(T) == 4) __syncwarp();  // as in mainloop.cuh
+    if (kPlain<T>) __syncwarp();  // as in mainloop.cuh
     Left<T> a;
     Right<T> b[C::kBlocksN / 2];
     repeat<C::kBlocksN / 2>([&](auto j) { right_reader.template read<16 * j, slice>(b[j], right); });
@@ -126,6 +128,16 @@ __device__ __forceinline__ void add_rows(BlockSums<S, kRanks>& sums, const LeftR
     if (want_total) {
       set_ones<T>(a);
       add_block(sums.total);
+      if constexpr (std::is_same_v<T, Tf32>) {
+        // A bias's gradient is no product to torch: what rounding took away is added too.
+        repeat<C::kBlocksN / 2>([&](auto j) {
+          right_reader.template read_as_stored<16 * j, slice>(b[j], right);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) b[j][i] = rest_of_tf32(b[j][i]);
+          round_operand<T>(b[j]);
+        });
+        add_block(sums.total);
+      }
     }
   });
 }
@@ -135,8 +147,8 @@ template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer& layer, const Source& left, const Source& right,
                                 int row, int column, bool want_product, bool want_total, uint32_t shared) {
   using C = SumShape<S, kRanks>;
-  using LeftTile = Tile<T, C::kRowsOfStep, kRanks>;
-  using RightTile = Tile<T, C::kRowsOfStep, C::kColumns>;
+  using LeftTile = DeepTile<T, C::kRowsOfStep, kRanks>;
+  using RightTile = DeepTile<T, C::kRowsOfStep, C::kColumns>;
   const Mask mask(layer);
   const int steps = (right.rows - row + C::kRowsOfStep - 1) / C::kRowsOfStep;
   const LeftReaderByDepth<LeftTile> left_reader(0);
@@ -165,7 +177,7 @@ __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer
     const auto add_step = [&](BlockSums<S, kRanks>& to) {
       add_rows<T>(to, left_reader, stage, right_reader, tile, want_product, want_total);
     };
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (kPlain<T>) {
       BlockSums<S, kRanks> of_step;
       of_step.clear();
       add_step(of_step);

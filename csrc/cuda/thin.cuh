@@ -12,7 +12,7 @@ template <class T, int kRanks, bool kByDepth>
 struct ThinRing {
   static constexpr int kDepth = 128 / sizeof(T);
   using Left = Tile<T, kThinRows, kDepth>;
-  using Thin = std::conditional_t<kByDepth, Tile<T, kDepth, kRanks>, Tile<T, kRanks, kDepth>>;
+  using Thin = std::conditional_t<kByDepth, DeepTile<T, kDepth, kRanks>, Tile<T, kRanks, kDepth>>;
   static constexpr int kStages = kThinStages, kStageBytes = Left::kBytes + Thin::kBytes;
   static_assert(kStages * kStageBytes == thin_bytes(kRanks), "what the host asks for");
 };

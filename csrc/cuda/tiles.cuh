@@ -41,12 +41,17 @@ struct Tile {
 
   // What the chunk's number is combined with in a row.
   __device__ static constexpr int permutation(int row) {
-    return kChunks >= 8 ? kTogether * row & 7 : row / (8 / kChunks) & (kChunks - 1);
+    return kChunks >= 8 ? kTogether * row & 7 : kTogether * (row / (8 / kChunks)) & (kChunks - 1);
   }
   __device__ static constexpr int offset(int row, int chunk) {
     return row * kRowBytes + (chunk ^ permutation(row)) * 16;
   }
 };
+
+// A tile whose rows are the summed dimension. Of TF32, which matrix loads can't transpose, a quad of threads reads
+// four rows' pairs of chunks at once.
+template <class T, int kRowsOfTile, int kColumnsOfTile>
+using DeepTile = Tile<T, kRowsOfTile, kColumnsOfTile, std::is_same_v<T, Tf32> ? 2 : 1>;
 
 // Where a matrix lies, how large it is, and how its rows may be read.
 struct Source {
@@ -200,13 +205,13 @@ class Stream {
 
 // ---- fragments of matrix products ----
 //
-// 16-bit elements: 16 deep, as mma.sync takes them. float32: four deep, a row's in a register each, as plain products
-// of the same sums take them. A reader is made for a lane and a place in the tile; what is read from there on has
-// constant offsets. The permutation of chunks and a number of chunks are combined bit by bit, so their byte offsets
-// are too.
+// 16-bit elements: 16 deep, as mma.sync takes them, and TF32 8 deep, rounded. float32: four deep, a row's in a register
+// each, as plain products of the same sums take them. A reader is made for a lane and a place in the tile; what is read
+// from there on has constant offsets. The permutation of chunks and a number of chunks are combined bit by bit, so
+// their byte offsets are too.
 
 template <class T>
-constexpr int kDeep = sizeof(T) == 2 ? 16 : 4;
+constexpr int kDeep = kPlain<T> ? 4 : 32 / sizeof(T);
 template <class T>
 struct Fragments {
   using Left = uint32_t[4];   // [16 rows, kDeep]
@@ -222,19 +227,37 @@ using Left = typename Fragments<T>::Left;
 template <class T>
 using Right = typename Fragments<T>::Right;
 
+// What tensor cores take of a fragment's elements.
+template <class T>
+__device__ inline void round_operand(uint32_t (&fragment)[4]) {
+  if constexpr (std::is_same_v<T, Tf32>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment[i] = near_tf32(fragment[i]);
+  }
+}
+
+// Where a lane's element of TF32 lies in a tile by depth: row lane % 4, column lane / 4. Rows four further and columns
+// a multiple of 8 further have the same permutation, so that they lie at constant distances.
+template <class Tile>
+__device__ inline int offset_by_depth(int lane) {
+  static_assert(!std::is_same_v<typename Tile::Element, Tf32> || Tile::permutation(4) == Tile::permutation(0), "rows four apart");
+  return Tile::offset(lane % 4, lane / 16) + lane / 4 % 4 * 4;
+}
+
 // A left operand of a tile whose rows are its rows, `row` of which are before it.
 template <class Tile>
 struct LeftReader {
-  static constexpr bool kFloat = sizeof(typename Tile::Element) == 4;
+  using T = typename Tile::Element;
   int first;  // of the lane, at slice 0
 
   __device__ explicit LeftReader(int row)
-      : first(kept_in_register(row * Tile::kRowBytes + (kFloat ? Tile::offset(threadIdx.x % 32 / 4, 0)
-                                                               : Tile::offset(threadIdx.x % 16, threadIdx.x % 32 / 16)))) {}
+      : first(kept_in_register(row * Tile::kRowBytes + (kPlain<T> ? Tile::offset(threadIdx.x % 32 / 4, 0)
+                                                                  : Tile::offset(threadIdx.x % 16, threadIdx.x % 32 / 16)))) {}
   // The 16 rows from kRow on.
   template <int kRow>
   __device__ void read(uint32_t (&to)[4], uint32_t tile, int slice) const {
     load_matrices<kRow * Tile::kRowBytes>(to, tile + (first ^ 32 * slice));
+    round_operand<T>(to);
   }
   template <int kRow>
   __device__ void read(float4 (&to)[2], uint32_t tile, int slice) const {
@@ -253,7 +276,9 @@ struct RightReader {
 
   __device__ explicit RightReader(int column) {
     const int lane = threadIdx.x % 32, before = column * static_cast<int>(sizeof(T));
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (std::is_same_v<T, Tf32> && kByDepth) {
+      first = offset_by_depth<Tile>(lane) ^ before;
+    } else if constexpr (kPlain<T>) {
       first = kByDepth ? lane % 4 * 8 ^ before : 2 * (lane % 4) * Tile::kRowBytes + column * Tile::kRowBytes;
     } else {
       first = kByDepth ? Tile::offset(lane % 16, lane / 16) ^ before
@@ -264,11 +289,22 @@ struct RightReader {
   // The 16 columns from kColumn on.
   template <int kColumn, int kSlice>
   __device__ void read(uint32_t (&to)[4], uint32_t tile) const {
-    if (kByDepth) {
+    if constexpr (std::is_same_v<T, Tf32> && kByDepth) {
+      read_as_stored<kColumn, kSlice>(to, tile);
+    } else if constexpr (kByDepth) {
       load_matrices_transposed<kSlice * 16 * Tile::kRowBytes>(to, tile + (first ^ 2 * kColumn));
     } else {
       load_matrices<kColumn * Tile::kRowBytes>(to, tile + (first ^ 32 * kSlice));
     }
+    round_operand<T>(to);
+  }
+  // TF32 by depth, not rounded.
+  template <int kColumn, int kSlice>
+  __device__ void read_as_stored(uint32_t (&to)[4], uint32_t tile) const {
+    repeat<4>([&](auto part) {
+      constexpr int kRow = 8 * kSlice + 4 * (part % 2), kBits = 4 * (kColumn + 8 * (part / 2));
+      to[part] = __float_as_uint(load_floats<kRow * Tile::kRowBytes, float>(tile + (first ^ kBits)));
+    });
   }
   template <int kColumn, int kSlice>
   __device__ void read(float4 (&to)[4], uint32_t tile) const {
@@ -304,12 +340,21 @@ struct LeftReaderByDepth {
 
   __device__ explicit LeftReaderByDepth(int column) {
     const int lane = threadIdx.x % 32, before = column * static_cast<int>(sizeof(T));
-    first = kept_in_register(
-        (sizeof(T) == 4 ? lane / 4 * 4 : Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2)) ^ before);
+    first = kept_in_register((std::is_same_v<T, Tf32> ? offset_by_depth<Tile>(lane)
+                              : kPlain<T>             ? lane / 4 * 4
+                                                      : Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2)) ^ before);
   }
   template <int kColumn, int kSlice>
   __device__ void read(uint32_t (&to)[4], uint32_t tile) const {
-    load_matrices_transposed<kSlice * 16 * Tile::kRowBytes>(to, tile + (first ^ 2 * kColumn));
+    if constexpr (std::is_same_v<T, Tf32>) {
+      repeat<4>([&](auto part) {
+        constexpr int kRow = 8 * kSlice + 4 * (part / 2), kBits = 4 * (kColumn + 8 * (part % 2));
+        to[part] = __float_as_uint(load_floats<kRow * Tile::kRowBytes, float>(tile + (first ^ kBits)));
+      });
+    } else {
+      load_matrices_transposed<kSlice * 16 * Tile::kRowBytes>(to, tile + (first ^ 2 * kColumn));
+    }
+    round_operand<T>(to);
   }
   template <int kColumn, int kSlice>
   __device__ void read(float4 (&to)[2], uint32_t tile) const {

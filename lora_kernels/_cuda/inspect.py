@@ -31,7 +31,7 @@ class Report:
         """What must not ship, or None."""
         if self.spill_bytes:
             return f"spills {self.spill_bytes} bytes"
-        if "_float_" not in self.kernel and "HMMA" not in self.matrix:
+        if "float" not in self.kernel.split("_") and "HMMA" not in self.matrix:
             return "no HMMA"
         return None
 

@@ -149,7 +149,9 @@ def lora_linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     recorded = torch.ops.lora_kernels.cuda_backward_recorded
     *gradients, names, numbers, params, scratch = recorded(*args, machine.device, machine.zeros)
     machine.run(names, numbers, params, [*_tensors(args), *scratch, *gradients])
-    return tuple(gradients)
+    dx, da, db, dbias = gradients
+    lora_A, lora_B = args[4:6]
+    return dx, da.to(lora_A.dtype), db.to(lora_B.dtype), dbias
 
 
 def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
