@@ -74,7 +74,7 @@ def lora_linear(
     16-bit inputs. lora_A, lora_B, D(x) Aᵀ, x Wᵀ and y are rounded to x's dtype. "eager" rounds
     D(x) Aᵀ again after dropout's factor and, for M > 32, after scaling; "cpu" rounds
     scaling · D(x) Aᵀ once, from float32. "triton" and "cuda" form products of float32 inputs in
-    float32, or by TF32 where torch.get_float32_matmul_precision() is not "highest".
+    float32, or by TF32 where torch.backends.cuda.matmul.fp32_precision is "tf32".
     Gradients: lora_A's and lora_B's come back in their own dtypes. Under autocast x, weight and
     bias are cast to autocast's dtype (float64 is left as it is) and y has that dtype.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels import _tf32
 from lora_kernels._native import absence
 
 _FORWARD = (
@@ -134,11 +135,7 @@ _register_compiled("cuda")
 # Whether float32 products may be TF32's, by torch's own switch. The compiled CUDA part asks at each
 # call on float32 tensors, forward and backward: what is compiled around an operator doesn't fix it.
 _library.define("allows_tf32() -> bool")
-_library.impl(
-    "allows_tf32",
-    lambda: torch.get_float32_matmul_precision() != "highest",
-    "CompositeExplicitAutograd",
-)
+_library.impl("allows_tf32", _tf32.allowed, "CompositeExplicitAutograd")
 
 # Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16
 # [count, 8], for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_kernels import functional, reference
+from lora_kernels import _tf32, functional, reference
 from lora_kernels.dropout import drop_threshold
 
 FEW_ELEMENTS, MORE_DRAWS = 1 << 17, 7
@@ -158,7 +158,7 @@ def eager_results(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     A CPU has none: operands are rounded to TF32, but not dbias's, which is no product.
     """
     results = reference_results(case, inputs)
-    if case.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if case.dtype == torch.float32 and _tf32.allowed():
         rounded = replace(
             inputs,
             x=to_tf32(inputs.x),

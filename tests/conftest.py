@@ -57,6 +57,5 @@ def _poisoned(request, monkeypatch):
 @pytest.fixture
 def float32_precision():
     """torch.set_float32_matmul_precision, undone after the test."""
-    before = torch.get_float32_matmul_precision()
     yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision("highest")

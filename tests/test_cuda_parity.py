@@ -208,6 +208,24 @@ def test_no_bank_conflicts_and_whole_sectors(shared, dtype, rank, dropout_p):
             assert min(stats.load_efficiency, stats.store_efficiency) > 0.95
 
 
+@needs_machine
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_sums_over_more_rows_have_no_more_bank_conflicts(
+    dtype, precision, dropout_p, float32_precision
+):
+    """Results of sums are put in order with a few; their loops have none."""
+    float32_precision(precision)
+    conflicts = []
+    for rows in (256, 768):
+        case = Case((rows,), 256, 256, 16, dtype, dropout_p=dropout_p)
+        with using(machine := Machine(resident=4)):
+            run(case, make_inputs(case), "cuda")
+        conflicts.append(machine.stats[-1][1].shared_bank_conflicts)
+    assert conflicts[0] == conflicts[1]
+
+
 def test_what_it_refuses():
     with pytest.raises(ValueError, match="'cuda' can't serve this call: needs a CUDA device"):
         run(case := Case((2,), 8, 8, 2, BF16), make_inputs(case), "cuda")

@@ -46,6 +46,21 @@ struct BlockSums {
       }
     }
   }
+  // Moves the totals elsewhere, and adds such again.
+  __device__ void move_totals(float (&to)[C::kBlocksN][4]) {
+#pragma unroll
+    for (int j = 0; j < C::kBlocksN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) to[j][e] = total[j][e], total[j][e] = 0;
+    }
+  }
+  __device__ void add_totals(const float (&from)[C::kBlocksN][4]) {
+#pragma unroll
+    for (int j = 0; j < C::kBlocksN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) total[j][e] += from[j][e];
+    }
+  }
   __device__ static int rank(int i, int e) { return 16 * i + threadIdx.x % 32 / 4 + 8 * (e / 2); }
   __device__ static int column(int j, int e) {
     return threadIdx.x / 32 * C::kWarpColumns + 8 * j + 2 * (threadIdx.x % 4) + e % 2;
@@ -89,8 +104,10 @@ __device__ inline void drop(uint32_t tile, int row, int column, const Mask& mask
     const int index = first + threadIdx.x, r = index / kCalls, c = index % kCalls;
     const uint4 words = mask.words(row + r, column / 8 + c);
     if constexpr (kFloat) {
-      drop_four(tile + Tile::offset(r, 2 * c), words.x, words.y, mask);
-      drop_four(tile + Tile::offset(r, 2 * c + 1), words.z, words.w, mask);
+      // Four threads in eight take their second chunk first: at once all eight touch different banks.
+      const bool second = c / 4 % 2;
+      drop_four(tile + Tile::offset(r, 2 * c + second), second ? words.z : words.x, second ? words.w : words.y, mask);
+      drop_four(tile + Tile::offset(r, 2 * c + 1 - second), second ? words.x : words.z, second ? words.y : words.w, mask);
     } else {
       const uint32_t at = tile + Tile::offset(r, c);
       uint4 v = load_chunk(at);
@@ -182,6 +199,12 @@ __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer
       of_step.clear();
       add_step(of_step);
       sums.add(of_step);
+    } else if constexpr (std::is_same_v<T, Tf32>) {
+      // The totals are float32's own sums, of each step by itself as above.
+      float before[C::kBlocksN][4];
+      sums.move_totals(before);
+      add_step(sums);
+      sums.add_totals(before);
     } else {
       add_step(sums);
     }

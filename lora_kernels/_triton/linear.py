@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_kernels import _tf32
 from lora_kernels._triton.backward import backward_kernel
 from lora_kernels._triton.config import layer_of, padded_rank, rank_step, sum_ranks
 from lora_kernels._triton.forward import forward_kernel
@@ -251,8 +252,7 @@ def _unit_rows(t: Tensor) -> Tensor:
 
 def _precision(dtype: torch.dtype) -> str:
     """Return how float32 products are formed, as torch's own switch says."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    return "tf32" if dtype == torch.float32 and _tf32.allowed() else "ieee"
 
 
 def _on_device(t: Tensor) -> Any:
