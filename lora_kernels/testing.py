@@ -3,14 +3,16 @@
 The budget is derived, not tuned: an implementation may err twice as much as same-dtype eager
 PyTorch (`reference` in that dtype), both measured against the float64 oracle, plus one rounding of
 the largest element. The root mean square is held to the same rule, which catches broad drift that a
-maximum hides. Where torch's switch lets float32 products be TF32's, eager's operands are rounded
-to it.
+maximum hides. Where torch's switch lets float32 products be TF32's, eager's are.
 """
 
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import _tf32, functional, reference
 from lora_kernels.dropout import drop_threshold
@@ -155,21 +157,18 @@ def assert_results(case: Case, inputs: Inputs, actual: dict[str, Tensor], impl: 
 def eager_results(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """Return the results of same-dtype eager PyTorch, products by TF32 where torch allows them.
 
-    A CPU has none: operands are rounded to TF32, but not dbias's, which is no product.
+    A CPU has none: there the operands of each product are rounded, as a GPU's tensor cores do.
     """
-    results = reference_results(case, inputs)
-    if case.dtype == torch.float32 and _tf32.allowed():
-        rounded = replace(
-            inputs,
-            x=to_tf32(inputs.x),
-            weight=to_tf32(inputs.weight),
-            lora_A=to_tf32(inputs.lora_A),
-            lora_B=to_tf32(inputs.lora_B),
-            dy=to_tf32(inputs.dy),
-        )
-        exact = {name: t for name, t in results.items() if name == "dbias"}
-        results = reference_results(case, rounded) | exact
-    return results
+    by_tf32 = case.dtype == torch.float32 and _tf32.allowed()
+    with _Tf32Products() if by_tf32 else nullcontext():
+        return reference_results(case, inputs)
+
+
+class _Tf32Products(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            args = tuple(map(to_tf32, args))
+        return func(*args, **(kwargs or {}))
 
 
 def to_tf32(t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """TF32 in the compiled CUDA kernels, and torch's switch, which decides; in a machine or on a GPU.
 
-The budget is of eager PyTorch with operands rounded to TF32; see `testing.eager_results`.
+The budget is of eager PyTorch by TF32; see `testing.eager_results`.
 """
 
 from itertools import product
