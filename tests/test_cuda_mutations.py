@@ -101,12 +101,12 @@ HOPPER_MUTANTS = {
     ),
     "stage refilled while it is read": (
         "pipeline_sm90.cuh",
-        "wait_for_phase(memory.read(stage), parity);",
+        "wait_for_phase(memory.read(at.stage), at.parity);",
         "",
     ),
     "step not waited for": (
         "backward_sm90.cuh",
-        "wait_for_phase(side.memory.filled(side.stage), side.parity);",
+        "wait_for_phase(side.memory.filled(stage), side.at.parity);",
         "",
     ),
     "products not waited for": ("pipeline_sm90.cuh", "    wait_for_products<0>();", ""),

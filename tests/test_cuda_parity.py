@@ -210,8 +210,9 @@ def test_no_bank_conflicts_and_whole_sectors(shared, dtype, rank, dropout_p):
 
 @needs_machine
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
-@pytest.mark.parametrize("precision", ["highest", "high"])
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(BF16, "highest"), (FP32, "highest"), (FP32, "high")], ids=str
+)
 def test_sums_over_more_rows_have_no_more_bank_conflicts(
     dtype, precision, dropout_p, float32_precision
 ):

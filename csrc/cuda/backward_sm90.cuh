@@ -53,19 +53,20 @@ __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, 
   const RightReader<typename M::Box, true> right_reader(column % kHopperBox);
   sums.clear();
   for (int row = tile.row; row < tile.end; row += S::kDepth) {
-    wait_for_phase(side.memory.filled(side.stage), side.parity);
-    const uint32_t right = side.memory.right(side.stage);
+    const int stage = side.at.stage;
+    wait_for_phase(side.memory.filled(stage), side.at.parity);
+    const uint32_t right = side.memory.right(stage);
     if (kDropout) {
       drop<typename M::Box, S::kThreads>(right, row, tile.column, mask);
       drop<typename M::Box, S::kThreads>(right + M::Box::kBytes, row, tile.column + kHopperBox, mask);
       fence_stores();
       synchronize<S>();
     }
-    add_rows<T>(sums, left_reader, side.memory.thin(side.stage), right_reader, right + column / kHopperBox * M::Box::kBytes,
+    add_rows<T>(sums, left_reader, side.memory.thin(stage), right_reader, right + column / kHopperBox * M::Box::kBytes,
                 want_product, want_total);
     __syncwarp();
-    side.arrive_by_warp(side.memory.read(side.stage));
-    side.advance();
+    side.arrive_by_warp(side.memory.read(stage));
+    side.at.advance();
   }
 }
 

@@ -2,26 +2,10 @@
 
 #pragma once
 
+#include "forward.cuh"
 #include "pipeline_sm90.cuh"
 
 namespace lora_kernels {
-
-// A tile of y, and of xa if it is one of the first.
-struct ForwardTile {
-  int row, column, panel;
-  bool producing;
-
-  template <class S>
-  static __device__ ForwardTile at(const ForwardParams& p, int tile) {
-    const bool producing = tile < p.grid.panels * p.producers;
-    Position at{tile, 0};
-    if (!producing) {
-      at = grouped_tile(tile - p.grid.panels * p.producers, p.grid.panels, p.grid.columns - p.producers);
-      at.column += p.producers;
-    }
-    return {at.row * S::kRows, at.column * S::kColumns, at.row, producing};
-  }
-};
 
 template <class T, class S, int kRanks>
 __device__ inline void copy_forward(const HopperForwardParams& params, const HopperMemory<T, S, kRanks, false>& memory) {

@@ -49,33 +49,45 @@ struct HopperMemory {
   }
 };
 
+// Where a side is in the ring, and the parity of the phase that it waits for there.
+template <class S>
+struct RingPosition {
+  int stage, parity;
+  __device__ void advance() {
+    stage = stage + 1 == S::kStages ? 0 : stage + 1;
+    parity ^= stage == 0;
+  }
+};
+
 // The warpgroup that copies; one of its threads starts the copies of boxes.
 template <class T, class S, int kRanks, bool kByDepth>
 struct CopyingSide {
   using M = HopperMemory<T, S, kRanks, kByDepth>;
   M memory;
   bool one;
-  int stage = 0, parity = 1, tiles = 0;
+  RingPosition<S> at{0, 1};
+  int tiles = 0;
 
   __device__ explicit CopyingSide(M memory) : memory(memory), one(threadIdx.x == S::kThreads) {}
 
   // Starts a step of one or two operands, as soon as nobody reads the stage any more.
   __device__ void begin(int operands) const {
-    wait_for_phase(memory.read(stage), parity);
-    arrive_expecting(memory.filled(stage), operands * M::kOperandBytes, one);
+    wait_for_phase(memory.read(at.stage), at.parity);
+    arrive_expecting(memory.filled(at.stage), operands * M::kOperandBytes, one);
   }
-  __device__ void left(const TensorMap& map, int row, int column) const { copy(memory.left(stage), map, row, column, true); }
-  __device__ void right(const TensorMap& map, int row, int column) const { copy(memory.right(stage), map, row, column, !kByDepth); }
+  __device__ void left(const TensorMap& map, int row, int column) const { copy(memory.left(at.stage), map, row, column, true); }
+  __device__ void right(const TensorMap& map, int row, int column) const {
+    copy(memory.right(at.stage), map, row, column, !kByDepth);
+  }
   // Ends it, with the thin operand at (row, column) of a matrix if there is one.
   __device__ void end(bool has_thin, const Source& thin, int row, int column) {
     if (has_thin) {
-      copy_tile<T, typename M::Thin, kHopperCopying, S::kThreads>(memory.thin(stage), thin, row, column);
-      arrive_after_copies(memory.filled(stage));
+      copy_tile<T, typename M::Thin, kHopperCopying, S::kThreads>(memory.thin(at.stage), thin, row, column);
+      arrive_after_copies(memory.filled(at.stage));
     } else {
-      arrive(memory.filled(stage));
+      arrive(memory.filled(at.stage));
     }
-    stage = stage + 1 == S::kStages ? 0 : stage + 1;
-    parity ^= stage == 0;
+    at.advance();
   }
 
   // Waits for another program. All lanes of a warp ask, so that none waits at the barrier for another.
@@ -106,7 +118,7 @@ struct CopyingSide {
 
  private:
   __device__ void copy(uint32_t to, const TensorMap& map, int row, int column, bool below) const {
-    const uint32_t filled = memory.filled(stage);
+    const uint32_t filled = memory.filled(at.stage);
     copy_box(to, map.bytes, row, column, filled, one);
     copy_box(to + M::Box::kBytes, map.bytes, row + (below ? kHopperBox : 0), column + (below ? 0 : kHopperBox), filled, one);
   }
@@ -118,14 +130,11 @@ struct MultiplyingSide {
   using M = HopperMemory<T, S, kRanks, kByDepth>;
   M memory;
   Place<S> place;
-  int stage = 0, parity = 0, tiles = 0;
+  RingPosition<S> at{0, 0};
+  int tiles = 0;
 
   __device__ explicit MultiplyingSide(M memory) : memory(memory) {}
   __device__ void arrive_by_warp(uint32_t barrier, bool does = true) const { arrive(barrier, does && threadIdx.x % 32 == 0); }
-  __device__ void advance() {
-    stage = stage + 1 == S::kStages ? 0 : stage + 1;
-    parity ^= stage == 0;
-  }
 
   // sums = left right over all steps of a tile whose first row is `row`; a producing tile: thin_sums = D(left) thin.
   template <bool kDropout>
@@ -134,7 +143,8 @@ struct MultiplyingSide {
     int before = 0;
     sums.clear();
     for (int step = 0; step < steps; ++step) {
-      wait_for_phase(memory.filled(stage), parity);
+      const int stage = at.stage;
+      wait_for_phase(memory.filled(stage), at.parity);
       const uint64_t left = operand(memory.left(stage) + group_row * M::Left::kRowBytes);
       const uint64_t right = kByDepth ? operand_by_depth(memory.right(stage), M::Box::kBytes) : operand(memory.right(stage));
       // 16 elements of depth: 32 bytes of a row, or 16 rows of 128; addresses count 16 bytes.
@@ -144,11 +154,11 @@ struct MultiplyingSide {
         multiply_async<T, kByDepth>(sums.v[0], left + kLeftStep * slice, right + kRightStep * slice);
       });
       commit_products();
-      if (producing) add_thin<kDropout>(thin_sums, mask, row, step * S::kDepth);
+      if (producing) add_thin<kDropout>(thin_sums, mask, stage, row, step * S::kDepth);
       wait_for_products<1>();
       arrive_by_warp(memory.read(before), step);
       before = stage;
-      advance();
+      at.advance();
     }
     wait_for_products<0>();
     arrive_by_warp(memory.read(before));
@@ -156,10 +166,10 @@ struct MultiplyingSide {
 
   // sums += scale * D(factors' product).
   template <bool kDropout>
-  __device__ void add_factors(Sums<S>& sums, const Mask& mask, const Operands& at, float scale) {
+  __device__ void add_factors(Sums<S>& sums, const Mask& mask, const Operands& of, float scale) {
     wait_for_phase(memory.factors_filled(), tiles++ & 1);
     add_ranks<T, S, kRanks, kByDepth, kDropout>(
-        sums, place, mask, at, scale, at.layer.r, memory.left_factor(), memory.right_factor());
+        sums, place, mask, of, scale, of.layer.r, memory.left_factor(), memory.right_factor());
     __syncwarp();
     arrive_by_warp(memory.factors_read());
   }
@@ -167,7 +177,7 @@ struct MultiplyingSide {
  private:
   // The thin product of a warp's 16 rows from one step.
   template <bool kDropout>
-  __device__ void add_thin(ThinSums<kRanks>& sums, const Mask& mask, int row, int column) const {
+  __device__ void add_thin(ThinSums<kRanks>& sums, const Mask& mask, int stage, int row, int column) const {
     const LeftReader<typename M::Left> left(place.thin_row);
     const RightReader<typename M::Thin, kByDepth> thin(0);
     LeftMask<T> left_mask;

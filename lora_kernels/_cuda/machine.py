@@ -20,6 +20,7 @@ from lora_kernels._native import LIBRARIES, absence
 
 # A tensor map in a kernel's parameters, and what the library writes there for a machine to encode.
 _MAP_BYTES, _BOXES = 128, struct.Struct("<QqqqiI")
+_MAPS = {"forward": 2, "backward": 3}  # that a kernel for sm_90a takes
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Machine:
         for name, launch in zip(names.split(), numbers.view(-1, 4).tolist(), strict=True):
             grid, threads, shared, size = launch
             sm_90a = "_Hopper_" in name
-            maps = 0 if not sm_90a else 2 if "_forward_" in name else 3
+            maps = _MAPS[name.split("_")[1]] if sm_90a else 0
             given = bytes(params[first : first + size].tolist())
             stats = _code("sm_90a" if sm_90a else "sm_80").launch(
                 name,
