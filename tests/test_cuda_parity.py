@@ -166,11 +166,11 @@ def test_decoding_is_one_launch_that_reads_the_weight_once(dtype):
 @needs_machine
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
 def test_same_bits_whatever_the_schedule(dropout_p):
-    """Also of sums over several segments of rows."""
-    case = Case((2200,), 72, 136, 5, BF16, dropout_p=dropout_p)
+    """Sums over rows are of three segments here, whichever of them is finished last."""
+    case = Case((4300,), 72, 136, 5, BF16, FP32, dropout_p)
     inputs = make_inputs(case)
     runs = []
-    for resident, seed in ((5, 1), (5, 2), (5, 3)):
+    for resident, seed in ((5, 1), (3, 2), (7, 3)):
         with using(Machine(resident=resident, seed=seed)):
             runs.append(run(case, inputs, "cuda"))
     assert_results(case, inputs, runs[0], "cuda")

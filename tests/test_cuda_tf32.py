@@ -120,17 +120,17 @@ def test_bias_gradient_is_a_sum_of_float32(switch, executor):
 @needs_machine
 def test_same_bits_whatever_the_schedule():
     """Also of sums over several segments of rows, and of launches that share flags."""
-    case = Case((2200,), 72, 136, 5, dropout_p=0.1)
+    case = Case((4300,), 72, 136, 5, dropout_p=0.1)
     inputs = make_inputs(case)
     zeros = torch.zeros(1024, dtype=torch.int32)
     runs = []
-    for seed in (1, 2):
-        with using(Machine(resident=5, seed=seed, zeros=zeros)):
+    for seed, resident in enumerate((5, 3, 7)):
+        with using(Machine(resident=resident, seed=seed, zeros=zeros)):
             runs.append(run(case, inputs, "cuda"))
         assert not zeros.any()
     assert_results(case, inputs, runs[0], "cuda")
     for name, expected in runs[0].items():
-        assert torch.equal(runs[1][name], expected), name
+        assert all(torch.equal(other[name], expected) for other in runs[1:]), name
 
 
 @needs_machine
