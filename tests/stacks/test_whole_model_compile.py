@@ -76,14 +76,15 @@ def test_training_in_one_graph_without_recompilation(backend, autocast, toleranc
 def test_switching_adapters_state_recompiles_rather_than_errs():
     model = one_layer()
     rows = tokens()
-    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(Logits(model), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        adapted = compiled(model, rows)
+        adapted = compiled(rows)
         with model.disable_adapter():
-            disabled = compiled(model, rows)
-            assert_close(disabled, loss_of(model, rows))
-        assert not torch.allclose(adapted, disabled, rtol=1e-3)
-        assert_close(compiled(model, rows), adapted)
+            disabled = compiled(rows)
+            assert_close(disabled, Logits(model)(rows))
+        # By each token: the mean loss of both was the same to 1e-4 once.
+        assert (adapted - disabled).abs().amax(-1).min() > 1e-2 * disabled.abs().max()
+        assert_close(compiled(rows), adapted)
 
 
 class Logits(torch.nn.Module):
