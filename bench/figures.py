@@ -1,6 +1,6 @@
 """The report's figures, drawn with matplotlib from the rows of a results file."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -10,7 +10,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from bench.footprint import MIB
-from bench.growth import Fit, fits, swept
+from bench.growth import Fit, common_point, fits, swept
 from bench.providers import FLOOR, REFERENCE, label
 from bench.shapes import GROWTH, MODES
 from bench.timing import TIMED
@@ -48,7 +48,7 @@ def figures(rows: dict[str, list[Any]], ceilings: dict[str, Any]) -> dict[str, F
     grown = [row for row in timed if row.case.model == GROWTH]
     for dtype in sorted({row.case.dtype for row in grown}):
         found[f"overhead-{dtype}"] = overhead(grown, dtype)
-        found[f"growth-{dtype}"] = growth(fits(grown), dtype)
+        found[f"growth-{dtype}"] = growth(fits(grown), dtype, common_point(grown))
     for dtype in sorted({row.case.dtype for row in timed}):
         chosen = [row for row in timed if row.case.dtype == dtype]
         found[f"roofline-{dtype}"] = roofline(chosen, dtype, ceilings)
@@ -127,7 +127,7 @@ def overhead(rows: Sequence[Any], dtype: str) -> Figure:
     return figure
 
 
-def growth(grown: Sequence[Fit], dtype: str) -> Figure:
+def growth(grown: Sequence[Fit], dtype: str, common: Mapping[str, int]) -> Figure:
     """Draw times against each size on a log scale, with the fitted slopes."""
     p = max(fit.p for fit in grown)
     chosen = [fit for fit in grown if fit.dtype == dtype and fit.p == p]
@@ -148,8 +148,12 @@ def growth(grown: Sequence[Fit], dtype: str) -> Figure:
         _size_axis(axes, axis, [size for fit in chosen if fit.axis == axis for size in fit.sizes])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, title="slope of log ms", title_fontsize=7, loc="upper left")
-    figure.suptitle(f"Growth: forward + backward, {dtype}, p={p:g}, around 512x1024x1024 r=16")
+    figure.suptitle(f"Growth: forward + backward, {dtype}, p={p:g}, around {_size(common)}")
     return figure
+
+
+def _size(point: Mapping[str, int]) -> str:
+    return "{m}x{n}x{k} r={r}".format_map(point)
 
 
 def _legend_order(fit: Fit) -> int:

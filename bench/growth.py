@@ -1,6 +1,7 @@
 """How time grows with M, N, K and R: slopes on a log scale, of times and of their ratios."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from bench.providers import FLOOR
-from bench.shapes import GROWTH, SWEEPS, sweep
+from bench.shapes import GROWTH
 from bench.timing import TIMED
 
+AXES = ("m", "n", "k", "r")
 LEAST_POINTS = 4
 # A slope this far above zero, in its standard errors, is growth.
 ERRORS = 2.0
@@ -48,7 +50,7 @@ def fits(rows: Iterable[Any]) -> list[Fit]:
     rows = [row for row in rows if row.case.model == GROWTH and row.state == TIMED]
     kinds = sorted({(row.case.dtype, row.case.p, row.provider) for row in rows})
     found = []
-    for axis, (dtype, p, provider) in product(SWEEPS, kinds):
+    for axis, (dtype, p, provider) in product(AXES, kinds):
         points = swept(rows, axis, dtype, p, provider)
         if len(points) >= LEAST_POINTS:
             found.append(_fit(axis, points))
@@ -56,15 +58,18 @@ def fits(rows: Iterable[Any]) -> list[Fit]:
 
 
 def swept(rows: Iterable[Any], axis: str, dtype: str, p: float, provider: str) -> list[Any]:
-    """Return a provider's rows along one sweep, in its order."""
-    wanted = sweep(axis)
+    """Return a provider's rows along one axis, by size: the others at the sweeps' common point."""
     kind = dtype, p, provider
-    sizes = {
-        (row.case.m, row.case.n, row.case.k, row.case.r): row
-        for row in rows
-        if (row.case.dtype, row.case.p, row.provider) == kind
-    }
-    return [sizes[size] for size in wanted if size in sizes]
+    rows = [row for row in rows if (row.case.dtype, row.case.p, row.provider) == kind]
+    for other, size in common_point(rows).items():
+        if other != axis:
+            rows = [row for row in rows if getattr(row.case, other) == size]
+    return sorted(rows, key=lambda row: getattr(row.case, axis))
+
+
+def common_point(rows: Sequence[Any]) -> dict[str, int]:
+    """Return the sizes that sweeps along the other axes have, the most frequent of each."""
+    return {axis: statistics.mode(getattr(row.case, axis) for row in rows) for axis in AXES if rows}
 
 
 def _fit(axis: str, rows: Sequence[Any]) -> Fit:

@@ -9,12 +9,23 @@ from pathlib import Path
 import torch
 
 from bench.providers import BY_NAME
-from bench.shapes import DTYPES, GROWTH, LARGE, MODELS, MODES, TARGETS, TWINS, Grid
+from bench.shapes import (
+    DTYPES,
+    GROWTH,
+    LARGE,
+    MODELS,
+    MODES,
+    QUICK_SWEEPS,
+    SWEEPS,
+    TARGETS,
+    TWINS,
+    Grid,
+)
 
 SUITES = ("layer", "step", "overhead", "memory", "kernels")
 ARCHS = (80, 86, 89, 90, 100, 120)
 TOKENS = {"cpu": [16, 512], "cuda": [16, 2048, 8192]}
-QUICK_TOKENS = {"cpu": [256], "cuda": [2048]}
+QUICK_TOKENS = {"cpu": [128], "cuda": [2048]}
 QUICK_SHAPES = [GROWTH, "minilm", "bert-base", "llama3-8b/k+v"]
 SECONDS, QUICK_SECONDS = 4.0, 0.4
 FOLDER = Path("bench_results")
@@ -56,6 +67,7 @@ def parse(arguments: list[str] | None) -> Options:
         dropouts=given.dropouts,
         modes=given.modes,
         adapters=given.adapters,
+        sweeps=QUICK_SWEEPS if given.quick and device == "cpu" else SWEEPS,
     )
     stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d-%H%M%S")
     return Options(

@@ -4,7 +4,7 @@ A shape is N x K, out_features x in_features, as in y [M, N] = x [M, K] Wᵀ. La
 stand together: "q+o" are the query and the output projection of an attention.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -71,13 +71,6 @@ TWINS = {"vit-b": "bert-base", "mistral-7b": "llama3-8b"}
 # A layer of these takes seconds a call on a few cores.
 LARGE = ("qwen3-32b", "llama3-70b")
 TARGETS, GROWTH = "targets", "growth"
-CENTER = {"m": 512, "n": 1024, "k": 1024, "r": 16}
-SWEEPS = {
-    "m": (128, 256, 512, 1024, 2048),
-    "n": (256, 512, 1024, 2048, 4096),
-    "k": (256, 512, 1024, 2048, 4096),
-    "r": (4, 8, 16, 32, 64, 128),
-}
 CHOICES = (TARGETS, GROWTH, *MODELS)
 MODES = {"train": "forward + backward", "infer": "forward without gradient"}
 
@@ -117,6 +110,42 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Sweeps:
+    """Sizes along each axis, the others at one point; M from 128 up.
+
+    Below, a call costs what it costs to make one, whatever its size.
+    """
+
+    center: Mapping[str, int]
+    axes: Mapping[str, Sequence[int]]
+
+    def along(self, axis: str) -> list[tuple[int, int, int, int]]:
+        """Return the sizes (m, n, k, r) of one axis."""
+        sizes = ({**self.center, axis: value} for value in self.axes[axis])
+        return [(size["m"], size["n"], size["k"], size["r"]) for size in sizes]
+
+
+SWEEPS = Sweeps(
+    {"m": 512, "n": 1024, "k": 1024, "r": 16},
+    {
+        "m": (128, 256, 512, 1024, 2048),
+        "n": (256, 512, 1024, 2048, 4096),
+        "k": (256, 512, 1024, 2048, 4096),
+        "r": (4, 8, 16, 32, 64, 128),
+    },
+)
+QUICK_SWEEPS = Sweeps(
+    {"m": 256, "n": 512, "k": 512, "r": 16},
+    {
+        "m": (128, 256, 512, 1024),
+        "n": (256, 512, 1024, 2048),
+        "k": (256, 512, 1024, 2048),
+        "r": (4, 16, 32, 64, 128),
+    },
+)
+
+
+@dataclass(frozen=True)
 class Grid:
     """What each shape is measured with; every combination is a case."""
 
@@ -126,6 +155,7 @@ class Grid:
     dropouts: Sequence[float] = (0.05, 0.0)
     modes: Sequence[str] = ("train", "infer")
     adapters: str = "fp32"  # PEFT's default, whatever the model's dtype
+    sweeps: Sweeps = SWEEPS
 
     @property
     def calls(self) -> list[tuple[str, float]]:
@@ -203,19 +233,11 @@ def _target(m: int, size: int, dtype: str, adapters: str, p: float, **limits: fl
 
 
 def _growth_cases(grid: Grid) -> Iterator[Case]:
-    """Yield sweeps of M, K, N and R, each around one point.
-
-    From 128 up: below, a call costs what it costs to make one, whatever its size.
-    """
+    """Yield sweeps of M, K, N and R, each around one point."""
+    sizes = {size for axis in grid.sweeps.axes for size in grid.sweeps.along(axis)}
     for dtype, p in product(grid.dtypes, grid.dropouts):
-        for size in sorted({size for axis in SWEEPS for size in sweep(axis)}):
+        for size in sorted(sizes):
             yield Case(GROWTH, "sweep", *size, dtype, dtype, p)
-
-
-def sweep(axis: str) -> list[tuple[int, int, int, int]]:
-    """Return the sizes (m, n, k, r) of one axis of the growth sweeps."""
-    sizes = ({**CENTER, axis: value} for value in SWEEPS[axis])
-    return [(size["m"], size["n"], size["k"], size["r"]) for size in sizes]
 
 
 def flops(case: Case) -> int:

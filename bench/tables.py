@@ -26,8 +26,9 @@ NOTES = {
     ),
     "growth": (
         "Least-squares slopes of log time over log size, with standard errors; all other sizes "
-        "stay at M=512, N=K=1024, R=16. Against the base: the slope of the ratio to the frozen "
-        "base; faster means more than two standard errors above zero. The base knows no R."
+        "stay at the point that the figure's title names. Against the base: the slope of the ratio "
+        "to the frozen base; faster means more than two standard errors above zero. The base knows "
+        "no R."
     ),
     "step": f"{RATIO_NOTE} Peak: what a step adds to a process's memory, after one warmed it up.",
     "overhead": f"{RATIO_NOTE} One thread's CPU time of a call too small to take time: 1x64x64.",
