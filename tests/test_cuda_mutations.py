@@ -15,7 +15,7 @@ import torch
 from lora_kernels._cuda import machine
 from lora_kernels._cuda.machine import Machine, using
 from lora_kernels._native import absence
-from lora_kernels.testing import Case, assert_parity, make_inputs
+from lora_kernels.testing import Case, assert_parity, assert_results, make_inputs, run
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 pytestmark = pytest.mark.skipif(
@@ -68,6 +68,13 @@ MUTANTS = {
     "wrong counter in the mask": ("mask.cuh", "(layer.k + 7) / 8", "(layer.k + 15) / 8"),
     "edge taken for the inside": ("tiles.cuh", "} else if (inside) {", "} else if (true) {"),
     "dropout forgotten in dA": ("sums.cuh", "    if (kDropout) {", "    if (false) {"),
+    "mask read before it is drawn": (
+        "backward.cuh",
+        "? 2 * p.fused + p.kinds.da_blocks : 1",
+        "? 1 : 1",
+    ),
+    "bits of another row": ("sums.cuh", "byte_of(left, row + ", "byte_of(left, "),
+    "bits of the other half": ("epilogue.cuh", "0x7362 : 0x5140", "0x6273 : 0x4051"),
     "factor of kept elements forgotten": (
         "backward.cuh",
         "scaling_of(layer) * keep_scale(layer)",
@@ -81,13 +88,14 @@ TF32_MUTANTS = {
         "kRow = 8 * kSlice + 4 * (part / 2), kBits = 4 * (kColumn + 8 * (part % 2))",
         "kRow = 8 * kSlice + 4 * (part % 2), kBits = 4 * (kColumn + 8 * (part / 2))",
     ),
-    "wrong bit of the mask": ("mask.cuh", "mine & 1 << 4 ? fragment[2]", "mine & 1 ? fragment[2]"),
+    "wrong bit of the mask": ("mask.cuh", "mine & 1 << 2 ? fragment[2]", "mine & 1 ? fragment[2]"),
     "bias's gradient of rounded numbers": ("sums.cuh", "b[j][i] = rest_of_tf32(b[j][i]);", ";"),
     "dropped bits": ("ptx.cuh", "? bits + 0x1000u : bits", "? bits : bits"),
 }
 
 
 HOPPER_MUTANTS = {
+    "mask read before it is drawn": MUTANTS["mask read before it is drawn"],
     "nothing": ("forward_sm90.cuh", "layer.m, 0, layer.r", "layer.m, 0, layer.r"),
     "dxa published before the store": (
         "backward_sm90.cuh",
@@ -137,7 +145,7 @@ def _ptx(folder: Path, kernels: str, mutant: tuple[str, str, str], target: str) 
 def check(tmp_path, monkeypatch):
     """Runs the parity suite of a case on mutated kernels; all but "nothing" must turn it red."""
 
-    def run(name, case, kernels, mutants, target="sm_80", **device):
+    def check_one(name, case, kernels, mutants, target="sm_80", **device):
         import ptxvm
 
         code = ptxvm.load(_ptx(tmp_path, kernels, mutants[name], target))
@@ -148,6 +156,9 @@ def check(tmp_path, monkeypatch):
             for seed in range(3):
                 with using(Machine(seed=seed, zeros=zeros, **device)):
                     assert_parity(case, make_inputs(case), "cuda")
+                    # Where no tile of dA draws the mask, those of dx wait for dxa alone.
+                    inputs = make_inputs(case)
+                    assert_results(case, inputs, run(case, inputs, "cuda", ("dx",)), "cuda")
                 assert not zeros.any()
 
         if name == "nothing":
@@ -156,7 +167,7 @@ def check(tmp_path, monkeypatch):
             with pytest.raises((AssertionError, RuntimeError)):
                 suite()
 
-    return run
+    return check_one
 
 
 @pytest.mark.parametrize("name", MUTANTS)

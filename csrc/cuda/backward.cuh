@@ -29,15 +29,35 @@ struct DxTile {
   }
 };
 
-// Readers of a row panel's dxa.
-__device__ inline int readers_of_dxa(const BackwardParams& p) {
-  return (p.dx ? p.grid.columns : 0) + (p.da ? p.kinds.da_blocks : 0);
+// Whether tiles wait for each other by row panels' flags.
+__device__ inline bool has_flags(const BackwardParams& p) { return p.fused || p.mask.bits; }
+
+// What a tile of dx waits for: the maker of its rows' dxa, and where tiles of dA draw the mask, that the maker and all of
+// these have left.
+__device__ inline int arrivals_before(const BackwardParams& p, const DxTile& tile) {
+  return p.mask.bits && !tile.producing ? 2 * p.fused + p.kinds.da_blocks : 1;
+}
+
+// What the last tile to leave a row panel finds in its flag.
+__device__ inline int last_to_leave(const BackwardParams& p) {
+  return p.fused + (p.dx ? p.grid.columns : 0) + (p.da ? p.kinds.da_blocks : 0) - 1;
+}
+
+// D of a tile of dx; to be made when what it waits for is there.
+template <class S, bool kDropout>
+__device__ inline auto mask_of(const BackwardParams& p, const DxTile& tile, const Place<S>& place) {
+  if constexpr (kDropout) {
+    return TileMask<S>(p.layer, p.mask, p.mask.bits && !tile.producing, place, tile.row, tile.column);
+  } else {
+    return NoMask{};
+  }
 }
 
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void dx_tile(const BackwardParams& p, int tile, uint32_t shared) {
   const Layer& layer = p.layer;
-  const auto [row, column, panel, producing] = DxTile::at<S>(p, tile);
+  const DxTile of = DxTile::at<S>(p, tile);
+  const auto [row, column, panel, producing] = of;
   const Operands operands{layer, matrix<T>(p.dy, layer.m, layer.n), matrix<T>(layer.w, layer.n, layer.k),
                           adapter<T>(layer, layer.b, layer.n, layer.r), row, column, layer.n};
   const Place<S> place;
@@ -52,11 +72,11 @@ __device__ inline void dx_tile(const BackwardParams& p, int tile, uint32_t share
     ThinSums<kRanks> none;
     product<T, S, kRanks, true, false, false, kInChunks>(sums, none, operands, shared);
   }
-  if (p.fused) wait(p.flags + panel, 1);
+  if (has_flags(p)) wait(p.flags + panel, arrivals_before(p, of));
   const Operands low_rank{layer, matrix<T>({const_cast<void*>(p.dxa), layer.r}, layer.m, layer.r),
                           adapter<T>(layer, layer.a, layer.r, layer.k), {}, row, column, layer.r};
-  add_low_rank<T, S, kRanks, true, kDropout>(sums, place, low_rank, 1.0f, shared);
-  if (p.fused) leave(p.flags + panel, readers_of_dxa(p));
+  add_low_rank<T, S, kRanks, true>(sums, place, mask_of<S, kDropout>(p, of, place), low_rank, 1.0f, shared);
+  if (has_flags(p)) leave(p.flags + panel, last_to_leave(p));
   store_sums<T, S>(sums, place, p.dx, row, column, layer.m, layer.k, shared);
 }
 
@@ -101,19 +121,19 @@ template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void sum_tile(const BackwardParams& p, int index, uint32_t shared) {
   const Layer& layer = p.layer;
   const SumTile tile = SumTile::at<S, kRanks>(p, index);
-  const bool waits = tile.of_da && p.fused;
-  if (waits) tile.for_each_panel<S>([&](int panel) { wait(p.flags + panel, 1); });
+  if (tile.of_da && p.fused) tile.for_each_panel<S>([&](int panel) { wait(p.flags + panel, 1); });
   const void* factor = tile.of_da ? p.dxa : p.xa;
   const Source left = from_column(matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r), tile.rank);
   const Source right = tile.of_da ? matrix<T>(p.x, tile.end, layer.k) : matrix<T>(p.dy, tile.end, layer.n);
   BlockSums<S, kRanks> sums;
   if (tile.of_da) {
-    row_sums<T, S, kRanks, kDropout, kInChunks>(sums, layer, left, right, tile.row, tile.column, true, false, shared);
+    row_sums<T, S, kRanks, kDropout, kInChunks>(
+        sums, layer, p.mask, left, right, tile.row, tile.column, true, false, shared);
   } else {
     row_sums<T, S, kRanks, false, kInChunks>(
-        sums, layer, left, right, tile.row, tile.column, p.db, p.dbias && tile.rank == 0, shared);
+        sums, layer, {}, left, right, tile.row, tile.column, p.db, p.dbias && tile.rank == 0, shared);
   }
-  if (waits) tile.for_each_panel<S>([&](int panel) { leave(p.flags + panel, readers_of_dxa(p)); });
+  if (tile.of_da && has_flags(p)) tile.for_each_panel<S>([&](int panel) { leave(p.flags + panel, last_to_leave(p)); });
   finish_sums<T>(p, tile, sums, shared);
 }
 

@@ -25,7 +25,7 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
         side.end(tile.producing, b, depth, 0);
       }
       const Source dxa = matrix<T>({p.dxa, layer.r}, layer.m, layer.r);
-      side.factors(p.flags + tile.panel, 1, readers_of_dxa(p), dxa, tile.row, a, 0, tile.column);
+      side.factors(p.flags + tile.panel, arrivals_before(p, tile), last_to_leave(p), dxa, tile.row, a, 0, tile.column);
       continue;
     }
     const SumTile tile = SumTile::at<S, kRanks>(p, index);
@@ -37,14 +37,15 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
       side.right(tile.of_da ? params.x_map : params.dy_map, row, tile.column);
       side.end(factor, thin, row, 0);
     }
-    if (tile.of_da) tile.for_each_panel<S>([&](int panel) { side.leave(p.flags + panel, readers_of_dxa(p)); });
+    // Where the mask is drawn the side that draws it leaves, afterwards.
+    if (tile.of_da && !p.mask.bits) tile.for_each_panel<S>([&](int panel) { side.leave(p.flags + panel, last_to_leave(p)); });
   }
 }
 
 // The sums of a tile and the totals of its columns.
 template <class T, class S, int kRanks, bool kDropout>
 __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, S, kRanks, true>& side, const Mask& mask,
-                                 const SumTile& tile, bool want_product, bool want_total) {
+                                 const DrawnMask& drawn, const SumTile& tile, bool want_product, bool want_total) {
   using M = HopperMemory<T, S, kRanks, true>;
   using C = SumShape<S, kRanks>;
   static_assert(C::kRowsOfStep == S::kDepth && kHopperBox % C::kWarpColumns == 0, "a warp's columns lie in one box");
@@ -57,8 +58,8 @@ __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, 
     wait_for_phase(side.memory.filled(stage), side.at.parity);
     const uint32_t right = side.memory.right(stage);
     if (kDropout) {
-      drop<typename M::Box, S::kThreads>(right, row, tile.column, mask);
-      drop<typename M::Box, S::kThreads>(right + M::Box::kBytes, row, tile.column + kHopperBox, mask);
+      drop<typename M::Box, S::kThreads>(right, row, tile.column, mask, drawn);
+      drop<typename M::Box, S::kThreads>(right + M::Box::kBytes, row, tile.column + kHopperBox, mask, drawn);
       fence_stores();
       synchronize<S>();
     }
@@ -87,16 +88,17 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
         publish<S>(p.flags + tile.panel);
       }
       const Operands at{layer, {}, {}, {}, tile.row, tile.column, layer.r};
-      side.template add_factors<kDropout>(sums, Mask(layer), at, 1.0f);
+      side.add_factors(sums, [&] { return mask_of<S, kDropout>(p, tile, side.place); }, at, 1.0f);
       store_sums<T, S>(sums, side.place, p.dx, tile.row, tile.column, layer.m, layer.k, memory.out());
       continue;
     }
     const SumTile tile = SumTile::at<S, kRanks>(p, index);
     BlockSums<S, kRanks> sums;
     if (tile.of_da) {
-      ring_sums<T, S, kRanks, kDropout>(sums, side, Mask(layer), tile, true, false);
+      ring_sums<T, S, kRanks, kDropout>(sums, side, Mask(layer), p.mask, tile, true, false);
+      if (p.mask.bits) tile.for_each_panel<S>([&](int panel) { leave<S>(p.flags + panel, last_to_leave(p)); });
     } else {
-      ring_sums<T, S, kRanks, false>(sums, side, Mask(layer), tile, p.db, p.dbias);
+      ring_sums<T, S, kRanks, false>(sums, side, Mask(layer), {}, tile, p.db, p.dbias);
     }
     finish_sums<T>(p, tile, sums, memory.out());
     // The stores may have divided warps, and the next tile's products need whole ones.

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 # One fat binary; PTX of the first serves whatever is newer and not in the list.
 ARCHS = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0"
 FLAGS = (
-    "-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings "
+    "-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings --threads 0 "
     "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
 )
 RULE = """

@@ -74,6 +74,8 @@ Described describe(const Tensor& rows_of, const Parameters& p) {
   l.scaling_pointer = d.scaling ? static_cast<const float*>(data(*d.scaling)) : nullptr;
   l.seed = p.seed ? static_cast<const int64_t*>(data(*p.seed)) : nullptr;
   l.threshold = static_cast<uint32_t>(p.threshold);
+  l.lower_bits = (l.threshold & 0x7FFF) * 0x10001;
+  l.either = l.threshold < 0x8000 ? ~0u : 0u;
   return d;
 }
 
@@ -197,6 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
   const Tensor counters = target.zeros(dy, plan.counters);
   const Tensor dxa = target.empty(dy, {needs[0] || needs[1] ? layer.m : 0, layer.r}, {});
   const Tensor partials = target.empty(dy, {plan.partials}, ScalarType::Float);
+  const int64_t mask_columns = (layer.k + kSumColumns - 1) / kSumColumns * kSumColumns;
+  const Tensor mask = target.empty(dy, {plan.mask_rows * mask_columns / 32}, ScalarType::Float);  // 32 bits each
   const bool split = !plan.thin.kernel.empty();
   if (split) launch(target, plan.thin, ThinParams{layer, rows(dy_rows), data(dxa), 1});
   const auto wanted = [](bool need, const Tensor& t) { return need ? data(t) : nullptr; };
@@ -204,9 +208,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
   const BackwardParams params{
       layer, plan.grid, plan.kinds, rows(dy_rows), x_rows ? rows(*x_rows) : Rows{}, xa_rows ? data(*xa_rows) : nullptr,
       wanted(needs[0] || needs[1], dxa), wanted(needs[0], dx), wanted(needs[1], da), wanted(needs[2], db),
-      wanted(needs[3], dbias), layer.adapters_are_float, static_cast<float*>(data(partials)), zeros,
-      zeros + plan.kinds.db_blocks + plan.kinds.da_blocks, plan.segment, !split && plan.kinds.dxa > 0};
-  for (const Tensor& t : {dy_rows, d.weight, d.a, d.b, dxa, partials}) target.scratch(t);
+      wanted(needs[3], dbias), layer.adapters_are_float,
+      {plan.mask_rows ? static_cast<uint8_t*>(data(mask)) : nullptr, plan.mask_rows},
+      static_cast<float*>(data(partials)), zeros, zeros + plan.kinds.db_blocks + plan.kinds.da_blocks, plan.segment, !split && plan.kinds.dxa > 0};
+  for (const Tensor& t : {dy_rows, d.weight, d.a, d.b, dxa, partials, mask}) target.scratch(t);
   if (x_rows) target.scratch(*x_rows);
   if (xa_rows) target.scratch(*xa_rows);
   if (d.scaling) target.scratch(*d.scaling);

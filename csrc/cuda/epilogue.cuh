@@ -24,35 +24,53 @@ __device__ inline Source adapter(const Layer& layer, const Rows& t, int rows, in
   return {t.data, t.stride, rows, columns, is_float, is_float == (sizeof(T) == 4) && in_chunks<T>(t.data, t.stride)};
 }
 
-// Adds two blocks of the low-rank term, those of its elements that dropout keeps.
-template <bool kDropout>
-__device__ inline void add_kept(float (&first)[4], float (&second)[4], const float (&low_rank)[2][4], float scale,
-                                const Mask& mask, int row, int group, int t) {
-  if (!kDropout) {
+// The mask of a tile of dx as a thread's sums lie: drawn, or loaded where tiles of dA have left it.
+template <class S>
+struct TileMask {
+  Mask mask;
+  bool loaded;
+  uint32_t words[S::kBlocksM][2][S::kBlocksN / 4];  // of rows row(i) and row(i) + 8: four groups each
+
+  __device__ TileMask(const Layer& layer, const DrawnMask& drawn, bool loaded, const Place<S>& place, int row, int column)
+      : mask(layer), loaded(loaded) {
+    if (!loaded) return;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      first[e] += scale * low_rank[0][e];
-      second[e] += scale * low_rank[1][e];
+    for (int i = 0; i < S::kBlocksM; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* from = byte_of(drawn, min(row + place.row(i) + 8 * half, layer.m - 1), column + place.warp_column);
+#pragma unroll
+        for (int j = 0; j < S::kBlocksN / 4; ++j) words[i][half][j] = load_fresh(from, 4 * j);
+      }
     }
-    return;
   }
-  const uint4 words = mask.quad_words(row, group, t);
-  const uint32_t of_pair[4] = {words.x, words.y, words.z, words.w};
+
+  // A byte for each of (row, group), (row + 8, group), (row, group + 1), (row + 8, group + 1), of blocks (i, 2 j) and
+  // (i, 2 j + 1).
+  template <int i, int j>
+  __device__ uint32_t bits(int row, int group, int t) const {
+    if (!loaded) return mask.quad_bits(row, group, t);
+    return permute<j % 2 ? 0x7362 : 0x5140>(words[i][0][j / 2], words[i][1][j / 2]);
+  }
+};
+struct NoMask {};
+
+// Adds two blocks of the low-rank term, those of its elements whose bits are set; see TileMask.
+__device__ inline void add_kept(float (&first)[4], float (&second)[4], const float (&low_rank)[2][4], float scale,
+                                uint32_t bits, int t) {
+  const uint32_t mine = bits >> t;  // lane 2 t; the odd one's bit is four on
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float *const one = first + 2 * half, *const two = second + 2 * half;
-    const uint32_t word_one = of_pair[half], word_two = of_pair[2 + half];
-    if (mask.keeps_low(word_one)) one[0] += scale * low_rank[0][2 * half];
-    if (mask.keeps_high(word_one)) one[1] += scale * low_rank[0][2 * half + 1];
-    if (mask.keeps_low(word_two)) two[0] += scale * low_rank[1][2 * half];
-    if (mask.keeps_high(word_two)) two[1] += scale * low_rank[1][2 * half + 1];
+  for (int e = 0; e < 4; ++e) {
+    const int place = 8 * (e / 2) + 4 * (e % 2);
+    add_if(first[e], scale * low_rank[0][e], mine & 1 << place);
+    add_if(second[e], scale * low_rank[1][e], mine & 1 << (16 + place));
   }
 }
 
 // sums += scale * D(left right) for kRanks ranks, `depth` of them not zero: left [rows, kRanks] and right [columns,
-// kRanks], or [kRanks, columns] if kByDepth, in shared memory.
-template <class T, class S, int kRanks, bool kByDepth, bool kDropout>
-__device__ __forceinline__ void add_ranks(Sums<S>& sums, const Place<S>& place, const Mask& mask, const Operands& at,
+// kRanks], or [kRanks, columns] if kByDepth, in shared memory. D by `mask`: a TileMask, or NoMask.
+template <class T, class S, int kRanks, bool kByDepth, class TheMask>
+__device__ __forceinline__ void add_ranks(Sums<S>& sums, const Place<S>& place, const TheMask& mask, const Operands& at,
                                           float scale, int depth, uint32_t left, uint32_t right) {
   using LeftTile = Tile<T, S::kRows, kRanks>;
   using RightTile = std::conditional_t<kByDepth, DeepTile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
@@ -71,22 +89,27 @@ __device__ __forceinline__ void add_ranks(Sums<S>& sums, const Place<S>& place, 
         multiply<T>(low_rank[0], a, b[0], b[1]);
         multiply<T>(low_rank[1], a, b[2], b[3]);
       });
-      add_kept<kDropout>(sums.v[i][2 * j], sums.v[i][2 * j + 1], low_rank, scale, mask, at.row + place.row(i),
-                         (at.column + place.warp_column) / 8 + 2 * j, place.t);
-      // The calls of the mask one after the other: together they would need too many registers.
-      if (kDropout) __syncwarp();
+      float(&first)[4] = sums.v[i][2 * j], (&second)[4] = sums.v[i][2 * j + 1];
+      if constexpr (std::is_same_v<TheMask, NoMask>) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) first[e] += scale * low_rank[0][e], second[e] += scale * low_rank[1][e];
+      } else {
+        const int group = (at.column + place.warp_column) / 8 + 2 * j;
+        add_kept(first, second, low_rank, scale, mask.template bits<i, j>(at.row + place.row(i), group, place.t), place.t);
+        // The calls of the mask one after the other: together they would need too many registers.
+        __syncwarp();
+      }
     });
   });
 }
 
 // sums += scale * D(left right) for low-rank factors: left [rows, r], right [columns, r], or [r, columns] if
 // kByDepth. No pipeline, since the depth is the rank; kRanks of it at a time.
-template <class T, class S, int kRanks, bool kByDepth, bool kDropout>
-__device__ __forceinline__ void add_low_rank(Sums<S>& sums, const Place<S>& place, const Operands& operands, float scale,
-                                             uint32_t shared) {
+template <class T, class S, int kRanks, bool kByDepth, class TheMask>
+__device__ __forceinline__ void add_low_rank(Sums<S>& sums, const Place<S>& place, const TheMask& mask, const Operands& operands,
+                                             float scale, uint32_t shared) {
   using LeftTile = Tile<T, S::kRows, kRanks>;
   using RightTile = std::conditional_t<kByDepth, DeepTile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
-  const Mask mask(operands.layer);
   const uint32_t right = shared + LeftTile::kBytes;
   static_assert(LeftTile::kBytes + RightTile::kBytes == low_rank_bytes<S>(kRanks), "what the host asks for");
   for (int rank = 0; rank < operands.depth; rank += kRanks) {
@@ -96,7 +119,7 @@ __device__ __forceinline__ void add_low_rank(Sums<S>& sums, const Place<S>& plac
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
-    add_ranks<T, S, kRanks, kByDepth, kDropout>(sums, place, mask, operands, scale, operands.depth - rank, shared, right);
+    add_ranks<T, S, kRanks, kByDepth>(sums, place, mask, operands, scale, operands.depth - rank, shared, right);
     __syncthreads();
   }
 }

@@ -314,8 +314,9 @@ __device__ inline void wait(const int* flag, int arrivals) {
 }
 
 // Counts a consumer out; the last one, who finds `last` there, leaves a zero behind.
+template <class S = AllThreads>
 __device__ inline void leave(int* flag, int last) {
-  __syncthreads();
+  synchronize<S>();
   count_out(flag, last, threadIdx.x == 0);
 }
 

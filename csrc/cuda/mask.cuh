@@ -6,6 +6,7 @@
 
 #include "params.h"
 #include "ptx.cuh"
+#include "shapes.h"
 
 namespace lora_kernels {
 
@@ -16,6 +17,26 @@ __device__ inline void multiply_wide(uint32_t& low, uint32_t& high, uint32_t a, 
 __device__ inline uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0x96;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
+// The bits of a where kWhich has ones, else those of b.
+template <uint32_t kWhich>
+__device__ inline uint32_t choose(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(result) : "r"(a), "r"(b), "n"(kWhich));
+  return result;
+}
+__device__ inline uint32_t majority(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe8;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+// Bytes of a (0 to 3) and b (4 to 7), as the selector's digits say, the lowest first; with 8 more, their top bits.
+template <uint32_t kSelector>
+__device__ inline uint32_t permute(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "n"(kSelector));
   return result;
 }
 
@@ -34,19 +55,21 @@ struct Mask {
   __device__ uint4 words(int row, int group) const {
     const uint64_t groups = static_cast<uint32_t>(layer.k + 7) / 8;
     const uint64_t counter = static_cast<uint32_t>(row) * groups + static_cast<uint32_t>(group);
-    uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+    uint32_t low0, high0, low1, high1;
+    multiply_wide(low0, high0, static_cast<uint32_t>(counter), 0xD2511F53u);
+    // The counter's upper words are zero: half of the first round.
+    uint32_t c0 = static_cast<uint32_t>(counter >> 32) ^ key_low, c1 = 0, c2 = high0 ^ key_high, c3 = low0;
     uint32_t k0 = key_low, k1 = key_high;
 #pragma unroll
-    for (int round = 0; round < 10; ++round) {
-      uint32_t low0, high0, low1, high1;
+    for (int round = 1; round < 10; ++round) {
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
       multiply_wide(low0, high0, c0, 0xD2511F53u);
       multiply_wide(low1, high1, c2, 0xCD9E8D57u);
       c0 = xor3(high1, c1, k0);
       c1 = low1;
       c2 = xor3(high0, c3, k1);
       c3 = low0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
     }
     return make_uint4(c0, c1, c2, c3);
   }
@@ -54,26 +77,31 @@ struct Mask {
   __device__ bool keeps_low(uint32_t word) const { return (word << 16) >= layer.threshold << 16; }
   __device__ bool keeps_high(uint32_t word) const { return word >= layer.threshold << 16; }
 
-  // Bit j of eight: whether lane j of a call's words stays.
-  __device__ uint32_t bits(uint4 of) const {
-    const uint32_t words[4] = {of.x, of.y, of.z, of.w};
-    uint32_t result = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) result |= keeps_low(words[i]) << 2 * i | keeps_high(words[i]) << (2 * i + 1);
-    return result;
+  // Ones in each half of a word that is at least the threshold, zeros elsewhere; both halves at once. With its top bit
+  // set a half borrows nothing from its neighbour, and the difference's top bit compares the other 15. Where the
+  // threshold's own top bit is set it takes that and the half's (their majority with 0), else either (with 1).
+  __device__ uint32_t halves(uint32_t word) const {
+    const uint32_t least = majority((word | 0x80008000u) - layer.lower_bits, word, layer.either);
+    return permute<0xBB99>(least, least);
+  }
+  __device__ uint4 halves(uint4 words) const {
+    return make_uint4(halves(words.x), halves(words.y), halves(words.z), halves(words.w));
   }
 
-  // Two neighbouring 16-bit elements, those zeroed that their halves of the word drop.
-  __device__ uint32_t kept(uint32_t pair, uint32_t word) const {
-    return pair & ((keeps_low(word) ? 0x0000FFFFu : 0u) | (keeps_high(word) ? 0xFFFF0000u : 0u));
+  // A group's mask as a byte, of its words' halves: even lanes from bit 0 on, odd ones from bit 4.
+  __device__ static uint32_t bits(uint4 halves) {
+    const uint32_t first = choose<0x55555555>(halves.x, halves.y), second = choose<0x55555555>(halves.z, halves.w);
+    const uint32_t all = choose<0x33333333>(first, second);
+    return choose<0x0000000F>(all, all >> 16);
   }
 
   // A left operand's fragment, of the words that its elements have.
   __device__ void keep(uint32_t (&fragment)[4], uint4 of) const {
-    fragment[0] = kept(fragment[0], of.x);
-    fragment[1] = kept(fragment[1], of.y);
-    fragment[2] = kept(fragment[2], of.z);
-    fragment[3] = kept(fragment[3], of.w);
+    const uint4 kept = halves(of);
+    fragment[0] &= kept.x;
+    fragment[1] &= kept.y;
+    fragment[2] &= kept.z;
+    fragment[3] &= kept.w;
   }
 
   // Words for the elements of a quad's four threads in two 8 x 8 blocks of a 16-row tile: thread t holds
@@ -96,10 +124,10 @@ struct Mask {
     return make_uint4(upper ? from2 : first0, upper ? from3 : second0, upper ? first1 : from2, upper ? second1 : from3);
   }
 
-  // Eight bits for each of (row, group), (row + 8, group), (row, group + 1), (row + 8, group + 1): for the four
-  // threads of a quad, which draw one call each.
+  // A byte for each of (row, group), (row + 8, group), (row, group + 1), (row + 8, group + 1): for the four threads of
+  // a quad, which draw one call each.
   __device__ uint32_t quad_bits(int row, int group, int t) const {
-    uint32_t all = bits(words(row + 8 * (t & 1), group + (t >> 1))) << 8 * t;
+    uint32_t all = (bits(halves(words(row + 8 * (t & 1), group + (t >> 1)))) & 0xFF) << 8 * t;
     all |= __shfl_xor_sync(0xFFFFFFFFu, all, 1);
     return all | __shfl_xor_sync(0xFFFFFFFFu, all, 2);
   }
@@ -123,11 +151,11 @@ struct LeftMask<float> {
     if (kSlice % 4 == 0) bits = mask.quad_bits(row, column / 8, t);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t mine = bits >> (8 * (half + kSlice / 2 % 2 * 2) + kSlice % 2 * 4);
+      const uint32_t mine = bits >> (8 * (half + kSlice / 2 % 2 * 2) + kSlice % 2 * 2);
       fragment[half].x = mine & 1 ? fragment[half].x : 0;
-      fragment[half].y = mine & 2 ? fragment[half].y : 0;
-      fragment[half].z = mine & 4 ? fragment[half].z : 0;
-      fragment[half].w = mine & 8 ? fragment[half].w : 0;
+      fragment[half].y = mine & 1 << 4 ? fragment[half].y : 0;
+      fragment[half].z = mine & 2 ? fragment[half].z : 0;
+      fragment[half].w = mine & 2 << 4 ? fragment[half].w : 0;
     }
   }
 };
@@ -139,13 +167,20 @@ struct LeftMask<Tf32> {
   template <int kSlice>
   __device__ void keep(uint32_t (&fragment)[4], const Mask& mask, int row, int column, int t) {
     if (kSlice % 2 == 0) bits = mask.quad_bits(row, column / 8, t);
-    const uint32_t mine = bits >> (kSlice % 2 * 16 + t);
+    const uint32_t mine = bits >> (kSlice % 2 * 16 + t / 2 + t % 2 * 4);  // lane t; t + 4 is two bits on
     fragment[0] = mine & 1 ? fragment[0] : 0;
     fragment[1] = mine & 1 << 8 ? fragment[1] : 0;
-    fragment[2] = mine & 1 << 4 ? fragment[2] : 0;
-    fragment[3] = mine & 1 << 12 ? fragment[3] : 0;
+    fragment[2] = mine & 1 << 2 ? fragment[2] : 0;
+    fragment[3] = mine & 1 << 10 ? fragment[3] : 0;
   }
 };
+
+// The byte of a row's group of columns.
+constexpr int kMaskRowBytes = kSumColumns / 8;
+__device__ inline uint8_t* byte_of(const DrawnMask& mask, int row, int column) {
+  const int64_t whole_rows = static_cast<int64_t>(column / kSumColumns) * mask.rows + row;
+  return mask.bits + whole_rows * kMaskRowBytes + column % kSumColumns / 8;
+}
 
 __device__ inline float keep_scale(const Layer& layer) {
   return 65536.0f / static_cast<float>(65536 - layer.threshold);

@@ -23,6 +23,7 @@ struct Layer {
   const float* scaling_pointer;  // where it lies in memory; null: the number above
   const int64_t* seed;           // null: no dropout
   uint32_t threshold;            // of 65536
+  uint32_t lower_bits, either;   // its lower 15 bits in both halves; ones where it has no other, else zero
 };
 
 // How the tiles of a large product are laid out: panels of rows by columns of tiles.
@@ -46,6 +47,13 @@ struct Kinds {
   int db_blocks, da_blocks;         // tiles of a segment's sums
 };
 
+// Where tiles of dA leave dropout's mask to those of dx: for each kSumColumns columns of x so many rows, a bit an
+// element. Null: nothing is left.
+struct DrawnMask {
+  uint8_t* bits;
+  int rows;
+};
+
 struct BackwardParams {
   Layer layer;
   Grid grid;
@@ -54,6 +62,7 @@ struct BackwardParams {
   const void* xa;           // [m, r]
   void *dxa, *dx, *da, *db, *dbias;  // contiguous; null: not wanted (dxa: not needed)
   int adapter_gradients_are_float;
+  DrawnMask mask;
   float* partials;          // [blocks, segments, ranks + 1, columns] if there are several segments
   int *counters, *flags;    // one a block of sums, one a row panel; zero before and after
   int segment;              // rows that a tile of da or db sums

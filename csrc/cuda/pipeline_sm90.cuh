@@ -164,12 +164,12 @@ struct MultiplyingSide {
     arrive_by_warp(memory.read(before));
   }
 
-  // sums += scale * D(factors' product).
-  template <bool kDropout>
-  __device__ void add_factors(Sums<S>& sums, const Mask& mask, const Operands& of, float scale) {
+  // sums += scale * D(factors' product), D by the mask that `mask_of` returns.
+  template <class F>
+  __device__ void add_factors(Sums<S>& sums, F mask_of, const Operands& of, float scale) {
     wait_for_phase(memory.factors_filled(), tiles++ & 1);
-    add_ranks<T, S, kRanks, kByDepth, kDropout>(
-        sums, place, mask, of, scale, of.layer.r, memory.left_factor(), memory.right_factor());
+    add_ranks<T, S, kRanks, kByDepth>(
+        sums, place, mask_of(), of, scale, of.layer.r, memory.left_factor(), memory.right_factor());
     __syncwarp();
     arrive_by_warp(memory.factors_read());
   }

@@ -124,6 +124,7 @@ void number_tiles(Plan& plan, const Problem& p, const Choice& c, bool fused) {
   k.all = k.da + (p.dx ? plan.grid.panels * (plan.grid.columns - (fused ? 1 : 0)) : 0);
   plan.partials = k.parts > 1 ? int64_t{k.db_blocks + k.da_blocks} * k.parts * (c.ranks + 1) * kSumColumns : 0;
   plan.counters = k.db_blocks + k.da_blocks + plan.grid.panels;
+  plan.mask_rows = p.dropout && p.dx && p.da ? over(p.m, kSumRows) * kSumRows : 0;
 }
 
 void check(const Problem& p) {

@@ -44,6 +44,7 @@ struct Plan {
   int segment;         // rows that a tile of da or db sums
   int counters;        // int32 zeros that the call needs
   int64_t partials;    // float32 numbers that the call needs
+  int mask_rows;       // that tiles of da leave the mask of to those of dx; 0: each draws its own
 };
 
 // A forward call that is bound by reading the weight: one launch of the decode kernel.

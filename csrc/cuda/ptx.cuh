@@ -200,6 +200,18 @@ __device__ inline void count_out(int* flag, int last, bool does) {
       : "memory");
 }
 
+// sum += addend where the bits aren't zero: by a predicate, not a choice of two sums.
+__device__ inline void add_if(float& sum, float addend, uint32_t bits) {
+  asm("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p add.f32 %0, %0, %1; }" : "+f"(sum) : "f"(addend), "r"(bits));
+}
+
+// By a predicate, and no store that C++ knows of: one of bytes might change whatever a kernel keeps in registers.
+__device__ inline void store_byte_if(bool does, uint8_t* to, uint32_t value) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.u8 [%0], %1; }"
+               :
+               : "l"(to), "r"(value), "r"(static_cast<int>(does)));
+}
+
 // Memory that other programs wrote in this launch: past L1, which may hold what was there before. Zero where it is
 // not `there`: by a predicate, since a branch would divide the warp.
 __device__ inline uint16_t load_fresh(const uint16_t* from, bool there) {
@@ -208,6 +220,12 @@ __device__ inline uint16_t load_fresh(const uint16_t* from, bool there) {
                : "=h"(value)
                : "l"(from), "r"(static_cast<int>(there))
                : "memory");
+  return value;
+}
+
+__device__ inline uint32_t load_fresh(const uint8_t* from, int offset) {
+  uint32_t value;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(value) : "l"(from + offset) : "memory");
   return value;
 }
 

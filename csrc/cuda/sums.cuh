@@ -94,15 +94,18 @@ __device__ inline void drop_four(uint32_t at, uint32_t first, uint32_t second, c
   store_chunk(at, v);
 }
 
-// Drops elements of a tile in shared memory: a thread has eight columns of a row, one call of the mask.
+// Drops elements of a tile in shared memory: a thread has eight columns of a row, one call of the mask. Leaves their
+// bits to tiles of dx where that is wanted.
 template <class Tile, int kThreads>
-__device__ inline void drop(uint32_t tile, int row, int column, const Mask& mask) {
+__device__ inline void drop(uint32_t tile, int row, int column, const Mask& mask, const DrawnMask& left) {
   constexpr bool kFloat = sizeof(typename Tile::Element) == 4;
-  constexpr int kCalls = Tile::kColumns / 8;
+  constexpr int kCalls = Tile::kColumns / 8, kRowsAtOnce = kThreads / kCalls;
+  uint8_t* const bytes = byte_of(left, row + threadIdx.x / kCalls, column + 8 * (threadIdx.x % kCalls));
 #pragma unroll
   for (int first = 0; first < Tile::kRows * kCalls; first += kThreads) {
     const int index = first + threadIdx.x, r = index / kCalls, c = index % kCalls;
-    const uint4 words = mask.words(row + r, column / 8 + c);
+    const uint4 words = mask.words(row + r, column / 8 + c), kept = mask.halves(words);
+    store_byte_if(left.bits, bytes + first / kThreads * kRowsAtOnce * kMaskRowBytes, mask.bits(kept));
     if constexpr (kFloat) {
       // Four threads in eight take their second chunk first: at once all eight touch different banks.
       const bool second = c / 4 % 2;
@@ -111,10 +114,10 @@ __device__ inline void drop(uint32_t tile, int row, int column, const Mask& mask
     } else {
       const uint32_t at = tile + Tile::offset(r, c);
       uint4 v = load_chunk(at);
-      v.x = mask.kept(v.x, words.x);
-      v.y = mask.kept(v.y, words.y);
-      v.z = mask.kept(v.z, words.z);
-      v.w = mask.kept(v.w, words.w);
+      v.x &= kept.x;
+      v.y &= kept.y;
+      v.z &= kept.z;
+      v.w &= kept.w;
       store_chunk(at, v);
     }
   }
@@ -161,8 +164,9 @@ __device__ __forceinline__ void add_rows(BlockSums<S, kRanks>& sums, const LeftR
 
 // sums = leftT D(right) and the columns' totals, of rows from `row` to the matrices' end.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
-__device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer& layer, const Source& left, const Source& right,
-                                int row, int column, bool want_product, bool want_total, uint32_t shared) {
+__device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer& layer, const DrawnMask& drawn, const Source& left,
+                                         const Source& right, int row, int column, bool want_product, bool want_total,
+                                         uint32_t shared) {
   using C = SumShape<S, kRanks>;
   using LeftTile = DeepTile<T, C::kRowsOfStep, kRanks>;
   using RightTile = DeepTile<T, C::kRowsOfStep, C::kColumns>;
@@ -188,7 +192,7 @@ __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer
     commit_copies();
     const uint32_t stage = shared + step % C::kStages * C::kStageBytes, tile = stage + C::kLeftBytes;
     if (kDropout) {
-      drop<RightTile, S::kThreads>(tile, row + step * C::kRowsOfStep, column, mask);
+      drop<RightTile, S::kThreads>(tile, row + step * C::kRowsOfStep, column, mask, drawn);
       __syncthreads();
     }
     const auto add_step = [&](BlockSums<S, kRanks>& to) {
