@@ -231,18 +231,30 @@ def of_call(layer: Layer, config: Config, arch: int, programs: int = PROGRAMS) -
     return launches(layer, config, replace(GPUS[arch], multiprocessors=programs))
 
 
+def _without_waiting(data: dict[str, Any]) -> int:
+    """Return a launch's instructions but questions to barriers and the branches on their answers.
+
+    What else it asks of barriers is to expect the bytes of two copies.
+    """
+    of_barriers = data["opcodes"].get("mbarrier", 0) - data["opcodes"].get("cp.async.bulk", 0) // 2
+    return data["warp_instructions"] - 2 * of_barriers
+
+
 def producing_ratio(arch: int, layer: Layer, config: Config) -> float:
     """Return the instructions of a tile that makes xa (dxa) over those of one that doesn't.
 
-    What one more row panel of producing tiles adds to a call, over what one more column adds.
+    What one more row panel of producing tiles adds to a call, over what one more column adds;
+    without waiting for copies, which takes as many turns as the machine's schedule makes it.
     """
 
     def count(panels: int, columns: int) -> int:
         width = columns * config.columns
         part = layer._replace(m=panels * config.rows, needs=(True, False, False, False))
         part = part._replace(k=width) if layer.backward else part._replace(n=width)
-        calls = of_call(part, config, arch, config.producers)
-        return executed(arch, calls, config.producers).instructions
+        machine = Machine(arch, config.producers)
+        for call in of_call(part, config, arch, config.producers):
+            machine.run(*call)
+        return sum(_without_waiting(stats.data) for stats in machine.stats)
 
     alone = count(1, config.producers)
     producing = (count(2, config.producers) - alone) / config.producers

@@ -11,6 +11,7 @@ import torch
 
 from lora_kernels._triton import launch
 from lora_kernels._triton.device import Device, known
+from lora_kernels.testing import Case, assert_results, make_inputs, run
 
 pytest.importorskip("triton")
 
@@ -72,6 +73,26 @@ def fix_plan(monkeypatch: Any, **fields: Any) -> None:
         return Plan(config, thin, 0.0, 0.0)
 
     monkeypatch.setattr(linear, "planned", fixed)
+
+
+def check_same_bits(case: Case, target: int, monkeypatch: Any) -> None:
+    """Check a call's results, the same to the bit whatever the schedule.
+
+    Sums over rows are of five segments or so: two would be the same in either order.
+    """
+    from lora_kernels._triton import linear
+
+    fix_plan(monkeypatch)
+    monkeypatch.setattr(linear, "segment_rows", lambda *_: 64)
+    inputs = make_inputs(case)
+    runs = []
+    for resident, seed in ((5, 1), (3, 2), (9, 3), (12, 4)):
+        with running(Machine(target, resident, seed)):
+            runs.append(run(case, inputs, "triton"))
+    assert_results(case, inputs, runs[0], "triton")
+    for other in runs[1:]:
+        for name, expected in runs[0].items():
+            assert torch.equal(other[name], expected), f"other bits of {name}"
 
 
 def running(executor: Any) -> Any:

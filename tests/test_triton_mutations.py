@@ -2,6 +2,8 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ from tests.executors import (
     INTERPRETED,
     Interpreter,
     Machine,
+    check_same_bits,
     fix_plan,
     needs_machine,
     running,
 )
 
-CASE = Case((130,), 200, 136, 5, torch.float32 if INTERPRETED else torch.float16, dropout_p=0.2)
+CASE = Case((130,), 200, 136, 5, torch.float16, dropout_p=0.2)
 SOURCES = ("philox", "tiles", "thin", "forward", "backward")
 
 # name: (file, text, replacement, whether only real concurrency shows it)
@@ -35,11 +38,24 @@ MUTANTS = {
         "                store_factor(dxa, read(thin, MMA) * thin_scale, rows, M, R, BLOCK_R)\n",
         True,
     ),
-    "flag not waited for": ("tiles", "late, seen, $2;", "late, seen, 0;", True),
+    "flag not waited for": ("tiles", "early, seen, $2;", "early, seen, 0;", True),
+    "mask read before it is drawn": ("backward", "+ DA_BLOCKS if DRAWN else 1", "", True),
     "flag not reset": ("tiles", "@last st.relaxed.gpu.global.u32 [$1], 0;", "", True),
     "mask missing on a ragged edge": ("tiles", "elif LIMIT % COLUMNS == 0:", "elif True:", False),
     "wrong counter in the mask": ("philox", "(K + 7) // 8", "(K + 15) // 8", False),
-    "lanes in another order": ("philox", "lane % 2 == 0", "lane % 2 == 1", False),
+    "lanes in another order": (
+        "philox",
+        "[None, None, :] == 0, words,",
+        "[None, None, :] == 1, words,",
+        False,
+    ),
+    "bits in another order": (
+        "philox",
+        "words << (7 - place), words << (3 - place)",
+        "words << (3 - place), words << (7 - place)",
+        False,
+    ),
+    "bits of another row": ("backward", "wide(start) * (4 * MASK_STRIDE)", "0", False),
     "kept values not scaled": (
         "forward",
         "thin *= keep_scale(threshold)",
@@ -48,7 +64,7 @@ MUTANTS = {
     ),
     "dropout forgotten in dA": (
         "backward",
-        "kept = keep_where(tile, lanes, bound)",
+        "kept = keep_where(masks, tile)",
         "kept = tile",
         False,
     ),
@@ -92,11 +108,11 @@ def _mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
     fix_plan(monkeypatch, sum_columns=64)
 
 
-def _runs(executor):
+def _runs(executor, case=CASE):
     """Two calls on one workspace, each against the oracle."""
     with running(executor):
         for _ in range(2):
-            assert_parity(CASE, make_inputs(CASE), "triton")
+            assert_parity(case, make_inputs(case), "triton")
 
 
 @pytest.mark.parametrize("name", [n for n, m in MUTANTS.items() if not m[3]])
@@ -121,8 +137,9 @@ def test_wrong_order_is_caught(name, tmp_path, monkeypatch):
 
 
 def _run_schedules():
-    for seed in range(3):
-        _runs(Machine(80, resident=24, seed=seed))
+    # Without dropout tiles of dx wait for nothing but dxa.
+    for seed, case in product(range(3), (CASE, replace(CASE, dropout_p=0.0))):
+        _runs(Machine(80, resident=24, seed=seed), case)
         _check_flags()
 
 
@@ -131,6 +148,16 @@ def _check_flags():
 
     zeros = linear._WORKSPACE.zeros(1, torch.device("cpu"))
     assert not zeros.any(), "flags not left as found"
+
+
+@needs_machine
+def test_sums_in_order_of_arrival_are_caught(tmp_path, monkeypatch):
+    _mutated_kernels(
+        tmp_path, monkeypatch, "backward", "space + i * SIZE", "space + (part + i) % parts * SIZE"
+    )
+    case = Case((300,), 136, 136, 8, torch.float16, torch.float32)
+    with pytest.raises(AssertionError, match="other bits"):
+        check_same_bits(case, 80, monkeypatch)
 
 
 @needs_machine

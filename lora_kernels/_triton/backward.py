@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from lora_kernels._triton.philox import (
+    choose,
     keep_where,
-    lane_bound,
-    lanes_by_element,
-    plus_kept,
-    words_by_call,
+    masks_by_bits,
+    masks_by_call,
+    masks_by_element,
 )
 from lora_kernels._triton.tiles import (
     block_pointers,
@@ -24,12 +24,15 @@ from lora_kernels._triton.tiles import (
     leave,
     load_factor,
     load_operand,
+    opaque,
     operand_pointers,
     plus_product,
     publish,
     read,
+    rounded_now,
     scaling_of,
     store_factor,
+    store_tile,
     unfetched,
     wait,
     wide,
@@ -78,19 +81,44 @@ def _products(
 
 
 @triton.jit
+def _masks(
+    mask, drawn, rows, near_rows, column, seed, threshold, K: tl.constexpr,
+    MASK_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return `masks_by_call` of a tile of dx, from the bits in `mask` if they are drawn."""
+    if mask is not None and drawn:
+        pointers = block_pointers(mask, near_rows, MASK_STRIDE, column // 32, BLOCK_K // 32)
+        masks = masks_by_bits(tl.load(pointers).to(tl.uint32, bitcast=True))
+    else:
+        masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE)
+    return masks
+
+
+@triton.jit
 def _finish_dx(
-    acc, dxa, a, dx, row, column, M, seed, threshold, stride_a, K: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr,
+    acc, dxa, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a,
+    K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add D(dxa A) to dy W, where dxa holds the factor of kept elements, and store dx."""
+    """Add D(dxa A) to dy W, where dxa holds the factor of kept elements, and store dx.
+
+    drawn: whether tiles of dA have left the mask's bits in `mask`.
+    """
+    dtype: tl.constexpr = dx.dtype.element_ty
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_K)
     near_rows = tl.minimum(rows, M - 1)
     if DROPOUT:
-        low_rank = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    else:
-        low_rank = acc
+        if dtype == tl.float32:
+            # Its product's operands lie in registers: there is room for the mask only afterwards.
+            dropped = acc
+            acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        else:
+            masks = _masks(
+                mask, drawn, rows, near_rows, column, seed, threshold, K, MASK_STRIDE, BLOCK_K, WIDE
+            )
+            dropped = rounded_now(acc, dtype)
     for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
         dxa_tile = load_factor(dxa, near_rows, R, rank, R, RANK_STEP, R == BLOCK_R)
         ranks = rank + tl.arange(0, RANK_STEP)
@@ -100,29 +128,30 @@ def _finish_dx(
         else:
             inside = (ranks < R)[:, None] & (columns < K)[None, :]
             a_tile = tl.load(a_pointers, mask=inside, other=0.0)
-        a_tile = a_tile.to(dxa_tile.dtype)
-        low_rank = plus_product(low_rank, dxa_tile, a_tile, PRECISION)
+        acc = plus_product(acc, dxa_tile, a_tile.to(dxa_tile.dtype), PRECISION)
+    result = read(acc, MMA).to(dtype)
     if DROPOUT:
-        words = words_by_call(rows, column, seed, K, BLOCK_K, WIDE)
-        acc = plus_kept(acc, low_rank, words, lane_bound(threshold))
-    else:
-        acc = read(low_rank, MMA)
-    pointers = dx + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    inside = (rows < M)[:, None] & (columns < K)[None, :]
-    tl.store(pointers, acc.to(dx.dtype.element_ty), mask=inside)
+        if dtype == tl.float32:
+            masks = _masks(
+                mask, drawn, rows, near_rows, column, seed, threshold, K, MASK_STRIDE, BLOCK_K, WIDE
+            )
+            result = dropped + keep_where(masks, result)
+        else:
+            result = choose(masks, result, dropped)
+    store_tile(dx, result, rows, columns, M, K, K % BLOCK_K == 0)
 
 
 @triton.jit
 def _row_sums(
-    left, right, right_stride, row, end, column, rank, M, seed, threshold, WIDTH: tl.constexpr,
-    R: tl.constexpr, RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
-    MMA: tl.constexpr, PRECISION: tl.constexpr,
+    left, right, mask, right_stride, row, end, column, rank, M, seed, threshold,
+    WIDTH: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr, RANKS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
+    PRODUCT: tl.constexpr, SUM: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return Σ leftᵀ D(right) and Σ right over rows [row, end), float32, in order of rows.
 
     left [M, R] contiguous, of which RANKS columns from `rank` on; right [M, WIDTH], of which
-    BLOCK_C from `column` on.
+    BLOCK_C from `column` on. mask: where the bits of D go, or None.
     """
     columns = column + tl.arange(0, BLOCK_C)
     ranks = rank + tl.arange(0, RANKS)
@@ -131,9 +160,15 @@ def _row_sums(
     right_pointers = block_pointers(right, near, right_stride, column, BLOCK_C)
     if PRODUCT:
         left_pointers = left + near.to(tl.int64)[None, :] * R + ranks[:, None]
+    if mask is not None:
+        # A byte is a group. In neighbouring threads, as `masks` below; Triton would lay several
+        # side by side in one to store words, and draw them once more there.
+        groups = opaque(column // 8 + tl.arange(0, BLOCK_C // 8))
+        mask_pointers = mask.to(tl.pointer_type(tl.uint8)) + (
+            steps[:, None] * (4 * MASK_STRIDE) + groups[None, :]
+        )
     product = tl.zeros((RANKS, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_C,), tl.float32)
-    bound = lane_bound(threshold)
     last = tl.maximum(M - BLOCK_S, 0)
     for first in tl.range(row, end, BLOCK_S):
         # The last step starts early enough to stay inside; the rows that it meets again, zeros on
@@ -147,14 +182,20 @@ def _row_sums(
         else:
             tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
         if PRODUCT:
-            mask = inside[None, :]
+            wanted = inside[None, :]
             if R % RANKS != 0:
-                mask &= (ranks < R)[:, None]
-            factor = tl.load(left_pointers + wide(start) * R, mask=mask, other=0.0)
+                wanted &= (ranks < R)[:, None]
+            factor = tl.load(left_pointers + wide(start) * R, mask=wanted, other=0.0)
             kept = tile
             if DROPOUT:
-                lanes = lanes_by_element(rows, column, seed, WIDTH, BLOCK_C, WIDE)
-                kept = keep_where(tile, lanes, bound)
+                masks, bits = masks_by_element(rows, column, seed, threshold, WIDTH, BLOCK_C, WIDE)
+                kept = keep_where(masks, tile)
+                if mask is not None:
+                    tl.store(
+                        mask_pointers + wide(start) * (4 * MASK_STRIDE),
+                        bits.to(tl.uint8),
+                        mask=(steps >= first - start)[:, None],
+                    )
             product = plus_product(product, factor, kept, PRECISION)
         if SUM:
             total += tl.sum(tl.where(inside[:, None], tile, 0.0).to(tl.float32), 0)
@@ -196,10 +237,10 @@ def _sum_of_parts(
 
 @triton.jit(do_not_specialize=["M", "scaling", "threshold", "segment"])
 def backward_kernel(
-    dy, x, xa, w, a, b, seed_pointer, scaling_pointer, dxa, dx, da, db, dbias, partials, counters,
-    flags, dy_descriptor, w_descriptor,
+    dy, x, xa, w, a, b, seed_pointer, scaling_pointer, dxa, dx, da, db, dbias, mask, partials,
+    counters, flags, dy_descriptor, w_descriptor,
     stride_dy, stride_x, stride_w, stride_a, stride_b, segment, M, scaling, threshold,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     RANK_STEP: tl.constexpr, RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     GROUP: tl.constexpr,
@@ -214,6 +255,8 @@ def backward_kernel(
     segment: rows a tile of dA or dB sums, a multiple of BLOCK_M.
     dy_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_N] and [BLOCK_N, BLOCK_K], or both None.
     flags, counters: int32, one a row panel and one a block of dB and dA, zero before and after.
+    mask: int32 [max(M, BLOCK_S), MASK_STRIDE], a bit for each element of x; None: all tiles draw.
+    Tiles of dA, drawing it beside their copies, leave it to those of dx.
     partials: float32 [blocks, segments, RANKS + 1, BLOCK_C] if there are several segments.
     """
     COLUMNS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -227,8 +270,12 @@ def backward_kernel(
     db_end = dxa_end + DB_BLOCKS * parts * DY_SUMS
     da_end = db_end + DA_BLOCKS * parts * NEED_DA
     tiles = da_end + panels * (COLUMNS - FUSED) * NEED_DX
+    DRAWN: tl.constexpr = mask is not None
+    # What a tile of dx that makes no dxa waits for: its maker, which also leaves before the tiles
+    # of dA that draw the mask, and these.
+    before: tl.constexpr = 2 * FUSED + DA_BLOCKS if DRAWN else 1
     # What leaves a row panel's flag last: its tiles of dx and the tiles of dA over it.
-    last_out = COLUMNS * NEED_DX + DA_BLOCKS * NEED_DA
+    last_out = FUSED + COLUMNS * NEED_DX + DA_BLOCKS * NEED_DA - 1
     scale = scaling_of(scaling, scaling_pointer)
     # dxa carries the factor of kept elements, so that neither dx nor dA is multiplied by it.
     thin_scale = scale * keep_scale(threshold)
@@ -263,13 +310,15 @@ def backward_kernel(
                     PRECISION,
                 )  # fmt: skip
             if NEED_DX:
-                if FUSED:
-                    wait(flags + panel, 1)
+                drawn = tile >= dxa_end
+                if FUSED or DRAWN:
+                    wait(flags + panel, tl.where(drawn, before, 1))
                 _finish_dx(
-                    acc, dxa, a, dx, row, column, M, seed, threshold, stride_a, K, R, BLOCK_M,
-                    BLOCK_K, BLOCK_R, RANK_STEP, DROPOUT, WIDE, MMA, PRECISION,
+                    acc, dxa, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a, K, R,
+                    MASK_STRIDE, BLOCK_M, BLOCK_K, BLOCK_R, RANK_STEP, DROPOUT, WIDE, MMA,
+                    PRECISION,
                 )  # fmt: skip
-                if FUSED:
+                if FUSED or DRAWN:
                     leave(flags + panel, last_out)
         elif DY_SUMS and tile < db_end:
             block = (tile - dxa_end) % DB_BLOCKS
@@ -278,8 +327,8 @@ def backward_kernel(
             rank = block % SLABS * RANKS
             end = tl.minimum(part * segment + segment, M)
             product, total = _row_sums(
-                xa, dy, stride_dy, part * segment, end, column, rank, M, seed, threshold, N, R,
-                RANKS, BLOCK_C, BLOCK_S, False, WIDE, NEED_DB, NEED_DBIAS, MMA, PRECISION,
+                xa, dy, None, stride_dy, part * segment, end, column, rank, M, seed, threshold,
+                N, R, 0, RANKS, BLOCK_C, BLOCK_S, False, WIDE, NEED_DB, NEED_DBIAS, MMA, PRECISION,
             )  # fmt: skip
             space = partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
             product, total, last = _sum_of_parts(
@@ -308,10 +357,10 @@ def backward_kernel(
                 for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
                     wait(flags + panel, 1)
             product, total = _row_sums(
-                dxa, x, stride_x, part * segment, end, column, rank, M, seed, threshold, K, R,
-                RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE, True, False, MMA, PRECISION,
+                dxa, x, mask, stride_x, part * segment, end, column, rank, M, seed, threshold, K,
+                R, MASK_STRIDE, RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE, True, False, MMA, PRECISION,
             )  # fmt: skip
-            if FUSED:
+            if FUSED or DRAWN:
                 for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
                     leave(flags + panel, last_out)
             slot = DB_BLOCKS + block

@@ -108,7 +108,7 @@ def _bytes(layer: Layer) -> int:
 
 def _sums_seconds(layer: Layer, device: Device) -> float:
     """Return what dA and dB add to the products: issue slots of the mask; their reads are bytes."""
-    masked = layer.m * layer.k * (layer.needs[0] + layer.needs[1]) if layer.dropout else 0
+    masked = layer.m * layer.k if layer.dropout and any(layer.needs[:2]) else 0
     return masked * MASK_INSTRUCTIONS / (ISSUES_PER_SECOND * device.multiprocessors)
 
 

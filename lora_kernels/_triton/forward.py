@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels._triton.philox import keep_where, lane_bound, lanes_by_element
+from lora_kernels._triton.philox import keep_where, masks_by_element
 from lora_kernels._triton.tiles import (
     INTERPRETED,
     block_pointers,
@@ -19,6 +19,7 @@ from lora_kernels._triton.tiles import (
     scaling_of,
     settled,
     store_factor,
+    store_tile,
     wait,
 )
 
@@ -123,8 +124,8 @@ def _producing_tile(
                 acc = settled(acc)
             part_tile = row_slice(x_tile, part, PRODUCERS)
             if DROPOUT:
-                lanes = lanes_by_element(rows, k, seed, K, BLOCK_K, WIDE)
-                part_tile = keep_where(part_tile, lanes, lane_bound(threshold))
+                masks, _ = masks_by_element(rows, k, seed, threshold, K, BLOCK_K, WIDE)
+                part_tile = keep_where(masks, part_tile)
             # As second operand it goes through shared memory: a register operand of an
             # asynchronous product could change while it is read.
             thin = plus_product(thin, a_tile, part_tile.T, PRECISION)
@@ -203,5 +204,4 @@ def forward_kernel(
             leave(flags + panel, PRODUCERS + COLUMNS - 1)
         if bias is not None:
             acc += bias_row.to(tl.float32)[None, :]
-        y_pointers = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
-        tl.store(y_pointers, acc.to(dtype), mask=(rows < M)[:, None] & (columns < N)[None, :])
+        store_tile(y, acc, rows, columns, M, N, N % BLOCK_N == 0)

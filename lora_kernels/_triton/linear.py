@@ -19,6 +19,7 @@ from lora_kernels._triton.workspace import Workspace
 from lora_kernels.dropout import LANES
 
 _WORKSPACE = Workspace()
+_MASK_COLUMNS = 256  # the widest tile of dx or dA: rows of the mask's bits hold whole tiles
 _WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
 
 
@@ -186,7 +187,8 @@ def _backward(
 ) -> None:
     """Launch the backward kernel; dxa is read, not written, on the split path."""
     config, m, (n, k, r) = chosen.config, dy.shape[0], call.sizes
-    need = {f"NEED_{name.upper()}": t is not None for name, t in results.items()}
+    needed = [t is not None for t in results.values()]
+    need = {f"NEED_{name.upper()}": wanted for name, wanted in zip(results, needed, strict=True)}
     fused = config.producers > 0 and dxa is not None
     panels, segment = -(-m // config.rows), segment_rows(m, n, r, config)
     parts, ranks = -(-m // segment), sum_ranks(r)
@@ -195,10 +197,14 @@ def _backward(
     tiles += parts * blocks[0] * (need["NEED_DB"] or need["NEED_DBIAS"])
     tiles += parts * blocks[1] * need["NEED_DA"]
     space = sum(blocks) * parts * (ranks + 1) * config.sum_columns if parts > 1 else 0
+    # float32's products outweigh a second drawing, and need the registers.
+    shared_mask = call.seed is not None and dy.element_size() == 2 and all(needed[:2])
+    mask_size = max(m, config.sum_rows), -(-k // _MASK_COLUMNS) * _MASK_COLUMNS // 32
     counters = _WORKSPACE.zeros(sum(blocks) + panels, dy.device)
     args = {
         "dy": dy, "x": x, "xa": xa, "w": call.weight, "a": call.a, "b": call.b,
         **call.pointers(), "dxa": dxa, **results,
+        "mask": dy.new_empty(mask_size, dtype=torch.int32) if shared_mask else None,
         "partials": _floats(dy, space) if space else counters.view(torch.float32),
         "counters": counters, "flags": counters[sum(blocks) :],
         "dy_descriptor": _descriptor(dy, config.rows, config.depth, config.descriptors),
@@ -210,8 +216,9 @@ def _backward(
     executor = current()
     device = executor.device(dy)
     constants = call.constants(m) | need | {
-        "N": n, "K": k, "BLOCK_M": config.rows, "BLOCK_N": config.depth,
-        "BLOCK_K": config.columns, "RANK_STEP": rank_step(r, dy.dtype), "RANKS": ranks,
+        "N": n, "K": k, "MASK_STRIDE": mask_size[1], "BLOCK_M": config.rows,
+        "BLOCK_N": config.depth, "BLOCK_K": config.columns,
+        "RANK_STEP": rank_step(r, dy.dtype), "RANKS": ranks,
         "BLOCK_C": config.sum_columns, "BLOCK_S": config.sum_rows, "GROUP": config.group,
         "FUSED": fused,
         "MMA": device.mma,

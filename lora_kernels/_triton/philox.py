@@ -70,98 +70,165 @@ def _counters(rows, columns, K: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def words_by_call(rows, column, seed, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """Return the lanes of the tile from `column` on, two a word: uint32 [len(rows), COLUMNS / 2].
+def masks_by_call(
+    rows, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
+):
+    """Return uint16 [len(rows), COLUMNS], ones where an element of the tile is kept, else zero.
 
     rows: int32, row numbers; column: a multiple of eight; K: columns of the whole activation.
     One Philox call makes eight lanes in whatever layout suits it; for tiles whose layout a matrix
     product dictates, where a thread has pairs of neighbouring columns.
     """
     groups = column // 8 + tl.arange(0, COLUMNS // 8)
-    counter = _counters(rows, groups, K, WIDE)
-    w0, w1, w2, w3 = philox_words(counter, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), WIDE)
+    w0, w1, w2, w3 = _kept_lanes(rows, groups, seed, threshold, K, WIDE)
     even = tl.join(w0, w2).permute(2, 0, 1)
     odd = tl.join(w1, w3).permute(2, 0, 1)
     words = tl.join(even, odd).permute(1, 2, 0, 3)
-    return words.reshape(rows.shape[0], COLUMNS // 2)
+    return _halves(words.reshape(rows.shape[0], COLUMNS // 2))
 
 
 @triton.jit
-def lanes_by_element(
-    rows, column, seed, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
+def masks_by_element(
+    rows, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Return the same lanes, each element computing its own.
+    """Return the same masks, and as uint32 [len(rows), COLUMNS / 8] the groups' bits.
 
-    Where a thread holds eight neighbouring columns, as tiles loaded from memory lie, the compiler
-    finds the eight calls to be one; and nothing but elementwise work stands between the tile and
-    the product it feeds, so the tile keeps the layout that is free of bank conflicts.
+    Where a thread holds eight neighbouring columns, as tiles loaded from memory lie, it makes one
+    call for them; and nothing but elementwise work stands between the tile and the product it
+    feeds, so the tile keeps the layout that is free of bank conflicts.
+    A group's bits are a byte: even columns from bit 0 on, odd ones from bit 4 on.
     """
-    columns = tl.arange(0, COLUMNS)
-    counter = _counters(rows, columns // 8 + column // 8, K, WIDE)
-    w0, w1, w2, w3 = philox_words(counter, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), WIDE)
-    lane = (columns % 8)[None, :]
-    word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
-    return tl.where(lane % 2 == 0, word, word >> 16).to(tl.uint16)
+    groups = column // 8 + tl.arange(0, COLUMNS // 8)
+    w0, w1, w2, w3 = _kept_lanes(rows, groups, seed, threshold, K, WIDE)
+    bits = _group_bits(w0, w1, w2, w3)
+    w0, w1, w2, w3 = w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None]
+    pair = tl.arange(0, 4)[None, None, :]
+    words = tl.where(pair < 2, tl.where(pair < 1, w0, w1), tl.where(pair < 3, w2, w3))
+    return _halves(words.reshape(rows.shape[0], COLUMNS // 2)), bits
 
 
 @triton.jit
-def lane_bound(threshold):
-    """Return the threshold as lanes are compared with it: in the high half of a word."""
-    return (tl.zeros((), tl.uint32) + threshold) << 16
-
-
-@triton.jit
-def keep_where(tile, lanes, bound):
-    """Return tile where its lane is at least the threshold, else zero; bound: `lane_bound`."""
-    if INTERPRETED or tile.dtype.primitive_bitwidth != 16:
-        return tl.where((lanes.to(tl.uint32) << 16) >= bound, tile, 0.0)
+def masks_by_bits(bits):
+    """Return the same masks of a tile whose bits were stored: uint32 [rows, COLUMNS / 32]."""
+    ROWS: tl.constexpr = bits.shape[0]
+    PAIRS: tl.constexpr = bits.shape[1] * 16
+    pair = tl.arange(0, PAIRS)
+    place, group = (pair % 4)[None, :], (pair // 4 % 4)[None, :]
+    words = bits[:, :, None].broadcast_to(ROWS, PAIRS // 16, 16).reshape(ROWS, PAIRS)
+    # A group's even and odd element become the top bits of its byte, each in a word of its own.
+    even, odd = words << (7 - place), words << (3 - place)
+    if INTERPRETED:
+        low = tl.where((even >> (8 * group)) & 0x80 != 0, 0xFFFF, 0).to(tl.uint32)
+        high = tl.where((odd >> (8 * group)) & 0x80 != 0, 0xFFFF, 0).to(tl.uint32)
+        return _halves(low | (high << 16))
     else:
-        # Two elements a register, compared in its high half, where the bits below don't matter.
-        # A mask of booleans would also make Triton lay the tile out for 8-bit products.
+        # Each half of the result repeats the top bit of byte `group`, of even and of odd.
+        chosen = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [even, odd, 0xCC88 + 0x1111 * group],
+            tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+        return _halves(chosen)
+
+
+@triton.jit
+def _halves(words):
+    """Return uint16 [rows, 2 · columns]: of each word the lower half, then the upper one."""
+    words = words[:, :, None]
+    halves = tl.where(tl.arange(0, 2)[None, None, :] == 0, words, words >> 16).to(tl.uint16)
+    return halves.reshape(words.shape[0], 2 * words.shape[1])
+
+
+@triton.jit
+def _kept_lanes(rows, groups, seed, threshold, K: tl.constexpr, WIDE: tl.constexpr):
+    """Return the four words of each group, ones in the halves of kept lanes, zeros elsewhere."""
+    counter = _counters(rows, groups, K, WIDE)
+    w0, w1, w2, w3 = philox_words(counter, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), WIDE)
+    w0, w1 = _at_least(w0, threshold), _at_least(w1, threshold)
+    return w0, w1, _at_least(w2, threshold), _at_least(w3, threshold)
+
+
+@triton.jit
+def _at_least(words, threshold):
+    """Return ones in each half of the words that is at least the threshold, zeros elsewhere."""
+    if INTERPRETED:
+        low = tl.where((words & 0xFFFF) >= threshold, 0xFFFF, 0).to(tl.uint32)
+        high = tl.where((words >> 16) >= threshold, 0xFFFF, 0).to(tl.uint32)
+        return low | (high << 16)
+    else:
+        # Both halves at once. With its top bit set a half borrows nothing from its neighbour, and
+        # the top bit of the difference compares the other 15. Where the threshold's own top bit
+        # is set it takes that and the half's (their majority with 0), else either (with 1).
         return tl.inline_asm_elementwise(
             """{
-            .reg .pred low, high;
-            .reg .b32 shifted;
-            shl.b32 shifted, $2, 16;
-            setp.lt.u32 low, shifted, $3;
-            setp.lt.u32 high, $2, $3;
-            @low and.b32 $0, $0, 0xffff0000;
-            @high and.b32 $0, $0, 0x0000ffff;
+            .reg .b32 least;
+            or.b32 least, $1, 0x80008000;
+            sub.u32 least, least, $2;
+            lop3.b32 least, least, $1, $3, 0xe8;
+            prmt.b32 $0, least, least, 0xbb99;
             }""",
-            "=r,0,r,r,r",
-            [tile, lanes, bound],
-            tile.dtype,
+            "=r,r,r,r",
+            [words, (threshold & 0x7FFF) * 0x10001, tl.where(threshold < 0x8000, -1, 0)],
+            tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _group_bits(w0, w1, w2, w3):
+    """Return a group's bits: even lanes, which the lower halves hold, from bit 0 on."""
+    if INTERPRETED:
+        a = (w0 & 0x55555555) | (w1 & 0xAAAAAAAA)
+        b = (w2 & 0x55555555) | (w3 & 0xAAAAAAAA)
+        a = (a & 0x33333333) | (b & 0xCCCCCCCC)
+        return (a & 0x0F) | ((a >> 16) & 0xF0)
+    else:
+        # 0xe4 takes the bits of the first operand where the third has ones, else of the second.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b;
+            lop3.b32 a, $1, $2, 0x55555555, 0xe4;
+            lop3.b32 b, $3, $4, 0x55555555, 0xe4;
+            lop3.b32 a, a, b, 0x33333333, 0xe4;
+            shr.u32 b, a, 16;
+            lop3.b32 $0, a, b, 0x0000000f, 0xe4;
+            }""",
+            "=r,r,r,r,r",
+            [w0, w1, w2, w3],
+            tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def keep_where(masks, tile):
+    """Return tile where its mask is ones, else zero."""
+    if INTERPRETED or tile.dtype.primitive_bitwidth != 16:
+        return tl.where(masks != 0, tile, 0.0)
+    else:
+        # Two elements a register. A mask of booleans would also make Triton lay the tile out for
+        # 8-bit products.
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,r", [masks, tile], tile.dtype, is_pure=True, pack=2
+        )
+
+
+@triton.jit
+def choose(masks, kept, dropped):
+    """Return kept where its mask is ones, else dropped."""
+    if INTERPRETED or kept.dtype.primitive_bitwidth != 16:
+        return tl.where(masks != 0, kept, dropped)
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $2, $3, $1, 0xe4;",
+            "=r,r,r,r",
+            [masks, kept, dropped],
+            kept.dtype,
             is_pure=True,
             pack=2,
         )
-
-
-@triton.jit
-def plus_kept(acc, addend, words, bound):
-    """Return acc + addend where the lane in `words_by_call` is at least the threshold, else acc."""
-    ROWS: tl.constexpr = acc.shape[0]
-    PAIRS: tl.constexpr = acc.shape[1] // 2
-    low, high = acc.reshape(ROWS, PAIRS, 2).split()
-    low_addend, high_addend = addend.reshape(ROWS, PAIRS, 2).split()
-    if INTERPRETED:
-        low += tl.where((words << 16) >= bound, low_addend, 0.0)
-        high += tl.where(words >= bound, high_addend, 0.0)
-    else:
-        # Not pure: what it reads may come from tensor memory, see `tiles.settled`.
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .pred low, high;
-            .reg .b32 shifted;
-            shl.b32 shifted, $6, 16;
-            setp.ge.u32 low, shifted, $7;
-            setp.ge.u32 high, $6, $7;
-            @low add.f32 $0, $0, $4;
-            @high add.f32 $1, $1, $5;
-            }""",
-            "=r,=r,0,1,r,r,r,r",
-            [low, high, low_addend, high_addend, words, bound],
-            (tl.float32, tl.float32),
-            is_pure=False,
-            pack=1,
-        )
-    return tl.join(low, high).reshape(ROWS, 2 * PAIRS)

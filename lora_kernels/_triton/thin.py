@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels._triton.philox import keep_where, lane_bound, lanes_by_element
+from lora_kernels._triton.philox import keep_where, masks_by_element
 from lora_kernels._triton.tiles import (
     block_pointers,
     keep_scale,
@@ -44,7 +44,7 @@ def thin_kernel(
                 pointers = f + (first + steps).to(tl.int64)[None, :] * stride_f + ranks[:, None]
             f_tile = tl.load(pointers, mask=inside[None, :] & (ranks < R)[:, None], other=0.0)
             if DROPOUT:
-                lanes = lanes_by_element(rows, first, seed, L, BLOCK_L, WIDE)
-                v_tile = keep_where(v_tile, lanes, lane_bound(threshold))
+                masks, _ = masks_by_element(rows, first, seed, threshold, L, BLOCK_L, WIDE)
+                v_tile = keep_where(masks, v_tile)
             acc = plus_product(acc, f_tile.to(dtype), v_tile.T, PRECISION)
         store_factor(out, read(acc, MMA).T * scale, rows, M, R, BLOCK_R)

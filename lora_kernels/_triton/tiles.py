@@ -37,6 +37,24 @@ def read(product, MMA: tl.constexpr):
 
 
 @triton.jit
+def rounded_now(product, dtype: tl.constexpr):
+    """Return a product, complete, in a 16-bit type, before the next one adds to its registers.
+
+    Left to itself LLVM rounds where the result is used, and copies the sums to keep them so long.
+    """
+    if INTERPRETED:
+        return product.to(dtype)
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [product], tl.bfloat16, is_pure=False, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [product], tl.float16, is_pure=False, pack=2
+        )
+
+
+@triton.jit
 def unfetched(tile):
     """Return a tile as it is, in a way that the compiler doesn't see through.
 
@@ -47,6 +65,17 @@ def unfetched(tile):
     HALF: tl.constexpr = tile.shape[1] // 2
     halves = tile.T.reshape(2, HALF, ROWS)
     return halves.permute(2, 0, 1).reshape(ROWS, 2 * HALF)
+
+
+@triton.jit
+def opaque(numbers):
+    """Return int32 numbers of which the compiler knows nothing, so that it joins no accesses."""
+    if INTERPRETED:
+        return numbers
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [numbers], tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -125,6 +154,19 @@ def store_factor(pointer, tile, rows, limit, R: tl.constexpr, BLOCK_R: tl.conste
 
 
 @triton.jit
+def store_tile(pointer, tile, rows, columns, limit, LIMIT: tl.constexpr, EVEN: tl.constexpr):
+    """Store a tile to the rows and columns within a contiguous [limit, LIMIT] tensor.
+
+    EVEN: whether no column is beyond.
+    """
+    pointers = (pointer + columns)[None, :] + rows.to(tl.int64)[:, None] * LIMIT
+    inside = (rows < limit)[:, None]
+    if not EVEN:
+        inside &= (columns < LIMIT)[None, :]
+    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def publish(flag):
     """Make this program's stores visible to whoever waits on the flag."""
     # Each thread stored its part: all must have done so before one of them releases.
@@ -142,17 +184,18 @@ def wait(flag, ARRIVALS: tl.constexpr):
         # One thread asks, the others stay at the barrier: no issue slots, no traffic.
         tl.inline_asm_elementwise(
             """{
-            .reg .pred other, late;
+            .reg .pred other, early;
             .reg .b32 thread, seen;
             mov.u32 thread, %tid.x;
             setp.ne.u32 other, thread, 0;
             @other bra arrived;
-            again:
-            ld.acquire.gpu.global.b32 seen, [$1];
-            setp.ge.s32 late, seen, $2;
-            @late bra arrived;
+            bra ask;
+            sleep:
             nanosleep.u32 50;
-            bra again;
+            ask:
+            ld.acquire.gpu.global.b32 seen, [$1];
+            setp.lt.s32 early, seen, $2;
+            @early bra sleep;
             arrived:
             mov.u32 $0, 0;
             }""",
