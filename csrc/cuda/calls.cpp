@@ -210,7 +210,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
       wanted(needs[0] || needs[1], dxa), wanted(needs[0], dx), wanted(needs[1], da), wanted(needs[2], db),
       wanted(needs[3], dbias), layer.adapters_are_float,
       {plan.mask_rows ? static_cast<uint8_t*>(data(mask)) : nullptr, plan.mask_rows},
-      static_cast<float*>(data(partials)), zeros, zeros + plan.kinds.db_blocks + plan.kinds.da_blocks, plan.segment, !split && plan.kinds.dxa > 0};
+      static_cast<float*>(data(partials)), zeros, zeros + plan.kinds.db_blocks + plan.kinds.da_blocks, plan.segment,
+      !split && plan.kinds.dxa > 0};
   for (const Tensor& t : {dy_rows, d.weight, d.a, d.b, dxa, partials, mask}) target.scratch(t);
   if (x_rows) target.scratch(*x_rows);
   if (xa_rows) target.scratch(*xa_rows);

@@ -40,7 +40,7 @@ struct TileMask {
       for (int half = 0; half < 2; ++half) {
         const uint8_t* from = byte_of(drawn, min(row + place.row(i) + 8 * half, layer.m - 1), column + place.warp_column);
 #pragma unroll
-        for (int j = 0; j < S::kBlocksN / 4; ++j) words[i][half][j] = load_fresh(from, 4 * j);
+        for (int j = 0; j < S::kBlocksN / 4; ++j) words[i][half][j] = load_fresh_word(from + 4 * j);
       }
     }
   }

@@ -14,22 +14,21 @@ namespace lora_kernels {
 __device__ inline void multiply_wide(uint32_t& low, uint32_t& high, uint32_t a, uint32_t b) {
   asm("{ .reg .b64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0, %1}, p; }" : "=r"(low), "=r"(high) : "r"(a), "r"(b));
 }
-__device__ inline uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) {
+// Any function of three bits, by its table.
+template <int kTable>
+__device__ inline uint32_t bitwise(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0x96;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(result) : "r"(a), "r"(b), "r"(c), "n"(kTable));
   return result;
 }
+__device__ inline uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) { return bitwise<0x96>(a, b, c); }
+__device__ inline uint32_t majority(uint32_t a, uint32_t b, uint32_t c) { return bitwise<0xE8>(a, b, c); }
 
-// The bits of a where kWhich has ones, else those of b.
+// The bits of a where kWhich, which takes no register, has ones, else those of b.
 template <uint32_t kWhich>
 __device__ inline uint32_t choose(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(result) : "r"(a), "r"(b), "n"(kWhich));
-  return result;
-}
-__device__ inline uint32_t majority(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xe8;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }
 // Bytes of a (0 to 3) and b (4 to 7), as the selector's digits say, the lowest first; with 8 more, their top bits.

@@ -164,12 +164,12 @@ struct MultiplyingSide {
     arrive_by_warp(memory.read(before));
   }
 
-  // sums += scale * D(factors' product), D by the mask that `mask_of` returns.
+  // sums += scale * D(factors' product), D by the mask that `make_mask` returns.
   template <class F>
-  __device__ void add_factors(Sums<S>& sums, F mask_of, const Operands& of, float scale) {
+  __device__ void add_factors(Sums<S>& sums, F make_mask, const Operands& of, float scale) {
     wait_for_phase(memory.factors_filled(), tiles++ & 1);
     add_ranks<T, S, kRanks, kByDepth>(
-        sums, place, mask_of(), of, scale, of.layer.r, memory.left_factor(), memory.right_factor());
+        sums, place, make_mask(), of, scale, of.layer.r, memory.left_factor(), memory.right_factor());
     __syncwarp();
     arrive_by_warp(memory.factors_read());
   }

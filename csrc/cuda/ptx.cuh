@@ -223,9 +223,9 @@ __device__ inline uint16_t load_fresh(const uint16_t* from, bool there) {
   return value;
 }
 
-__device__ inline uint32_t load_fresh(const uint8_t* from, int offset) {
+__device__ inline uint32_t load_fresh_word(const uint8_t* from) {
   uint32_t value;
-  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(value) : "l"(from + offset) : "memory");
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
 }
 
