@@ -81,20 +81,6 @@ def _products(
 
 
 @triton.jit
-def _masks(
-    mask, drawn, rows, near_rows, column, seed, threshold, K: tl.constexpr,
-    MASK_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Return `masks_by_call` of a tile of dx, from the bits in `mask` if they are drawn."""
-    if mask is not None and drawn:
-        pointers = block_pointers(mask, near_rows, MASK_STRIDE, column // 32, BLOCK_K // 32)
-        masks = masks_by_bits(tl.load(pointers).to(tl.uint32, bitcast=True))
-    else:
-        masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE)
-    return masks
-
-
-@triton.jit
 def _finish_dx(
     acc, dxa, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a,
     K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -103,7 +89,7 @@ def _finish_dx(
 ):  # fmt: skip
     """Add D(dxa A) to dy W, where dxa holds the factor of kept elements, and store dx.
 
-    drawn: whether tiles of dA have left the mask's bits in `mask`.
+    drawn: whether tiles of dA have left the mask's bits in `mask`, which float32 doesn't have.
     """
     dtype: tl.constexpr = dx.dtype.element_ty
     rows = row + tl.arange(0, BLOCK_M)
@@ -115,9 +101,11 @@ def _finish_dx(
             dropped = acc
             acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         else:
-            masks = _masks(
-                mask, drawn, rows, near_rows, column, seed, threshold, K, MASK_STRIDE, BLOCK_K, WIDE
-            )
+            if mask is not None and drawn:
+                pointers = block_pointers(mask, near_rows, MASK_STRIDE, column // 32, BLOCK_K // 32)
+                masks = masks_by_bits(tl.load(pointers).to(tl.uint32, bitcast=True))
+            else:
+                masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE)
             dropped = rounded_now(acc, dtype)
     for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
         dxa_tile = load_factor(dxa, near_rows, R, rank, R, RANK_STEP, R == BLOCK_R)
@@ -132,9 +120,7 @@ def _finish_dx(
     result = read(acc, MMA).to(dtype)
     if DROPOUT:
         if dtype == tl.float32:
-            masks = _masks(
-                mask, drawn, rows, near_rows, column, seed, threshold, K, MASK_STRIDE, BLOCK_K, WIDE
-            )
+            masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE)
             result = dropped + keep_where(masks, result)
         else:
             result = choose(masks, result, dropped)

@@ -220,8 +220,8 @@ def keep_where(masks, tile):
 
 @triton.jit
 def choose(masks, kept, dropped):
-    """Return kept where its mask is ones, else dropped."""
-    if INTERPRETED or kept.dtype.primitive_bitwidth != 16:
+    """Return kept where its mask is ones, else dropped; of 16-bit tiles."""
+    if INTERPRETED:
         return tl.where(masks != 0, kept, dropped)
     else:
         return tl.inline_asm_elementwise(
