@@ -82,7 +82,7 @@ def check_same_bits(case: Case, target: int, monkeypatch: Any) -> None:
     """
     from lora_kernels._triton import linear
 
-    fix_plan(monkeypatch)
+    fix_plan(monkeypatch, descriptors=target > 80)
     monkeypatch.setattr(linear, "segment_rows", lambda *_: 64)
     inputs = make_inputs(case)
     runs = []

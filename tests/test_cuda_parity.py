@@ -95,17 +95,20 @@ def test_only_the_gradients_asked_for(executor, wanted, dropout_p):
     assert_results(case, inputs, actual, "cuda")
 
 
-@pytest.mark.parametrize("threshold", [1, 20000, 0x8000, 0x8001, 50000, 65535])
+@pytest.mark.parametrize("threshold", [5, 20002, 0x7FFF, 0x8000, 0x8001, 50003, 65535])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_mask_is_the_public_one(executor, dtype, threshold):
-    """xa of a unit matrix is D(x) itself: every element tells whether it was kept."""
-    x = torch.ones(1000, 136, dtype=dtype)
-    weight, b = torch.zeros(24, 136, dtype=dtype), torch.zeros(24, 136, dtype=dtype)
+    """xa of a unit matrix is D(x) itself: every element tells whether it was kept.
+
+    With this seed some lanes are the threshold itself, or one less (65535).
+    """
+    x = torch.ones(3000, 40, dtype=dtype)
+    weight, b = torch.zeros(24, 40, dtype=dtype), torch.zeros(24, 40, dtype=dtype)
     seed = torch.tensor(-3)
     with executor():
         _, xa = forward_op("cuda")(
-            x, weight, torch.eye(136, dtype=dtype), b, None, seed, None, 1.0, threshold
+            x, weight, torch.eye(40, dtype=dtype), b, None, seed, None, 1.0, threshold
         )
     assert torch.equal(xa != 0, lk.dropout_mask(x.shape, threshold / 65536, seed))
 
