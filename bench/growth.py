@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from bench.providers import FLOOR
-from bench.shapes import GROWTH
+from bench.shapes import GROWTH, SWEEPS
 from bench.timing import TIMED
 
-AXES = ("m", "n", "k", "r")
+AXES = tuple(SWEEPS.axes)
 LEAST_POINTS = 4
 # A slope this far above zero, in its standard errors, is growth.
 ERRORS = 2.0

@@ -197,11 +197,15 @@ def has_machine() -> bool:
 
 def executed(arch: int, calls: Sequence[Launch], programs: int = PROGRAMS) -> Counts:
     """Run launches in the virtual machine and add up their counts; any report is an error."""
+    of_launches = map(_of_launch, _statistics(arch, calls, programs))
+    return Counts(*map(sum, zip(*of_launches, strict=True)))
+
+
+def _statistics(arch: int, calls: Sequence[Launch], programs: int) -> list[dict[str, Any]]:
     machine = Machine(arch, programs)
     for call in calls:
         machine.run(*call)
-    of_launches = [_of_launch(stats.data) for stats in machine.stats]
-    return Counts(*map(sum, zip(*of_launches, strict=True)))
+    return [stats.data for stats in machine.stats]
 
 
 def _of_launch(data: dict[str, Any]) -> tuple[int, ...]:
@@ -251,10 +255,8 @@ def producing_ratio(arch: int, layer: Layer, config: Config) -> float:
         width = columns * config.columns
         part = layer._replace(m=panels * config.rows, needs=(True, False, False, False))
         part = part._replace(k=width) if layer.backward else part._replace(n=width)
-        machine = Machine(arch, config.producers)
-        for call in of_call(part, config, arch, config.producers):
-            machine.run(*call)
-        return sum(_without_waiting(stats.data) for stats in machine.stats)
+        calls = of_call(part, config, arch, config.producers)
+        return sum(map(_without_waiting, _statistics(arch, calls, config.producers)))
 
     alone = count(1, config.producers)
     producing = (count(2, config.producers) - alone) / config.producers
