@@ -191,21 +191,23 @@ __device__ inline void load_xa(const DecodeParams& p, int pitch, float* shared) 
   __syncthreads();
 }
 
-// Σ xa[m] b[n] of a row of xa in shared memory.
+// Σ xa[m] b[n] of a row of xa in shared memory. A chunk's products are summed by themselves, as in multiply_long.
 template <class T>
 __device__ inline float low_rank_number(const Source& b, int n, const float* xa) {
   float sum = 0;
   for (int rank = 0; rank < b.columns; rank += kChunk<T>) {
     const uint4 of_b = decode_chunk<T>(b, n, rank, rank + kChunk<T>);
     const uint32_t words[4] = {of_b.x, of_b.y, of_b.z, of_b.w};
+    float of_chunk = 0;
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) {
       if constexpr (sizeof(T) == 4) {
-        sum += xa[rank + i] * __uint_as_float(words[i]);
+        of_chunk += xa[rank + i] * __uint_as_float(words[i]);
       } else {
-        sum += xa[rank + i] * number<T>(static_cast<Bits<T>>(words[i / 2] >> 16 * (i % 2)));
+        of_chunk += xa[rank + i] * number<T>(static_cast<Bits<T>>(words[i / 2] >> 16 * (i % 2)));
       }
     }
+    sum += of_chunk;
   }
   return sum;
 }
