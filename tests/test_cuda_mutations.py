@@ -73,6 +73,13 @@ MUTANTS = {
         "? 2 * p.fused + p.kinds.da_blocks : 1",
         "? 1 : 1",
     ),
+    "words read before they are drawn": ("forward.cuh", "panel, draws)", "panel, 0)"),
+    "words of the other row": (
+        "mask.cuh",
+        "permute<0xBB99>(first, first)",
+        "permute<0xAA88>(first, first)",
+    ),
+    "words of another step": ("mask.cuh", "next += 32;", ""),
     "bits of another row": ("sums.cuh", "byte_of(left, row + ", "byte_of(left, "),
     "bits of the other half": ("epilogue.cuh", "0x7362 : 0x5140", "0x6273 : 0x4051"),
     "factor of kept elements forgotten": (
@@ -97,6 +104,12 @@ TF32_MUTANTS = {
 HOPPER_MUTANTS = {
     "mask read before it is drawn": MUTANTS["mask read before it is drawn"],
     "nothing": ("forward_sm90.cuh", "layer.m, 0, layer.r", "layer.m, 0, layer.r"),
+    "words read before they are drawn": (
+        "forward_sm90.cuh",
+        "if (tile.producing && p.mask.draws)",
+        "if (false)",
+    ),
+    "words of another step": ("pipeline_sm90.cuh", "words + 32 * step", "words"),
     "dxa published before the store": (
         "backward_sm90.cuh",
         "        store_thin<T>(thin, scale",
@@ -172,7 +185,7 @@ def check(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_fault_is_found(name, check):
-    case = Case((130,), 72, 104, 8, torch.bfloat16, dropout_p=0.1)
+    case = Case((130,), 72, 360, 8, torch.bfloat16, dropout_p=0.1)
     check(name, case, BF16_KERNELS, MUTANTS, resident=8)
 
 
@@ -185,6 +198,8 @@ def test_planted_fault_is_found_of_tf32(name, check, float32_precision):
 
 @pytest.mark.parametrize("name", HOPPER_MUTANTS)
 def test_planted_fault_is_found_of_sm_90a(name, check):
-    case = Case((400,), 256, 520, 8, torch.bfloat16, dropout_p=0.1)
+    # With as many row panels as programs each draws the words that it reads itself.
+    rows = 200 if name == "words read before they are drawn" else 400
+    case = Case((rows,), 256, 520, 8, torch.bfloat16, dropout_p=0.1)
     hopper = {"arch": 90, "shared_bytes": 232448, "resident": 3}
     check(name, case, HOPPER_KERNELS, HOPPER_MUTANTS, "sm_90a", **hopper)

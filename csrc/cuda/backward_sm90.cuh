@@ -81,7 +81,7 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
       const DxTile tile = DxTile::at<S>(p, index);
       Sums<S> sums;
       ThinSums<kRanks> thin;
-      side.template product<false>(sums, thin, Mask(layer), tile.row, steps, tile.producing);
+      side.template product<false>(sums, thin, layer, {}, tile.row, steps, tile.producing);
       if (tile.producing) {
         const float scale = scaling_of(layer) * keep_scale(layer);
         store_thin<T>(thin, scale, p.dxa, tile.row + side.place.thin_row, layer.m, 0, layer.r);

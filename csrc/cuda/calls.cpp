@@ -163,7 +163,10 @@ std::tuple<Tensor, Tensor> forward_call(
   const Tensor flags = target.zeros(x, plan.counters);
   const bool split = !plan.thin.kernel.empty();
   if (split) launch(target, plan.thin, ThinParams{layer, rows(x_rows), data(xa), 0});
-  ForwardParams params{layer, plan.grid, rows(x_rows), nullptr, data(y), data(xa), static_cast<int*>(data(flags)), !split};
+  const Tensor mask = target.empty(x, {plan.words}, ScalarType::Float);  // 32 bits each
+  target.scratch(mask);
+  const DrawnWords words{static_cast<uint32_t*>(data(mask)), plan.draws, plan.share};
+  ForwardParams params{layer, plan.grid, words, rows(x_rows), nullptr, data(y), data(xa), static_cast<int*>(data(flags)), !split};
   if (added) params.bias = data(*added);
   if (plan.sm90a) {
     launch(target, plan.large, HopperForwardParams{target.map(boxes(x_rows)), target.map(boxes(d.weight)), params});

@@ -24,34 +24,55 @@ struct ForwardTile {
   }
 };
 
-// Tiles of the first `producers` columns (0 or 1) come first and never wait before they publish: no tile
-// waits for one that can't run. Persistent; the grid is resident as a whole.
+// Draws the mask of a call's x for its producing tiles: a warp has 16 rows of each row panel.
+template <class S>
+__device__ inline void draw_words(const DrawnWords& drawn, const Layer& layer, int panels, int* flags) {
+  static_assert(16 * S::kThreads / 32 == S::kRows, "16 rows a warp");
+  const Mask mask(layer);
+  const int lane = threadIdx.x % 32, end = (layer.k + kDrawnColumns - 1) / kDrawnColumns * kDrawnColumns;
+  for (int draw = blockIdx.x; draw < panels * drawn.draws; draw += gridDim.x) {
+    const int panel = draw / drawn.draws, row = panel * S::kRows + threadIdx.x / 32 * 16;
+    const int first = draw % drawn.draws * drawn.share * kDrawnColumns;
+    for (int column = first; column < min(first + drawn.share * kDrawnColumns, end); column += kDrawnColumns) {
+      const int own = column + lane % 4 * kWordColumns;
+      uint32_t* const to = words_of(drawn, layer, row, own) + lane / 4 * 4;
+      store_words(to, mask.fragment_words(row + lane / 4, own / 8));
+    }
+    publish<S>(flags + panel);
+  }
+}
+
+// Programs draw the mask first; tiles of the first `producers` columns (0 or 1) come next and wait for nothing else
+// before they publish: no tile waits for one that can't run. Persistent; the grid is resident as a whole.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void forward(const ForwardParams& p) {
   extern __shared__ __align__(128) char memory[];
   const uint32_t shared = shared_address(memory);
   const Layer& layer = p.layer;
   const Grid& grid = p.grid;
+  const int draws = p.mask.draws, arrivals = draws + p.producers;
+  if (kDropout && sizeof(T) == 2) draw_words<S>(p.mask, layer, grid.panels, p.flags);
   for (int tile = blockIdx.x; tile < grid.panels * grid.columns; tile += gridDim.x) {
     const auto [row, column, panel, producing] = ForwardTile::at<S>(p, tile);
     const Operands operands{
         layer, matrix<T>(p.x, layer.m, layer.k), matrix<T>(layer.w, layer.n, layer.k), adapter<T>(layer, layer.a, layer.r, layer.k),
-        row, column, layer.k};
+        row, column, layer.k, p.mask};
     Sums<S> sums;
     ThinSums<kRanks> thin;
     if (producing) {
+      if (kDropout && sizeof(T) == 2) wait(p.flags + panel, draws);
       product<T, S, kRanks, false, true, kDropout, kInChunks>(sums, thin, operands, shared);
       store_thin<T>(thin, keep_scale(layer), p.xa, row + Place<S>().thin_row, layer.m, 0, layer.r);
       publish(p.flags + panel);
     } else {
       product<T, S, kRanks, false, false, kDropout, kInChunks>(sums, thin, operands, shared);
     }
-    if (p.producers) wait(p.flags + panel, p.producers);
+    if (p.producers) wait(p.flags + panel, arrivals);
     const Place<S> place;
     const Operands low_rank{layer, matrix<T>({p.xa, layer.r}, layer.m, layer.r), adapter<T>(layer, layer.b, layer.n, layer.r), {},
                             row, column, layer.r};
     add_low_rank<T, S, kRanks, false>(sums, place, NoMask{}, low_rank, scaling_of(layer), shared);
-    if (p.producers) leave(p.flags + panel, p.producers + grid.columns - 1);
+    if (p.producers) leave(p.flags + panel, arrivals + grid.columns - 1);
     if (p.bias) add_bias<T, S>(sums, place, static_cast<const Bits<T>*>(p.bias), column, layer.n);
     store_sums<T, S>(sums, place, p.y, row, column, layer.m, layer.n, shared);
   }

@@ -96,11 +96,44 @@ struct ThinFetch {
   }
 };
 
+// Copies the thin operand by chunks, 16-bit elements along its rows or columns: each thread's addresses are advanced.
+template <class T, class ThinTile, int kThreads, bool kAlongRows>
+struct ThinStream {
+  static constexpr int kChunks = ThinTile::kRows * ThinTile::kChunks, kCopies = (kChunks + kThreads - 1) / kThreads;
+  static constexpr int kRowStep = kThreads / ThinTile::kChunks;
+  const Bits<T>* next;
+  int64_t row_step;
+  int rows_left, columns_left;  // from the thread's first chunk on
+  int first;
+  static_assert(kRowStep % 8 == 0, "copies of a thread lie at rows with one permutation");
+
+  __device__ explicit ThinStream(const Source& from)
+      : next(static_cast<const Bits<T>*>(from.data) + threadIdx.x / ThinTile::kChunks * from.stride + own_column()),
+        row_step(from.stride),
+        rows_left(from.rows - static_cast<int>(threadIdx.x) / ThinTile::kChunks),
+        columns_left(from.columns - own_column()),
+        first(kept_in_register(ThinTile::offset(threadIdx.x / ThinTile::kChunks, threadIdx.x % ThinTile::kChunks))) {}
+  __device__ static int own_column() { return threadIdx.x % ThinTile::kChunks * kChunk<T>; }
+
+  __device__ void copy(uint32_t to) {
+    const int bytes = static_cast<int>(sizeof(T)) * min(max(columns_left, 0), kChunk<T>);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int index = i * kThreads + threadIdx.x;
+      if (kChunks % kThreads && index >= kChunks) break;
+      copy_async(to + first + i * kThreads * 16, next + i * kRowStep * row_step, i * kRowStep < rows_left ? bytes : 0);
+    }
+    next += kAlongRows ? ThinTile::kRows * row_step : ThinTile::kColumns;
+    (kAlongRows ? rows_left : columns_left) -= kAlongRows ? ThinTile::kRows : ThinTile::kColumns;
+  }
+};
+
 // The operands of a tile's product at (row, column) and, for a producing tile, of the thin one.
 struct Operands {
   const Layer& layer;
   Source left, right, thin;
   int row, column, depth;
+  DrawnWords mask = {};
 };
 
 // The copies of a loop's steps into its ring, in order.
@@ -112,6 +145,7 @@ struct Copies {
   Stream<T, typename R::Left, S::kThreads, false, kInChunks> left;
   Stream<T, typename R::Right, S::kThreads, kByDepth, kInChunks> right;
   ThinFetch<T, Thin, S::kThreads> fetched;
+  ThinStream<T, Thin, S::kThreads, kByDepth> thin;
   const Operands& operands;
   int step = 0;
   uint32_t stage, end;
@@ -120,10 +154,11 @@ struct Copies {
   __device__ Copies(const Operands& o, uint32_t shared)
       : left(o.left, o.row, 0),
         right(o.right, kByDepth ? 0 : o.column, kByDepth ? o.column : 0),
+        thin(o.thin),
         operands(o),
         stage(shared),
         end(shared + R::kBytes),
-        by_registers(kProducing && sizeof(T) == 2 && !o.thin.in_chunks) {}
+        by_registers(kProducing && sizeof(T) == 2 && kept_in_register(!o.thin.in_chunks)) {}
 
   // Starts the copies of the next step; what goes by registers is only fetched.
   __device__ void start() {
@@ -133,6 +168,8 @@ struct Copies {
       const int row = kByDepth ? step * S::kDepth : 0, column = kByDepth ? 0 : step * S::kDepth;
       if (by_registers) {
         fetched.fetch(operands.thin, row, column);
+      } else if (sizeof(T) == 2) {
+        thin.copy(stage + R::kThin);
       } else {
         copy_tile<T, Thin, S::kThreads>(stage + R::kThin, operands.thin, row, column);
       }
@@ -152,9 +189,12 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
   using R = Ring<T, S, kRanks, kByDepth>;
   const Place<S> place;
   const Mask mask(operands.layer);
+  constexpr bool kDrawn = kProducing && kDropout && sizeof(T) == 2;
+  std::conditional_t<kDrawn, DrawnLeft<S::kDepth>, NothingDrawn> drawn(operands.mask, operands.layer, operands.row + place.thin_row);
   const int steps = (operands.depth + S::kDepth - 1) / S::kDepth;
   Copies<T, S, kRanks, kByDepth, kProducing, kInChunks> copies(operands, shared);
-  const LeftReader<typename R::Left> left(place.warp_row), thin_left(place.thin_row);
+  const LeftReader<typename R::Left> left(place.warp_row);
+  const uint32_t thin_rows = kept_in_register((place.thin_row - place.warp_row) * R::Left::kRowBytes);
   const RightReader<typename R::Right, kByDepth> right(place.warp_column);
   const RightReader<typename R::Thin, kByDepth> thin(0);
 
@@ -174,13 +214,16 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
     const bool more = copies.step < steps;
     if (more) copies.start();
     commit_copies();
+    drawn.advance(step, steps);
     const auto add_step = [&](Sums<S>& to) {
       LeftMask<T> left_mask;
       repeat<S::kDepth / kDeep<T>>([&](auto slice) {
         if (kProducing) {
           Left<T> kept;
-          thin_left.template read<0>(kept, stage, slice);
-          if (kDropout) {
+          left.template read<0>(kept, stage + thin_rows, slice);
+          if constexpr (kDrawn) {
+            drawn.template keep<slice>(kept);
+          } else if (kDropout) {
             const int row = operands.row + place.thin_row + place.group, column = step * S::kDepth + kDeep<T> * slice;
             left_mask.template keep<slice>(kept, mask, row, column, place.t);
           }

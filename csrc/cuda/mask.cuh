@@ -94,6 +94,22 @@ struct Mask {
     return choose<0x0000000F>(all, all >> 16);
   }
 
+  // The bits of 16 rows' fragments in kWordColumns columns, for the four threads that hold rows `row` and `row` + 8:
+  // a pair of columns each of every group. Lanes of the first group are each byte's top bits: even ones of `row` and
+  // of `row` + 8, then odd ones.
+  __device__ uint4 fragment_words(int row, int group) const {
+    uint4 all = make_uint4(0, 0, 0, 0);
+#pragma unroll 2
+    for (int i = 0; i < kWordColumns / 8; ++i) {
+      const uint4 upper = halves(words(row, group + i)), lower = halves(words(row + 8, group + i));
+      all.x = choose<0x00010001>(upper.x, choose<0x01000100>(lower.x, all.x << 1));
+      all.y = choose<0x00010001>(upper.y, choose<0x01000100>(lower.y, all.y << 1));
+      all.z = choose<0x00010001>(upper.z, choose<0x01000100>(lower.z, all.z << 1));
+      all.w = choose<0x00010001>(upper.w, choose<0x01000100>(lower.w, all.w << 1));
+    }
+    return all;
+  }
+
   // A left operand's fragment, of the words that its elements have.
   __device__ void keep(uint32_t (&fragment)[4], uint4 of) const {
     const uint4 kept = halves(of);
@@ -172,6 +188,55 @@ struct LeftMask<Tf32> {
     fragment[2] = mine & 1 << 2 ? fragment[2] : 0;
     fragment[3] = mine & 1 << 10 ? fragment[3] : 0;
   }
+};
+
+// Where the words of 16 rows and kWordColumns columns lie.
+__device__ inline uint32_t* words_of(const DrawnWords& mask, const Layer& layer, int row, int column) {
+  const int64_t blocks = static_cast<uint32_t>(layer.k + kDrawnColumns - 1) / kDrawnColumns * (kDrawnColumns / kWordColumns);
+  return mask.words + 32 * (row / 16 * blocks + column / kWordColumns);
+}
+
+// Drops elements of a left operand's fragment, the kSlice-th of those that the word is for.
+template <int kSlice>
+__device__ inline void keep_by_word(uint32_t (&fragment)[4], uint32_t word) {
+  const uint32_t first = word << 2 * kSlice, second = word << (2 * kSlice + 1);
+  fragment[0] &= permute<0xAA88>(first, first);
+  fragment[1] &= permute<0xBB99>(first, first);
+  fragment[2] &= permute<0xAA88>(second, second);
+  fragment[3] &= permute<0xBB99>(second, second);
+}
+
+// The words of a warp's 16 rows, step by step of a tile's product.
+template <int kDepth>
+struct DrawnLeft {
+  const uint32_t* next;
+  uint32_t word, ahead;
+
+  // row: the first of the warp's 16.
+  __device__ DrawnLeft(const DrawnWords& mask, const Layer& layer, int row)
+      : next(words_of(mask, layer, row, 0) + threadIdx.x % 32), word(0), ahead(load_fresh(next, true)) {}
+
+  // Takes a step's words and fetches those after them, if there are any.
+  __device__ void advance(int step, int steps) {
+    constexpr int kSteps = kWordColumns / kDepth;
+    if (step % kSteps == 0) {
+      word = ahead;
+      next += 32;
+      ahead = load_fresh(next, step + kSteps < steps);
+    } else {
+      word <<= kDepth / 8;
+    }
+  }
+
+  template <int kSlice>
+  __device__ void keep(uint32_t (&fragment)[4]) const {
+    keep_by_word<kSlice>(fragment, word);
+  }
+};
+
+struct NothingDrawn {
+  __device__ NothingDrawn(const DrawnWords&, const Layer&, int) {}
+  __device__ void advance(int, int) {}
 };
 
 // The byte of a row's group of columns.

@@ -31,9 +31,17 @@ struct Grid {
   int panels, columns;
 };
 
+// Dropout's bits for the tiles that make xa, which all programs draw before they wait for anything: for each 16 rows
+// and kWordColumns columns of x, one after the other, 32 words for the lanes of a warp.
+struct DrawnWords {
+  uint32_t* words;
+  int draws, share;         // of a row panel: shares, and how many times kDrawnColumns each has; no draws: no bits
+};
+
 struct ForwardParams {
   Layer layer;
   Grid grid;
+  DrawnWords mask;
   Rows x;                   // [m, k]
   void *bias, *y, *xa;      // [n] or null, [m, n], [m, r]; contiguous
   int* flags;               // one a row panel, zero before and after

@@ -138,13 +138,17 @@ struct MultiplyingSide {
 
   // sums = left right over all steps of a tile whose first row is `row`; a producing tile: thin_sums = D(left) thin.
   template <bool kDropout>
-  __device__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_sums, const Mask& mask, int row, int steps, bool producing) {
+  __device__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_sums, const Layer& layer, const DrawnWords& mask, int row,
+                          int steps, bool producing) {
+    static_assert(S::kDepth == kWordColumns, "a word a step");
     const int group_row = threadIdx.x / 128 * 64;
+    const uint32_t* words = kDropout ? words_of(mask, layer, row + place.thin_row, 0) + threadIdx.x % 32 : nullptr;
     int before = 0;
     sums.clear();
     for (int step = 0; step < steps; ++step) {
       const int stage = at.stage;
       wait_for_phase(memory.filled(stage), at.parity);
+      const uint32_t word = kDropout ? load_fresh(words + 32 * step, producing) : 0;
       const uint64_t left = operand(memory.left(stage) + group_row * M::Left::kRowBytes);
       const uint64_t right = kByDepth ? operand_by_depth(memory.right(stage), M::Box::kBytes) : operand(memory.right(stage));
       // 16 elements of depth: 32 bytes of a row, or 16 rows of 128; addresses count 16 bytes.
@@ -154,7 +158,7 @@ struct MultiplyingSide {
         multiply_async<T, kByDepth>(sums.v[0], left + kLeftStep * slice, right + kRightStep * slice);
       });
       commit_products();
-      if (producing) add_thin<kDropout>(thin_sums, mask, stage, row, step * S::kDepth);
+      if (producing) add_thin<kDropout>(thin_sums, stage, word);
       wait_for_products<1>();
       arrive_by_warp(memory.read(before), step);
       before = stage;
@@ -175,18 +179,15 @@ struct MultiplyingSide {
   }
 
  private:
-  // The thin product of a warp's 16 rows from one step.
+  // The thin product of a warp's 16 rows from one step, whose words are `drawn`.
   template <bool kDropout>
-  __device__ void add_thin(ThinSums<kRanks>& sums, const Mask& mask, int stage, int row, int column) const {
+  __device__ void add_thin(ThinSums<kRanks>& sums, int stage, uint32_t word) const {
     const LeftReader<typename M::Left> left(place.thin_row);
     const RightReader<typename M::Thin, kByDepth> thin(0);
-    LeftMask<T> left_mask;
     repeat<S::kDepth / kDeep<T>>([&](auto slice) {
       Left<T> kept;
       left.template read<0>(kept, memory.left(stage), slice);
-      if (kDropout) {
-        left_mask.template keep<slice>(kept, mask, row + place.thin_row + place.group, column + 16 * slice, place.t);
-      }
+      if (kDropout) keep_by_word<slice>(kept, word);
       repeat<kRanks / 16>([&](auto j) {
         Right<T> f;
         thin.template read<16 * j, slice>(f, memory.thin(stage));

@@ -127,6 +127,14 @@ void number_tiles(Plan& plan, const Problem& p, const Choice& c, bool fused) {
   plan.mask_rows = p.dropout && p.dx && p.da ? over(p.m, kSumRows) * kSumRows : 0;
 }
 
+// As many shares of each row panel's mask as give every program one, if the columns allow.
+void share_mask(Plan& plan, const Problem& p) {
+  const int64_t chunks = over(p.k, kDrawnColumns);
+  plan.share = static_cast<int>(std::min(chunks, (plan.grid.panels * chunks + plan.large.grid - 1) / plan.large.grid));
+  plan.draws = over(chunks, plan.share);
+  plan.words = int64_t{plan.grid.panels} * plan.rows * chunks * kDrawnColumns / 32;
+}
+
 void check(const Problem& p) {
   if (p.r < 1 || p.r > kMaxRank) throw std::invalid_argument("lora_A: expected a rank from 1 to 256");
 }
@@ -184,6 +192,8 @@ Plan plan(const Problem& p, const Device& d) {
   }
   plan.large = {name_of(p.backward ? "backward" : "forward", c, p), std::min(tiles, d.multiprocessors), c.threads,
                 c.shared_bytes};
+  // float32's products outweigh the mask, and its fragments take other bits.
+  if (fused && p.dropout && !p.backward && is_16_bit(p.type)) share_mask(plan, p);
   if (wants_thin && !fused) plan.thin = thin_launch(p, d);
   plan.sm90a = c.sm90a;
   return plan;

@@ -45,6 +45,8 @@ struct Plan {
   int counters;        // int32 zeros that the call needs
   int64_t partials;    // float32 numbers that the call needs
   int mask_rows;       // that tiles of da leave the mask of to those of dx; 0: each draws its own
+  int draws, share;    // of forward's mask, as in DrawnWords
+  int64_t words;       // 32-bit numbers of it that the call needs
 };
 
 // A forward call that is bound by reading the weight: one launch of the decode kernel.

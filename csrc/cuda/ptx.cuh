@@ -212,12 +212,26 @@ __device__ inline void store_byte_if(bool does, uint8_t* to, uint32_t value) {
                : "l"(to), "r"(value), "r"(static_cast<int>(does)));
 }
 
+// By one access: left to itself the compiler may store word by word what it has in four registers.
+__device__ inline void store_words(uint32_t* to, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // Memory that other programs wrote in this launch: past L1, which may hold what was there before. Zero where it is
 // not `there`: by a predicate, since a branch would divide the warp.
 __device__ inline uint16_t load_fresh(const uint16_t* from, bool there) {
   uint16_t value;
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.u16 %0, 0; @p ld.global.cg.u16 %0, [%1]; }"
                : "=h"(value)
+               : "l"(from), "r"(static_cast<int>(there))
+               : "memory");
+  return value;
+}
+
+__device__ inline uint32_t load_fresh(const uint32_t* from, bool there) {
+  uint32_t value;
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.u32 %0, 0; @p ld.global.cg.u32 %0, [%1]; }"
+               : "=r"(value)
                : "l"(from), "r"(static_cast<int>(there))
                : "memory");
   return value;

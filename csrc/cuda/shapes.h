@@ -106,6 +106,8 @@ constexpr int hopper_bytes(int ranks) {
 constexpr int kDecodeRows = 16, kDecodeColumns = 32, kDecodeTile = kDecodeRows * kDecodeColumns, kDecodeWarps = 8;
 constexpr int kDecodeThreads = 32 * kDecodeWarps, kDecodeNumbers = kDecodeTile / kDecodeThreads;
 constexpr int kDecodeBytes = 4 * kDecodeWarps * kDecodeTile;
+// Forward's mask: columns of a word, which holds what a thread has of two rows; columns that a warp draws at a time.
+constexpr int kWordColumns = 64, kDrawnColumns = 4 * kWordColumns;
 constexpr int kThinThreads = 128, kThinRows = kThinThreads / 2, kThinStages = 3;
 constexpr int thin_bytes(int ranks) { return kThinStages * 2 * 64 * (kThinRows + ranks); }
 
