@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bench import eager_launches
+from bench.drawing import drawing
 from bench.eager_launches import TILE, Step
 from lora_kernels._triton import cost
 from lora_kernels._triton.compiler import compile_for, resources
@@ -64,6 +65,8 @@ class KernelRow:
 
     counts: None without the virtual machine. predicted_us: of the counted size; large_us: of LARGE.
     producing_ratio: instructions of a tile that makes xa or dxa over those of one that doesn't.
+    drawing_ratio: those of forward's mask, a tile's share of it, which all programs draw before
+    their tiles, over those of a tile that makes nothing.
     """
 
     arch: int
@@ -78,6 +81,7 @@ class KernelRow:
     predicted_us: float
     large_us: float
     producing_ratio: float | None = None
+    drawing_ratio: float | None = None
 
     LINE = "  {:<36}{:>9}{:>9}{:>7}{:>7}{:>11}{:>10}{:>11}{:>6}{:>9}{:>9}{:>7}"
     HEADER = LINE.format(
@@ -135,8 +139,10 @@ def measure(layer: Layer, arch: int, quick: bool) -> Iterator[KernelRow]:
         seconds = [_our_seconds(config, sized, arch) for sized in _sizes(layer)]
         row = _row(layer, arch, OURS, _label(config), of_call(layer, config, arch), seconds)
         counted = has_machine() and not quick
-        ratio = producing_ratio(arch, layer, config) if counted else None
-        yield replace(row, producing_ratio=ratio)
+        if counted:
+            producing, share = tile_ratios(arch, layer, config)
+            row = replace(row, producing_ratio=producing, drawing_ratio=share)
+        yield row
 
 
 def configs(layer: Layer, arch: int, quick: bool) -> Iterator[Config]:
@@ -244,11 +250,12 @@ def _without_waiting(data: dict[str, Any]) -> int:
     return data["warp_instructions"] - 2 * of_barriers
 
 
-def producing_ratio(arch: int, layer: Layer, config: Config) -> float:
-    """Return the instructions of a tile that makes xa (dxa) over those of one that doesn't.
+def tile_ratios(arch: int, layer: Layer, config: Config) -> tuple[float, float | None]:
+    """Return `producing_ratio` and, of a forward with dropout, `drawing_ratio` of a `KernelRow`.
 
-    What one more row panel of producing tiles adds to a call, over what one more column adds;
-    without waiting for copies, which takes as many turns as the machine's schedule makes it.
+    A producing tile is what one more row panel of them adds to a call, less its mask; a plain one
+    is what one more column adds. Without waiting for copies, which takes as many turns as the
+    machine's schedule makes it.
     """
 
     def count(panels: int, columns: int) -> int:
@@ -259,5 +266,11 @@ def producing_ratio(arch: int, layer: Layer, config: Config) -> float:
         return sum(map(_without_waiting, _statistics(arch, calls, config.producers)))
 
     alone = count(1, config.producers)
-    producing = (count(2, config.producers) - alone) / config.producers
-    return producing / (count(1, config.producers + 1) - alone)
+    added = count(2, config.producers) - alone
+    plain = count(1, config.producers + 1) - alone
+    if not layer.dropout or layer.backward:
+        return added / config.producers / plain, None
+    one, two = (_statistics(arch, [drawing(layer, config, panels)], 1)[0] for panels in (1, 2))
+    drawn = two["warp_instructions"] - one["warp_instructions"]
+    share = drawn / -(-layer.n // config.columns)
+    return (added - drawn) / config.producers / plain, share / plain

@@ -26,8 +26,8 @@ SOURCES = ("philox", "tiles", "thin", "forward", "backward")
 MUTANTS = {
     "flag published before the store": (
         "forward",
-        "    store_factor(xa, thin, rows, M, R, BLOCK_R)\n    publish(flag)\n",
-        "    publish(flag)\n    store_factor(xa, thin, rows, M, R, BLOCK_R)\n",
+        "    store_factor(xa, made, rows, M, R, BLOCK_R)\n    publish(flag)\n",
+        "    publish(flag)\n    store_factor(xa, made, rows, M, R, BLOCK_R)\n",
         True,
     ),
     "dxa published before the store": (
@@ -40,6 +40,7 @@ MUTANTS = {
     ),
     "flag not waited for": ("tiles", "early, seen, $2;", "early, seen, 0;", True),
     "mask read before it is drawn": ("backward", "+ DA_BLOCKS if DRAWN else 1", "", True),
+    "words read before they are drawn": ("forward", "panel, draws)", "panel, 0)", True),
     "flag not reset": ("tiles", "@last st.relaxed.gpu.global.u32 [$1], 0;", "", True),
     "mask missing on a ragged edge": ("tiles", "elif LIMIT % COLUMNS == 0:", "elif True:", False),
     "wrong counter in the mask": ("philox", "(K + 7) // 8", "(K + 15) // 8", False),
@@ -55,6 +56,8 @@ MUTANTS = {
         "words << (3 - place), words << (7 - place)",
         False,
     ),
+    "words of one row of four": ("philox", "rows + i * distance", "rows", False),
+    "pairs in another order": ("philox", "words, w1, 0x8000", "words, w2, 0x8000", False),
     "bits of another row": ("backward", "wide(start) * (4 * MASK_STRIDE)", "0", False),
     "kept values not scaled": (
         "forward",

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels._triton.philox import keep_where, masks_by_element
+from lora_kernels._triton.philox import drawn_words, keep_where, masks_by_words, seed_of
 from lora_kernels._triton.tiles import (
     INTERPRETED,
     block_pointers,
@@ -67,6 +67,31 @@ def row_slice(tile, part, PARTS: tl.constexpr):
 
 
 @triton.jit
+def draw_words(
+    mask, flags, draws, share, seed, threshold, M, K: tl.constexpr, MASK_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRODUCERS: tl.constexpr, DRAWN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Leave the bits of D in `mask`, `share` steps of DRAWN columns of a row panel at a time.
+
+    All programs draw as much before they wait for anything: a producing tile that drew all of its
+    rows would take several times as long as others, which wait for it.
+    """
+    STEPS: tl.constexpr = (K + DRAWN - 1) // DRAWN
+    WORDS: tl.constexpr = BLOCK_M // 4
+    QUARTER: tl.constexpr = WORDS // PRODUCERS
+    word = tl.arange(0, WORDS)
+    for draw in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * draws, tl.num_programs(0)):
+        panel = draw // draws
+        first = draw % draws * share
+        rows = panel * BLOCK_M + word // QUARTER * (4 * QUARTER) + word % QUARTER
+        pointers = block_pointers(mask, panel * WORDS + word, MASK_STRIDE, 0, DRAWN // 8)
+        for step in range(first, tl.minimum(first + share, STEPS)):
+            words = drawn_words(rows, QUARTER, step * DRAWN, seed, threshold, K, DRAWN, WIDE)
+            tl.store(pointers + step * (DRAWN // 8), words.to(tl.int32, bitcast=True))
+        publish(flags + panel)
+
+
+@triton.jit
 def _plain_tile(
     x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -82,18 +107,18 @@ def _plain_tile(
 
 @triton.jit
 def _producing_tile(
-    x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, a, xa, flag, seed, threshold,
-    M, stride_a, part, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRODUCERS: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+    x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, a, xa, mask, flag, threshold,
+    M, stride_a, part, K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRODUCERS: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return x Wᵀ of a tile; on the way make and publish xa of part of its rows.
 
-    part: which of PRODUCERS equal parts.
+    mask: the bits of D, or None; part: which of PRODUCERS equal parts.
     """
     ROWS: tl.constexpr = BLOCK_M // PRODUCERS
     # The thin product takes x from registers: for dropout, or for some of the rows only.
-    BY_REGISTERS: tl.constexpr = DROPOUT or PRODUCERS > 1
+    BY_REGISTERS: tl.constexpr = mask is not None or PRODUCERS > 1
     # Copies to shared memory serve one layout of reader without bank conflicts: with two, x is
     # carried one step ahead in registers instead.
     CARRIED: tl.constexpr = BY_REGISTERS and x_descriptor is None
@@ -108,6 +133,10 @@ def _producing_tile(
         thin = tl.zeros((ROWS, BLOCK_R), tl.float32)
     if CARRIED:
         x_next = load_operand(x_descriptor, x_pointers, row, 0, K, BLOCK_K)
+    if mask is not None:
+        quarter = (row + part * ROWS) // 4 + tl.arange(0, ROWS // 4)
+        words = block_pointers(mask, quarter, MASK_STRIDE, 0, BLOCK_K // 8)
+        bits_next = tl.load(words)
     for k in tl.range(0, K, BLOCK_K):
         if CARRIED:
             x_tile = x_next
@@ -117,15 +146,19 @@ def _producing_tile(
             x_tile = load_operand(x_descriptor, x_pointers, row, k, K, BLOCK_K)
         w_tile = load_operand(w_descriptor, w_pointers, column, k, K, BLOCK_K)
         a_tile = load_operand(None, a_pointers, 0, k, K, BLOCK_K).to(dtype)
+        if mask is not None:
+            # A step ahead: the pipeline would take them through shared memory.
+            bits = bits_next
+            words += BLOCK_K // 8
+            bits_next = tl.load(words, mask=k + BLOCK_K < K)
         acc = plus_product(acc, x_tile, w_tile.T, PRECISION)
         if BY_REGISTERS:
             if MMA == "wgmma" and not CARRIED:
                 # Triton 3.8 leaves this product pending while the next copy overwrites x.
                 acc = settled(acc)
             part_tile = row_slice(x_tile, part, PRODUCERS)
-            if DROPOUT:
-                masks, _ = masks_by_element(rows, k, seed, threshold, K, BLOCK_K, WIDE)
-                part_tile = keep_where(masks, part_tile)
+            if mask is not None:
+                part_tile = keep_where(masks_by_words(bits.to(tl.uint32, bitcast=True)), part_tile)
             # As second operand it goes through shared memory: a register operand of an
             # asynchronous product could change while it is read.
             thin = plus_product(thin, a_tile, part_tile.T, PRECISION)
@@ -134,37 +167,73 @@ def _producing_tile(
     thin = read(thin, MMA)
     if BY_REGISTERS:
         thin = thin.T
-    if DROPOUT:
+    if mask is not None:
         thin *= keep_scale(threshold)
-    store_factor(xa, thin, rows, M, R, BLOCK_R)
+    made = thin.to(dtype)
+    store_factor(xa, made, rows, M, R, BLOCK_R)
     publish(flag)
+    return acc, made
+
+
+@triton.jit
+def _plus_low_rank(
+    acc, made, xa, b, rows, columns, stride_b, scale, R: tl.constexpr, BLOCK_R: tl.constexpr,
+    RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return acc + scale · xa Bᵀ of a tile's rows and columns; made: their xa, or None to load."""
+    dtype: tl.constexpr = xa.dtype.element_ty
+    for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
+        if made is None:
+            xa_tile = load_factor(xa, rows, R, rank, R, RANK_STEP, R == BLOCK_R)
+        else:
+            xa_tile = made
+        b_tile = load_factor(b, columns, stride_b, rank, R, RANK_STEP, R == BLOCK_R)
+        b_tile = (b_tile.to(dtype).to(tl.float32) * scale).to(dtype)
+        acc = plus_product(acc, xa_tile, b_tile.T, PRECISION)
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "scaling", "threshold"])
+@triton.jit(do_not_specialize=["M", "scaling", "threshold", "share"])
 def forward_kernel(
-    x, w, a, b, bias, seed_pointer, scaling_pointer, y, xa, flags, x_descriptor, w_descriptor,
-    stride_x, stride_w, stride_a, stride_b, M, scaling, threshold,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    x, w, a, b, bias, seed_pointer, scaling_pointer, y, xa, mask, flags, x_descriptor, w_descriptor,
+    stride_x, stride_w, stride_a, stride_b, share, M, scaling, threshold,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    RANK_STEP: tl.constexpr, GROUP: tl.constexpr, PRODUCERS: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+    RANK_STEP: tl.constexpr, GROUP: tl.constexpr, PRODUCERS: tl.constexpr, DRAWN: tl.constexpr,
+    WIDE: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute y [M, N] and xa [M, R]; persistent, tiles in order.
 
-    Tiles of the first PRODUCERS columns come first and never wait before they publish, so no
-    tile waits for one that can't run. PRODUCERS = 0 reads an xa made by an earlier launch.
+    Programs draw the mask first; tiles of the first PRODUCERS columns come next and wait for
+    nothing else before they publish, so no tile waits for one that can't run. PRODUCERS = 0 reads
+    an xa made by an earlier launch.
+    mask: int32 [panels · BLOCK_M / 4, MASK_STRIDE], a word for eight columns of four rows; None
+    without dropout or producers. share: steps of DRAWN columns that are drawn at a time.
     x_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], or both None.
     flags: int32, one a row panel, zero before and after.
     """
     COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    dtype: tl.constexpr = y.dtype.element_ty
     panels = tl.cdiv(M, BLOCK_M)
     scale = scaling_of(scaling, scaling_pointer)
-    if DROPOUT:
-        seed = tl.load(seed_pointer)
-    else:
-        seed = 0
+    draws = 0
+    if mask is not None:
+        draws = tl.cdiv((K + DRAWN - 1) // DRAWN, share)
+        seed = seed_of(seed_pointer)
+        draw_words(
+            mask,
+            flags,
+            draws,
+            share,
+            seed,
+            threshold,
+            M,
+            K,
+            MASK_STRIDE,
+            BLOCK_M,
+            PRODUCERS,
+            DRAWN,
+            WIDE,
+        )
     for tile in tl.range(tl.program_id(0), panels * COLUMNS, tl.num_programs(0), disable_licm=True):
         panel, panel_column = fused_tile(tile, panels, COLUMNS, PRODUCERS, GROUP)
         row = panel * BLOCK_M
@@ -177,31 +246,43 @@ def forward_kernel(
         x_pointers = operand_pointers(x, x_descriptor, near_rows, stride_x, 0, BLOCK_K)
         w_pointers = operand_pointers(w, w_descriptor, near_columns, stride_w, 0, BLOCK_K)
         if PRODUCERS > 0 and panel_column < PRODUCERS:
-            acc = _producing_tile(
-                x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, a, xa,
-                flags + panel, seed, threshold, M, stride_a, panel_column, K, R, BLOCK_M, BLOCK_N,
-                BLOCK_K, BLOCK_R, PRODUCERS, DROPOUT, WIDE, MMA, PRECISION,
+            if mask is not None:
+                wait(flags + panel, draws)
+            acc, made = _producing_tile(
+                x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, a, xa, mask,
+                flags + panel, threshold, M, stride_a, panel_column, K, R, MASK_STRIDE, BLOCK_M,
+                BLOCK_N, BLOCK_K, BLOCK_R, PRODUCERS, MMA, PRECISION,
             )  # fmt: skip
+            if PRODUCERS == 1 and RANK_STEP == BLOCK_R:
+                acc = _plus_low_rank(
+                    acc, made, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
+                    RANK_STEP, PRECISION,
+                )  # fmt: skip
+            else:
+                wait(flags + panel, draws + PRODUCERS)
+                acc = _plus_low_rank(
+                    acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
+                    RANK_STEP, PRECISION,
+                )  # fmt: skip
         else:
             acc = _plain_tile(
                 x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, K, BLOCK_M,
                 BLOCK_N, BLOCK_K, PRECISION,
+            )  # fmt: skip
+            if PRODUCERS > 0:
+                wait(flags + panel, draws + PRODUCERS)
+            acc = _plus_low_rank(
+                acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
+                RANK_STEP, PRECISION,
             )  # fmt: skip
         if bias is not None:
             if N % BLOCK_N == 0:
                 bias_row = tl.load(bias + columns)
             else:
                 bias_row = tl.load(bias + columns, mask=columns < N, other=0.0)
-        if PRODUCERS > 0:
-            wait(flags + panel, PRODUCERS)
-        for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
-            xa_tile = load_factor(xa, near_rows, R, rank, R, RANK_STEP, R == BLOCK_R)
-            b_tile = load_factor(b, near_columns, stride_b, rank, R, RANK_STEP, R == BLOCK_R)
-            b_tile = (b_tile.to(dtype).to(tl.float32) * scale).to(dtype)
-            acc = plus_product(acc, xa_tile, b_tile.T, PRECISION)
         acc = read(acc, MMA)
         if PRODUCERS > 0:
-            leave(flags + panel, PRODUCERS + COLUMNS - 1)
+            leave(flags + panel, draws + PRODUCERS + COLUMNS - 1)
         if bias is not None:
             acc += bias_row.to(tl.float32)[None, :]
         store_tile(y, acc, rows, columns, M, N, N % BLOCK_N == 0)

@@ -20,6 +20,7 @@ from lora_kernels.dropout import LANES
 
 _WORKSPACE = Workspace()
 _MASK_COLUMNS = 256  # the widest tile of dx or dA: rows of the mask's bits hold whole tiles
+DRAWN = 128  # columns of forward's mask that a program draws at a time
 _WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
 
 
@@ -54,7 +55,6 @@ class Call(NamedTuple):
         return {
             "R": r,
             "BLOCK_R": padded_rank(r),
-            "DROPOUT": self.seed is not None,
             "WIDE": m * -(-k // LANES) >= _WIDE_COUNTERS,
             "PRECISION": _precision(self.weight.dtype),
         }
@@ -145,7 +145,8 @@ def _thin(
         "stride_f": factor.stride(0), **call.numbers(m),
     }  # fmt: skip
     constants = call.constants(m) | {
-        "L": length, "TRANSPOSED": transposed, "BLOCK_M": config.rows, "BLOCK_L": config.depth,
+        "L": length, "TRANSPOSED": transposed, "DROPOUT": call.seed is not None,
+        "BLOCK_M": config.rows, "BLOCK_L": config.depth,
         "MMA": current().device(v).mma, "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     launch(thin_kernel, -(-m // config.rows), args, constants)
@@ -157,23 +158,29 @@ def _forward(
     """Launch the forward kernel; xa is read, not written, on the split path."""
     config, (m, k), n = chosen.config, x.shape, y.shape[1]
     panels, executor = -(-m // config.rows), current()
+    device = executor.device(x)
+    grid = min(panels * -(-n // config.columns), executor.programs(device))
+    steps = -(-k // DRAWN)
+    mask, stride = None, steps * DRAWN // LANES
+    if call.seed is not None and config.producers:
+        mask = x.new_empty((panels * config.rows // 4, stride), dtype=torch.int32)
     args = {
         "x": x, "w": call.weight, "a": call.a, "b": call.b, "bias": bias, **call.pointers(),
-        "y": y, "xa": xa, "flags": _WORKSPACE.zeros(panels, x.device),
+        "y": y, "xa": xa, "mask": mask, "flags": _WORKSPACE.zeros(panels, x.device),
         "x_descriptor": _descriptor(x, config.rows, config.depth, config.descriptors),
         "w_descriptor": _descriptor(call.weight, config.columns, config.depth, config.descriptors),
         "stride_x": x.stride(0), "stride_w": call.weight.stride(0), "stride_a": call.a.stride(0),
-        "stride_b": call.b.stride(0), **call.numbers(m),
+        "stride_b": call.b.stride(0), "share": min(steps, -(-panels * steps // grid)),
+        **call.numbers(m),
     }  # fmt: skip
-    device = executor.device(x)
     constants = call.constants(m) | {
-        "N": n, "K": k, "BLOCK_M": config.rows, "BLOCK_N": config.columns,
+        "N": n, "K": k, "MASK_STRIDE": stride, "DRAWN": DRAWN,
+        "BLOCK_M": config.rows, "BLOCK_N": config.columns,
         "BLOCK_K": config.depth, "GROUP": config.group, "PRODUCERS": config.producers,
         "RANK_STEP": rank_step(call.sizes[2], x.dtype),
         "MMA": device.mma, "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
-    tiles = panels * -(-n // config.columns)
-    launch(forward_kernel, min(tiles, executor.programs(device)), args, constants)
+    launch(forward_kernel, grid, args, constants)
 
 
 def _backward(
@@ -220,8 +227,7 @@ def _backward(
         "BLOCK_N": config.depth, "BLOCK_K": config.columns,
         "RANK_STEP": rank_step(r, dy.dtype), "RANKS": ranks,
         "BLOCK_C": config.sum_columns, "BLOCK_S": config.sum_rows, "GROUP": config.group,
-        "FUSED": fused,
-        "MMA": device.mma,
+        "FUSED": fused, "DROPOUT": call.seed is not None, "MMA": device.mma,
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     launch(backward_kernel, min(tiles, executor.programs(device)), args, constants)

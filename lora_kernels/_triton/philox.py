@@ -34,6 +34,31 @@ def philox_words(counter, key_low, key_high, WIDE: tl.constexpr):
 
 
 @triton.jit
+def seed_of(pointer):
+    """Return the seed, int64, that one lane of each warp reads for all."""
+    if INTERPRETED:
+        return tl.load(pointer)
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .b32 lane, low, high;
+            mov.u32 lane, %laneid;
+            setp.eq.u32 first, lane, 0;
+            @first ld.global.v2.b32 {low, high}, [$1];
+            shfl.sync.idx.b32 low, low, 0, 31, -1;
+            shfl.sync.idx.b32 high, high, 0, 31, -1;
+            mov.b64 $0, {low, high};
+            }""",
+            "=l,l",
+            [pointer],
+            tl.int64,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def _multiply(value, factor: tl.constexpr):
     """Return the low and high words of a 32 x 32 bit product."""
     if INTERPRETED:
@@ -132,6 +157,67 @@ def masks_by_bits(bits):
             pack=1,
         )
         return _halves(chosen)
+
+
+@triton.jit
+def drawn_words(
+    rows, distance, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return uint32 [len(rows), COLUMNS / 8]: the bits of a group in four rows, `distance` apart.
+
+    Two pairs of columns share each of eight shifts that bring them to the top bits of bytes.
+    """
+    groups = column // 8 + tl.arange(0, COLUMNS // 8)
+    words = tl.zeros((rows.shape[0], COLUMNS // 8), tl.uint32)
+    for i in tl.static_range(4):
+        w0, w1, w2, w3 = _kept_lanes(rows + i * distance, groups, seed, threshold, K, WIDE)
+        words = _with_bits(words, w0, 0x00800080 >> (2 * i))
+        words = _with_bits(words, w1, 0x80008000 >> (2 * i))
+        words = _with_bits(words, w2, 0x00400040 >> (2 * i))
+        words = _with_bits(words, w3, 0x40004000 >> (2 * i))
+    return words
+
+
+@triton.jit
+def _with_bits(words, lanes, BITS: tl.constexpr):
+    """Return words with some of their bits those of lanes."""
+    if INTERPRETED:
+        return words ^ ((words ^ lanes) & BITS)
+    else:
+        # Bits of the third operand choose the second, else the first.
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xd8;",
+            "=r,r,r,n",
+            [words, lanes, BITS],
+            tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def masks_by_words(words):
+    """Return the masks of four times as many rows, the distance apart, by `drawn_words`."""
+    ROWS: tl.constexpr = words.shape[0]
+    GROUPS: tl.constexpr = words.shape[1]
+    place = tl.arange(0, 16).reshape(4, 1, 1, 4)
+    shifted = words.reshape(1, ROWS, GROUPS, 1) << (place // 2)
+    if INTERPRETED:
+        top = shifted >> (8 * (place % 2))
+        low = tl.where(top & 0x80 != 0, 0xFFFF, 0).to(tl.uint32)
+        high = tl.where((top >> 16) & 0x80 != 0, 0xFFFF, 0).to(tl.uint32)
+        masks = low | (high << 16)
+    else:
+        masks = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $1, $2;",
+            "=r,r,r",
+            [shifted, 0xAA88 + 0x1111 * (place % 2)],
+            tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    return _halves(masks.reshape(4 * ROWS, 4 * GROUPS))
 
 
 @triton.jit
