@@ -112,7 +112,7 @@ def _producing_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRODUCERS: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return x Wᵀ of a tile; on the way make and publish xa of part of its rows.
+    """Return x Wᵀ of a tile and xa of part of its rows, made on the way and published.
 
     mask: the bits of D, or None; part: which of PRODUCERS equal parts.
     """
@@ -220,20 +220,9 @@ def forward_kernel(
         draws = tl.cdiv((K + DRAWN - 1) // DRAWN, share)
         seed = seed_of(seed_pointer)
         draw_words(
-            mask,
-            flags,
-            draws,
-            share,
-            seed,
-            threshold,
-            M,
-            K,
-            MASK_STRIDE,
-            BLOCK_M,
-            PRODUCERS,
-            DRAWN,
-            WIDE,
-        )
+            mask, flags, draws, share, seed, threshold, M, K, MASK_STRIDE, BLOCK_M, PRODUCERS,
+            DRAWN, WIDE,
+        )  # fmt: skip
     for tile in tl.range(tl.program_id(0), panels * COLUMNS, tl.num_programs(0), disable_licm=True):
         panel, panel_column = fused_tile(tile, panels, COLUMNS, PRODUCERS, GROUP)
         row = panel * BLOCK_M
@@ -253,6 +242,7 @@ def forward_kernel(
                 flags + panel, threshold, M, stride_a, panel_column, K, R, MASK_STRIDE, BLOCK_M,
                 BLOCK_N, BLOCK_K, BLOCK_R, PRODUCERS, MMA, PRECISION,
             )  # fmt: skip
+            # All of its xa, in one piece, needs no reading back.
             if PRODUCERS == 1 and RANK_STEP == BLOCK_R:
                 acc = _plus_low_rank(
                     acc, made, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
