@@ -179,7 +179,7 @@ struct MultiplyingSide {
   }
 
  private:
-  // The thin product of a warp's 16 rows from one step, whose words are `drawn`.
+  // The thin product of a warp's 16 rows from one step; `word` has this thread's bits of D.
   template <bool kDropout>
   __device__ void add_thin(ThinSums<kRanks>& sums, int stage, uint32_t word) const {
     const LeftReader<typename M::Left> left(place.thin_row);

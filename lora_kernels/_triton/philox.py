@@ -35,7 +35,10 @@ def philox_words(counter, key_low, key_high, WIDE: tl.constexpr):
 
 @triton.jit
 def seed_of(pointer):
-    """Return the seed, int64, that one lane of each warp reads for all."""
+    """Return the seed, int64, that one lane of each warp reads for all.
+
+    All lanes asking for it is one transaction, too, but counts as a request of each.
+    """
     if INTERPRETED:
         return tl.load(pointer)
     else:
@@ -166,7 +169,8 @@ def drawn_words(
 ):  # fmt: skip
     """Return uint32 [len(rows), COLUMNS / 8]: the bits of a group in four rows, `distance` apart.
 
-    Two pairs of columns share each of eight shifts that bring them to the top bits of bytes.
+    Pairs of columns are brought to the top bits of bytes by eight shifts, from none to seven, of
+    which each serves two.
     """
     groups = column // 8 + tl.arange(0, COLUMNS // 8)
     words = tl.zeros((rows.shape[0], COLUMNS // 8), tl.uint32)
