@@ -36,7 +36,7 @@ def lora_linear_forward(
     Precision: products accumulate as torch's matmul does (float32 for 16-bit inputs); x Wᵀ, y and
     xa are rounded to x's dtype, xa again after dropout's factor and after scaling (M > SMALL_M).
     """
-    x2 = _as_matrix(x)
+    x2 = _left_operand(x)
     a, b = _as_dtype(lora_A, x.dtype), _as_dtype(lora_B, x.dtype)
     if seed is None:
         xa = linear(x2, a)
@@ -70,7 +70,7 @@ def lora_linear_backward(
     Precision: as forward; dA is summed over row blocks in float32 (float64 for float64).
     """
     need_dx, need_da, need_db, need_dbias = needs
-    dy2 = _as_matrix(dy)
+    dy2 = _left_operand(dy)
     x2 = _as_matrix(x) if need_da and x is not None else None
     dx = _base_gradient(dy2, weight) if need_dx else None
     da = db = None
@@ -113,6 +113,18 @@ def _dropped_backward(
 def _as_matrix(v: Tensor) -> Tensor:
     """Return v [..., C] as [M, C]; v itself where it is one, since a view costs 1 µs."""
     return v if v.ndim == 2 else v.reshape(-1, v.shape[-1])
+
+
+def _left_operand(v: Tensor) -> Tensor:
+    """Return v as [M, C], copied where torch would read beyond its rows; see `reference`.
+
+    It takes 32 columns at a time.
+    """
+    v = _as_matrix(v)
+    apart = v.stride(0) != v.shape[1]
+    if apart and v.shape[1] % 32 and v.dtype == torch.bfloat16 and v.device.type == "cpu":
+        return v.contiguous()
+    return v
 
 
 def _as_dtype(v: Tensor, dtype: torch.dtype) -> Tensor:

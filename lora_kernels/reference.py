@@ -73,6 +73,15 @@ def dropout(v: Tensor, threshold: int, seed: Tensor | None) -> Tensor:
     return torch.where(keep, v, 0) * keep_scale(threshold)
 
 
+def _as_matrix(v: Tensor) -> Tensor:
+    """Return v [..., C] as contiguous [M, C].
+
+    On CPUs with AMX torch's bf16 products read on beyond rows that lie apart (oneDNN 3.12): by a
+    zero, but a NaN there spreads.
+    """
+    return v.reshape(-1, v.shape[-1]).contiguous()
+
+
 def lora_linear_forward(
     x: Tensor,
     weight: Tensor,
@@ -99,7 +108,7 @@ def lora_linear_forward(
         y [..., N] and xa [M, R], both in x's dtype.
     """
     a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = _as_matrix(x)
     xa = dropout(x2, threshold, seed) @ a.T
     y = x2 @ weight.T + (xa @ b.T) * scaling
     if bias is not None:
@@ -132,7 +141,7 @@ def lora_linear_backward(
         dx and dbias in dy's dtype, dA and dB in their parameters' dtypes.
     """
     a, b = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
-    dy2 = dy.reshape(-1, dy.shape[-1])
+    dy2 = _as_matrix(dy)
     dxa = (dy2 @ b) * scaling
     dx = da = db = dbias = None
     if needs[0]:
@@ -140,7 +149,7 @@ def lora_linear_backward(
         dx = dx.reshape(*dy.shape[:-1], weight.shape[1])
     if needs[1]:
         assert x is not None
-        da = (dxa.T @ dropout(x.reshape(-1, x.shape[-1]), threshold, seed)).to(lora_A.dtype)
+        da = (dxa.T @ dropout(_as_matrix(x), threshold, seed)).to(lora_A.dtype)
     if needs[2]:
         assert xa is not None
         db = ((dy2.T @ xa) * scaling).to(lora_B.dtype)

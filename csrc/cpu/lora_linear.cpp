@@ -37,7 +37,7 @@ float scale_of(const OptionalTensor& tensor, double number) {
 std::tuple<Tensor, Tensor> forward(
     Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, OptionalTensor bias, OptionalTensor seed,
     OptionalTensor scaling_tensor, double scaling, int64_t threshold, Packed packed) {
-  const Tensor rows = as_matrix(x), a = factor(lora_A, x), b = factor(lora_B, x);
+  const Tensor rows = left_operand(x), a = factor(lora_A, x), b = factor(lora_B, x);
   const int64_t m = rows.size(0), n = weight.size(0), k = weight.size(1), r = a.size(0);
   const Tensor y = base_forward(rows, weight, bias, packed);
   const Tensor xa = empty_matrix(m, r, x.scalar_type());
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     OptionalTensor seed, OptionalTensor scaling_tensor, double scaling, int64_t threshold,
     std::vector<bool> needs, Packed packed) {
   const bool need_dx = needs[0], need_da = needs[1], need_db = needs[2], need_dbias = needs[3];
-  const Tensor rows = as_matrix(dy);
+  const Tensor rows = left_operand(dy);
   const int64_t m = rows.size(0), n = weight.size(0), k = weight.size(1), r = lora_A.size(0);
   const int64_t stride = round_up(r, kLanes);
   const float scale = scale_of(scaling_tensor, scaling);

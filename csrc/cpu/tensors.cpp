@@ -37,6 +37,9 @@ void with_data(const Tensor& t, F f) {
   f(static_cast<float*>(t.mutable_data_ptr()));
 }
 
+// Columns that oneDNN's bf16 products take at a time.
+constexpr int64_t kOnednnStep = 32;
+
 // An output of the parameter's type, or of float32 if that isn't one that we write.
 Tensor output_like(const Tensor& parameter, int64_t rows, int64_t columns) {
   const ScalarType type = parameter.scalar_type();
@@ -66,6 +69,13 @@ Tensor as_matrix(const Tensor& v) {
   }
   const bool adjacent = flat.size(1) <= 1 || flat.stride(1) == 1;
   return adjacent ? flat : torch::stable::contiguous(flat);
+}
+
+Tensor left_operand(const Tensor& v) {
+  const Tensor rows = as_matrix(v);
+  const bool apart = rows.stride(0) != rows.size(1), whole_steps = rows.size(1) % kOnednnStep == 0;
+  const bool read_beyond = apart && !whole_steps && rows.scalar_type() == ScalarType::BFloat16;
+  return read_beyond ? torch::stable::contiguous(rows) : rows;
 }
 
 Tensor factor(const Tensor& parameter, const Tensor& x) { return as_matrix(as_type_of(x, parameter)); }

@@ -19,6 +19,10 @@ using OptionalTensor = std::optional<Tensor>;
 // v [..., C] as [M, C]; a copy only where rows are not evenly spaced or their numbers not adjacent.
 Tensor as_matrix(const Tensor& v);
 
+// The same for the left operand of a large product. On processors with AMX oneDNN 3.12 reads on beyond a row's last
+// columns, by a zero, but a NaN in the gap between two rows spreads: such rows are copied.
+Tensor left_operand(const Tensor& v);
+
 // lora_A or lora_B rounded to the type that the products take, that of x.
 Tensor factor(const Tensor& parameter, const Tensor& x);
 
