@@ -97,6 +97,29 @@ def test_parity(hopper, case, resident):
         assert all(("_Hopper_" in name) == whole for name in names)
 
 
+@pytest.mark.parametrize("resident", [4, 5])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((300,), 264, 392, 100, BF16, FP32, 0.1, bias=True),
+        Case((150,), 520, 512, 256, FP16, dropout_p=0.1),
+        Case((150,), 512, 520, 250, BF16),
+    ],
+    ids=str,
+)
+def test_ranks_in_slices(hopper, case, resident):
+    """Each of the first columns of tiles makes a slice of xa or dxa."""
+    made = hopper(resident=resident, seed=resident, zeros=torch.zeros(4096, dtype=torch.int32))
+    with using(made):
+        for _ in range(2):
+            assert_parity(case, make_inputs(case), "cuda")
+    assert not made.zeros.any()
+    assert [name.split("_")[1:3] for name, _ in made.stats] == [
+        ["forward", "Hopper"],
+        ["backward", "Hopper"],
+    ] * 2
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
 def test_two_runs_give_the_same_bits(hopper, dropout_p):
     """Sums over rows are of three segments here, whichever of them is finished last."""

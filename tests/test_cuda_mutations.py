@@ -28,8 +28,8 @@ KERNELS = """
 #define LORA_TYPE {type}
 #define LORA_ELEMENT {element}
 #define LORA_TABLE table
-#define LORA_FORWARD(X) X({shape}, 16, 1, 1)
-#define LORA_BACKWARD(X) X({shape}, 16, 1, 1)
+#define LORA_FORWARD(X) X({shape}, {ranks}, 1, 1)
+#define LORA_BACKWARD(X) X({shape}, {ranks}, 1, 1)
 #define LORA_DECODE(X) X()
 #include "shapes.h"
 #undef LORA_EACH_THIN
@@ -45,20 +45,21 @@ HOPPER_KERNELS = """
 #define LORA_EACH_HOPPER(X) X(16, 1)
 #include "kernels_sm90.cuh"
 """
-BF16_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small")
-TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat")
+BF16_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=16)
+SLICED_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=64)
+TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat", ranks=16)
 # name: (file, text, what stands there instead)
 MUTANTS = {
-    "nothing": ("forward.cuh", "layer.m, 0, layer.r", "layer.m, 0, layer.r"),
+    "nothing": ("forward.cuh", "layer.m, rank, layer.r", "layer.m, rank, layer.r"),
     "dxa published before the store": (
         "backward.cuh",
-        "store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, 0, layer.r);\n"
+        "store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, rank, layer.r);\n"
         "    publish(p.flags + panel);",
         "publish(p.flags + panel);\n"
-        "    store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, 0, layer.r);",
+        "    store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, rank, layer.r);",
     ),
-    "flag not waited for": ("mainloop.cuh", "(acquire_load(flag) < arrivals)", "(false)"),
-    "flag not reset": ("mainloop.cuh", "count_out(flag, last, threadIdx.x == 0);", ""),
+    "flag not waited for": ("order.cuh", "(acquire_load(flag) < arrivals)", "(false)"),
+    "flag not reset": ("order.cuh", "count_out(flag, last, threadIdx.x == 0);", ""),
     "step not waited for": ("mainloop.cuh", "wait_for_copies<S::kStages - 2>()", "(void)0"),
     "stage refilled while it is read": (
         "mainloop.cuh",
@@ -70,8 +71,8 @@ MUTANTS = {
     "dropout forgotten in dA": ("sums.cuh", "    if (kDropout) {", "    if (false) {"),
     "mask read before it is drawn": (
         "backward.cuh",
-        "? 2 * p.fused + p.kinds.da_blocks : 1",
-        "? 1 : 1",
+        "? 2 * p.producers + p.kinds.da_blocks : p.producers",
+        "? p.producers : p.producers",
     ),
     "words read before they are drawn": ("forward.cuh", "panel, draws)", "panel, 0)"),
     "words of the other row": (
@@ -86,6 +87,22 @@ MUTANTS = {
         "backward.cuh",
         "scaling_of(layer) * keep_scale(layer)",
         "scaling_of(layer)",
+    ),
+}
+# Of ranks in slices.
+SLICED_MUTANTS = {
+    "nothing": MUTANTS["nothing"],
+    "a slice of other ranks": ("forward.cuh", "layer.k), rank)", "layer.k), 0)"),
+    "a slice of other ranks of dxa": ("backward.cuh", "layer.r), rank)", "layer.r), 0)"),
+    "other slices not waited for": (
+        "forward.cuh",
+        "arrivals = draws + p.producers;",
+        "arrivals = draws + 1;",
+    ),
+    "slices of a row panel far apart": (
+        "order.cuh",
+        "{index / producers, index % producers}",
+        "{index % grid.panels, index / grid.panels}",
     ),
 }
 TF32_MUTANTS = {
@@ -103,7 +120,7 @@ TF32_MUTANTS = {
 
 HOPPER_MUTANTS = {
     "mask read before it is drawn": MUTANTS["mask read before it is drawn"],
-    "nothing": ("forward_sm90.cuh", "layer.m, 0, layer.r", "layer.m, 0, layer.r"),
+    "nothing": ("forward_sm90.cuh", "layer.m, tile.rank", "layer.m, tile.rank"),
     "words read before they are drawn": (
         "forward_sm90.cuh",
         "if (tile.producing && p.mask.draws)",
@@ -117,7 +134,7 @@ HOPPER_MUTANTS = {
     ),
     "dxa not waited for": (
         "backward_sm90.cuh",
-        "[&](int panel) { side.wait(p.flags + panel, 1); }",
+        "[&](int panel) { side.wait(p.flags + panel, p.producers); }",
         "[](int) {}",
     ),
     "stage refilled while it is read": (
@@ -133,8 +150,8 @@ HOPPER_MUTANTS = {
     "products not waited for": ("pipeline_sm90.cuh", "    wait_for_products<0>();", ""),
     "factors overwritten while they are read": (
         "pipeline_sm90.cuh",
-        "wait_for_phase(memory.factors_read(), ~tiles++ & 1);",
-        "++tiles;",
+        "wait_for_phase(memory.factors_read(), ~slices++ & 1);",
+        "++slices;",
     ),
     "a box for another": ("backward_sm90.cuh", "column / kHopperBox * M::Box::kBytes", "0"),
     "columns' distance of W": ("hopper.cuh", "(apart >> 4)", "(apart >> 5)"),
@@ -189,6 +206,12 @@ def test_planted_fault_is_found(name, check):
     check(name, case, BF16_KERNELS, MUTANTS, resident=8)
 
 
+@pytest.mark.parametrize("name", SLICED_MUTANTS)
+def test_planted_fault_is_found_of_slices(name, check):
+    case = Case((130,), 136, 360, 72, torch.bfloat16, dropout_p=0.1)
+    check(name, case, SLICED_KERNELS, SLICED_MUTANTS, resident=2)
+
+
 @pytest.mark.parametrize("name", TF32_MUTANTS)
 def test_planted_fault_is_found_of_tf32(name, check, float32_precision):
     float32_precision("high")
@@ -201,5 +224,5 @@ def test_planted_fault_is_found_of_sm_90a(name, check):
     # With as many row panels as programs each draws the words that it reads itself.
     rows = 200 if name == "words read before they are drawn" else 400
     case = Case((rows,), 256, 520, 8, torch.bfloat16, dropout_p=0.1)
-    hopper = {"arch": 90, "shared_bytes": 232448, "resident": 3}
+    hopper = {"arch": 90, "shared_bytes": 232448, "resident": 5}
     check(name, case, HOPPER_KERNELS, HOPPER_MUTANTS, "sm_90a", **hopper)

@@ -183,9 +183,29 @@ def test_same_bits_whatever_the_schedule(dropout_p):
             assert torch.equal(other[name], expected), name
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("rank", [65, 130, 256])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_ranks_in_slices(executor, dtype, rank, precision, float32_precision):
+    """Each of the first columns of tiles makes a slice of xa or dxa; by one launch before, too.
+
+    With two programs there are fewer than slices.
+    """
+    float32_precision(precision)
+    case = Case((150,), 520, 584, rank, dtype, FP32 if rank == 130 else None, 0.1, bias=True)
+    for resident in (2, 8, 9):
+        with executor(resident=resident, seed=rank) as machine:
+            assert_parity(case, make_inputs(case), "cuda")
+            if machine is not None and resident > 2:
+                kinds = [name.split("_")[1] for name, _ in machine.stats]
+                assert kinds == ["forward", "backward"]
+
+
 @needs_machine
-def test_flags_are_left_as_found():
-    case = Case((300,), 136, 200, 16, BF16, dropout_p=0.1)
+@pytest.mark.parametrize("rank", [16, 100])
+def test_flags_are_left_as_found(rank):
+    case = Case((300,), 136, 200, rank, BF16, dropout_p=0.1)
     machine = Machine(resident=6, zeros=torch.zeros(1024, dtype=torch.int32))
     with using(machine):
         for _ in range(3):

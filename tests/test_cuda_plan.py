@@ -56,13 +56,22 @@ def test_launches_fit_the_device(device, wanted):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_one_launch_up_to_rank_64(device):
-    for r, kind, dropout in product((1, 8, 16, 24, 64), KINDS, (0, 1)):
-        if r == 64 and kind == FP32:
-            continue  # float32 sums leave registers for 32 ranks
+def test_one_launch_whatever_the_rank(device):
+    for r, kind, dropout in product((1, 8, 16, 24, 64, 65, 256), KINDS, (0, 1)):
         for wanted in (None, ALL, DX):
-            launches = plan(DEVICES[device], 4096, 4096, 4096, r, kind, dropout, 1, wanted)
+            launches = plan(DEVICES[device], 4096, 1024, 1024, r, kind, dropout, 1, wanted)
             assert len(launches) == 1, launches
+
+
+def test_more_slices_of_ranks_than_columns_take_a_launch_more():
+    """A column of tiles makes the thin product of one slice, at the same time as others."""
+    (name, _), _ = plan([90, 3, 232448], 4096, 4096, 4096, 256)
+    assert "_thin_" in name
+    for device, kind in product(DEVICES.values(), KINDS):
+        names = [name for name, _ in plan(device, 4096, 64, 4096, 256, kind)]
+        assert ["_thin_" in name for name in names] == [True, False]
+        names = [name for name, _ in plan(device, 4096, 4096, 64, 256, kind, wanted=ALL)]
+        assert ["_thin_" in name for name in names] == [True, False]
 
 
 def test_tiles_grow_with_the_call():
@@ -76,7 +85,7 @@ def test_tiles_grow_with_the_call():
 
 
 @pytest.mark.parametrize("wanted", [None, ALL, DX], ids=str)
-@pytest.mark.parametrize("r", [1, 16, 24, 64])
+@pytest.mark.parametrize("r", [1, 16, 24, 64, 128, 256])
 def test_large_16_bit_calls_go_to_the_kernels_for_sm_90a(wanted, r):
     for kind, dropout in product((BF16, FP16), (0, 1)):
         ((kernel, _),) = plan(DEVICES["H100"], 8192, 4096, 4096, r, kind, dropout, 1, wanted)

@@ -13,39 +13,28 @@ namespace lora_kernels {
 __device__ inline bool is_of_dx(const Kinds& kinds, int tile) { return tile < kinds.dxa || tile >= kinds.da; }
 
 // A tile of dx, and of dxa if it is one of the first.
-struct DxTile {
-  int row, column, panel;
-  bool producing;
-
-  template <class S>
-  static __device__ DxTile at(const BackwardParams& p, int tile) {
-    const bool producing = tile < p.kinds.dxa;
-    Position at{tile, 0};
-    if (!producing) {
-      at = grouped_tile(tile - p.kinds.da, p.grid.panels, p.grid.columns - (p.fused ? 1 : 0));
-      at.column += p.fused ? 1 : 0;
-    }
-    return {at.row * S::kRows, at.column * S::kColumns, at.row, producing};
-  }
-};
+template <class S, int kRanks>
+__device__ inline LargeTile dx_tile_at(const BackwardParams& p, int tile) {
+  return large_tile<S, kRanks>(p.grid, p.producers, tile, p.kinds.da - p.kinds.dxa);
+}
 
 // Whether tiles wait for each other by row panels' flags.
-__device__ inline bool has_flags(const BackwardParams& p) { return p.fused || p.mask.bits; }
+__device__ inline bool has_flags(const BackwardParams& p) { return p.producers || p.mask.bits; }
 
-// What a tile of dx waits for: the maker of its rows' dxa, and where tiles of dA draw the mask, that the maker and all of
+// What a tile of dx waits for: the makers of its rows' dxa, and where tiles of dA draw the mask, that the makers and all of
 // these have left.
-__device__ inline int arrivals_before(const BackwardParams& p, const DxTile& tile) {
-  return p.mask.bits && !tile.producing ? 2 * p.fused + p.kinds.da_blocks : 1;
+__device__ inline int arrivals_before(const BackwardParams& p, const LargeTile& tile) {
+  return p.mask.bits && !tile.producing ? 2 * p.producers + p.kinds.da_blocks : p.producers;
 }
 
 // What the last tile to leave a row panel finds in its flag.
 __device__ inline int last_to_leave(const BackwardParams& p) {
-  return p.fused + (p.dx ? p.grid.columns : 0) + (p.da ? p.kinds.da_blocks : 0) - 1;
+  return p.producers + (p.dx ? p.grid.columns : 0) + (p.da ? p.kinds.da_blocks : 0) - 1;
 }
 
 // D of a tile of dx; to be made when what it waits for is there.
 template <class S, bool kDropout>
-__device__ inline auto mask_of(const BackwardParams& p, const DxTile& tile, const Place<S>& place) {
+__device__ inline auto mask_of(const BackwardParams& p, const LargeTile& tile, const Place<S>& place) {
   if constexpr (kDropout) {
     return TileMask<S>(p.layer, p.mask, p.mask.bits && !tile.producing, place, tile.row, tile.column);
   } else {
@@ -56,17 +45,17 @@ __device__ inline auto mask_of(const BackwardParams& p, const DxTile& tile, cons
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void dx_tile(const BackwardParams& p, int tile, uint32_t shared) {
   const Layer& layer = p.layer;
-  const DxTile of = DxTile::at<S>(p, tile);
-  const auto [row, column, panel, producing] = of;
+  const LargeTile of = dx_tile_at<S, kRanks>(p, tile);
+  const auto [row, column, panel, rank, producing] = of;
   const Operands operands{layer, matrix<T>(p.dy, layer.m, layer.n), matrix<T>(layer.w, layer.n, layer.k),
-                          adapter<T>(layer, layer.b, layer.n, layer.r), row, column, layer.n};
+                          from_column(adapter<T>(layer, layer.b, layer.n, layer.r), rank), row, column, layer.n};
   const Place<S> place;
   Sums<S> sums;
   if (producing) {
     ThinSums<kRanks> thin;
     const float scale = scaling_of(layer) * keep_scale(layer);
     product<T, S, kRanks, true, true, false, kInChunks>(sums, thin, operands, shared);
-    store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, 0, layer.r);
+    store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, rank, layer.r);
     publish(p.flags + panel);
   } else {
     ThinSums<kRanks> none;
@@ -121,7 +110,7 @@ template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void sum_tile(const BackwardParams& p, int index, uint32_t shared) {
   const Layer& layer = p.layer;
   const SumTile tile = SumTile::at<S, kRanks>(p, index);
-  if (tile.of_da && p.fused) tile.for_each_panel<S>([&](int panel) { wait(p.flags + panel, 1); });
+  if (tile.of_da && p.producers) tile.for_each_panel<S>([&](int panel) { wait(p.flags + panel, p.producers); });
   const void* factor = tile.of_da ? p.dxa : p.xa;
   const Source left = from_column(matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r), tile.rank);
   const Source right = tile.of_da ? matrix<T>(p.x, tile.end, layer.k) : matrix<T>(p.dy, tile.end, layer.n);
@@ -137,8 +126,8 @@ __device__ inline void sum_tile(const BackwardParams& p, int index, uint32_t sha
   finish_sums<T>(p, tile, sums, shared);
 }
 
-// With `fused` the first tiles make dxa [m, r] and publish it before they wait for anything: no tile waits for one
-// that can't run. Persistent; the grid is resident as a whole.
+// Tiles of the first `producers` columns make dxa [m, r], each a slice of ranks, and publish it before they wait for
+// anything: no tile waits for one that can't run. Persistent; the grid is resident as a whole.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void backward(const BackwardParams& p) {
   extern __shared__ __align__(128) char memory[];

@@ -8,7 +8,6 @@
 
 namespace lora_kernels {
 
-// kRanks hold all ranks here: a tile of sums has one slab of them.
 template <class T, class S, int kRanks>
 __device__ inline void copy_backward(const HopperBackwardParams& params, const HopperMemory<T, S, kRanks, true>& memory) {
   const BackwardParams& p = params.backward;
@@ -17,25 +16,25 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
   CopyingSide<T, S, kRanks, true> side(memory);
   for (int index = blockIdx.x; index < p.kinds.all; index += gridDim.x) {
     if (is_of_dx(p.kinds, index)) {
-      const DxTile tile = DxTile::at<S>(p, index);
+      const LargeTile tile = dx_tile_at<S, kRanks>(p, index);
       for (int depth = 0; depth < layer.n; depth += S::kDepth) {
         side.begin(2);
         side.left(params.dy_map, tile.row, depth);
         side.right(params.w_map, depth, tile.column);
-        side.end(tile.producing, b, depth, 0);
+        side.end(tile.producing, b, depth, tile.rank);
       }
       const Source dxa = matrix<T>({p.dxa, layer.r}, layer.m, layer.r);
-      side.factors(p.flags + tile.panel, arrivals_before(p, tile), last_to_leave(p), dxa, tile.row, a, 0, tile.column);
+      side.factors(p.flags + tile.panel, arrivals_before(p, tile), last_to_leave(p), dxa, tile.row, a, tile.column, layer.r);
       continue;
     }
     const SumTile tile = SumTile::at<S, kRanks>(p, index);
-    if (tile.of_da) tile.for_each_panel<S>([&](int panel) { side.wait(p.flags + panel, 1); });
+    if (tile.of_da) tile.for_each_panel<S>([&](int panel) { side.wait(p.flags + panel, p.producers); });
     const void* factor = tile.of_da ? p.dxa : p.xa;
     const Source thin = matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r);
     for (int row = tile.row; row < tile.end; row += S::kDepth) {
       side.begin(1);
       side.right(tile.of_da ? params.x_map : params.dy_map, row, tile.column);
-      side.end(factor, thin, row, 0);
+      side.end(factor, thin, row, tile.rank);
     }
     // Where the mask is drawn the side that draws it leaves, afterwards.
     if (tile.of_da && !p.mask.bits) tile.for_each_panel<S>([&](int panel) { side.leave(p.flags + panel, last_to_leave(p)); });
@@ -78,13 +77,13 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
   MultiplyingSide<T, S, kRanks, true> side(memory);
   for (int index = blockIdx.x; index < p.kinds.all; index += gridDim.x) {
     if (is_of_dx(p.kinds, index)) {
-      const DxTile tile = DxTile::at<S>(p, index);
+      const LargeTile tile = dx_tile_at<S, kRanks>(p, index);
       Sums<S> sums;
       ThinSums<kRanks> thin;
       side.template product<false>(sums, thin, layer, {}, tile.row, steps, tile.producing);
       if (tile.producing) {
         const float scale = scaling_of(layer) * keep_scale(layer);
-        store_thin<T>(thin, scale, p.dxa, tile.row + side.place.thin_row, layer.m, 0, layer.r);
+        store_thin<T>(thin, scale, p.dxa, tile.row + side.place.thin_row, layer.m, tile.rank, layer.r);
         publish<S>(p.flags + tile.panel);
       }
       const Operands at{layer, {}, {}, {}, tile.row, tile.column, layer.r};
@@ -98,7 +97,7 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
       ring_sums<T, S, kRanks, kDropout>(sums, side, Mask(layer), p.mask, tile, true, false);
       if (p.mask.bits) tile.for_each_panel<S>([&](int panel) { leave<S>(p.flags + panel, last_to_leave(p)); });
     } else {
-      ring_sums<T, S, kRanks, false>(sums, side, Mask(layer), {}, tile, p.db, p.dbias);
+      ring_sums<T, S, kRanks, false>(sums, side, Mask(layer), {}, tile, p.db, p.dbias && tile.rank == 0);
     }
     finish_sums<T>(p, tile, sums, memory.out());
     // The stores may have divided warps, and the next tile's products need whole ones.

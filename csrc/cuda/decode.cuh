@@ -6,6 +6,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "order.cuh"
 
 namespace lora_kernels {
 

@@ -3,26 +3,10 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "order.cuh"
 #include "params.h"
 
 namespace lora_kernels {
-
-// A tile of y, and of xa if it is one of the first.
-struct ForwardTile {
-  int row, column, panel;
-  bool producing;
-
-  template <class S>
-  static __device__ ForwardTile at(const ForwardParams& p, int tile) {
-    const bool producing = tile < p.grid.panels * p.producers;
-    Position at{tile, 0};
-    if (!producing) {
-      at = grouped_tile(tile - p.grid.panels * p.producers, p.grid.panels, p.grid.columns - p.producers);
-      at.column += p.producers;
-    }
-    return {at.row * S::kRows, at.column * S::kColumns, at.row, producing};
-  }
-};
 
 // Draws the mask of a call's x for its producing tiles: a warp has 16 rows of each row panel.
 template <class S>
@@ -42,8 +26,8 @@ __device__ inline void draw_words(const DrawnWords& drawn, const Layer& layer, i
   }
 }
 
-// Programs draw the mask first; tiles of the first `producers` columns (0 or 1) come next and wait for nothing else
-// before they publish: no tile waits for one that can't run. Persistent; the grid is resident as a whole.
+// Programs draw the mask first; tiles of the first `producers` columns, each for a slice of ranks, come next and wait for
+// nothing else before they publish: no tile waits for one that can't run. Persistent; the grid is resident as a whole.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void forward(const ForwardParams& p) {
   extern __shared__ __align__(128) char memory[];
@@ -53,16 +37,16 @@ __device__ inline void forward(const ForwardParams& p) {
   const int draws = p.mask.draws, arrivals = draws + p.producers;
   if (kDropout && sizeof(T) == 2) draw_words<S>(p.mask, layer, grid.panels, p.flags);
   for (int tile = blockIdx.x; tile < grid.panels * grid.columns; tile += gridDim.x) {
-    const auto [row, column, panel, producing] = ForwardTile::at<S>(p, tile);
+    const auto [row, column, panel, rank, producing] = large_tile<S, kRanks>(grid, p.producers, tile, 0);
     const Operands operands{
-        layer, matrix<T>(p.x, layer.m, layer.k), matrix<T>(layer.w, layer.n, layer.k), adapter<T>(layer, layer.a, layer.r, layer.k),
-        row, column, layer.k, p.mask};
+        layer, matrix<T>(p.x, layer.m, layer.k), matrix<T>(layer.w, layer.n, layer.k),
+        from_row(adapter<T>(layer, layer.a, layer.r, layer.k), rank), row, column, layer.k, p.mask};
     Sums<S> sums;
     ThinSums<kRanks> thin;
     if (producing) {
       if (kDropout && sizeof(T) == 2) wait(p.flags + panel, draws);
       product<T, S, kRanks, false, true, kDropout, kInChunks>(sums, thin, operands, shared);
-      store_thin<T>(thin, keep_scale(layer), p.xa, row + Place<S>().thin_row, layer.m, 0, layer.r);
+      store_thin<T>(thin, keep_scale(layer), p.xa, row + Place<S>().thin_row, layer.m, rank, layer.r);
       publish(p.flags + panel);
     } else {
       product<T, S, kRanks, false, false, kDropout, kInChunks>(sums, thin, operands, shared);

@@ -191,7 +191,7 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
   const Mask mask(operands.layer);
   constexpr bool kDrawn = kProducing && kDropout && sizeof(T) == 2;
   std::conditional_t<kDrawn, DrawnLeft<S::kDepth>, NothingDrawn> drawn(operands.mask, operands.layer, operands.row + place.thin_row);
-  const int steps = (operands.depth + S::kDepth - 1) / S::kDepth;
+  const int steps = (operands.depth + S::kDepth - 1) / S::kDepth, ranks = kByDepth ? operands.thin.columns : operands.thin.rows;
   Copies<T, S, kRanks, kByDepth, kProducing, kInChunks> copies(operands, shared);
   const LeftReader<typename R::Left> left(place.warp_row);
   const uint32_t thin_rows = kept_in_register((place.thin_row - place.warp_row) * R::Left::kRowBytes);
@@ -228,7 +228,7 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
             left_mask.template keep<slice>(kept, mask, row, column, place.t);
           }
           repeat<kRanks / 16>([&](auto j) {
-            if (j && 16 * j >= operands.layer.r) return;
+            if (j && 16 * j >= ranks) return;
             Right<T> f;
             thin.template read<16 * j, slice>(f, stage + R::kThin);
             multiply_long<T>(thin_sums.v[2 * j], kept, f[0], f[1]);
@@ -327,56 +327,6 @@ __device__ inline void store_thin(const ThinSums<kRanks>& thin, float scale, voi
                     thin.v[j][2 * half + 1] * scale, r % 2 == 0, first + 1 < r);
     }
   }
-}
-
-// ---- tile order, flags ----
-
-struct Position {
-  int row, column;
-};
-
-// The index-th tile, kGroup rows at a time: operands stay in L2.
-__device__ inline Position grouped_tile(int index, int rows, int columns) {
-  constexpr int kGroup = 8;
-  const int in_group = kGroup * columns, first = index / in_group * kGroup, height = min(rows - first, kGroup);
-  return {first + index % in_group % height, index % in_group / height};
-}
-
-// Makes these threads' stores visible to whoever waits on the flag.
-template <class S = AllThreads>
-__device__ inline void publish(int* flag) {
-  synchronize<S>();
-  release_add(flag, threadIdx.x == 0);
-}
-
-__device__ inline void wait(const int* flag, int arrivals) {
-  if (threadIdx.x == 0) {
-    while (acquire_load(flag) < arrivals) __nanosleep(32);
-  }
-  __syncthreads();
-}
-
-// Counts a consumer out; the last one, who finds `last` there, leaves a zero behind.
-template <class S = AllThreads>
-__device__ inline void leave(int* flag, int last) {
-  synchronize<S>();
-  count_out(flag, last, threadIdx.x == 0);
-}
-
-// Counts a program in and tells its threads whether it is the last of `parts`, which leaves a zero behind.
-template <class S = AllThreads>
-__device__ inline bool last_to_arrive(int* counter, int parts, uint32_t shared) {
-  synchronize<S>();
-  if (threadIdx.x == 0) {
-    const int before = count_up(counter);
-    if (before == parts - 1) atomicExch(counter, 0);
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(before) : "memory");
-  }
-  synchronize<S>();
-  int before;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(before) : "r"(shared) : "memory");
-  synchronize<S>();
-  return before == parts - 1;
 }
 
 }  // namespace lora_kernels

@@ -45,7 +45,7 @@ struct ForwardParams {
   Rows x;                   // [m, k]
   void *bias, *y, *xa;      // [n] or null, [m, n], [m, r]; contiguous
   int* flags;               // one a row panel, zero before and after
-  int producers;            // columns of tiles that make xa; 0: an earlier launch made it
+  int producers;            // columns of tiles that make xa, a slice of ranks each; 0: an earlier launch made it
 };
 
 // How the tiles of backward are numbered: kinds one after the other, each from the end of the one before.
@@ -74,7 +74,7 @@ struct BackwardParams {
   float* partials;          // [blocks, segments, ranks + 1, columns] if there are several segments
   int *counters, *flags;    // one a block of sums, one a row panel; zero before and after
   int segment;              // rows that a tile of da or db sums
-  int fused;                // whether the first tiles make dxa; 0: an earlier launch made it
+  int producers;            // as in forward, of dxa
 };
 
 // Where a matrix lies that copies take boxes of, as sm_90's hardware has it encoded.

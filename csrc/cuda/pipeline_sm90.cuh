@@ -66,7 +66,7 @@ struct CopyingSide {
   M memory;
   bool one;
   RingPosition<S> at{0, 1};
-  int tiles = 0;
+  int slices = 0;
 
   __device__ explicit CopyingSide(M memory) : memory(memory), one(threadIdx.x == S::kThreads) {}
 
@@ -105,14 +105,18 @@ struct CopyingSide {
     count_out(flag, last, one);
   }
 
-  // The low-rank factors are a tile's last step: only here does a tile of the large product wait for another program.
-  __device__ void factors(int* flag, int arrivals, int last, const Source& left, int row, const Source& right, int right_row,
-                          int right_column) {
-    wait_for_phase(memory.factors_read(), ~tiles++ & 1);
+  // The low-rank factors of a tile at (row, column) are its last steps, a slice of ranks each: only here does a tile of the
+  // large product wait for another program.
+  __device__ void factors(int* flag, int arrivals, int last, const Source& left, int row, const Source& right, int column,
+                          int ranks) {
     wait(flag, arrivals);
-    copy_tile<T, typename M::LeftFactor, kHopperCopying, S::kThreads>(memory.left_factor(), left, row, 0);
-    copy_tile<T, typename M::RightFactor, kHopperCopying, S::kThreads>(memory.right_factor(), right, right_row, right_column);
-    arrive_after_copies(memory.factors_filled());
+    for (int rank = 0; rank < ranks; rank += kRanks) {
+      wait_for_phase(memory.factors_read(), ~slices++ & 1);
+      copy_tile<T, typename M::LeftFactor, kHopperCopying, S::kThreads>(memory.left_factor(), left, row, rank);
+      copy_tile<T, typename M::RightFactor, kHopperCopying, S::kThreads>(
+          memory.right_factor(), right, kByDepth ? rank : column, kByDepth ? column : rank);
+      arrive_after_copies(memory.factors_filled());
+    }
     leave(flag, last);
   }
 
@@ -131,7 +135,7 @@ struct MultiplyingSide {
   M memory;
   Place<S> place;
   RingPosition<S> at{0, 0};
-  int tiles = 0;
+  int slices = 0;
 
   __device__ explicit MultiplyingSide(M memory) : memory(memory) {}
   __device__ void arrive_by_warp(uint32_t barrier, bool does = true) const { arrive(barrier, does && threadIdx.x % 32 == 0); }
@@ -168,14 +172,18 @@ struct MultiplyingSide {
     arrive_by_warp(memory.read(before));
   }
 
-  // sums += scale * D(factors' product), D by the mask that `make_mask` returns.
+  // sums += scale * D(factors' product), D by the mask that `make_mask` returns once other programs have left it.
   template <class F>
   __device__ void add_factors(Sums<S>& sums, F make_mask, const Operands& of, float scale) {
-    wait_for_phase(memory.factors_filled(), tiles++ & 1);
-    add_ranks<T, S, kRanks, kByDepth>(
-        sums, place, make_mask(), of, scale, of.layer.r, memory.left_factor(), memory.right_factor());
-    __syncwarp();
-    arrive_by_warp(memory.factors_read());
+    wait_for_phase(memory.factors_filled(), slices & 1);
+    const auto mask = make_mask();
+    for (int rank = 0; rank < of.depth; rank += kRanks) {
+      wait_for_phase(memory.factors_filled(), slices++ & 1);
+      add_ranks<T, S, kRanks, kByDepth>(
+          sums, place, mask, of, scale, of.depth - rank, memory.left_factor(), memory.right_factor());
+      __syncwarp();
+      arrive_by_warp(memory.factors_read());
+    }
   }
 
  private:

@@ -62,6 +62,13 @@ const char* name_of(Type type) {
 
 int over(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
+// Columns of tiles that make the thin product beside the large one, each a slice of ranks; 0: a launch before makes it,
+// or nobody needs it. The tiles of a row panel wait for each other, so that each has a program of its own.
+int producers(const Choice& c, const Problem& p, const Device& d) {
+  const int slices = over(p.r, c.ranks), columns = over(p.backward ? p.k : p.n, c.columns);
+  return slices > std::min(columns, d.multiprocessors) || (p.backward && !p.dx) ? 0 : slices;
+}
+
 // Why a kernel can't serve a problem on a device; empty if it can.
 std::string refusal(const Choice& c, const Problem& p, const Device& d) {
   if (c.dropout != p.dropout) return "is for another mode of dropout";
@@ -69,7 +76,7 @@ std::string refusal(const Choice& c, const Problem& p, const Device& d) {
   if (c.shared_bytes > d.shared_bytes) return "needs more shared memory";
   if (!c.sm90a) return "";
   if (!d.sm90a || !p.in_boxes) return "needs sm_90a, and rows that don't overlap";
-  if (p.r > c.ranks || (p.backward && !p.dx)) return "makes the thin product beside the large one only";
+  if (!producers(c, p, d)) return "makes the thin product beside the large one only";
   return "";
 }
 
@@ -85,10 +92,12 @@ double cost(const Choice& c, const Problem& p, const Device& d) {
   return (waves < 2 ? over(static_cast<int64_t>(tiles), d.multiprocessors) : waves) * tile;
 }
 
-// Fewer launches come first, and with them fewer slices of ranks; then the cost.
+// Fewer launches come first, then fewer slices of ranks, then the cost.
 bool better(const Choice& c, const Choice& than, const Problem& p, const Device& d) {
-  const int slabs = over(p.r, c.ranks), slabs_than = over(p.r, than.ranks);
-  return slabs != slabs_than ? slabs < slabs_than : cost(c, p, d) < cost(than, p, d);
+  const bool one_launch = producers(c, p, d), one_launch_than = producers(than, p, d);
+  const int slices = over(p.r, c.ranks), slices_than = over(p.r, than.ranks);
+  if (one_launch != one_launch_than) return one_launch;
+  return slices != slices_than ? slices < slices_than : cost(c, p, d) < cost(than, p, d);
 }
 
 std::string name_of(const char* kind, const Choice& c, const Problem& p) {
@@ -111,17 +120,17 @@ int segment_rows(const Problem& p, const Choice& c) {
   return over(std::min(rows, p.m), step) * step;
 }
 
-void number_tiles(Plan& plan, const Problem& p, const Choice& c, bool fused) {
+void number_tiles(Plan& plan, const Problem& p, const Choice& c) {
   Kinds& k = plan.kinds;
   plan.segment = segment_rows(p, c);
   k.parts = over(p.m, plan.segment);
   k.slabs = over(p.r, c.ranks);
   k.db_blocks = over(p.n, kSumColumns) * k.slabs;
   k.da_blocks = over(p.k, kSumColumns) * k.slabs;
-  k.dxa = fused ? plan.grid.panels : 0;
+  k.dxa = plan.grid.panels * plan.producers;
   k.db = k.dxa + (p.db || p.dbias ? k.db_blocks * k.parts : 0);
   k.da = k.db + (p.da ? k.da_blocks * k.parts : 0);
-  k.all = k.da + (p.dx ? plan.grid.panels * (plan.grid.columns - (fused ? 1 : 0)) : 0);
+  k.all = k.da + (p.dx ? plan.grid.panels * (plan.grid.columns - plan.producers) : 0);
   plan.partials = k.parts > 1 ? int64_t{k.db_blocks + k.da_blocks} * k.parts * (c.ranks + 1) * kSumColumns : 0;
   plan.counters = k.db_blocks + k.da_blocks + plan.grid.panels;
   plan.mask_rows = p.dropout && p.dx && p.da ? over(p.m, kSumRows) * kSumRows : 0;
@@ -179,22 +188,21 @@ Plan plan(const Problem& p, const Device& d) {
   plan.columns = c.columns;
   plan.ranks = c.ranks;
   plan.grid = {over(p.m, c.rows), over(p.backward ? p.k : p.n, c.columns)};
-  // A producing tile takes all ranks at once, and makes dx: otherwise a launch before makes the thin product.
-  const bool wants_thin = !p.backward || p.dx || p.da;
-  const bool fused = wants_thin && p.r <= c.ranks && (!p.backward || p.dx);
+  plan.producers = producers(c, p, d);
   if (int64_t{plan.grid.panels} * plan.grid.columns > kMostTiles)
     throw std::invalid_argument("x: expected fewer rows: their tiles are numbered by 31 bits");
   int tiles = plan.grid.panels * plan.grid.columns;
   plan.counters = plan.grid.panels;
   if (p.backward) {
-    number_tiles(plan, p, c, fused);
+    number_tiles(plan, p, c);
     tiles = plan.kinds.all;
   }
   plan.large = {name_of(p.backward ? "backward" : "forward", c, p), std::min(tiles, d.multiprocessors), c.threads,
                 c.shared_bytes};
   // float32's products outweigh the mask, and its fragments take other bits.
-  if (fused && p.dropout && !p.backward && is_16_bit(p.type)) share_mask(plan, p);
-  if (wants_thin && !fused) plan.thin = thin_launch(p, d);
+  if (plan.producers && p.dropout && !p.backward && is_16_bit(p.type)) share_mask(plan, p);
+  const bool wants_thin = !p.backward || p.dx || p.da;
+  if (wants_thin && !plan.producers) plan.thin = thin_launch(p, d);
   plan.sm90a = c.sm90a;
   return plan;
 }

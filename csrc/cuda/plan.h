@@ -41,6 +41,7 @@ struct Plan {
   bool sm90a;          // whether the large launch is of a kernel for sm_90a
   Kinds kinds;         // of backward
   Grid grid;
+  int producers;       // columns of tiles that make the thin product, a slice of ranks each; 0: none
   int segment;         // rows that a tile of da or db sums
   int counters;        // int32 zeros that the call needs
   int64_t partials;    // float32 numbers that the call needs

@@ -118,11 +118,11 @@ def active() -> bool:
 
 
 @contextmanager
-def using(machine: Machine | None) -> Iterator[None]:
-    """Let a machine run the compiled kernels of this context: for tests and counts."""
+def using(machine: Machine | None) -> Iterator[Machine | None]:
+    """Let a machine, which is returned, run the compiled kernels of this context."""
     token = _MACHINE.set(machine)
     try:
-        yield
+        yield machine
     finally:
         _MACHINE.reset(token)
 

@@ -1,0 +1,82 @@
+// Which tile comes when, and how programs wait for each other's.
+
+#pragma once
+
+#include "params.h"
+#include "ptx.cuh"
+
+namespace lora_kernels {
+
+struct Position {
+  int row, column;
+};
+
+// The index-th tile, kGroup rows at a time: operands stay in L2.
+__device__ inline Position grouped_tile(int index, int rows, int columns) {
+  constexpr int kGroup = 8;
+  const int in_group = kGroup * columns, first = index / in_group * kGroup, height = min(rows - first, kGroup);
+  return {first + index % in_group % height, index % in_group / height};
+}
+
+// A tile of a large product and, if it is one of the first, of a slice of ranks of the thin one.
+struct LargeTile {
+  int row, column, panel;
+  int rank;  // the slice's first
+  bool producing;
+};
+
+// The index-th tile: first those of the first `producers` columns, then, after as many others, the rest. Producing tiles
+// of a row panel wait for each other once they have published. So they are neighbours, and no more than programs: what
+// one waits for is then under way, or next to tiles of earlier panels only.
+template <class S, int kRanks>
+__device__ inline LargeTile large_tile(const Grid& grid, int producers, int index, int others) {
+  const int makers = grid.panels * producers;
+  const bool producing = index < makers;
+  Position at;
+  if (producing) {
+    at = {index / producers, index % producers};
+  } else {
+    at = grouped_tile(index - makers - others, grid.panels, grid.columns - producers);
+    at.column += producers;
+  }
+  return {at.row * S::kRows, at.column * S::kColumns, at.row, producing ? at.column * kRanks : 0, producing};
+}
+
+// Makes these threads' stores visible to whoever waits on the flag.
+template <class S = AllThreads>
+__device__ inline void publish(int* flag) {
+  synchronize<S>();
+  release_add(flag, threadIdx.x == 0);
+}
+
+__device__ inline void wait(const int* flag, int arrivals) {
+  if (threadIdx.x == 0) {
+    while (acquire_load(flag) < arrivals) __nanosleep(32);
+  }
+  __syncthreads();
+}
+
+// Counts a consumer out; the last one, who finds `last` there, leaves a zero behind.
+template <class S = AllThreads>
+__device__ inline void leave(int* flag, int last) {
+  synchronize<S>();
+  count_out(flag, last, threadIdx.x == 0);
+}
+
+// Counts a program in and tells its threads whether it is the last of `parts`, which leaves a zero behind.
+template <class S = AllThreads>
+__device__ inline bool last_to_arrive(int* counter, int parts, uint32_t shared) {
+  synchronize<S>();
+  if (threadIdx.x == 0) {
+    const int before = count_up(counter);
+    if (before == parts - 1) atomicExch(counter, 0);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(before) : "memory");
+  }
+  synchronize<S>();
+  int before;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(before) : "r"(shared) : "memory");
+  synchronize<S>();
+  return before == parts - 1;
+}
+
+}  // namespace lora_kernels
