@@ -2,8 +2,9 @@
 
     python -m bench.agree FIRST.json SECOND.json
 
-A ratio is a provider's time over PEFT's or the frozen base's. It is quiet where its quartiles are
-no further apart than 5 % of it in both runs; only then does a difference say anything.
+A ratio is a provider's time over PEFT's or the frozen base's. It is quiet where it is marked so in
+both runs (`timing.Spread`), and the provider itself took as long in both, within 10 %: elsewhere
+the machine was another one. Only of a quiet ratio does a difference say anything.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from bench.results import load
 from bench.tables import case_of
 from bench.timing import Spread
 
-AGREED = 0.05
+AGREED, SAME_SPEED = 0.05, 0.1
 RATIOS = ("over_peft", "over_base", "over_dropout")
 FAILED = 1
 
@@ -41,17 +42,26 @@ def pairs(first: dict[str, Any], second: dict[str, Any]) -> Iterator[Pair]:
     """Yield the ratios that both files of results hold."""
     for suite, rows in first["rows"].items():
         again = dict(_ratios(second["rows"].get(suite, [])))
-        for what, spread in _ratios(rows):
+        for what, found in _ratios(rows):
             if (other := again.get(what)) is not None:
-                quiet = spread.quiet and other.quiet
-                yield Pair(suite, what, spread.median, other.median, quiet)
+                (spread, time), (spread_again, time_again) = found, other
+                same_speed = abs(time_again / time - 1) <= SAME_SPEED
+                quiet = spread.quiet and spread_again.quiet and same_speed
+                yield Pair(suite, what, spread.median, spread_again.median, quiet)
 
 
-def _ratios(rows: list[Any]) -> Iterator[tuple[str, Spread]]:
+def _ratios(rows: list[Any]) -> Iterator[tuple[str, tuple[Spread, float]]]:
+    """Yield what a ratio is of, the ratio, and the time above its line."""
     for row in rows:
         for ratio in RATIOS:
             if (spread := getattr(row, ratio, None)) is not None:
-                yield f"{_what(row)}, {ratio.replace('_', ' ')}", spread
+                yield f"{_what(row)}, {ratio.replace('_', ' ')}", (spread, _time(row))
+
+
+def _time(row: Any) -> float:
+    if hasattr(row, "ms"):
+        return float(row.ms.median)
+    return float(row.us if hasattr(row, "us") else row.ns)
 
 
 def _what(row: Any) -> str:

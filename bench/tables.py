@@ -13,7 +13,8 @@ from bench.timing import LOUD_MARK, QUIET, TIMED
 Column = tuple[str, Callable[[Any], str]]
 RATIO_NOTE = (
     "Ratios are medians, with quartiles, of those formed within each round of interleaved calls; "
-    f"{LOUD_MARK} marks quartiles more than {QUIET:.0%} apart: the machine wasn't quiet."
+    f"{LOUD_MARK} marks quartiles more than {QUIET:.0%} apart, or medians of the earlier and the "
+    f"later half more than {QUIET / 2:.1%}: the machine wasn't quiet."
 )
 NOTES = {
     "layer": (

@@ -17,7 +17,7 @@ import torch
 
 from bench.environment import cache_bytes
 
-MIN_ROUNDS = 7
+MIN_ROUNDS = 12
 # With several threads a case ends after this many times its seconds, however few rounds counted.
 PATIENCE = 5
 # The probe outlasts a scheduler slice. With one of two cores taken by another process it accepted
@@ -26,7 +26,8 @@ PROBE_SECONDS, PROBE_LIMIT = 5e-3, 1e-3
 FLUSHED_CACHES = 2  # what is written before each call on a GPU, in sizes of its L2 cache
 WARM_UPS = 3  # before a capture, as torch asks
 TIMED, BUSY = "timed", "busy machine"
-# Quartiles of a ratio further apart than this share of it say that the machine wasn't quiet.
+# Quartiles of a ratio further apart than this share of it say that the machine wasn't quiet, and so
+# do medians of its two halves further apart than half of that: few rounds may lie close by luck.
 QUIET, LOUD_MARK = 0.05, "~"
 
 # The calls of all providers on one set of tensors; several sets are rotated.
@@ -35,17 +36,20 @@ Slot = Sequence[Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles."""
+    """Median and quartiles; drift: by what share the medians of both halves in time differ."""
 
     median: float
     low: float
     high: float
+    drift: float = 0.0
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Summarise two values or more."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
+        half = len(values) // 2
+        early, late = statistics.median(values[:half]), statistics.median(values[half:])
+        return cls(median, low, high, abs(late - early) / median)
 
     @classmethod
     def of_ratios(cls, times: Sequence[float], reference: Sequence[float]) -> "Spread":
@@ -54,8 +58,8 @@ class Spread:
 
     @property
     def quiet(self) -> bool:
-        """Whether the quartiles of a ratio are near each other."""
-        return self.high - self.low <= QUIET * self.median
+        """Whether the quartiles of a ratio are near each other, and so are its two halves."""
+        return self.high - self.low <= QUIET * self.median and self.drift <= QUIET / 2
 
     def __str__(self) -> str:
         mark = "" if self.quiet else f" {LOUD_MARK}"

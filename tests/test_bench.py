@@ -143,6 +143,18 @@ def test_quiet_ratios_have_their_quartiles_together():
     assert str(Spread(0.5, 0.48, 0.52)) == "0.50 (0.48-0.52) ~"
 
 
+def test_a_ratio_that_drifts_is_not_quiet():
+    early, late = [0.985, 0.99, 0.995], [1.005, 1.01, 1.015]
+    assert Spread.of([*early, *late]).drift == pytest.approx(0.02)
+    assert Spread.of([*early, *late]).quiet
+    mixed = Spread.of([0.985, 1.015, 0.985, 1.015])
+    assert mixed.drift == 0.0
+    assert mixed.quiet
+    drifting = Spread.of([0.985, 0.985, 1.015, 1.015])
+    assert drifting.drift == pytest.approx(0.03)
+    assert not drifting.quiet
+
+
 def test_slots_exceed_the_cache():
     size = shapes.floor_bytes(SMALL)
     assert layer.slot_count(SMALL, 5 * size) == 10
@@ -355,8 +367,13 @@ def test_runs_agree_where_quiet_ratios_do(run, tmp_path, capsys):
     def apart_and_loud(row):
         row["over_peft"], row["over_base"] = {"median": 0.6, "low": 0.5, "high": 0.7}, None
 
+    def apart_and_slower(row):
+        apart(row)
+        row["ms"]["median"] *= 1.2
+
     first = _changed(run / results.FILE, tmp_path / "first.json", quiet)
-    for change, status in ((quiet, 0), (apart, agree.FAILED), (apart_and_loud, 0)):
+    changes = ((quiet, 0), (apart, agree.FAILED), (apart_and_loud, 0), (apart_and_slower, 0))
+    for change, status in changes:
         second = _changed(run / results.FILE, tmp_path / "second.json", change)
         assert agree.main([first, second]) == status
         assert ("0.500, then 0.600" in capsys.readouterr().out) == (status == agree.FAILED)
