@@ -251,6 +251,32 @@ def test_sums_over_more_rows_have_no_more_bank_conflicts(
     assert conflicts[0] == conflicts[1]
 
 
+@needs_machine
+@pytest.mark.parametrize(("dropout_p", "most"), [(0.0, 1.02), (0.1, 1.36)])
+def test_main_loop_costs_little_more_than_without_an_adapter(dropout_p, most):
+    """Instructions a matrix product of eight columns of tiles, over those of a tile of one more.
+
+    Differences of two depths: the loop's own. One program, which waits for nobody; with dropout
+    it draws the mask, too, without which it is 1.05.
+    """
+
+    def counts(n, k):
+        case = Case((128,), n, k, 16, BF16, dropout_p=dropout_p)
+        inputs = make_inputs(case)
+        with using(machine := Machine(resident=1)):
+            lk.lora_linear(
+                inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B,
+                dropout_p=dropout_p, training=True, impl="cuda",
+            )  # fmt: skip
+        ((name, stats),) = machine.stats
+        assert "_forward_Large_" in name
+        return torch.tensor([stats.warp_instructions, stats.mma_instructions])
+
+    eight, nine = (counts(n, 2048) - counts(n, 1024) for n in (1024, 1152))
+    (all_of, products), (bare, bare_products) = eight.tolist(), (nine - eight).tolist()
+    assert all_of / products <= most * bare / bare_products
+
+
 def test_what_it_refuses():
     with pytest.raises(ValueError, match="'cuda' can't serve this call: needs a CUDA device"):
         run(case := Case((2,), 8, 8, 2, BF16), make_inputs(case), "cuda")

@@ -75,7 +75,8 @@ struct Ring {
 // Not float32's, whose loop has none to spare: stored at once.
 template <class T, class ThinTile, int kThreads>
 struct ThinFetch {
-  static constexpr int kCopies = (ThinTile::kRows * ThinTile::kChunks + kThreads - 1) / kThreads;
+  static constexpr int kChunks = ThinTile::kRows * ThinTile::kChunks, kCopies = (kChunks + kThreads - 1) / kThreads;
+  static_assert(kCopies == 1 || kChunks % kThreads == 0, "a thread has all of its chunks, or none");
   uint4 chunks[kCopies];
 
   __device__ void fetch(const Source& from, int row, int column) {
@@ -89,9 +90,7 @@ struct ThinFetch {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int index = i * kThreads + threadIdx.x;
-      if (index < ThinTile::kRows * ThinTile::kChunks) {
-        store_chunk(to + ThinTile::offset(index / ThinTile::kChunks, index % ThinTile::kChunks), chunks[i]);
-      }
+      store_chunk(to + ThinTile::offset(index / ThinTile::kChunks, index % ThinTile::kChunks), chunks[i]);
     }
   }
 };
@@ -103,28 +102,34 @@ struct ThinStream {
   static constexpr int kRowStep = kThreads / ThinTile::kChunks;
   const Bits<T>* next;
   int64_t row_step;
-  int rows_left, columns_left;  // from the thread's first chunk on
+  int rows_left;            // from the thread's first chunk on
+  int bytes_left[kCopies];  // of each chunk's row from there on; along columns none where there is no such row
   int first;
   static_assert(kRowStep % 8 == 0, "copies of a thread lie at rows with one permutation");
 
   __device__ explicit ThinStream(const Source& from)
-      : next(static_cast<const Bits<T>*>(from.data) + threadIdx.x / ThinTile::kChunks * from.stride + own_column()),
+      : next(static_cast<const Bits<T>*>(from.data) + own_row() * from.stride + own_column()),
         row_step(from.stride),
-        rows_left(from.rows - static_cast<int>(threadIdx.x) / ThinTile::kChunks),
-        columns_left(from.columns - own_column()),
-        first(kept_in_register(ThinTile::offset(threadIdx.x / ThinTile::kChunks, threadIdx.x % ThinTile::kChunks))) {}
+        rows_left(from.rows - own_row()),
+        first(kept_in_register(ThinTile::offset(own_row(), threadIdx.x % ThinTile::kChunks))) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const bool there = kAlongRows || i * kRowStep < rows_left;
+      bytes_left[i] = there ? static_cast<int>(sizeof(T)) * (from.columns - own_column()) : 0;
+    }
+  }
+  __device__ static int own_row() { return threadIdx.x / ThinTile::kChunks; }
   __device__ static int own_column() { return threadIdx.x % ThinTile::kChunks * kChunk<T>; }
 
   __device__ void copy(uint32_t to) {
-    const int bytes = static_cast<int>(sizeof(T)) * min(max(columns_left, 0), kChunk<T>);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int index = i * kThreads + threadIdx.x;
-      if (kChunks % kThreads && index >= kChunks) break;
-      copy_async(to + first + i * kThreads * 16, next + i * kRowStep * row_step, i * kRowStep < rows_left ? bytes : 0);
+      const bool there = !kAlongRows || i * kRowStep < rows_left;
+      copy_async(to + first + i * kThreads * 16, next + i * kRowStep * row_step, there ? min(max(bytes_left[i], 0), 16) : 0);
+      if (!kAlongRows) bytes_left[i] -= ThinTile::kRowBytes;
     }
     next += kAlongRows ? ThinTile::kRows * row_step : ThinTile::kColumns;
-    (kAlongRows ? rows_left : columns_left) -= kAlongRows ? ThinTile::kRows : ThinTile::kColumns;
+    if (kAlongRows) rows_left -= ThinTile::kRows;
   }
 };
 
@@ -149,7 +154,8 @@ struct Copies {
   const Operands& operands;
   int step = 0;
   uint32_t stage, end;
-  bool by_registers;
+  // Of the thin operand this thread copies a chunk or more, or fetches and stores it.
+  bool copies_thin, stores_thin;
 
   __device__ Copies(const Operands& o, uint32_t shared)
       : left(o.left, o.row, 0),
@@ -158,26 +164,25 @@ struct Copies {
         operands(o),
         stage(shared),
         end(shared + R::kBytes),
-        by_registers(kProducing && sizeof(T) == 2 && kept_in_register(!o.thin.in_chunks)) {}
+        copies_thin(kProducing && kept_in_register(has_thin() && (sizeof(T) == 4 || o.thin.in_chunks))),
+        stores_thin(kProducing && kept_in_register(has_thin() && sizeof(T) == 2 && !o.thin.in_chunks)) {}
+  __device__ static bool has_thin() { return threadIdx.x < Thin::kRows * Thin::kChunks; }
 
   // Starts the copies of the next step; what goes by registers is only fetched.
   __device__ void start() {
     left.copy(stage);
     right.copy(stage + R::kRight);
-    if (kProducing) {
-      const int row = kByDepth ? step * S::kDepth : 0, column = kByDepth ? 0 : step * S::kDepth;
-      if (by_registers) {
-        fetched.fetch(operands.thin, row, column);
-      } else if (sizeof(T) == 2) {
-        thin.copy(stage + R::kThin);
-      } else {
-        copy_tile<T, Thin, S::kThreads>(stage + R::kThin, operands.thin, row, column);
-      }
+    const int row = kByDepth ? step * S::kDepth : 0, column = kByDepth ? 0 : step * S::kDepth;
+    if (sizeof(T) == 4) {
+      if (kProducing) copy_tile<T, Thin, S::kThreads>(stage + R::kThin, operands.thin, row, column);
+    } else {
+      if (copies_thin) thin.copy(stage + R::kThin);
+      if (stores_thin) fetched.fetch(operands.thin, row, column);
     }
   }
   // Stores what was fetched and moves on.
   __device__ void finish() {
-    if (by_registers) fetched.store(stage + R::kThin);
+    if (stores_thin) fetched.store(stage + R::kThin);
     stage = stage + R::kStageBytes == end ? end - R::kBytes : stage + R::kStageBytes;
     ++step;
   }
@@ -194,9 +199,20 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
   const int steps = (operands.depth + S::kDepth - 1) / S::kDepth, ranks = kByDepth ? operands.thin.columns : operands.thin.rows;
   Copies<T, S, kRanks, kByDepth, kProducing, kInChunks> copies(operands, shared);
   const LeftReader<typename R::Left> left(place.warp_row);
-  const uint32_t thin_rows = kept_in_register((place.thin_row - place.warp_row) * R::Left::kRowBytes);
   const RightReader<typename R::Right, kByDepth> right(place.warp_column);
   const RightReader<typename R::Thin, kByDepth> thin(0);
+  // From where a lane reads the large operands' slices to where it reads the thin product's.
+  const uint32_t to_thin_rows = kept_in_register((place.thin_row - place.warp_row) * R::Left::kRowBytes);
+  const uint32_t to_thin = kept_in_register(thin.first - right.first);
+  constexpr bool kRightOnce = !kByDepth && !kPlain<T>;
+  // Where slices lie in a stage. Short of registers the compiler would combine these anew at each step.
+  constexpr int kSlices = S::kDepth / kDeep<T>;
+  uint32_t left_slices[kSlices], right_slices[kSlices];
+#pragma unroll
+  for (int slice = 0; slice < kSlices && !kPlain<T>; ++slice) {
+    left_slices[slice] = kept_in_register(left.at(0, slice));
+    right_slices[slice] = kRightOnce ? kept_in_register(right.at(0, slice)) : 0;
+  }
 
   sums.clear();
   for (int step = 0; step < S::kStages - 1; ++step) {
@@ -218,9 +234,11 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
     const auto add_step = [&](Sums<S>& to) {
       LeftMask<T> left_mask;
       repeat<S::kDepth / kDeep<T>>([&](auto slice) {
+        const uint32_t left_at = kPlain<T> ? left.at(stage, slice) : kept_in_register(stage + left_slices[slice]);
+        const uint32_t right_at = kRightOnce ? kept_in_register(stage + right_slices[slice]) : 0;
         if (kProducing) {
           Left<T> kept;
-          left.template read<0>(kept, stage + thin_rows, slice);
+          left.template load<0>(kept, left_at + to_thin_rows);
           if constexpr (kDrawn) {
             drawn.template keep<slice>(kept);
           } else if (kDropout) {
@@ -230,7 +248,11 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
           repeat<kRanks / 16>([&](auto j) {
             if (j && 16 * j >= ranks) return;
             Right<T> f;
-            thin.template read<16 * j, slice>(f, stage + R::kThin);
+            if constexpr (kRightOnce) {
+              thin.template load<16 * j, R::kThin>(f, right_at + to_thin);
+            } else {
+              thin.template read<16 * j, slice>(f, stage + R::kThin);
+            }
             multiply_long<T>(thin_sums.v[2 * j], kept, f[0], f[1]);
             multiply_long<T>(thin_sums.v[2 * j + 1], kept, f[2], f[3]);
           });
@@ -238,10 +260,14 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
         // One product after the other, slice by slice: float32's operands take many registers.
         if (kPlain<T>) __syncwarp();
         Left<T> a[S::kBlocksM];
-        repeat<S::kBlocksM>([&](auto i) { left.template read<16 * i>(a[i], stage, slice); });
+        repeat<S::kBlocksM>([&](auto i) { left.template load<16 * i>(a[i], left_at); });
         repeat<S::kBlocksN / 2>([&](auto j) {
           Right<T> b;
-          right.template read<16 * j, slice>(b, stage + R::kRight);
+          if constexpr (kRightOnce) {
+            right.template load<16 * j, R::kRight>(b, right_at);
+          } else {
+            right.template read<16 * j, slice>(b, stage + R::kRight);
+          }
 #pragma unroll
           for (int i = 0; i < S::kBlocksM; ++i) {
             multiply<T>(to.v[i][2 * j], a[i], b[0], b[1]);

@@ -214,15 +214,16 @@ struct DrawnLeft {
 
   // row: the first of the warp's 16.
   __device__ DrawnLeft(const DrawnWords& mask, const Layer& layer, int row)
-      : next(words_of(mask, layer, row, 0) + threadIdx.x % 32), word(0), ahead(load_fresh(next, true)) {}
+      : next(words_of(mask, layer, row, 0) + threadIdx.x % 32), word(0), ahead(load_fresh_word(next)) {}
 
   // Takes a step's words and fetches those after them, if there are any.
   __device__ void advance(int step, int steps) {
     constexpr int kSteps = kWordColumns / kDepth;
     if (step % kSteps == 0) {
       word = ahead;
-      next += 32;
-      ahead = load_fresh(next, step + kSteps < steps);
+      // The last words stand for those that are not there.
+      next += step + kSteps < steps ? 32 : 0;
+      ahead = load_fresh_word(next);
     } else {
       word <<= kDepth / 8;
     }

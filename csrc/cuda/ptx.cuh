@@ -237,7 +237,7 @@ __device__ inline uint32_t load_fresh(const uint32_t* from, bool there) {
   return value;
 }
 
-__device__ inline uint32_t load_fresh_word(const uint8_t* from) {
+__device__ inline uint32_t load_fresh_word(const void* from) {
   uint32_t value;
   asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;

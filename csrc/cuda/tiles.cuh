@@ -253,17 +253,22 @@ struct LeftReader {
   __device__ explicit LeftReader(int row)
       : first(kept_in_register(row * Tile::kRowBytes + (kPlain<T> ? Tile::offset(threadIdx.x % 32 / 4, 0)
                                                                   : Tile::offset(threadIdx.x % 16, threadIdx.x % 32 / 16)))) {}
+  // Where the lane reads a slice: 16 rows further at a constant distance.
+  __device__ uint32_t at(uint32_t tile, int slice) const { return tile + (first ^ (kPlain<T> ? 16 : 32) * slice); }
   // The 16 rows from kRow on.
   template <int kRow>
-  __device__ void read(uint32_t (&to)[4], uint32_t tile, int slice) const {
-    load_matrices<kRow * Tile::kRowBytes>(to, tile + (first ^ 32 * slice));
+  __device__ static void load(uint32_t (&to)[4], uint32_t at) {
+    load_matrices<kRow * Tile::kRowBytes>(to, at);
     round_operand<T>(to);
   }
   template <int kRow>
-  __device__ void read(float4 (&to)[2], uint32_t tile, int slice) const {
-    const uint32_t from = tile + (first ^ 16 * slice);
-    to[0] = load_floats<kRow * Tile::kRowBytes, float4>(from);
-    to[1] = load_floats<(kRow + 8) * Tile::kRowBytes, float4>(from);
+  __device__ static void load(float4 (&to)[2], uint32_t at) {
+    to[0] = load_floats<kRow * Tile::kRowBytes, float4>(at);
+    to[1] = load_floats<(kRow + 8) * Tile::kRowBytes, float4>(at);
+  }
+  template <int kRow>
+  __device__ void read(Left<T>& to, uint32_t tile, int slice) const {
+    load<kRow>(to, at(tile, slice));
   }
 };
 
@@ -294,8 +299,16 @@ struct RightReader {
     } else if constexpr (kByDepth) {
       load_matrices_transposed<kSlice * 16 * Tile::kRowBytes>(to, tile + (first ^ 2 * kColumn));
     } else {
-      load_matrices<kColumn * Tile::kRowBytes>(to, tile + (first ^ 32 * kSlice));
+      load<kColumn>(to, at(tile, kSlice));
+      return;
     }
+    round_operand<T>(to);
+  }
+  // Not by depth, of elements that matrix loads take: where the lane reads a slice; columns at constant distances.
+  __device__ uint32_t at(uint32_t tile, int slice) const { return tile + (first ^ 32 * slice); }
+  template <int kColumn, int kBytes = 0>
+  __device__ static void load(uint32_t (&to)[4], uint32_t at) {
+    load_matrices<kBytes + kColumn * Tile::kRowBytes>(to, at);
     round_operand<T>(to);
   }
   // TF32 by depth, not rounded.
