@@ -21,12 +21,17 @@ def build():
 
 
 def test_architectures_are_named_once(build):
-    assert build.arch_flags("8.0+PTX;9.0a 12.0") == [
-        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
-        "-gencode=arch=compute_90a,code=[sm_90a]",
-        "-gencode=arch=compute_120,code=[sm_120]",
-    ]
-    assert len(build.arch_flags(build.ARCHS)) == 6
+    for archs, flags in (
+        (
+            "8.0+PTX;9.0a 12.0",
+            ["80,code=[sm_80,compute_80]", "90a,code=[sm_90a]", "120,code=[sm_120]"],
+        ),
+        ("8.9;8.6+PTX", ["86,code=[sm_89,sm_86,compute_86]"]),
+        ("9.0a+PTX", ["90a,code=[sm_90a,compute_90a]"]),
+        ("9.0a,9.0", ["90,code=[sm_90a,sm_90]"]),
+    ):
+        assert build.arch_flags(archs) == [f"-gencode=arch=compute_{flag}" for flag in flags]
+    assert " ".join(build.arch_flags(build.ARCHS)).count("sm_") == 6
 
 
 @pytest.mark.parametrize("wrong", ["7.5", "sm_80", "", "9", "8.0+ptx"])

@@ -204,14 +204,17 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
   // From where a lane reads the large operands' slices to where it reads the thin product's.
   const uint32_t to_thin_rows = kept_in_register((place.thin_row - place.warp_row) * R::Left::kRowBytes);
   const uint32_t to_thin = kept_in_register(thin.first - right.first);
-  constexpr bool kRightOnce = !kByDepth && !kPlain<T>;
-  // Where slices lie in a stage. Short of registers the compiler would combine these anew at each step.
+  // Where slices lie in a stage. Short of registers the compiler would combine these anew at each step; by depth, where
+  // the sums over rows take them, it may.
+  constexpr bool kKept = !kByDepth && !kPlain<T>;
   constexpr int kSlices = S::kDepth / kDeep<T>;
   uint32_t left_slices[kSlices], right_slices[kSlices];
+  if constexpr (kKept) {
 #pragma unroll
-  for (int slice = 0; slice < kSlices && !kPlain<T>; ++slice) {
-    left_slices[slice] = kept_in_register(left.at(0, slice));
-    right_slices[slice] = kRightOnce ? kept_in_register(right.at(0, slice)) : 0;
+    for (int slice = 0; slice < kSlices; ++slice) {
+      left_slices[slice] = kept_in_register(left.at(0, slice));
+      right_slices[slice] = kept_in_register(right.at(0, slice));
+    }
   }
 
   sums.clear();
@@ -234,8 +237,8 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
     const auto add_step = [&](Sums<S>& to) {
       LeftMask<T> left_mask;
       repeat<S::kDepth / kDeep<T>>([&](auto slice) {
-        const uint32_t left_at = kPlain<T> ? left.at(stage, slice) : kept_in_register(stage + left_slices[slice]);
-        const uint32_t right_at = kRightOnce ? kept_in_register(stage + right_slices[slice]) : 0;
+        const uint32_t left_at = kKept ? kept_in_register(stage + left_slices[slice]) : left.at(stage, slice);
+        const uint32_t right_at = kKept ? kept_in_register(stage + right_slices[slice]) : 0;
         if (kProducing) {
           Left<T> kept;
           left.template load<0>(kept, left_at + to_thin_rows);
@@ -248,7 +251,7 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
           repeat<kRanks / 16>([&](auto j) {
             if (j && 16 * j >= ranks) return;
             Right<T> f;
-            if constexpr (kRightOnce) {
+            if constexpr (kKept) {
               thin.template load<16 * j, R::kThin>(f, right_at + to_thin);
             } else {
               thin.template read<16 * j, slice>(f, stage + R::kThin);
@@ -263,7 +266,7 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
         repeat<S::kBlocksM>([&](auto i) { left.template load<16 * i>(a[i], left_at); });
         repeat<S::kBlocksN / 2>([&](auto j) {
           Right<T> b;
-          if constexpr (kRightOnce) {
+          if constexpr (kKept) {
             right.template load<16 * j, R::kRight>(b, right_at);
           } else {
             right.template read<16 * j, slice>(b, stage + R::kRight);
