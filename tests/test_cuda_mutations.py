@@ -92,8 +92,8 @@ MUTANTS = {
 # Of ranks in slices.
 SLICED_MUTANTS = {
     "nothing": MUTANTS["nothing"],
-    "a slice of other ranks": ("forward.cuh", "layer.k), rank)", "layer.k), 0)"),
-    "a slice of other ranks of dxa": ("backward.cuh", "layer.r), rank)", "layer.r), 0)"),
+    "a slice of other ranks": ("forward.cuh", "p.mask, rank}", "p.mask, 0}"),
+    "a slice of other ranks of dxa": ("backward.cuh", "layer.n, {}, rank}", "layer.n, {}, 0}"),
     "other slices not waited for": (
         "forward.cuh",
         "arrivals = draws + p.producers;",

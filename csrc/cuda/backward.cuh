@@ -48,7 +48,7 @@ __device__ inline void dx_tile(const BackwardParams& p, int tile, uint32_t share
   const LargeTile of = dx_tile_at<S, kRanks>(p, tile);
   const auto [row, column, panel, rank, producing] = of;
   const Operands operands{layer, matrix<T>(p.dy, layer.m, layer.n), matrix<T>(layer.w, layer.n, layer.k),
-                          from_column(adapter<T>(layer, layer.b, layer.n, layer.r), rank), row, column, layer.n};
+                          adapter<T>(layer, layer.b, layer.n, layer.r), row, column, layer.n, {}, rank};
   const Place<S> place;
   Sums<S> sums;
   if (producing) {

@@ -40,7 +40,7 @@ __device__ inline void forward(const ForwardParams& p) {
     const auto [row, column, panel, rank, producing] = large_tile<S, kRanks>(grid, p.producers, tile, 0);
     const Operands operands{
         layer, matrix<T>(p.x, layer.m, layer.k), matrix<T>(layer.w, layer.n, layer.k),
-        from_row(adapter<T>(layer, layer.a, layer.r, layer.k), rank), row, column, layer.k, p.mask};
+        adapter<T>(layer, layer.a, layer.r, layer.k), row, column, layer.k, p.mask, rank};
     Sums<S> sums;
     ThinSums<kRanks> thin;
     if (producing) {

@@ -139,6 +139,7 @@ struct Operands {
   Source left, right, thin;
   int row, column, depth;
   DrawnWords mask = {};
+  int rank = 0;  // the thin one's first that counts
 };
 
 // The copies of a loop's steps into its ring, in order.
@@ -160,7 +161,7 @@ struct Copies {
   __device__ Copies(const Operands& o, uint32_t shared)
       : left(o.left, o.row, 0),
         right(o.right, kByDepth ? 0 : o.column, kByDepth ? o.column : 0),
-        thin(o.thin),
+        thin(kByDepth ? from_column(o.thin, o.rank) : from_row(o.thin, o.rank)),
         operands(o),
         stage(shared),
         end(shared + R::kBytes),
@@ -172,7 +173,7 @@ struct Copies {
   __device__ void start() {
     left.copy(stage);
     right.copy(stage + R::kRight);
-    const int row = kByDepth ? step * S::kDepth : 0, column = kByDepth ? 0 : step * S::kDepth;
+    const int row = kByDepth ? step * S::kDepth : operands.rank, column = kByDepth ? operands.rank : step * S::kDepth;
     if (sizeof(T) == 4) {
       if (kProducing) copy_tile<T, Thin, S::kThreads>(stage + R::kThin, operands.thin, row, column);
     } else {
@@ -196,20 +197,20 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
   const Mask mask(operands.layer);
   constexpr bool kDrawn = kProducing && kDropout && sizeof(T) == 2;
   std::conditional_t<kDrawn, DrawnLeft<S::kDepth>, NothingDrawn> drawn(operands.mask, operands.layer, operands.row + place.thin_row);
-  const int steps = (operands.depth + S::kDepth - 1) / S::kDepth, ranks = kByDepth ? operands.thin.columns : operands.thin.rows;
+  const int steps = (operands.depth + S::kDepth - 1) / S::kDepth;
   Copies<T, S, kRanks, kByDepth, kProducing, kInChunks> copies(operands, shared);
   const LeftReader<typename R::Left> left(place.warp_row);
   const RightReader<typename R::Right, kByDepth> right(place.warp_column);
   const RightReader<typename R::Thin, kByDepth> thin(0);
-  // From where a lane reads the large operands' slices to where it reads the thin product's.
+  // From where a lane reads the large operands' slices to where it reads the thin product's; so is to_thin.
   const uint32_t to_thin_rows = kept_in_register((place.thin_row - place.warp_row) * R::Left::kRowBytes);
-  const uint32_t to_thin = kept_in_register(thin.first - right.first);
   // Where slices lie in a stage. Short of registers the compiler would combine these anew at each step; by depth, where
   // the sums over rows take them, it may.
   constexpr bool kKept = !kByDepth && !kPlain<T>;
   constexpr int kSlices = S::kDepth / kDeep<T>;
-  uint32_t left_slices[kSlices], right_slices[kSlices];
+  uint32_t left_slices[kSlices], right_slices[kSlices], to_thin = 0;
   if constexpr (kKept) {
+    to_thin = kept_in_register(thin.first - right.first);
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
       left_slices[slice] = kept_in_register(left.at(0, slice));
@@ -249,7 +250,7 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
             left_mask.template keep<slice>(kept, mask, row, column, place.t);
           }
           repeat<kRanks / 16>([&](auto j) {
-            if (j && 16 * j >= ranks) return;
+            if (j && operands.rank + 16 * j >= operands.layer.r) return;
             Right<T> f;
             if constexpr (kKept) {
               thin.template load<16 * j, R::kThin>(f, right_at + to_thin);
