@@ -155,7 +155,8 @@ struct Copies {
   const Operands& operands;
   int step = 0;
   uint32_t stage, end;
-  // Of the thin operand this thread copies a chunk or more, or fetches and stores it.
+  // Of a 16-bit thin operand this thread copies a chunk or more, or fetches and stores it.
+  static constexpr bool kStreams = kProducing && sizeof(T) == 2;
   bool copies_thin, stores_thin;
 
   __device__ Copies(const Operands& o, uint32_t shared)
@@ -165,8 +166,8 @@ struct Copies {
         operands(o),
         stage(shared),
         end(shared + R::kBytes),
-        copies_thin(kProducing && kept_in_register(has_thin() && (sizeof(T) == 4 || o.thin.in_chunks))),
-        stores_thin(kProducing && kept_in_register(has_thin() && sizeof(T) == 2 && !o.thin.in_chunks)) {}
+        copies_thin(kStreams && kept_in_register(has_thin() && o.thin.in_chunks)),
+        stores_thin(kStreams && kept_in_register(has_thin() && !o.thin.in_chunks)) {}
   __device__ static bool has_thin() { return threadIdx.x < Thin::kRows * Thin::kChunks; }
 
   // Starts the copies of the next step; what goes by registers is only fetched.
@@ -174,12 +175,9 @@ struct Copies {
     left.copy(stage);
     right.copy(stage + R::kRight);
     const int row = kByDepth ? step * S::kDepth : operands.rank, column = kByDepth ? operands.rank : step * S::kDepth;
-    if (sizeof(T) == 4) {
-      if (kProducing) copy_tile<T, Thin, S::kThreads>(stage + R::kThin, operands.thin, row, column);
-    } else {
-      if (copies_thin) thin.copy(stage + R::kThin);
-      if (stores_thin) fetched.fetch(operands.thin, row, column);
-    }
+    if (copies_thin) thin.copy(stage + R::kThin);
+    if (stores_thin) fetched.fetch(operands.thin, row, column);
+    if (kProducing && !kStreams) copy_tile<T, Thin, S::kThreads>(stage + R::kThin, operands.thin, row, column);
   }
   // Stores what was fetched and moves on.
   __device__ void finish() {
@@ -202,13 +200,14 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
   const LeftReader<typename R::Left> left(place.warp_row);
   const RightReader<typename R::Right, kByDepth> right(place.warp_column);
   const RightReader<typename R::Thin, kByDepth> thin(0);
-  // From where a lane reads the large operands' slices to where it reads the thin product's; so is to_thin.
+  // From where a lane reads slices of the left operand to where it reads those of the thin product's rows.
   const uint32_t to_thin_rows = kept_in_register((place.thin_row - place.warp_row) * R::Left::kRowBytes);
   // Where slices lie in a stage. Short of registers the compiler would combine these anew at each step; by depth, where
   // the sums over rows take them, it may.
   constexpr bool kKept = !kByDepth && !kPlain<T>;
   constexpr int kSlices = S::kDepth / kDeep<T>;
-  uint32_t left_slices[kSlices], right_slices[kSlices], to_thin = 0;
+  uint32_t left_slices[kSlices], right_slices[kSlices];
+  uint32_t to_thin = 0;  // from the right operand's to the thin one's
   if constexpr (kKept) {
     to_thin = kept_in_register(thin.first - right.first);
 #pragma unroll

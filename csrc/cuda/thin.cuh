@@ -1,5 +1,5 @@
 // The thin product D(v) f, [rows, ranks], in a launch of its own: the first of the split path, where there are more slices
-// of ranks than columns of tiles, and where dx is not wanted.
+// of ranks than columns of tiles or programs, and where dx is not wanted.
 
 #pragma once
 
