@@ -215,3 +215,20 @@ def test_autocast_leaves_float64_alone():
     x, w, a, b, bias = problem(dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert lk.lora_linear(x, w, a, b, bias).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "copied"),
+    [
+        (136, torch.bfloat16, True),
+        (128, torch.bfloat16, False),
+        (200, torch.bfloat16, False),  # all of them: no gap
+        (136, torch.float32, False),
+    ],
+)
+def test_rows_are_copied_only_where_torch_may_read_beyond_them(columns, dtype, copied):
+    """On a CPU with AMX; parity on tensors among NaN shows there that it must be so."""
+    x = torch.zeros(20, 200, dtype=dtype)[:, :columns]
+    rows = _eager._left_operand(x)
+    assert torch.equal(rows, x)
+    assert (rows.data_ptr() != x.data_ptr()) == copied

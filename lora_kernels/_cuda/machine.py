@@ -119,7 +119,7 @@ def active() -> bool:
 
 @contextmanager
 def using(machine: Machine | None) -> Iterator[Machine | None]:
-    """Let a machine, which is returned, run the compiled kernels of this context."""
+    """Let a machine, which is yielded, run the compiled kernels of this context."""
     token = _MACHINE.set(machine)
     try:
         yield machine
