@@ -144,10 +144,9 @@ _library.define("keep_lanes_(Tensor(a!) lanes, int start, int seed, int threshol
 _library.define("cpu_isa() -> str")
 
 
-# Bodies in csrc/cuda/bindings.cpp. The names of a call's launches, one a line, and programs,
-# threads and bytes of shared memory of each; problem: [M, N, K, R, type (0 bfloat16, 1 float16,
-# 2 float32, 3 float32 by TF32), dropout, rows at multiples of 16 bytes, backward, dx, dA, dB,
-# dbias]; device as below.
+# Bodies in csrc/cuda/bindings.cpp. The kernel that serves a call; its programs, threads and bytes
+# of shared memory. problem: [M, N, K, R, type (0 bfloat16, 1 float16, 2 float32, 3 float32 by
+# TF32), dropout, rows at multiples of 16 bytes, backward, dx, dA, dB, dbias]; device as below.
 _library.define("cuda_plan(int[] problem, int[] device) -> (str, int[])")
 # The compiled kernels' calls with their launches written down
 # instead of made. device: [arch, multiprocessors, bytes of shared memory]; zeros: flags to use.

@@ -31,9 +31,6 @@ KERNELS = """
 #define LORA_FORWARD(X) X({shape}, {ranks}, 1, 1)
 #define LORA_BACKWARD(X) X({shape}, {ranks}, 1, 1)
 #define LORA_DECODE(X) X()
-#include "shapes.h"
-#undef LORA_EACH_THIN
-#define LORA_EACH_THIN(X)
 #include "kernels_sm80.cuh"
 """
 HOPPER_KERNELS = """
@@ -47,16 +44,15 @@ HOPPER_KERNELS = """
 """
 BF16_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=16)
 SLICED_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=64)
+LONE_KERNELS = SLICED_KERNELS.replace("LORA_BACKWARD(X)", "LORA_BACKWARD(X) X(Tall, 64, 1, 1)")
 TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat", ranks=16)
 # name: (file, text, what stands there instead)
 MUTANTS = {
     "nothing": ("forward.cuh", "layer.m, rank, layer.r", "layer.m, rank, layer.r"),
     "dxa published before the store": (
         "backward.cuh",
-        "store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, rank, layer.r);\n"
-        "    publish(p.flags + panel);",
-        "publish(p.flags + panel);\n"
-        "    store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, rank, layer.r);",
+        "    store_thin<T>(thin, scale",
+        "    publish(p.flags + panel);\n    store_thin<T>(thin, scale",
     ),
     "flag not waited for": ("order.cuh", "(acquire_load(flag) < arrivals)", "(false)"),
     "flag not reset": ("order.cuh", "count_out(flag, last, threadIdx.x == 0);", ""),
@@ -71,10 +67,14 @@ MUTANTS = {
     "dropout forgotten in dA": ("sums.cuh", "    if (kDropout) {", "    if (false) {"),
     "mask read before it is drawn": (
         "backward.cuh",
-        "? 2 * p.producers + p.kinds.da_blocks : p.producers",
-        "? p.producers : p.producers",
+        "? p.thin.producers + p.kinds.da_blocks : 0",
+        "? 0 : 0",
     ),
-    "words read before they are drawn": ("forward.cuh", "panel, draws)", "panel, 0)"),
+    "words read before they are drawn": (
+        "forward.cuh",
+        "panel, p.mask.draws)",
+        "panel, 0)",
+    ),
     "words of the other row": (
         "mask.cuh",
         "permute<0xBB99>(first, first)",
@@ -96,14 +96,26 @@ SLICED_MUTANTS = {
     "a slice of other ranks of dxa": ("backward.cuh", "layer.n, {}, rank}", "layer.n, {}, 0}"),
     "other slices not waited for": (
         "forward.cuh",
-        "arrivals = draws + p.producers;",
-        "arrivals = draws + 1;",
+        "arrivals = p.mask.draws + p.thin.slices;",
+        "arrivals = p.mask.draws + 1;",
     ),
     "slices of a row panel far apart": (
         "order.cuh",
         "{index / producers, index % producers}",
         "{index % grid.panels, index / grid.panels}",
     ),
+}
+# Of tiles that make the thin product alone.
+LONE_MUTANTS = {
+    "nothing": MUTANTS["nothing"],
+    "dxa published before the store": MUTANTS["dxa published before the store"],
+    "dxa not waited for": (
+        "backward.cuh",
+        "{ wait(p.flags + panel, p.thin.slices); }",
+        "{ (void)panel; }",
+    ),
+    "a slice of other ranks": ("order.cuh", "index % thin.slices * kRanks", "0"),
+    "tiles numbered as if there were none": ("order.cuh", "- thin.alone - others", "- others"),
 }
 TF32_MUTANTS = {
     "nothing": MUTANTS["nothing"],
@@ -134,7 +146,7 @@ HOPPER_MUTANTS = {
     ),
     "dxa not waited for": (
         "backward_sm90.cuh",
-        "[&](int panel) { side.wait(p.flags + panel, p.producers); }",
+        "[&](int panel) { side.wait(p.flags + panel, p.thin.slices); }",
         "[](int) {}",
     ),
     "stage refilled while it is read": (
@@ -186,16 +198,19 @@ def check(tmp_path, monkeypatch):
             for seed in range(3):
                 with using(Machine(seed=seed, zeros=zeros, **device)):
                     assert_parity(case, make_inputs(case), "cuda")
-                    # Where no tile of dA draws the mask, those of dx wait for dxa alone.
-                    inputs = make_inputs(case)
-                    assert_results(case, inputs, run(case, inputs, "cuda", ("dx",)), "cuda")
+                    # Where no tile of dA draws the mask, those of dx wait for dxa alone; without dx
+                    # other tiles make it, of sm_80's kernels on sm_90a, too.
+                    for wanted in (("dx",), ("da", "db"))[: 1 if target == "sm_90a" else 2]:
+                        inputs = make_inputs(case)
+                        assert_results(case, inputs, run(case, inputs, "cuda", wanted), "cuda")
                 assert not zeros.any()
 
         if name == "nothing":
             suite()
         else:
-            with pytest.raises((AssertionError, RuntimeError)):
+            with pytest.raises((AssertionError, RuntimeError)) as found:
                 suite()
+            assert "no kernel named" not in str(found.value)
 
     return check_one
 
@@ -210,6 +225,13 @@ def test_planted_fault_is_found(name, check):
 def test_planted_fault_is_found_of_slices(name, check):
     case = Case((130,), 136, 360, 72, torch.bfloat16, dropout_p=0.1)
     check(name, case, SLICED_KERNELS, SLICED_MUTANTS, resident=2)
+
+
+@pytest.mark.parametrize("name", LONE_MUTANTS)
+def test_planted_fault_is_found_of_lone_thin_products(name, check):
+    """Three slices of ranks, two columns of tiles forward and backward."""
+    case = Case((130,), 72, 104, 136, torch.bfloat16, dropout_p=0.1)
+    check(name, case, LONE_KERNELS, LONE_MUTANTS, resident=4)
 
 
 @pytest.mark.parametrize("name", TF32_MUTANTS)

@@ -14,7 +14,7 @@ import lora_kernels as lk
 from lora_kernels._cuda.machine import Machine, using
 from lora_kernels._native import absence
 from lora_kernels.ops import forward_op
-from lora_kernels.testing import Case, assert_parity, assert_results, make_inputs, run
+from lora_kernels.testing import GRADIENTS, Case, assert_parity, assert_results, make_inputs, run
 from tests.layouts import LAYOUTS, laid_out
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -44,6 +44,11 @@ def _cases():
 
 
 CASES = list(_cases())
+
+
+def kinds_of(machine):
+    """Return what each launch was of: "forward", "backward"."""
+    return [name.split("_")[1] for name, _ in machine.stats]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -188,31 +193,48 @@ def test_same_bits_whatever_the_schedule(dropout_p):
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_ranks_in_slices(executor, dtype, rank, precision, float32_precision):
-    """Each of the first columns of tiles makes a slice of xa or dxa; by one launch before, too.
+    """Each of the first columns of tiles makes a slice of xa or dxa, in one launch each.
 
-    With two programs there are fewer than slices.
+    With two programs there are fewer than slices, which tiles of their own make then.
     """
     float32_precision(precision)
     case = Case((150,), 520, 584, rank, dtype, FP32 if rank == 130 else None, 0.1, bias=True)
     for resident in (2, 8, 9):
         with executor(resident=resident, seed=rank) as machine:
             assert_parity(case, make_inputs(case), "cuda")
-            if machine is not None and resident > 2:
-                kinds = [name.split("_")[1] for name, _ in machine.stats]
-                assert kinds == ["forward", "backward"]
+            if machine is not None:
+                assert kinds_of(machine) == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("wanted", [("da",), ("da", "db", "dbias"), ("dx", "da", "db")], ids=str)
+@pytest.mark.parametrize(("n", "k", "rank"), [(72, 40, 200), (71, 41, 65), (264, 520, 24)])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_thin_products_alone(executor, dtype, n, k, rank, wanted, precision, float32_precision):
+    """Where dx isn't wanted, or columns are fewer than slices: first tiles of the same launch."""
+    float32_precision(precision)
+    case = Case((150,), n, k, rank, dtype, dropout_p=0.1, bias="dbias" in wanted)
+    for resident in (1, 3, 8):
+        with executor(resident=resident, seed=rank) as machine:
+            inputs = make_inputs(case)
+            assert_results(case, inputs, run(case, inputs, "cuda", wanted), "cuda")
+            if machine is not None:
+                assert kinds_of(machine) == ["forward", "backward"]
 
 
 @needs_machine
-@pytest.mark.parametrize("rank", [16, 100])
-def test_flags_are_left_as_found(rank):
+@pytest.mark.parametrize("wanted", [GRADIENTS, ("dx",), ("da",)], ids=str)
+@pytest.mark.parametrize("rank", [16, 100, 250])
+def test_flags_are_left_as_found(rank, wanted):
     case = Case((300,), 136, 200, rank, BF16, dropout_p=0.1)
     machine = Machine(resident=6, zeros=torch.zeros(1024, dtype=torch.int32))
     with using(machine):
         for _ in range(3):
-            assert_parity(case, make_inputs(case), "cuda")
+            inputs = make_inputs(case)
+            assert_results(case, inputs, run(case, inputs, "cuda", wanted), "cuda")
     assert not machine.zeros.any()
-    # One launch forward, one backward.
-    assert [name.split("_")[1] for name, _ in machine.stats] == ["forward", "backward"] * 3
+    assert kinds_of(machine) == ["forward", "backward"] * 3
 
 
 @needs_machine
@@ -228,8 +250,21 @@ def test_no_bank_conflicts_and_whole_sectors(shared, dtype, rank, dropout_p):
         run(case, make_inputs(case), "cuda", ("dx",))
     for name, stats in machine.stats:
         assert stats.shared_bank_conflicts == 0, name
-        if "thin" not in name:
-            assert min(stats.load_efficiency, stats.store_efficiency) > 0.95
+        assert min(stats.load_efficiency, stats.store_efficiency) > 0.95
+
+
+@needs_machine
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_no_bank_conflicts_and_whole_sectors_of_thin_products_alone(dtype, dropout_p):
+    inputs = make_inputs(Case((256,), 64, 1024, 256, dtype))
+    adapter = (inputs.weight, inputs.lora_A, inputs.lora_B)
+    with using(machine := Machine(resident=4)):
+        lk.lora_linear(inputs.x, *adapter, dropout_p=dropout_p, training=True, impl="cuda")
+    ((name, stats),) = machine.stats
+    assert "forward" in name
+    assert stats.shared_bank_conflicts == 0
+    assert min(stats.load_efficiency, stats.store_efficiency) > 0.95
 
 
 @needs_machine

@@ -15,21 +15,18 @@ __device__ inline bool is_of_dx(const Kinds& kinds, int tile) { return tile < ki
 // A tile of dx, and of dxa if it is one of the first.
 template <class S, int kRanks>
 __device__ inline LargeTile dx_tile_at(const BackwardParams& p, int tile) {
-  return large_tile<S, kRanks>(p.grid, p.producers, tile, p.kinds.da - p.kinds.dxa);
+  return large_tile<S, kRanks>(p.grid, p.thin, tile, p.kinds.da - p.kinds.dxa);
 }
-
-// Whether tiles wait for each other by row panels' flags.
-__device__ inline bool has_flags(const BackwardParams& p) { return p.producers || p.mask.bits; }
 
 // What a tile of dx waits for: the makers of its rows' dxa, and where tiles of dA draw the mask, that the makers and all of
 // these have left.
 __device__ inline int arrivals_before(const BackwardParams& p, const LargeTile& tile) {
-  return p.mask.bits && !tile.producing ? 2 * p.producers + p.kinds.da_blocks : p.producers;
+  return p.thin.slices + (p.mask.bits && !tile.producing ? p.thin.producers + p.kinds.da_blocks : 0);
 }
 
 // What the last tile to leave a row panel finds in its flag.
 __device__ inline int last_to_leave(const BackwardParams& p) {
-  return p.producers + (p.dx ? p.grid.columns : 0) + (p.da ? p.kinds.da_blocks : 0) - 1;
+  return p.thin.slices + (p.dx ? p.grid.columns : 0) + (p.da ? p.kinds.da_blocks : 0) - 1;
 }
 
 // D of a tile of dx; to be made when what it waits for is there.
@@ -42,30 +39,30 @@ __device__ inline auto mask_of(const BackwardParams& p, const LargeTile& tile, c
   }
 }
 
+// A tile of dx, of dxa, or of both.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void dx_tile(const BackwardParams& p, int tile, uint32_t shared) {
   const Layer& layer = p.layer;
-  const LargeTile of = dx_tile_at<S, kRanks>(p, tile);
+  const bool alone = tile < p.thin.alone;
+  const LargeTile of = alone ? thin_tile<S, kRanks>(p.thin, tile) : dx_tile_at<S, kRanks>(p, tile);
   const auto [row, column, panel, rank, producing] = of;
   const Operands operands{layer, matrix<T>(p.dy, layer.m, layer.n), matrix<T>(layer.w, layer.n, layer.k),
                           adapter<T>(layer, layer.b, layer.n, layer.r), row, column, layer.n, {}, rank};
   const Place<S> place;
   Sums<S> sums;
+  ThinSums<kRanks> thin;
+  products<T, S, kRanks, true, false, kInChunks>(sums, thin, operands, producing, alone, shared);
   if (producing) {
-    ThinSums<kRanks> thin;
     const float scale = scaling_of(layer) * keep_scale(layer);
-    product<T, S, kRanks, true, true, false, kInChunks>(sums, thin, operands, shared);
     store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, rank, layer.r);
     publish(p.flags + panel);
-  } else {
-    ThinSums<kRanks> none;
-    product<T, S, kRanks, true, false, false, kInChunks>(sums, none, operands, shared);
+    if (alone) return;
   }
-  if (has_flags(p)) wait(p.flags + panel, arrivals_before(p, of));
+  wait(p.flags + panel, arrivals_before(p, of));
   const Operands low_rank{layer, matrix<T>({const_cast<void*>(p.dxa), layer.r}, layer.m, layer.r),
                           adapter<T>(layer, layer.a, layer.r, layer.k), {}, row, column, layer.r};
   add_low_rank<T, S, kRanks, true>(sums, place, mask_of<S, kDropout>(p, of, place), low_rank, 1.0f, shared);
-  if (has_flags(p)) leave(p.flags + panel, last_to_leave(p));
+  leave(p.flags + panel, last_to_leave(p));
   store_sums<T, S>(sums, place, p.dx, row, column, layer.m, layer.k, shared);
 }
 
@@ -110,7 +107,7 @@ template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void sum_tile(const BackwardParams& p, int index, uint32_t shared) {
   const Layer& layer = p.layer;
   const SumTile tile = SumTile::at<S, kRanks>(p, index);
-  if (tile.of_da && p.producers) tile.for_each_panel<S>([&](int panel) { wait(p.flags + panel, p.producers); });
+  if (tile.of_da) tile.for_each_panel<S>([&](int panel) { wait(p.flags + panel, p.thin.slices); });
   const void* factor = tile.of_da ? p.dxa : p.xa;
   const Source left = from_column(matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r), tile.rank);
   const Source right = tile.of_da ? matrix<T>(p.x, tile.end, layer.k) : matrix<T>(p.dy, tile.end, layer.n);
@@ -122,12 +119,12 @@ __device__ inline void sum_tile(const BackwardParams& p, int index, uint32_t sha
     row_sums<T, S, kRanks, false, kInChunks>(
         sums, layer, {}, left, right, tile.row, tile.column, p.db, p.dbias && tile.rank == 0, shared);
   }
-  if (tile.of_da && has_flags(p)) tile.for_each_panel<S>([&](int panel) { leave(p.flags + panel, last_to_leave(p)); });
+  if (tile.of_da) tile.for_each_panel<S>([&](int panel) { leave(p.flags + panel, last_to_leave(p)); });
   finish_sums<T>(p, tile, sums, shared);
 }
 
-// Tiles of the first `producers` columns make dxa [m, r], each a slice of ranks, and publish it before they wait for
-// anything: no tile waits for one that can't run. Persistent; the grid is resident as a whole.
+// The first tiles make dxa [m, r], each a slice of ranks, and publish it before they wait for anything: no tile waits for
+// one that can't run. Persistent; the grid is resident as a whole.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void backward(const BackwardParams& p) {
   extern __shared__ __align__(128) char memory[];

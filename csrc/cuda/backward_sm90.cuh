@@ -28,7 +28,7 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
       continue;
     }
     const SumTile tile = SumTile::at<S, kRanks>(p, index);
-    if (tile.of_da) tile.for_each_panel<S>([&](int panel) { side.wait(p.flags + panel, p.producers); });
+    if (tile.of_da) tile.for_each_panel<S>([&](int panel) { side.wait(p.flags + panel, p.thin.slices); });
     const void* factor = tile.of_da ? p.dxa : p.xa;
     const Source thin = matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r);
     for (int row = tile.row; row < tile.end; row += S::kDepth) {

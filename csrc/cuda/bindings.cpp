@@ -151,28 +151,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::string, Tensor, Tensor, std::vec
   return {dx, da, db, dbias, names, numbers, params, record.scratch};
 }
 
-// The launches of a plan: names, one a line; programs, threads and bytes of shared memory of each.
+// The launch that a plan asks for: its kernel; programs, threads and bytes of shared memory.
 std::tuple<std::string, std::vector<int64_t>> planned(std::vector<int64_t> problem, std::vector<int64_t> device) {
   STD_TORCH_CHECK(problem.size() == 12 && device.size() == 3, "problem: expected 12 numbers, and 3 of device");
   const auto number = [&](int which) { return static_cast<int>(problem[which]); };
   const auto flag = [&](int which) { return problem[which] != 0; };
   const Problem p{number(0), number(1), number(2), number(3), static_cast<Type>(problem[4]), flag(5),
                   flag(6),   flag(6),   flag(7),   flag(8),   flag(9),                       flag(10), flag(11)};
-  std::vector<Launch> launches;
-  if (is_decoding(p)) {
-    launches = {decode_plan(p, device_of(device)).launch};
-  } else {
-    const Plan made = plan(p, device_of(device));
-    launches = {made.thin, made.large};
-  }
-  std::string names;
-  std::vector<int64_t> numbers;
-  for (const Launch& how : launches) {
-    if (how.kernel.empty()) continue;
-    names += how.kernel + "\n";
-    numbers.insert(numbers.end(), {how.grid, how.threads, how.shared_bytes});
-  }
-  return {names, numbers};
+  const Launch how = is_decoding(p) ? decode_plan(p, device_of(device)).launch : plan(p, device_of(device)).large;
+  return {how.kernel, {how.grid, how.threads, how.shared_bytes}};
 }
 
 }  // namespace

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# One fat binary; PTX of the oldest serves whatever is newer and not in the list.
-ARCHS = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0"
+# One fat binary; PTX of the oldest serves whatever is newer and not in the list. 10.0a's code runs
+# on nothing else, so 10.3 has its own.
+ARCHS = "8.0+PTX;8.6;8.9;9.0a;10.0a;10.3;12.0"
+# Where ranges of architectures begin that one PTX serves: of sm_80's ptxas makes spills for sm_120.
+_PTX_FROM = (8, 12)
 _ARCH = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
 FLAGS = (
     "-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings --threads 0 "
@@ -52,30 +55,32 @@ def runtime_library() -> Path | None:
 def arch_flags(archs: str) -> list[str]:
     """Return nvcc's flags for a list such as TORCH_CUDA_ARCH_LIST's, "8.0;9.0a+PTX".
 
-    PTX is made once for each generation, for its oldest: that takes two thirds of the time of one
-    architecture. What sm_80's PTX gives ptxas for sm_120 spills, its own doesn't.
+    PTX takes two thirds of the time of one architecture, so it is made once for several: for the
+    oldest of each range of _PTX_FROM.
 
     Raises:
         ValueError: an entry is not an architecture from 8.0 on.
     """
-    generations: dict[str, list[str]] = {}
+    ranges: dict[int, list[str]] = {}
     with_ptx = set()
     for arch in entries(archs):
         found = _ARCH.fullmatch(arch)
-        if found is None or int(found[1]) < 8:
+        if found is None or int(found[1]) < _PTX_FROM[0]:
             raise ValueError(
                 f"TORCH_CUDA_ARCH_LIST: expected entries like 8.0 or 9.0a+PTX, got {arch!r}"
             )
-        generations.setdefault(found[1], []).append(found[2] + found[3])
+        start = max(first for first in _PTX_FROM if first <= int(found[1]))
+        ranges.setdefault(start, []).append(found[1] + found[2] + found[3])
         if found[4]:
-            with_ptx.add(found[1])
+            with_ptx.add(start)
     flags = []
-    for major, minors in generations.items():
+    for start, names in ranges.items():
+        oldest = min(names, key=lambda name: int(name.rstrip("af")))
         # Code that is special to one architecture, 90a, is no source for another.
-        oldest = minors[0] if len(minors) == 1 else min(minors).rstrip("af")
-        kinds = [f"sm_{major}{minor}" for minor in minors]
-        kinds += [f"compute_{major}{oldest}"] if major in with_ptx else []
-        flags.append(f"-gencode=arch=compute_{major}{oldest},code=[{','.join(kinds)}]")
+        source = oldest if len(names) == 1 else oldest.rstrip("af")
+        kinds = [f"sm_{name}" for name in names]
+        kinds += [f"compute_{source}"] if start in with_ptx else []
+        flags.append(f"-gencode=arch=compute_{source},code=[{','.join(kinds)}]")
     return flags
 
 

@@ -161,11 +161,10 @@ std::tuple<Tensor, Tensor> forward_call(
   }
   const Plan plan = lora_kernels::plan(problem, target.device);
   const Tensor flags = target.zeros(x, plan.counters);
-  if (!plan.thin.kernel.empty()) launch(target, plan.thin, ThinParams{layer, rows(x_rows), data(xa), 0});
   const Tensor mask = target.empty(x, {plan.words}, ScalarType::Float);  // 32 bits each
   target.scratch(mask);
   const DrawnWords words{static_cast<uint32_t*>(data(mask)), plan.draws, plan.share};
-  ForwardParams params{layer, plan.grid, words, rows(x_rows), nullptr, data(y), data(xa), static_cast<int*>(data(flags)), plan.producers};
+  ForwardParams params{layer, plan.grid, words, rows(x_rows), nullptr, data(y), data(xa), static_cast<int*>(data(flags)), plan.thin};
   if (added) params.bias = data(*added);
   if (plan.sm90a) {
     launch(target, plan.large, HopperForwardParams{target.map(boxes(x_rows)), target.map(boxes(d.weight)), params});
@@ -203,7 +202,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
   const Tensor partials = target.empty(dy, {plan.partials}, ScalarType::Float);
   const int64_t mask_columns = (layer.k + kSumColumns - 1) / kSumColumns * kSumColumns;
   const Tensor mask = target.empty(dy, {plan.mask_rows * mask_columns / 32}, ScalarType::Float);  // 32 bits each
-  if (!plan.thin.kernel.empty()) launch(target, plan.thin, ThinParams{layer, rows(dy_rows), data(dxa), 1});
   const auto wanted = [](bool need, const Tensor& t) { return need ? data(t) : nullptr; };
   int* zeros = static_cast<int*>(data(counters));
   const BackwardParams params{
@@ -211,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
       wanted(needs[0] || needs[1], dxa), wanted(needs[0], dx), wanted(needs[1], da), wanted(needs[2], db),
       wanted(needs[3], dbias), layer.adapters_are_float,
       {plan.mask_rows ? static_cast<uint8_t*>(data(mask)) : nullptr, plan.mask_rows},
-      static_cast<float*>(data(partials)), zeros, zeros + plan.kinds.db_blocks + plan.kinds.da_blocks, plan.segment, plan.producers};
+      static_cast<float*>(data(partials)), zeros, zeros + plan.kinds.db_blocks + plan.kinds.da_blocks, plan.segment, plan.thin};
   for (const Tensor& t : {dy_rows, d.weight, d.a, d.b, dxa, partials, mask}) target.scratch(t);
   if (x_rows) target.scratch(*x_rows);
   if (xa_rows) target.scratch(*xa_rows);

@@ -197,9 +197,11 @@ __device__ inline void store_sums(const Sums<S>& sums, const Place<S>& place, vo
   }
   synchronize<S>();
   const bool chunks = in_chunks<T>(out, columns);
+  // As a number of this tile: what follows from it isn't kept over other tiles, which need the registers.
+  const int thread = kept_in_register(threadIdx.x);
 #pragma unroll
   for (int first = 0; first < Out::kRows * Out::kChunks; first += S::kThreads) {
-    const int index = first + threadIdx.x, r = index / Out::kChunks, c = index % Out::kChunks;
+    const int index = first + thread, r = index / Out::kChunks, c = index % Out::kChunks;
     const int left = columns - column - c * kChunk<T>;
     if (row + r >= rows || left <= 0) continue;
     Bits<T>* to = static_cast<Bits<T>*>(out) + static_cast<int64_t>(row + r) * columns + column + c * kChunk<T>;

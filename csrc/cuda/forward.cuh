@@ -26,37 +26,38 @@ __device__ inline void draw_words(const DrawnWords& drawn, const Layer& layer, i
   }
 }
 
-// Programs draw the mask first; tiles of the first `producers` columns, each for a slice of ranks, come next and wait for
-// nothing else before they publish: no tile waits for one that can't run. Persistent; the grid is resident as a whole.
+// Programs draw the mask first; tiles that make xa, a slice of ranks each, come next and wait for nothing else before they
+// publish: no tile waits for one that can't run. Persistent; the grid is resident as a whole.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void forward(const ForwardParams& p) {
   extern __shared__ __align__(128) char memory[];
   const uint32_t shared = shared_address(memory);
   const Layer& layer = p.layer;
   const Grid& grid = p.grid;
-  const int draws = p.mask.draws, arrivals = draws + p.producers;
+  const int tiles = p.thin.alone + grid.panels * grid.columns, arrivals = p.mask.draws + p.thin.slices;
   if (kDropout && sizeof(T) == 2) draw_words<S>(p.mask, layer, grid.panels, p.flags);
-  for (int tile = blockIdx.x; tile < grid.panels * grid.columns; tile += gridDim.x) {
-    const auto [row, column, panel, rank, producing] = large_tile<S, kRanks>(grid, p.producers, tile, 0);
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const bool alone = tile < p.thin.alone;
+    const auto [row, column, panel, rank, producing] =
+        alone ? thin_tile<S, kRanks>(p.thin, tile) : large_tile<S, kRanks>(grid, p.thin, tile, 0);
     const Operands operands{
         layer, matrix<T>(p.x, layer.m, layer.k), matrix<T>(layer.w, layer.n, layer.k),
         adapter<T>(layer, layer.a, layer.r, layer.k), row, column, layer.k, p.mask, rank};
     Sums<S> sums;
     ThinSums<kRanks> thin;
+    if (kDropout && sizeof(T) == 2 && producing) wait(p.flags + panel, p.mask.draws);
+    products<T, S, kRanks, false, kDropout, kInChunks>(sums, thin, operands, producing, alone, shared);
     if (producing) {
-      if (kDropout && sizeof(T) == 2) wait(p.flags + panel, draws);
-      product<T, S, kRanks, false, true, kDropout, kInChunks>(sums, thin, operands, shared);
       store_thin<T>(thin, keep_scale(layer), p.xa, row + Place<S>().thin_row, layer.m, rank, layer.r);
       publish(p.flags + panel);
-    } else {
-      product<T, S, kRanks, false, false, kDropout, kInChunks>(sums, thin, operands, shared);
+      if (alone) continue;
     }
-    if (p.producers) wait(p.flags + panel, arrivals);
+    wait(p.flags + panel, arrivals);
     const Place<S> place;
     const Operands low_rank{layer, matrix<T>({p.xa, layer.r}, layer.m, layer.r), adapter<T>(layer, layer.b, layer.n, layer.r), {},
                             row, column, layer.r};
     add_low_rank<T, S, kRanks, false>(sums, place, NoMask{}, low_rank, scaling_of(layer), shared);
-    if (p.producers) leave(p.flags + panel, arrivals + grid.columns - 1);
+    leave(p.flags + panel, arrivals + grid.columns - 1);
     if (p.bias) add_bias<T, S>(sums, place, static_cast<const Bits<T>*>(p.bias), column, layer.n);
     store_sums<T, S>(sums, place, p.y, row, column, layer.m, layer.n, shared);
   }

@@ -15,7 +15,7 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
   const Source xa = matrix<T>({p.xa, layer.r}, layer.m, layer.r);
   CopyingSide<T, S, kRanks, false> side(memory);
   for (int index = blockIdx.x; index < p.grid.panels * p.grid.columns; index += gridDim.x) {
-    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.producers, index, 0);
+    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.thin, index, 0);
     // For the threads that multiply, which see what this one has seen as soon as the first step is there.
     if (tile.producing && p.mask.draws) side.wait(p.flags + tile.panel, p.mask.draws);
     for (int depth = 0; depth < layer.k; depth += S::kDepth) {
@@ -24,7 +24,7 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
       side.right(params.w_map, tile.column, depth);
       side.end(tile.producing, a, tile.rank, depth);
     }
-    const int arrivals = p.mask.draws + p.producers;
+    const int arrivals = p.mask.draws + p.thin.slices;
     side.factors(p.flags + tile.panel, arrivals, arrivals + p.grid.columns - 1, xa, tile.row, b, tile.column, layer.r);
   }
 }
@@ -36,7 +36,7 @@ __device__ inline void multiply_forward(const ForwardParams& p, const HopperMemo
   const int steps = (layer.k + S::kDepth - 1) / S::kDepth;
   MultiplyingSide<T, S, kRanks, false> side(memory);
   for (int index = blockIdx.x; index < p.grid.panels * p.grid.columns; index += gridDim.x) {
-    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.producers, index, 0);
+    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.thin, index, 0);
     Sums<S> sums;
     ThinSums<kRanks> thin;
     side.template product<kDropout>(sums, thin, layer, p.mask, tile.row, steps, tile.producing);

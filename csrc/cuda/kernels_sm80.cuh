@@ -6,17 +6,14 @@
 #include "decode.cuh"
 #include "forward.cuh"
 #include "kernels.h"
-#include "thin.cuh"
 
 #define LORA_JOIN(kind, shape, type, ranks, dropout, chunks) \
   lora_##kind##_##shape##_##type##_r##ranks##_d##dropout##_c##chunks
 #define LORA_JOIN_DECODE(type) lora_decode_##type
-#define LORA_JOIN_THIN(type, ranks, dropout) lora_thin_##type##_r##ranks##_d##dropout
 // Arguments are expanded before they are joined.
 #define LORA_EXPAND(macro, ...) macro(__VA_ARGS__)
 #define LORA_NAME(kind, shape, ranks, dropout, chunks) LORA_EXPAND(LORA_JOIN, kind, shape, LORA_TYPE, ranks, dropout, chunks)
 #define LORA_DECODE_NAME() LORA_EXPAND(LORA_JOIN_DECODE, LORA_TYPE)
-#define LORA_THIN_NAME(ranks, dropout) LORA_EXPAND(LORA_JOIN_THIN, LORA_TYPE, ranks, dropout)
 
 #define LORA_DEFINE(kind, Params, shape, ranks, dropout, chunks)                        \
   extern "C" __global__ void __launch_bounds__(shape::kThreads, 1)                      \
@@ -25,11 +22,6 @@
   }
 #define LORA_X(...) LORA_DEFINE(forward, ForwardParams, __VA_ARGS__)
 #define LORA_Y(...) LORA_DEFINE(backward, BackwardParams, __VA_ARGS__)
-#define LORA_Z(ranks, dropout)                                                     \
-  extern "C" __global__ void __launch_bounds__(kThinThreads, 1)                    \
-      LORA_THIN_NAME(ranks, dropout)(const __grid_constant__ ThinParams params) {  \
-    thin<LORA_ELEMENT, ranks, dropout>(params);                                    \
-  }
 #define LORA_W()                                                                   \
   extern "C" __global__ void __launch_bounds__(kDecodeThreads, 1)                  \
       LORA_DECODE_NAME()(const __grid_constant__ DecodeParams params) {            \
@@ -40,12 +32,10 @@ namespace lora_kernels {
 
 LORA_FORWARD(LORA_X)
 LORA_BACKWARD(LORA_Y)
-LORA_EACH_THIN(LORA_Z)
 LORA_DECODE(LORA_W)
 
 #undef LORA_X
 #undef LORA_Y
-#undef LORA_Z
 #undef LORA_W
 
 Kernels LORA_TABLE() {
@@ -53,10 +43,9 @@ Kernels LORA_TABLE() {
 #define LORA_ENTRY(name) {LORA_STRING(name), reinterpret_cast<const void*>(&name)},
 #define LORA_X(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(forward, __VA_ARGS__))
 #define LORA_Y(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(backward, __VA_ARGS__))
-#define LORA_Z(...) LORA_EXPAND(LORA_ENTRY, LORA_THIN_NAME(__VA_ARGS__))
 #define LORA_W() LORA_EXPAND(LORA_ENTRY, LORA_DECODE_NAME())
   static const Kernel kernels[] = {
-      LORA_FORWARD(LORA_X) LORA_BACKWARD(LORA_Y) LORA_EACH_THIN(LORA_Z) LORA_DECODE(LORA_W)};
+      LORA_FORWARD(LORA_X) LORA_BACKWARD(LORA_Y) LORA_DECODE(LORA_W)};
   return {kernels, sizeof kernels / sizeof *kernels};
 }
 

@@ -1,5 +1,5 @@
 // The product of a large tile, multi-stage: copies run ahead of the tensor cores. A producing tile makes
-// the thin product with a low-rank factor on the way, from the operand fragments it has in registers.
+// the thin product with a low-rank factor on the way, from the operand fragments it has in registers, or nothing else.
 
 #pragma once
 
@@ -57,6 +57,8 @@ template <int kRanks>
 struct ThinSums {
   float v[kRanks / 8][4] = {};
 };
+
+enum class Makes { kLarge, kBoth, kThin };  // of the two products
 
 // Shared memory of a loop: a ring of stages, each with both operands and the thin one.
 // kByDepth: the right operand lies [depth, columns], not [columns, depth]; so does the thin one.
@@ -143,7 +145,7 @@ struct Operands {
 };
 
 // The copies of a loop's steps into its ring, in order.
-template <class T, class S, int kRanks, bool kByDepth, bool kProducing, bool kInChunks>
+template <class T, class S, int kRanks, bool kByDepth, Makes kMakes, bool kInChunks>
 struct Copies {
   using R = Ring<T, S, kRanks, kByDepth>;
   using Thin = typename R::Thin;
@@ -156,7 +158,7 @@ struct Copies {
   int step = 0;
   uint32_t stage, end;
   // Of a 16-bit thin operand this thread copies a chunk or more, or fetches and stores it.
-  static constexpr bool kStreams = kProducing && sizeof(T) == 2;
+  static constexpr bool kThin = kMakes != Makes::kLarge, kStreams = kThin && sizeof(T) == 2;
   bool copies_thin, stores_thin;
 
   __device__ Copies(const Operands& o, uint32_t shared)
@@ -173,11 +175,11 @@ struct Copies {
   // Starts the copies of the next step; what goes by registers is only fetched.
   __device__ void start() {
     left.copy(stage);
-    right.copy(stage + R::kRight);
+    if (kMakes != Makes::kThin) right.copy(stage + R::kRight);
     const int row = kByDepth ? step * S::kDepth : operands.rank, column = kByDepth ? operands.rank : step * S::kDepth;
     if (copies_thin) thin.copy(stage + R::kThin);
     if (stores_thin) fetched.fetch(operands.thin, row, column);
-    if (kProducing && !kStreams) copy_tile<T, Thin, S::kThreads>(stage + R::kThin, operands.thin, row, column);
+    if (kThin && !kStreams) copy_tile<T, Thin, S::kThreads>(stage + R::kThin, operands.thin, row, column);
   }
   // Stores what was fetched and moves on.
   __device__ void finish() {
@@ -187,16 +189,16 @@ struct Copies {
   }
 };
 
-// sums = left right over all of depth; with kProducing also thin_sums = D(left) thin, D where kDropout.
-template <class T, class S, int kRanks, bool kByDepth, bool kProducing, bool kDropout, bool kInChunks>
+// sums = left right over all of depth, thin_sums = D(left) thin, D where kDropout: both, or as kMakes says.
+template <class T, class S, int kRanks, bool kByDepth, Makes kMakes, bool kDropout, bool kInChunks>
 __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_sums, const Operands& operands, uint32_t shared) {
   using R = Ring<T, S, kRanks, kByDepth>;
   const Place<S> place;
   const Mask mask(operands.layer);
-  constexpr bool kDrawn = kProducing && kDropout && sizeof(T) == 2;
+  constexpr bool kThin = kMakes != Makes::kLarge, kDrawn = kThin && kDropout && sizeof(T) == 2;
   std::conditional_t<kDrawn, DrawnLeft<S::kDepth>, NothingDrawn> drawn(operands.mask, operands.layer, operands.row + place.thin_row);
   const int steps = (operands.depth + S::kDepth - 1) / S::kDepth;
-  Copies<T, S, kRanks, kByDepth, kProducing, kInChunks> copies(operands, shared);
+  Copies<T, S, kRanks, kByDepth, kMakes, kInChunks> copies(operands, shared);
   const LeftReader<typename R::Left> left(place.warp_row);
   const RightReader<typename R::Right, kByDepth> right(place.warp_column);
   const RightReader<typename R::Thin, kByDepth> thin(0);
@@ -239,7 +241,7 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
       repeat<S::kDepth / kDeep<T>>([&](auto slice) {
         const uint32_t left_at = kKept ? kept_in_register(stage + left_slices[slice]) : left.at(stage, slice);
         const uint32_t right_at = kKept ? kept_in_register(stage + right_slices[slice]) : 0;
-        if (kProducing) {
+        if (kThin) {
           Left<T> kept;
           left.template load<0>(kept, left_at + to_thin_rows);
           if constexpr (kDrawn) {
@@ -262,6 +264,7 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
         }
         // One product after the other, slice by slice: float32's operands take many registers.
         if (kPlain<T>) __syncwarp();
+        if (kMakes == Makes::kThin) return;
         Left<T> a[S::kBlocksM];
         repeat<S::kBlocksM>([&](auto i) { left.template load<16 * i>(a[i], left_at); });
         repeat<S::kBlocksN / 2>([&](auto j) {
@@ -293,6 +296,20 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
   }
   wait_for_copies<0>();
   __syncthreads();
+}
+
+// The products of a tile, the thin one where it is a producing one; that alone where the other isn't wanted. float32 has
+// no registers to spare for a third loop: it makes both then.
+template <class T, class S, int kRanks, bool kByDepth, bool kDropout, bool kInChunks>
+__device__ __forceinline__ void products(Sums<S>& sums, ThinSums<kRanks>& thin, const Operands& operands, bool producing,
+                                         bool alone, uint32_t shared) {
+  if (alone && sizeof(T) == 2) {
+    product<T, S, kRanks, kByDepth, Makes::kThin, kDropout, kInChunks>(sums, thin, operands, shared);
+  } else if (producing) {
+    product<T, S, kRanks, kByDepth, Makes::kBoth, kDropout, kInChunks>(sums, thin, operands, shared);
+  } else {
+    product<T, S, kRanks, kByDepth, Makes::kLarge, kDropout, kInChunks>(sums, thin, operands, shared);
+  }
 }
 
 // Stores two numbers beside each other; aligned: by one access.

@@ -18,25 +18,32 @@ __device__ inline Position grouped_tile(int index, int rows, int columns) {
   return {first + index % in_group % height, index % in_group / height};
 }
 
-// A tile of a large product and, if it is one of the first, of a slice of ranks of the thin one.
+// A tile of a large product, of a slice of ranks of the thin one, or of both.
 struct LargeTile {
   int row, column, panel;
   int rank;  // the slice's first
   bool producing;
 };
 
-// The index-th tile: first those of the first `producers` columns, then, after as many others, the rest. Producing tiles
-// of a row panel wait for each other once they have published. So they are neighbours, and no more than programs: what
-// one waits for is then under way, or next to tiles of earlier panels only.
+// The index-th of the tiles that make the thin product alone.
 template <class S, int kRanks>
-__device__ inline LargeTile large_tile(const Grid& grid, int producers, int index, int others) {
-  const int makers = grid.panels * producers;
+__device__ inline LargeTile thin_tile(const Thin& thin, int index) {
+  const int panel = index / thin.slices;
+  return {panel * S::kRows, 0, panel, index % thin.slices * kRanks, true};
+}
+
+// The index-th tile, of the large product: first those of producing columns, then, after as many others, the rest.
+// Producing tiles of a row panel wait for each other once they have published. So they are neighbours, and no more than
+// programs: what one waits for is then under way, or next to tiles of earlier panels only.
+template <class S, int kRanks>
+__device__ inline LargeTile large_tile(const Grid& grid, const Thin& thin, int index, int others) {
+  const int producers = thin.producers, makers = grid.panels * producers;
   const bool producing = index < makers;
   Position at;
   if (producing) {
     at = {index / producers, index % producers};
   } else {
-    at = grouped_tile(index - makers - others, grid.panels, grid.columns - producers);
+    at = grouped_tile(index - makers - thin.alone - others, grid.panels, grid.columns - producers);
     at.column += producers;
   }
   return {at.row * S::kRows, at.column * S::kColumns, at.row, producing ? at.column * kRanks : 0, producing};

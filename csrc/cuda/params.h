@@ -31,6 +31,13 @@ struct Grid {
   int panels, columns;
 };
 
+// Which tiles make the thin product, a slice of ranks of a row panel each: those of the first `producers` columns of the
+// large one, beside it, or `alone` tiles before all others.
+struct Thin {
+  int slices;               // of ranks; 0: nobody needs it
+  int producers, alone;     // one of both is 0
+};
+
 // Dropout's bits for the tiles that make xa, which all programs draw before they wait for anything: for each 16 rows
 // and kWordColumns columns of x, one after the other, 32 words for the lanes of a warp.
 struct DrawnWords {
@@ -45,7 +52,7 @@ struct ForwardParams {
   Rows x;                   // [m, k]
   void *bias, *y, *xa;      // [n] or null, [m, n], [m, r]; contiguous
   int* flags;               // one a row panel, zero before and after
-  int producers;            // columns of tiles that make xa, a slice of ranks each; 0: an earlier launch made it
+  Thin thin;                // xa's
 };
 
 // How the tiles of backward are numbered: kinds one after the other, each from the end of the one before.
@@ -74,7 +81,7 @@ struct BackwardParams {
   float* partials;          // [blocks, segments, ranks + 1, columns] if there are several segments
   int *counters, *flags;    // one a block of sums, one a row panel; zero before and after
   int segment;              // rows that a tile of da or db sums
-  int producers;            // as in forward, of dxa
+  Thin thin;                // dxa's
 };
 
 // Where a matrix lies that copies take boxes of, as sm_90's hardware has it encoded.
@@ -106,13 +113,6 @@ struct DecodeParams {
   float* partials;          // [tiles, parts, 16, columns] if there are several parts
   int *counters, *flag;     // one a tile, one in all; zero before and after
   int parts;                // of the columns of x and W that programs sum by themselves
-};
-
-struct ThinParams {
-  Layer layer;
-  Rows v;                   // x [m, k] or dy [m, n]
-  void* out;                // [m, r]: D(x) AT, or scaling * dy B
-  int backward;
 };
 
 }  // namespace lora_kernels

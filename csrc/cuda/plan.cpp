@@ -1,7 +1,7 @@
 // Which kernel serves a call, on which grid.
 //
-// Of the kernels that take a call in the fewest launches, the one of the smallest cost: waves of tiles, each at the
-// share of the peak that its size reaches.
+// Of the kernels that make the thin product beside the large one, if any do, the one of the smallest cost: waves of
+// tiles, each at the share of the peak that its size reaches.
 // The shares are estimates: nothing here was measured on a GPU.
 
 #include "plan.h"
@@ -17,7 +17,7 @@ namespace lora_kernels {
 namespace {
 
 constexpr int kMaxRank = 256;
-// Of the large product; as many again are left for sums.
+// Of the products; as many again are left for sums.
 constexpr int kMostTiles = 1 << 30;
 
 // A kernel of one kind as the list has it.
@@ -62,7 +62,7 @@ const char* name_of(Type type) {
 
 int over(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// Columns of tiles that make the thin product beside the large one, each a slice of ranks; 0: a launch before makes it,
+// Columns of tiles that make the thin product beside the large one, each a slice of ranks; 0: tiles of its own make it,
 // or nobody needs it. The tiles of a row panel wait for each other, so that each has a program of its own.
 int producers(const Choice& c, const Problem& p, const Device& d) {
   const int slices = over(p.r, c.ranks), columns = over(p.backward ? p.k : p.n, c.columns);
@@ -92,24 +92,17 @@ double cost(const Choice& c, const Problem& p, const Device& d) {
   return (waves < 2 ? over(static_cast<int64_t>(tiles), d.multiprocessors) : waves) * tile;
 }
 
-// Fewer launches come first, then fewer slices of ranks, then the cost.
+// Thin products beside the large one come first, then fewer slices of ranks, then the cost.
 bool better(const Choice& c, const Choice& than, const Problem& p, const Device& d) {
-  const bool one_launch = producers(c, p, d), one_launch_than = producers(than, p, d);
+  const bool beside = producers(c, p, d), beside_than = producers(than, p, d);
   const int slices = over(p.r, c.ranks), slices_than = over(p.r, than.ranks);
-  if (one_launch != one_launch_than) return one_launch;
+  if (beside != beside_than) return beside;
   return slices != slices_than ? slices < slices_than : cost(c, p, d) < cost(than, p, d);
 }
 
 std::string name_of(const char* kind, const Choice& c, const Problem& p) {
   return std::string("lora_") + kind + "_" + c.shape + "_" + name_of(p.type) + "_r" + std::to_string(c.ranks) +
          (c.dropout ? "_d1" : "_d0") + (c.in_chunks ? "_c1" : "_c0");
-}
-
-Launch thin_launch(const Problem& p, const Device& d) {
-  const int ranks = p.r <= 16 ? 16 : 64, grid = std::min(over(p.m, kThinRows), d.multiprocessors);
-  // dxa is not masked.
-  const char* dropout = p.dropout && !p.backward ? "_d1" : "_d0";
-  return {std::string("lora_thin_") + name_of(p.type) + "_r" + std::to_string(ranks) + dropout, grid, kThinThreads, thin_bytes(ranks)};
 }
 
 // Rows that a tile of da or db sums: few enough that a sum, which waits for memory, lasts no longer than a tile of
@@ -127,10 +120,10 @@ void number_tiles(Plan& plan, const Problem& p, const Choice& c) {
   k.slabs = over(p.r, c.ranks);
   k.db_blocks = over(p.n, kSumColumns) * k.slabs;
   k.da_blocks = over(p.k, kSumColumns) * k.slabs;
-  k.dxa = plan.grid.panels * plan.producers;
+  k.dxa = plan.grid.panels * plan.thin.producers + plan.thin.alone;
   k.db = k.dxa + (p.db || p.dbias ? k.db_blocks * k.parts : 0);
   k.da = k.db + (p.da ? k.da_blocks * k.parts : 0);
-  k.all = k.da + (p.dx ? plan.grid.panels * (plan.grid.columns - plan.producers) : 0);
+  k.all = k.da + (p.dx ? plan.grid.panels * (plan.grid.columns - plan.thin.producers) : 0);
   plan.partials = k.parts > 1 ? int64_t{k.db_blocks + k.da_blocks} * k.parts * (c.ranks + 1) * kSumColumns : 0;
   plan.counters = k.db_blocks + k.da_blocks + plan.grid.panels;
   plan.mask_rows = p.dropout && p.dx && p.da ? over(p.m, kSumRows) * kSumRows : 0;
@@ -188,10 +181,13 @@ Plan plan(const Problem& p, const Device& d) {
   plan.columns = c.columns;
   plan.ranks = c.ranks;
   plan.grid = {over(p.m, c.rows), over(p.backward ? p.k : p.n, c.columns)};
-  plan.producers = producers(c, p, d);
-  if (int64_t{plan.grid.panels} * plan.grid.columns > kMostTiles)
+  const bool wants_thin = !p.backward || p.dx || p.da;
+  plan.thin.slices = wants_thin ? over(p.r, c.ranks) : 0;
+  plan.thin.producers = producers(c, p, d);
+  if (int64_t{plan.grid.panels} * (plan.grid.columns + plan.thin.slices) > kMostTiles)
     throw std::invalid_argument("x: expected fewer rows: their tiles are numbered by 31 bits");
-  int tiles = plan.grid.panels * plan.grid.columns;
+  plan.thin.alone = plan.thin.producers ? 0 : plan.grid.panels * plan.thin.slices;
+  int tiles = plan.grid.panels * plan.grid.columns + plan.thin.alone;
   plan.counters = plan.grid.panels;
   if (p.backward) {
     number_tiles(plan, p, c);
@@ -200,9 +196,7 @@ Plan plan(const Problem& p, const Device& d) {
   plan.large = {name_of(p.backward ? "backward" : "forward", c, p), std::min(tiles, d.multiprocessors), c.threads,
                 c.shared_bytes};
   // float32's products outweigh the mask, and its fragments take other bits.
-  if (plan.producers && p.dropout && !p.backward && is_16_bit(p.type)) share_mask(plan, p);
-  const bool wants_thin = !p.backward || p.dx || p.da;
-  if (wants_thin && !plan.producers) plan.thin = thin_launch(p, d);
+  if (p.dropout && !p.backward && is_16_bit(p.type)) share_mask(plan, p);
   plan.sm90a = c.sm90a;
   return plan;
 }

@@ -35,13 +35,12 @@ struct Launch {
 
 struct Plan {
   Launch large;
-  Launch thin;         // its kernel is empty where one launch does it all
   int rows, columns;   // of a tile
   int ranks;           // that a tile takes at a time
   bool sm90a;          // whether the large launch is of a kernel for sm_90a
   Kinds kinds;         // of backward
   Grid grid;
-  int producers;       // columns of tiles that make the thin product, a slice of ranks each; 0: none
+  Thin thin;
   int segment;         // rows that a tile of da or db sums
   int counters;        // int32 zeros that the call needs
   int64_t partials;    // float32 numbers that the call needs

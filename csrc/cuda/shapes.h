@@ -66,9 +66,6 @@ constexpr int kHopperBox = 64;       // rows and columns of what is copied at on
   X(TallFloat, 64, 0, 1) X(TallFloat, 64, 1, 1) X(SmallFloat, 16, 0, 1) X(SmallFloat, 16, 1, 1) \
   X(SmallFloat, 64, 0, 1) X(SmallFloat, 64, 1, 1) X(SmallFloat, 16, 0, 0) X(SmallFloat, 16, 1, 0)
 
-// The thin launch of the split path; X(ranks, dropout).
-#define LORA_EACH_THIN(X) X(16, 0) X(16, 1) X(64, 0) X(64, 1)
-
 // Shared memory of a kernel, which the device side checks against what it lays out there.
 template <class S>
 constexpr int ring_bytes(int ranks) {
@@ -84,7 +81,7 @@ template <class S>
 constexpr int forward_bytes(int ranks) {
   return larger(larger(ring_bytes<S>(ranks), low_rank_bytes<S>(ranks)), S::kSize * S::kRows * S::kColumns);
 }
-// Rows of a step of sums and depth of a step of thin products are those of 16-bit elements; half of float32's.
+// Rows of a step of sums are those of 16-bit elements; half of float32's.
 constexpr int kSumColumns = 128, kSumRows = 64, kSumStages = 3;
 constexpr int in_order_bytes(int ranks) { return 4 * larger(kSumColumns * (ranks + 1), ranks * (kSumColumns + 1)); }
 constexpr int sum_bytes(int ranks) {
@@ -108,7 +105,5 @@ constexpr int kDecodeThreads = 32 * kDecodeWarps, kDecodeNumbers = kDecodeTile /
 constexpr int kDecodeBytes = 4 * kDecodeWarps * kDecodeTile;
 // Forward's mask: columns of a word, which holds what a thread has of two rows; columns that a warp draws at a time.
 constexpr int kWordColumns = 64, kDrawnColumns = 4 * kWordColumns;
-constexpr int kThinThreads = 128, kThinRows = kThinThreads / 2, kThinStages = 3;
-constexpr int thin_bytes(int ranks) { return kThinStages * 2 * 64 * (kThinRows + ranks); }
 
 }  // namespace lora_kernels
