@@ -40,7 +40,8 @@ def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
     changed in place, the copy is dropped and the weight itself is used; call this again to pack
     anew. Writes through `weight.data` can't be seen: call it again after them. Parameters,
     state_dict, saving and copying of the model are not touched. Results are those of the weight,
-    but for the order of sums.
+    but for the order of sums. Packed copies serve calls that `impl="cpu"` does: `explain` says
+    which "auto" gives it.
 
     Args:
         model: a model with `LoRALinear` layers, or PEFT layers that `patch_peft` patched.
