@@ -23,10 +23,10 @@ def build():
 def test_architectures_are_named_once(build):
     for archs, flags in (
         ("8.0+PTX;9.0a 12.0", ["80,code=[sm_80,sm_90a,compute_80]", "120,code=[sm_120]"]),
-        ("8.9;8.6+PTX", ["86,code=[sm_89,sm_86,compute_86]"]),
-        ("9.0a+PTX", ["90a,code=[sm_90a,compute_90a]"]),
-        ("9.0a,9.0", ["90,code=[sm_90a,sm_90]"]),
-        ("10.0a;10.3", ["100,code=[sm_100a,sm_103]"]),
+        ("8.9;8.6+PTX", ["80,code=[sm_89,sm_86,compute_80]"]),
+        ("9.0a+PTX", ["80,code=[sm_90a,compute_80]"]),
+        ("9.0a,9.0;12.1", ["80,code=[sm_90a,sm_90]", "120,code=[sm_121]"]),
+        ("10.0a;10.3", ["80,code=[sm_100a,sm_103]"]),
     ):
         assert build.arch_flags(archs) == [f"-gencode=arch=compute_{flag}" for flag in flags]
     assert " ".join(build.arch_flags(build.ARCHS)).count("sm_") == 7

@@ -13,7 +13,9 @@ HERE = Path(__file__).parent
 # on nothing else, so 10.3 has its own.
 ARCHS = "8.0+PTX;8.6;8.9;9.0a;10.0a;10.3;12.0"
 # Where ranges of architectures begin that one PTX serves: of sm_80's ptxas makes spills for sm_120.
-_PTX_FROM = (8, 12)
+_PTX_FROM = (80, 120)
+# sm_90a's own instructions need its own.
+_SM90A = "-gencode=arch=compute_90a,code=[sm_90a]"
 _ARCH = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
 FLAGS = (
     "-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings --threads 0 "
@@ -55,33 +57,28 @@ def runtime_library() -> Path | None:
 def arch_flags(archs: str) -> list[str]:
     """Return nvcc's flags for a list such as TORCH_CUDA_ARCH_LIST's, "8.0;9.0a+PTX".
 
-    PTX takes two thirds of the time of one architecture, so it is made once for several: for the
-    oldest of each range of _PTX_FROM.
+    PTX takes two thirds of the time of one architecture, so it is made once for each range of
+    _PTX_FROM, whatever of it is in the list.
 
     Raises:
         ValueError: an entry is not an architecture from 8.0 on.
     """
-    ranges: dict[int, list[str]] = {}
+    kinds: dict[int, list[str]] = {}
     with_ptx = set()
     for arch in entries(archs):
         found = _ARCH.fullmatch(arch)
-        if found is None or int(found[1]) < _PTX_FROM[0]:
+        number = int(found[1] + found[2]) if found else 0
+        if found is None or number < _PTX_FROM[0]:
             raise ValueError(
                 f"TORCH_CUDA_ARCH_LIST: expected entries like 8.0 or 9.0a+PTX, got {arch!r}"
             )
-        start = max(first for first in _PTX_FROM if first <= int(found[1]))
-        ranges.setdefault(start, []).append(found[1] + found[2] + found[3])
+        start = max(first for first in _PTX_FROM if first <= number)
+        kinds.setdefault(start, []).append(f"sm_{number}{found[3]}")
         if found[4]:
             with_ptx.add(start)
-    flags = []
-    for start, names in ranges.items():
-        oldest = min(names, key=lambda name: int(name.rstrip("af")))
-        # Code that is special to one architecture, 90a, is no source for another.
-        source = oldest if len(names) == 1 else oldest.rstrip("af")
-        kinds = [f"sm_{name}" for name in names]
-        kinds += [f"compute_{source}"] if start in with_ptx else []
-        flags.append(f"-gencode=arch=compute_{source},code=[{','.join(kinds)}]")
-    return flags
+    for start in with_ptx:
+        kinds[start].append(f"compute_{start}")
+    return [f"-gencode=arch=compute_{start},code=[{','.join(kinds[start])}]" for start in kinds]
 
 
 def entries(archs: str) -> list[str]:
@@ -96,13 +93,13 @@ def compile_objects(folder: Path, sources: Sequence[Path]) -> list[str]:
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHS
     objects, lines = [], []
     for source in sources:
-        alone = "9.0a" if source.stem.startswith("kernels_sm90") else None
-        if alone is not None and alone not in entries(archs.replace("+PTX", "")):
+        of_sm90a = source.stem.startswith("kernels_sm90")
+        if of_sm90a and "9.0a" not in entries(archs.replace("+PTX", "")):
             continue
         made = str(folder / f"{source.stem}.o")
         objects.append(made)
         lines += [f"build {made}: nvcc {source.resolve()}"]
-        lines += [f"  archs = {' '.join(arch_flags(alone or archs))}"]
+        lines += [f"  archs = {_SM90A if of_sm90a else ' '.join(arch_flags(archs))}"]
     flags = FLAGS + (" -DLORA_SM90A" if any("kernels_sm90" in made for made in objects) else "")
     rule = RULE.format(nvcc=shutil.which("nvcc"), flags=flags)
     (folder / "build.ninja").write_text(rule + "\n".join(lines) + "\n")
