@@ -60,7 +60,7 @@ sanitize: $(READY)
 		$(BIN)/python -m pytest --no-cov tests/test_cpu.py tests/test_parity.py -k "cpu and not lesser"
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/select.cpp $(wildcard csrc/cpu/kernels_*.cpp) -o build/threads
-	for isa in avx512_bf16 avx512 avx2 portable; do \
+	for isa in amx avx512_bf16 avx512 avx2 portable; do \
 		LORA_KERNELS_TEST_ISA=$$isa build/threads || exit 1; done
 
 # torch comes first and pinned: beside it nothing pulls another, larger build.

@@ -7,11 +7,6 @@ import torch
 
 LIBRARIES = {part: Path(__file__).with_name(f"_{part}.abi3.so") for part in ("cpu", "cuda")}
 BUILT = {part: library.exists() for part, library in LIBRARIES.items()}
-# Whether torch's bfloat16 products run on the CPU's matrix unit, where this torch can say it; asked
-# once, since torch.compile can't ask.
-HAS_AMX = hasattr(torch.cpu, "get_capabilities") and bool(
-    torch.cpu.get_capabilities().get("amx_bf16")
-)
 
 
 @cache

@@ -9,16 +9,13 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels._cuda import machine
-from lora_kernels._native import BUILT, HAS_AMX, absence
+from lora_kernels._native import BUILT, absence
 from lora_kernels._triton import launch
 from lora_kernels._triton.config import MAX_RANK
 from lora_kernels.ops import backward_op, forward_op
 
 # 2026-11-24, Zen 5, 512x2048x2048: 0.99 of eager's time at rank 64, 1.07 at 256 (bfloat16, p = 0).
 MAX_CPU_RANK = 256
-# 2026-11-26, Xeon with AMX, bfloat16, 8 sizes: 0.9 to 1.5 of eager's time at rank 32, 1.0 to 2.0 at
-# 64, 1.3 to 2.9 at 128; with dropout 0.75 to 1.4 at 64, 1.0 to 1.9 at 128. {dropout: rank}
-MAX_RANK_BESIDE_AMX = {False: 32, True: 64}
 
 
 class Problem(NamedTuple):
@@ -41,17 +38,6 @@ def _cpu_refusal(problem: Problem) -> str | None:
         return f"needs bfloat16 or float32, got {problem.dtype}"
     if problem.rank > MAX_CPU_RANK:
         return f"needs a rank of at most {MAX_CPU_RANK}, got {problem.rank}"
-    return None
-
-
-def _cpu_slower(problem: Problem) -> str | None:
-    most = MAX_RANK_BESIDE_AMX[problem.dropout]
-    if HAS_AMX and problem.dtype == torch.bfloat16 and problem.rank > most:
-        return f"slower than 'eager' beyond rank {most}: this CPU has AMX"
-    return None
-
-
-def _never(problem: Problem) -> None:
     return None
 
 
@@ -116,15 +102,11 @@ def _triton_refusal(problem: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute the layer: its operators, and reasons, or None, for a problem.
-
-    refuse: why it can't serve. slower: why "auto" takes a later one, though it could serve.
-    """
+    """One way to compute the layer: its operators, and `refuse`, a reason or None for a problem."""
 
     name: str
     summary: str
     refuse: Callable[[Problem], str | None]
-    slower: Callable[[Problem], str | None] = _never
     forward: Any = field(init=False, repr=False)
     backward: Any = field(init=False, repr=False)
 
@@ -137,9 +119,7 @@ class Implementation:
 IMPLEMENTATIONS = (
     Implementation("triton", "fused Triton kernels, CUDA devices from sm_80 up", _triton_refusal),
     Implementation("cuda", "compiled CUDA C++ kernels, devices from sm_80 up", _cuda_refusal),
-    Implementation(
-        "cpu", "compiled C++ beside the library's GEMMs, CPUs", _cpu_refusal, _cpu_slower
-    ),
+    Implementation("cpu", "compiled C++ beside the library's GEMMs, CPUs", _cpu_refusal),
     Implementation("eager", "few, in-place ATen calls, any device", _needs_data),
     Implementation("reference", "plain torch, the definition of right, any device", _needs_data),
 )
@@ -154,7 +134,7 @@ def check_impl(impl: str) -> None:
 
 
 def choose(impl: str, problem: Problem) -> Implementation:
-    """Return the named implementation, or with "auto" the first that accepts and isn't slower.
+    """Return the named implementation, or with "auto" the first that accepts the problem.
 
     Raises:
         ValueError: `impl` is unknown, or refuses the problem; an explicit choice never falls back.
@@ -173,7 +153,7 @@ def _cached_choice(impl: str, problem: Problem, replaced: tuple[bool, bool]) -> 
 def _choose(impl: str, problem: Problem) -> Implementation:
     if impl == "auto":
         for implementation in IMPLEMENTATIONS:
-            if implementation.refuse(problem) is None and implementation.slower(problem) is None:
+            if implementation.refuse(problem) is None:
                 return implementation
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals(problem).items())
         raise ValueError(f"impl: no implementation serves this call ({reasons})")

@@ -190,13 +190,10 @@ def explain(
     dropout = training and drop_threshold(dropout_p) > 0
     problem = Problem(x.device, cast or x.dtype, lora_A.shape[0], dropout)
     reasons = refusals(problem)
-    serving = [i for i in IMPLEMENTATIONS if i.name not in reasons]
-    choice = next((i.name for i in serving if i.slower(problem) is None), None)
-    for other in serving:
-        if other.name != choice:
-            reasons[other.name] = (
-                other.slower(problem) or f"serves the call too; {choice} comes first"
-            )
+    choice = next((i.name for i in IMPLEMENTATIONS if i.name not in reasons), None)
+    for implementation in IMPLEMENTATIONS:
+        if implementation.name not in (choice, *reasons):
+            reasons[implementation.name] = f"serves the call too; {choice} comes first"
     plans = _triton_plans(x, weight, problem) if choice == "triton" else {}
     return Explanation(choice, reasons, plans)
 

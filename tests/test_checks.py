@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import dispatch
 from lora_kernels._native import absence
 
 X, W = torch.randn(4, 8), torch.randn(6, 8)
@@ -114,31 +113,3 @@ def test_explain_names_the_choice_and_a_reason_for_each_other():
     others = {"triton", "cuda", "cpu", "eager", "reference"} - {explanation.choice}
     assert explanation.reasons.keys() == others
     assert str(explanation).startswith(f"auto -> {explanation.choice}\n  triton: ")
-
-
-@pytest.mark.skipif(absence("cpu") is not None, reason=f"compiled CPU part: {absence('cpu')}")
-@pytest.mark.parametrize("amx", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "rank", "dropout_p", "slower"),
-    [
-        (torch.bfloat16, 32, 0.0, False),
-        (torch.bfloat16, 33, 0.0, True),
-        (torch.bfloat16, 64, 0.1, False),
-        (torch.bfloat16, 65, 0.1, True),
-        (torch.float32, 128, 0.0, False),
-    ],
-)
-def test_many_ranks_go_to_a_matrix_unit(monkeypatch, amx, dtype, rank, dropout_p, slower):
-    monkeypatch.setattr(dispatch, "HAS_AMX", amx)
-    monkeypatch.setattr(dispatch, "_cached_choice", dispatch._cached_choice.__wrapped__)
-    x, w = torch.randn(3, 8, dtype=dtype), torch.randn(5, 8, dtype=dtype)
-    adapter = torch.randn(rank, 8, dtype=dtype), torch.randn(5, rank, dtype=dtype)
-    call = {"dropout_p": dropout_p, "training": True}
-    explanation = lk.explain(x, w, *adapter, **call)
-    expected = "eager" if amx and slower else "cpu"
-    assert explanation.choice == expected
-    assert ("beyond rank" in explanation.reasons.get("cpu", "")) == (expected == "eager")
-    problem = dispatch.Problem(x.device, dtype, rank, dropout_p > 0)
-    assert dispatch.choose("auto", problem).name == expected
-    # Who names it gets it.
-    assert dispatch.choose("cpu", problem).name == "cpu"

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"compiled CPU part: 
 
 ROOT = Path(__file__).parent.parent
 FP32, BF16 = torch.float32, torch.bfloat16
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 # Below and above every vector's width, twice it, a mask's block, a chunk of expanded columns.
 WIDTHS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 255, 257, 513)
 
@@ -154,6 +154,8 @@ def test_kernels_of_lesser_processors(isa):
     environment, taken = _isa(isa)
     if taken != isa:
         pytest.skip(f"this processor has no {isa}")
+    if taken == torch.ops.lora_kernels.cpu_isa():
+        pytest.skip("the other tests of this file take these kernels")
     tests = ["tests/test_cpu.py", "tests/test_parity.py", "tests/test_dropout.py"]
     command = [sys.executable, "-m", "pytest", "-q", "--no-cov", *tests, "-k", "cpu or compiled"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)

@@ -23,13 +23,15 @@ namespace lora_kernels {
 namespace {
 
 struct Rows {
-  int64_t least, most;
+  int64_t least, most, most_beside_tiles;
 };
 
 // For how many rows the package's own products are faster. 2026-11-24, Zen 5, one thread, 2048x2048
 // out of cache: forward 0.54 of the library's time for 1 row and 0.84 for 16 (bfloat16), 0.73 for 1
-// and 0.91 for 4 (float32); dy W 0.55 for 16 and 0.67 for 32, 0.65 for 16 and 0.86 for 64.
-constexpr Rows kForwardBf16{1, 16}, kForwardFloat{1, 4}, kBackwardBf16{1, 32}, kBackwardFloat{4, 64};
+// and 0.91 for 4 (float32); dy W 0.55 for 16 and 0.67 for 32, 0.65 for 16 and 0.86 for 64. 2026-11-26,
+// Xeon, whose matrix unit the library takes, bfloat16, one and two threads: forward 0.4 to 0.7 for 1
+// row, 0.6 to 0.9 for 4, 1.6 to 2.4 for 16; dy W 0.4 to 0.9 for 1, 0.5 to 0.8 for 16, 0.9 to 1.4 for 24.
+constexpr Rows kForwardBf16{1, 16, 4}, kForwardFloat{1, 4, 4}, kBackwardBf16{1, 32, 16}, kBackwardFloat{4, 64, 64};
 
 constexpr int64_t kOnednnRows = 4, kOnednnWork = 1 << 20;
 // As lora_kernels/_onednn.py has them, with their reasons.
@@ -42,7 +44,8 @@ bool copied_in_parts(const Tensor& w) {
 
 bool within(const Tensor& v, const Tensor& weight, Rows of_bf16, Rows of_float) {
   const Rows rows = v.scalar_type() == ScalarType::BFloat16 ? of_bf16 : of_float;
-  return rows.least <= v.size(0) && v.size(0) <= rows.most && weight.size(0) >= kRowGroup;
+  const int64_t most = kernels().has_tiles ? rows.most_beside_tiles : rows.most;
+  return rows.least <= v.size(0) && v.size(0) <= most && weight.size(0) >= kRowGroup;
 }
 
 // Whether oneDNN's float32 product v wT is the faster one: on AMD processors, from some work on.

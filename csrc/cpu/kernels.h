@@ -1,5 +1,5 @@
-// What the layer needs beside GEMMs, in versions of one source: AVX512 with and without products of
-// bfloat16, AVX2, portable.
+// What the layer needs beside GEMMs, in versions of one source: AMX, AVX512 with and without products
+// of bfloat16, AVX2, portable.
 //
 // Sums are float32. Where the processor multiplies pairs of bfloat16, products of bfloat16 tensors
 // take such pairs; elsewhere they take float32 numbers. Either is a unit of 32 bits, and `deep` is
@@ -7,9 +7,17 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+
+// Compilers from GCC 11 and Clang 11 on know the matrix unit.
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define LORA_HAS_TILES 1
+#else
+#define LORA_HAS_TILES 0
+#endif
 
 namespace lora_kernels {
 
@@ -58,17 +66,21 @@ struct Dropout {
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // A factor of a product as its units: [steps, pitch], a step being a unit of the summed dimension,
-// pitch the other dimension's width padded with zeros to a multiple of kLanes.
+// pitch the other dimension's width padded with zeros to a multiple of kLanes. Zeros follow the last
+// step, to a multiple of kLanes.
 struct Panel {
   int64_t steps, width, pitch;
   Buffer<Unit> units;
   Panel(int64_t steps, int64_t width)
-      : steps(steps), width(width), pitch(round_up(width, kLanes)), units(steps * pitch) {}
+      : steps(steps), width(width), pitch(round_up(width, kLanes)), units(round_up(steps, kLanes) * pitch) {
+    std::fill(units.get() + steps * pitch, units.get() + round_up(steps, kLanes) * pitch, Unit{0});
+  }
 };
 
 // A version of the kernels for one instruction set.
 struct Kernels {
   const char* name;
+  bool has_tiles;  // made for a matrix unit
   // Panels of a product that sums over m's rows, or over its columns.
   Panel (*panel_over_rows)(Matrix m);
   Panel (*panel_over_columns)(Matrix m);
@@ -99,6 +111,9 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512_bf16_kernels;
+#if LORA_HAS_TILES
+extern const Kernels amx_kernels;
+#endif
 #endif
 
 }  // namespace lora_kernels

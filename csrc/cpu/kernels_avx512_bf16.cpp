@@ -16,6 +16,7 @@
 // g++ 12 defines no macros of the target that a pragma sets.
 #define LORA_WIDTH 16
 #define LORA_PAIRS 1
+#define LORA_TILES 0
 
 namespace lora_kernels {
 
@@ -23,6 +24,7 @@ namespace lora_kernels {
 
 #include "panels.inc"
 #include "philox.inc"
+#include "tiles.inc"
 #include "products.inc"
 
 #include "few_rows.inc"

@@ -7,6 +7,7 @@
 
 #define LORA_WIDTH 4
 #define LORA_PAIRS 0
+#define LORA_TILES 0
 
 namespace lora_kernels {
 
@@ -14,6 +15,7 @@ namespace lora_kernels {
 
 #include "panels.inc"
 #include "philox.inc"
+#include "tiles.inc"
 #include "products.inc"
 
 #include "few_rows.inc"

@@ -5,9 +5,24 @@
 
 #include "kernels.h"
 
+#if LORA_HAS_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lora_kernels {
 
 namespace {
+
+#if LORA_HAS_TILES
+// Whether there is a matrix unit that Linux lets this process use: its registers are many, so a
+// process has to ask (the kernel's Documentation/arch/x86/xstate.rst).
+bool has_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 const Kernels& best() {
 #if defined(__x86_64__)
@@ -17,6 +32,9 @@ const Kernels& best() {
                       __builtin_cpu_supports("avx512dq");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if LORA_HAS_TILES
+  if (bf16 && allowed(amx_kernels) && has_tiles()) return amx_kernels;
+#endif
   if (bf16 && allowed(avx512_bf16_kernels)) return avx512_bf16_kernels;
   if (avx512 && allowed(avx512_kernels)) return avx512_kernels;
   if (avx2 && allowed(avx2_kernels)) return avx2_kernels;

@@ -124,11 +124,13 @@ Buffer<float> padded_floats(const Tensor& t, int64_t stride) {
   const int64_t rows = source.size(0), columns = source.size(1);
   Buffer<float> floats(rows * stride);
   with_data(source, [&](const auto* data) {
-    for (int64_t i = 0; i < rows; ++i) {
-      float* to = floats.get() + i * stride;
-      for (int64_t c = 0; c < columns; ++c) to[c] = value_of(data[i * columns + c]);
-      std::fill(to + columns, to + stride, 0.0f);
-    }
+    in_parallel(rows, 1, columns, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* to = floats.get() + i * stride;
+        for (int64_t c = 0; c < columns; ++c) to[c] = value_of(data[i * columns + c]);
+        std::fill(to + columns, to + stride, 0.0f);
+      }
+    });
   });
   return floats;
 }
@@ -168,9 +170,11 @@ void column_sums(const Tensor& v, const float* q, int64_t stride, const Sums& su
 Tensor Sums::as_rows(int64_t rows, const Tensor& parameter, float scale) const {
   const Tensor out = output_like(parameter, rows, columns);
   with_data(out, [&](auto* to) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) assign(to[r * columns + c], data.get()[r * pitch + c] * scale);
-    }
+    in_parallel(rows, 1, columns, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        for (int64_t c = 0; c < columns; ++c) assign(to[r * columns + c], data.get()[r * pitch + c] * scale);
+      }
+    });
   });
   return as_type_of(parameter, out);
 }
@@ -178,13 +182,15 @@ Tensor Sums::as_rows(int64_t rows, const Tensor& parameter, float scale) const {
 Tensor Sums::as_columns(int64_t rows, const Tensor& parameter, float scale) const {
   const Tensor out = output_like(parameter, columns, rows);
   with_data(out, [&](auto* to) {
-    for (int64_t first = 0; first < columns; first += kLine) {
-      const int64_t last = std::min(first + kLine, columns);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* from = data.get() + r * pitch;
-        for (int64_t c = first; c < last; ++c) assign(to[c * rows + r], from[c] * scale);
+    in_parallel(columns, kLine, rows, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin; first < end; first += kLine) {
+        const int64_t last = std::min(first + kLine, end);
+        for (int64_t r = 0; r < rows; ++r) {
+          const float* from = data.get() + r * pitch;
+          for (int64_t c = first; c < last; ++c) assign(to[c * rows + r], from[c] * scale);
+        }
       }
-    }
+    });
   });
   return as_type_of(parameter, out);
 }

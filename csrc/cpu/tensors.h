@@ -50,12 +50,12 @@ Buffer<float> padded_floats(const Tensor& t, int64_t stride);
 // A matrix [rows, columns] as float32 [columns, stride], zero beyond its rows.
 Buffer<float> to_columns(const Tensor& t, int64_t stride);
 
-// Float32 sums [ranks, columns], rows padded.
+// Float32 sums [ranks, columns], rows padded; by lines more, since a power of two would crowd few sets.
 struct Sums {
   int64_t columns, pitch;
   Buffer<float> data;
   Sums(int64_t ranks, int64_t columns)
-      : columns(columns), pitch(round_up(columns, kColumnBlock)), data(ranks * pitch) {}
+      : columns(columns), pitch(round_up(columns, kColumnBlock) + kLanes), data(ranks * pitch) {}
 
   // The first `rows` of them, times scale, in the parameter's type; or the same transposed.
   Tensor as_rows(int64_t rows, const Tensor& parameter, float scale) const;
