@@ -15,7 +15,7 @@ from tests.stacks.models import adapted_llama, llama, tokens
 STEPS, WARM = 2000, 500
 MIB = 1 << 20
 # oneDNN keeps up to 1,024 kernels, about 1 GiB, by shape: of more shapes, and with PEFT's forward
-# as much, memory is flat only after as many steps. So warm-up has each of these in either precision.
+# as much, memory is flat only after as many steps. Warm-up has each of these in both precisions.
 SHAPES = tuple(itertools.product((1, 2, 3, 4), (2, 5, 8, 17, 24, 33, 48, 64)))
 
 
