@@ -51,9 +51,10 @@ def test_weights_of_few_rows_and_columns(dtype, m):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
 @pytest.mark.parametrize("m", [1, 16, 100, 700])
-def test_bits_do_not_depend_on_the_number_of_threads(dtype, m):
-    case = Case((m,), 384, 520, 24, dtype, dropout_p=0.1)
+def test_bits_do_not_depend_on_the_number_of_threads(dtype, dropout_p, m):
+    case = Case((m,), 384, 520, 24, dtype, dropout_p=dropout_p)
     inputs = make_inputs(case)
     results, products = [], []
     for threads in (1, 2):
