@@ -76,7 +76,6 @@ def footprint(case: Case, provider: str, device: str) -> Footprint:
     call()  # what is made once is none of a call's
     saved = saved_bytes(call.forward, [call.x], call.layer) if call.train else 0
     launched = launches(call, provider, device)
-    call.clear()
     return Footprint(launched, saved, peak_bytes(call, device))
 
 

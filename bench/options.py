@@ -26,7 +26,7 @@ SUITES = ("layer", "step", "overhead", "memory", "kernels")
 ARCHS = (80, 86, 89, 90, 100, 120)
 TOKENS = {"cpu": [16, 512], "cuda": [16, 2048, 8192]}
 QUICK_TOKENS = {"cpu": [128], "cuda": [2048]}
-QUICK_SHAPES = [GROWTH, "minilm", "bert-base", "llama3-8b/k+v"]
+QUICK_SHAPES = [GROWTH, "minilm", "bert-base/q+k+v+o", "llama3-8b/k+v"]
 SECONDS, QUICK_SECONDS = 4.0, 0.4
 FOLDER = Path("bench_results")
 

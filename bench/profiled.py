@@ -47,7 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
     [[call]] = make_slots([provider], case, device, 1)
     for _ in range(WARM_UPS):
         call()
-    call.clear()
     if given.direction == "forward":
         with marked(device):
             call.forward()

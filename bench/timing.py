@@ -17,7 +17,8 @@ import torch
 
 from bench.environment import cache_bytes
 
-MIN_ROUNDS = 12
+# Quartiles 5 % apart then leave 2 % of doubt in the median (McGill's notches, 95 %).
+MIN_ROUNDS = 20
 # With several threads a case ends after this many times its seconds, however few rounds counted.
 PATIENCE = 5
 # The probe outlasts a scheduler slice. With one of two cores taken by another process it accepted
