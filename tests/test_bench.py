@@ -14,6 +14,7 @@ import pytest
 
 import bench.__main__ as program
 from bench import agree, eager_launches, growth, layer, readme, report, results, shapes, timing
+from bench.calls import make_slots
 from bench.footprint import footprint
 from bench.gate import RIGHT, WRONG, verdicts
 from bench.options import parse
@@ -67,6 +68,15 @@ def test_gate_passes_every_provider(name, dtypes):
     if (reason := BY_NAME[name].absence("cpu") or BY_NAME[name].refuse(case)) is not None:
         pytest.skip(reason)
     assert verdicts(case, [BY_NAME[name]], "cpu")[name] == (RIGHT, "")
+
+
+def test_a_call_keeps_no_gradients():
+    """What one round keeps decides where the heap has room in the next."""
+    [[call]] = make_slots([BY_NAME["peft"]], SMALL, "cpu", 1)
+    call()
+    assert all(leaf.grad is None for leaf in call.leaves)
+    assert call.results().keys() == {"y", "dx", "da", "db"}
+    assert all(leaf.grad is None for leaf in call.leaves)
 
 
 def test_a_wrong_provider_is_reported_and_not_timed():
