@@ -19,7 +19,7 @@ from bench.environment import cache_bytes
 
 # Quartiles 5 % apart then leave 2 % of doubt in the median (McGill's notches, 95 %).
 MIN_ROUNDS = 20
-# With several threads a case ends after this many times its seconds, however few rounds counted.
+# With several threads a case ends when this many times its rounds were tried, however few counted.
 PATIENCE = 5
 # The probe outlasts a scheduler slice. With one of two cores taken by another process it accepted
 # 0 rounds of 40 (39 when quiet), where five calls, 0.1 ms, accepted 25.
@@ -129,7 +129,7 @@ class Meter:
             self._time(calls, first=0)
         accepted: list[list[float]] = []
         tried, start = 0, self.clock()
-        while self._wants_more(len(accepted), self.clock() - start):
+        while self._wants_more(len(accepted), tried, self.clock() - start):
             calls = staggered(slots, tried)
             if self._quiet():
                 times = self._time(calls, first=tried % len(calls))
@@ -138,10 +138,10 @@ class Meter:
             tried += 1
         return accepted, tried - len(accepted)
 
-    def _wants_more(self, accepted: int, elapsed: float) -> bool:
+    def _wants_more(self, accepted: int, tried: int, elapsed: float) -> bool:
         if elapsed < self.seconds:
             return True
-        return accepted < MIN_ROUNDS and (self.threads == 1 or elapsed < PATIENCE * self.seconds)
+        return accepted < MIN_ROUNDS and (self.threads == 1 or tried < PATIENCE * MIN_ROUNDS)
 
     def _time(self, calls: Slot, first: int) -> list[float]:
         times = [0.0] * len(calls)
