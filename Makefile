@@ -4,6 +4,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' requirements-dev.txt)
 
+# Tests of code for GPUs, most of which execute it on one thread of the CPU: JOBS at a time.
+EXECUTED := $(wildcard tests/test_cuda_*.py tests/test_triton_*.py)
+JOBS ?= 2
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
 INTERPRETED := tests/test_triton_parity.py tests/test_triton_mutations.py
 
@@ -14,8 +17,9 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 .PHONY: test lint format demo bench bench-compare bench-track peft-suite sanitize clean
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov $(INTERPRETED)
+	$(BIN)/python -m pytest $(ARGS) $(addprefix --ignore=,$(EXECUTED))
+	$(BIN)/python -m pytest $(ARGS) --cov-append -n $(JOBS) --dist worksteal $(EXECUTED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) $(INTERPRETED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

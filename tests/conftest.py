@@ -17,6 +17,7 @@ def pytest_report_header(config):
 
 
 def pytest_configure(config):
+    os.environ["LORA_KERNELS_TEST_SEED"] = str(SEED)  # of other processes that share the tests, too
     # One busy core makes every parallel region wait 8 ms; tests of threads ask for them.
     torch.set_num_threads(1)
     # `make sanitize` tests an instrumented build of the compiled part.
