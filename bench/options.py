@@ -26,7 +26,10 @@ SUITES = ("layer", "step", "overhead", "memory", "kernels")
 ARCHS = (80, 86, 89, 90, 100, 120)
 TOKENS = {"cpu": [16, 512], "cuda": [16, 2048, 8192]}
 QUICK_TOKENS = {"cpu": [128], "cuda": [2048]}
-QUICK_SHAPES = [GROWTH, "minilm", "bert-base/q+k+v+o", "llama3-8b/k+v"]
+QUICK_SHAPES = {
+    "cpu": [GROWTH, "minilm", "bert-base/q+k+v+o"],
+    "cuda": [GROWTH, "minilm", "bert-base", "llama3-8b/k+v"],
+}
 SECONDS, QUICK_SECONDS = 4.0, 0.4
 FOLDER = Path("bench_results")
 
@@ -88,7 +91,7 @@ def parse(arguments: list[str] | None) -> Options:
 
 def _default_shapes(device: str, quick: bool) -> list[str]:
     if quick:
-        return QUICK_SHAPES
+        return QUICK_SHAPES[device]
     left_out = (*TWINS, *(LARGE if device == "cpu" else ()))
     return [TARGETS, GROWTH, *(model for model in MODELS if model not in left_out)]
 

@@ -17,9 +17,9 @@ import torch
 
 from bench.environment import cache_bytes
 
-# Quartiles 5 % apart then leave 2 % of doubt in the median (McGill's notches, 95 %).
+# Quartiles 4 % apart then leave 1.4 % of doubt in the median (McGill's notches, 95 %).
 MIN_ROUNDS = 20
-# With several threads a case ends when this many times its rounds were tried, however few counted.
+# With several threads a case ends after this many times its seconds if most rounds didn't count.
 PATIENCE = 5
 # The probe outlasts a scheduler slice. With one of two cores taken by another process it accepted
 # 0 rounds of 40 (39 when quiet), where five calls, 0.1 ms, accepted 25.
@@ -28,8 +28,9 @@ FLUSHED_CACHES = 2  # what is written before each call on a GPU, in sizes of its
 WARM_UPS = 3  # before a capture, as torch asks
 TIMED, BUSY = "timed", "busy machine"
 # Quartiles of a ratio further apart than this share of it say that the machine wasn't quiet, and so
-# do medians of its two halves further apart than half of that: few rounds may lie close by luck.
-QUIET, LOUD_MARK = 0.05, "~"
+# do medians of its two halves further apart than half of that: few rounds may lie close by luck. At
+# 0.05 4 of 858 ratios differed by more than 5 % between two runs, by up to 5.5; at 0.04 0 of 651.
+QUIET, LOUD_MARK = 0.04, "~"
 
 # The calls of all providers on one set of tensors; several sets are rotated.
 Slot = Sequence[Callable[[], Any]]
@@ -141,7 +142,8 @@ class Meter:
     def _wants_more(self, accepted: int, tried: int, elapsed: float) -> bool:
         if elapsed < self.seconds:
             return True
-        return accepted < MIN_ROUNDS and (self.threads == 1 or tried < PATIENCE * MIN_ROUNDS)
+        patient = self.threads == 1 or elapsed < PATIENCE * self.seconds
+        return accepted < MIN_ROUNDS and (patient or 2 * accepted >= tried)
 
     def _time(self, calls: Slot, first: int) -> list[float]:
         times = [0.0] * len(calls)
