@@ -3,7 +3,7 @@
     python -m bench.agree FIRST.json SECOND.json
 
 A ratio is a provider's time over PEFT's or the frozen base's. It is quiet where it is marked so in
-both runs (`timing.Spread`), and either of its sides took as long in both, within 10 %: elsewhere
+both runs (`timing.Spread`), and the provider itself took as long in both, within 10 %: elsewhere
 the machine was another one. Only of a quiet ratio does a difference say anything.
 """
 
@@ -45,14 +45,9 @@ def pairs(first: dict[str, Any], second: dict[str, Any]) -> Iterator[Pair]:
         for what, found in _ratios(rows):
             if (other := again.get(what)) is not None:
                 (spread, time), (spread_again, time_again) = found, other
-                below, below_again = time / spread.median, time_again / spread_again.median
-                same_speed = _near(time, time_again) and _near(below, below_again)
+                same_speed = abs(time_again / time - 1) <= SAME_SPEED
                 quiet = spread.quiet and spread_again.quiet and same_speed
                 yield Pair(suite, what, spread.median, spread_again.median, quiet)
-
-
-def _near(time: float, again: float) -> bool:
-    return abs(again / time - 1) <= SAME_SPEED
 
 
 def _ratios(rows: list[Any]) -> Iterator[tuple[str, tuple[Spread, float]]]:

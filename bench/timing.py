@@ -29,7 +29,7 @@ WARM_UPS = 3  # before a capture, as torch asks
 TIMED, BUSY = "timed", "busy machine"
 # Quartiles of a ratio further apart than this share of it say that the machine wasn't quiet, and so
 # do medians of its two halves further apart than half of that: few rounds may lie close by luck. At
-# 0.05 4 of 858 ratios differed by more than 5 % between two runs, by up to 5.5; at 0.04 0 of 651.
+# 0.05 8 of 1,559 ratios differed by more than 5 % between two runs, at 0.04 1 of 1,172.
 QUIET, LOUD_MARK = 0.04, "~"
 
 # The calls of all providers on one set of tensors; several sets are rotated.

@@ -5,21 +5,7 @@ import itertools
 import pytest
 
 from bench import timing
-from bench.calls import make_slots
-from bench.providers import BY_NAME
-from bench.shapes import Case
 from bench.timing import Spread
-
-SMALL = Case("minilm", "q+k+v+o", 96, 64, 128, 16, "fp32", "fp32", 0.25)
-
-
-def test_a_call_keeps_no_gradients():
-    """What one round keeps decides where the heap has room in the next."""
-    [[call]] = make_slots([BY_NAME["peft"]], SMALL, "cpu", 1)
-    call()
-    assert all(leaf.grad is None for leaf in call.leaves)
-    assert call.results().keys() == {"y", "dx", "da", "db"}
-    assert all(leaf.grad is None for leaf in call.leaves)
 
 
 def test_ratios_are_formed_round_by_round():
