@@ -87,7 +87,7 @@ def speedup(rows: Sequence[Any], what: str) -> Figure:
         )  # fmt: skip
     axes.axvline(1, color=COLORS[REFERENCE], linewidth=1, label=label(REFERENCE))
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("times as fast as PEFT; to the right is faster, bars are quartiles")
     axes.set_title(f"Speed over PEFT's: {what}")
     axes.grid(alpha=0.3)
