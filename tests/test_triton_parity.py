@@ -110,6 +110,20 @@ def test_only_the_gradients_asked_for(executor, wanted, dropout_p):
     assert_results(case, inputs, actual, "triton")
 
 
+@needs_machine
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("r", [64, 128])
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_bias_gradient_beside_large_ranks(target, r, descriptors, monkeypatch):
+    """Both take dy from shared memory, one by an asynchronous product on sm_90."""
+    if descriptors and target == 80:
+        pytest.skip("sm_80 has no tensor descriptors")
+    fix_plan(monkeypatch, warps=8, descriptors=descriptors)
+    case = Case((300,), 256, 136, r, BF16, dropout_p=0.1, bias=True)
+    with running(Machine(target, resident=5, seed=r)):
+        assert_parity(case, make_inputs(case), "triton")
+
+
 TILES = list(product(TILES_16, (0, 1, 2)))
 
 

@@ -31,6 +31,7 @@ from lora_kernels._triton.tiles import (
     read,
     rounded_now,
     scaling_of,
+    settled,
     store_factor,
     store_tile,
     unfetched,
@@ -183,6 +184,9 @@ def _row_sums(
                         mask=(steps >= first - start)[:, None],
                     )
             product = plus_product(product, factor, kept, PRECISION)
+            if SUM and MMA == "wgmma":
+                # Triton 3.8 leaves this product pending while the next copy overwrites `right`.
+                product = settled(product)
         if SUM:
             total += tl.sum(tl.where(inside[:, None], tile, 0.0).to(tl.float32), 0)
     return read(product, MMA), total
