@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' requirements-dev.txt)
 EXECUTED := $(wildcard tests/test_cuda_*.py tests/test_triton_*.py)
 JOBS ?= 2
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
-INTERPRETED := tests/test_triton_parity.py tests/test_triton_mutations.py
+INTERPRETED := $(addprefix tests/test_triton_,parity.py mutations.py handing.py)
 
 export HF_HUB_OFFLINE := 1
 # Of the CUDA part, where nvcc is: one architecture, and its PTX for the virtual machine.

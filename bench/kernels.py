@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from bench import eager_launches
-from bench.drawing import drawing
 from bench.eager_launches import TILE, Step
 from lora_kernels._triton import cost
 from lora_kernels._triton.compiler import compile_for, resources
@@ -64,9 +63,8 @@ class KernelRow:
     """A call's compiled kernels, what they executed, and what the cost model says.
 
     counts: None without the virtual machine. predicted_us: of the counted size; large_us: of LARGE.
-    producing_ratio: instructions of a tile that makes xa or dxa over those of one that doesn't.
-    drawing_ratio: those of forward's mask, a tile's share of it, which all programs draw before
-    their tiles, over those of a tile that makes nothing.
+    producing_ratio: instructions of the longest tile that makes xa or dxa over those of one that
+        doesn't.
     """
 
     arch: int
@@ -81,7 +79,6 @@ class KernelRow:
     predicted_us: float
     large_us: float
     producing_ratio: float | None = None
-    drawing_ratio: float | None = None
 
     LINE = "  {:<36}{:>9}{:>9}{:>7}{:>7}{:>11}{:>10}{:>11}{:>6}{:>9}{:>9}{:>7}"
     HEADER = LINE.format(
@@ -140,18 +137,19 @@ def measure(layer: Layer, arch: int, quick: bool) -> Iterator[KernelRow]:
         row = _row(layer, arch, OURS, _label(config), of_call(layer, config, arch), seconds)
         counted = has_machine() and not quick
         if counted:
-            producing, share = tile_ratios(arch, layer, config)
-            row = replace(row, producing_ratio=producing, drawing_ratio=share)
+            row = replace(row, producing_ratio=producing_ratio(arch, layer, config))
         yield row
 
 
 def configs(layer: Layer, arch: int, quick: bool) -> Iterator[Config]:
     """Yield the tile of the plain product as ours may take it: copies, producing columns."""
     device = GPUS[arch]
-    for producers in (1,) if layer.backward else (1, 2):
+    # The best first, which a quick run takes alone.
+    columns = (1,) if layer.backward else (4, 1) if layer.dropout else (1, 2)
+    for producers in columns:
         for descriptors in (False, True) if device.descriptors else (False,):
             config = replace(TILE, producers=producers, descriptors=descriptors)
-            best = producers == 1 and descriptors == device.descriptors
+            best = producers == columns[0] and descriptors == device.descriptors
             if best or not quick:
                 yield config
 
@@ -242,35 +240,36 @@ def of_call(layer: Layer, config: Config, arch: int, programs: int = PROGRAMS) -
 
 
 def _without_waiting(data: dict[str, Any]) -> int:
-    """Return a launch's instructions but questions to barriers and the branches on their answers.
+    """Return a launch's instructions but what waits: questions to barriers and flags.
 
-    What else it asks of barriers is to expect the bytes of two copies.
+    A question to a barrier is two instructions, with the branch on its answer; what else is asked
+    of barriers is to expect the bytes of two copies. One more to a flag is four, a sleep first.
     """
-    of_barriers = data["opcodes"].get("mbarrier", 0) - data["opcodes"].get("cp.async.bulk", 0) // 2
-    return data["warp_instructions"] - 2 * of_barriers
+    opcodes = data["opcodes"]
+    of_barriers = opcodes.get("mbarrier", 0) - opcodes.get("cp.async.bulk", 0) // 2
+    return data["warp_instructions"] - 2 * of_barriers - 4 * opcodes.get("nanosleep", 0)
 
 
-def tile_ratios(arch: int, layer: Layer, config: Config) -> tuple[float, float | None]:
-    """Return `producing_ratio` and, of a forward with dropout, `drawing_ratio` of a `KernelRow`.
+def producing_ratio(arch: int, layer: Layer, config: Config) -> float:
+    """Return `producing_ratio` of a `KernelRow`: of the longest of a row panel's producing tiles.
 
-    A producing tile is what one more row panel of them adds to a call, less its mask; a plain one
-    is what one more column adds. Without waiting for copies, which takes as many turns as the
-    machine's schedule makes it.
+    Tiles run alone, with the flag that they wait for already set; what a program does before and
+    after its tile, and waiting for copies, isn't counted.
     """
+    part = layer._replace(m=config.rows, needs=(True, False, False, False))
+    tiles = -(-layer.out // config.columns)
+    (call,) = of_call(part, config, arch, tiles)
 
-    def count(panels: int, columns: int) -> int:
-        width = columns * config.columns
-        part = layer._replace(m=panels * config.rows, needs=(True, False, False, False))
-        part = part._replace(k=width) if layer.backward else part._replace(n=width)
-        calls = of_call(part, config, arch, config.producers)
-        return sum(map(_without_waiting, _statistics(arch, calls, config.producers)))
+    def count(tile: int, arrivals: int) -> int:
+        machine = Machine(arch, resident=1, alone=tile)
+        call.args["flags"][0] = arrivals
+        machine.run(*call)
+        return _without_waiting(machine.stats[0].data)
 
-    alone = count(1, config.producers)
-    added = count(2, config.producers) - alone
-    plain = count(1, config.producers + 1) - alone
-    if not layer.dropout or layer.backward:
-        return added / config.producers / plain, None
-    one, two = (_statistics(arch, [drawing(layer, config, panels)], 1)[0] for panels in (1, 2))
-    drawn = two["warp_instructions"] - one["warp_instructions"]
-    share = drawn / -(-layer.n // config.columns)
-    return (added - drawn) / config.producers / plain, share / plain
+    try:
+        nothing = count(tiles, 0)
+        producing = [count(tile, config.producers - 1) for tile in range(config.producers)]
+        plain = count(config.producers, config.producers)
+    finally:
+        call.args["flags"].zero_()
+    return (max(producing) - nothing) / (plain - nothing)

@@ -211,7 +211,6 @@ KERNEL: list[Column] = [
     ("requested MB", _counted("requested_bytes", 1e6, "{:.2f}")),
     ("bank conflicts", _counted("conflicts", 1, "{:.0f}")),
     ("producing / plain tile", lambda row: _or_dash(row.producing_ratio, "{:.2f}")),
-    ("drawing / plain tile", lambda row: _or_dash(row.drawing_ratio, "{:.2f}")),
     ("registers", lambda row: str(row.compiled.registers)),
     ("spilt B", lambda row: str(row.compiled.spill_bytes)),
     ("shared KiB", lambda row: f"{row.compiled.shared_bytes / 1024:.0f}"),

@@ -20,16 +20,25 @@ from tests.executors import (
 )
 
 CASE = Case((130,), 200, 136, 5, torch.float16, dropout_p=0.2)
-SOURCES = ("philox", "tiles", "thin", "forward", "backward")
+SOURCES = ("tiles", "philox", "handing", "thin", "forward", "backward")
 
 # name: (file, text, replacement, whether only real concurrency shows it)
 MUTANTS = {
-    "flag published before the store": (
+    "xa published before the store": (
         "forward",
-        "    store_factor(xa, made, rows, M, R, BLOCK_R)\n    publish(flag)\n",
-        "    publish(flag)\n    store_factor(xa, made, rows, M, R, BLOCK_R)\n",
+        "        store_factor(xa, made, rows, M, R, BLOCK_R)\n    publish(flag)\n",
+        "        publish(flag)\n        store_factor(xa, made, rows, M, R, BLOCK_R)\n"
+        "    if part < PRODUCERS - 1:\n        publish(flag)\n",
         True,
     ),
+    "sums published before the store": (
+        "forward",
+        "            hand_on(thin, high, low, panel, LOW)\n",
+        "            publish(flag)\n            hand_on(thin, high, low, panel, LOW)\n"
+        "            tl.atomic_add(flag, -1)\n",
+        True,
+    ),
+    "sums not waited for": ("forward", "wait(flag, part)", "wait(flag, 0)", True),
     "dxa published before the store": (
         "backward",
         "                store_factor(dxa, read(thin, MMA) * thin_scale, rows, M, R, BLOCK_R)\n"
@@ -40,7 +49,6 @@ MUTANTS = {
     ),
     "flag not waited for": ("tiles", "early, seen, $2;", "early, seen, 0;", True),
     "mask read before it is drawn": ("backward", "+ DA_BLOCKS if DRAWN else 1", "", True),
-    "words read before they are drawn": ("forward", "panel, draws)", "panel, 0)", True),
     "flag not reset": ("tiles", "@last st.relaxed.gpu.global.u32 [$1], 0;", "", True),
     "mask missing on a ragged edge": ("tiles", "elif LIMIT % COLUMNS == 0:", "elif True:", False),
     "wrong counter in the mask": ("philox", "(K + 7) // 8", "(K + 15) // 8", False),
@@ -56,13 +64,15 @@ MUTANTS = {
         "words << (3 - place), words << (7 - place)",
         False,
     ),
-    "words of one row of four": ("philox", "rows + i * distance", "rows", False),
-    "pairs in another order": ("philox", "words, w1, 0x8000", "words, w2, 0x8000", False),
+    "sums of another panel": ("forward", "handed(high, low, panel,", "handed(high, low, 0,", False),
+    "sums of another part": ("forward", "begin = part * SHARE", "begin = 0 * part", False),
+    "columns after K in another order": ("forward", "(step - LENGTH)", "(step - K)", False),
+    "sums of sixteen bits": ("handing", "pairs << (16 - LOW), MASK", "pairs, 0", False),
     "bits of another row": ("backward", "wide(start) * (4 * MASK_STRIDE)", "0", False),
     "kept values not scaled": (
         "forward",
-        "thin *= keep_scale(threshold)",
-        "thin *= 1.0",
+        "whole *= keep_scale(threshold)",
+        "whole *= 1.0",
         False,
     ),
     "dropout forgotten in dA": (
@@ -108,7 +118,8 @@ def _mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
         if hasattr(module, kernel):
             monkeypatch.setattr(linear, kernel, getattr(module, kernel))
     monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
-    fix_plan(monkeypatch, sum_columns=64)
+    # The interpreter's one program can't wait for others.
+    fix_plan(monkeypatch, sum_columns=64, producers=1 if INTERPRETED else 3)
 
 
 def _runs(executor, case=CASE):
@@ -168,3 +179,11 @@ def test_the_kernels_themselves_pass(tmp_path, monkeypatch):
     _mutated_kernels(tmp_path, monkeypatch, "tiles", "def publish", "def publish")
     _runs(Machine(80, resident=24))
     _check_flags()
+
+
+@needs_machine
+def test_a_wrong_comparison_of_pairs_is_caught(tmp_path, monkeypatch):
+    """Lanes that read as NaN are kept."""
+    _mutated_kernels(tmp_path, monkeypatch, "philox", "set.ltu.u32", "set.lt.u32")
+    with pytest.raises(AssertionError, match="budget"):
+        _runs(Machine(90))

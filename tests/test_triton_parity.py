@@ -124,7 +124,7 @@ def test_bias_gradient_beside_large_ranks(target, r, descriptors, monkeypatch):
         assert_parity(case, make_inputs(case), "triton")
 
 
-TILES = list(product(TILES_16, (0, 1, 2)))
+TILES = list(product(TILES_16, (0, 1, 2, 4)))
 
 
 def _name(tile, producers):
@@ -135,22 +135,23 @@ def _name(tile, producers):
 @pytest.mark.parametrize("index", range(len(TILES)), ids=lambda i: _name(*TILES[i]))
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_every_shipped_tile(target, index, monkeypatch):
-    """Each in one launch by one or two producers and in two launches, copies of both kinds."""
+    """Each in one launch by one, two and four producers and in two launches, by both copies."""
     tile, producers = TILES[index]
-    if producers > 1 and tile.rows < 32:
-        pytest.skip("a producer needs 16 rows")
     if target != 90 and tile.columns > 128:
         pytest.skip("tiles of 256 columns are sm_90's")
-    descriptors = target > 80 and index % 2 == 0
+    descriptors = target > 80 and index // 4 % 2 == 0
     fix_plan(monkeypatch, **(asdict(tile) | {"producers": producers, "descriptors": descriptors}))
-    case = Case((150,), 280, 264, 24, BF16, dropout_p=0.1 * (index // 2 % 2))
+    n = max(280, tile.columns * producers - 24)
+    case = Case((150,), n, 264, 24, BF16, dropout_p=0.1 * ((index // 4 + index) % 2))
     with running(Machine(target, resident=5, seed=index)):
         assert_parity(case, make_inputs(case), "triton")
 
 
 @needs_machine
 @pytest.mark.parametrize("target", [80, 90, 100])
-@pytest.mark.parametrize("threshold", [5, 20002, 0x7FFF, 0x8000, 0x8001, 50003, 65535])
+@pytest.mark.parametrize(
+    "threshold", [5, 20002, 0x7F80, 0x7F81, 0x7FFF, 0x8000, 0x8001, 50003, 65535]
+)
 def test_mask_is_the_public_one(target, threshold):
     """xa of a unit matrix is D(x) itself: every element tells whether it was kept.
 
@@ -167,6 +168,19 @@ def test_mask_is_the_public_one(target, threshold):
             x, weight, torch.eye(40, dtype=BF16), b, None, seed, None, 1.0, threshold
         )
     assert torch.equal(xa != 0, lk.dropout_mask(x.shape, threshold / 65536, seed))
+
+
+@needs_machine
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("r", [5, 16, 64])
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_parts_of_xa_are_handed_on(target, r, dtype, monkeypatch):
+    """With and without dropout, by two and four parts of five steps; the last of four is empty."""
+    for producers, p in product((2, 4), (0.0, 0.1)):
+        fix_plan(monkeypatch, producers=producers)
+        case = Case((129,), 256, 264, r, dtype, dropout_p=p)
+        with running(Machine(target, resident=producers + r % 3, seed=r)):
+            assert_parity(case, make_inputs(case), "triton")
 
 
 @needs_machine

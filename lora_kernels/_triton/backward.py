@@ -86,7 +86,8 @@ def _finish_dx(
     acc, dxa, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a,
     K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add D(dxa A) to dy W, where dxa holds the factor of kept elements, and store dx.
 
@@ -106,7 +107,7 @@ def _finish_dx(
                 pointers = block_pointers(mask, near_rows, MASK_STRIDE, column // 32, BLOCK_K // 32)
                 masks = masks_by_bits(tl.load(pointers).to(tl.uint32, bitcast=True))
             else:
-                masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE)
+                masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE, PACKED)
             dropped = rounded_now(acc, dtype)
     for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
         dxa_tile = load_factor(dxa, near_rows, R, rank, R, RANK_STEP, R == BLOCK_R)
@@ -121,7 +122,7 @@ def _finish_dx(
     result = read(acc, MMA).to(dtype)
     if DROPOUT:
         if dtype == tl.float32:
-            masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE)
+            masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE, PACKED)
             result = dropped + keep_where(masks, result)
         else:
             result = choose(masks, result, dropped)
@@ -133,7 +134,8 @@ def _row_sums(
     left, right, mask, right_stride, row, end, column, rank, M, seed, threshold,
     WIDTH: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr, RANKS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
-    PRODUCT: tl.constexpr, SUM: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr, MMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return Σ leftᵀ D(right) and Σ right over rows [row, end), float32, in order of rows.
 
@@ -175,7 +177,9 @@ def _row_sums(
             factor = tl.load(left_pointers + wide(start) * R, mask=wanted, other=0.0)
             kept = tile
             if DROPOUT:
-                masks, bits = masks_by_element(rows, column, seed, threshold, WIDTH, BLOCK_C, WIDE)
+                masks, bits = masks_by_element(
+                    rows, column, seed, threshold, WIDTH, BLOCK_C, WIDE, PACKED
+                )
                 kept = keep_where(masks, tile)
                 if mask is not None:
                     tl.store(
@@ -235,8 +239,8 @@ def backward_kernel(
     RANK_STEP: tl.constexpr, RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     GROUP: tl.constexpr,
     FUSED: tl.constexpr, NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
-    NEED_DBIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, MMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NEED_DBIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
+    MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients asked for; persistent, tiles in order, outputs contiguous.
 
@@ -305,7 +309,7 @@ def backward_kernel(
                     wait(flags + panel, tl.where(drawn, before, 1))
                 _finish_dx(
                     acc, dxa, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a, K, R,
-                    MASK_STRIDE, BLOCK_M, BLOCK_K, BLOCK_R, RANK_STEP, DROPOUT, WIDE, MMA,
+                    MASK_STRIDE, BLOCK_M, BLOCK_K, BLOCK_R, RANK_STEP, DROPOUT, WIDE, PACKED, MMA,
                     PRECISION,
                 )  # fmt: skip
                 if FUSED or DRAWN:
@@ -318,7 +322,8 @@ def backward_kernel(
             end = tl.minimum(part * segment + segment, M)
             product, total = _row_sums(
                 xa, dy, None, stride_dy, part * segment, end, column, rank, M, seed, threshold,
-                N, R, 0, RANKS, BLOCK_C, BLOCK_S, False, WIDE, NEED_DB, NEED_DBIAS, MMA, PRECISION,
+                N, R, 0, RANKS, BLOCK_C, BLOCK_S, False, WIDE, PACKED, NEED_DB, NEED_DBIAS, MMA,
+                PRECISION,
             )  # fmt: skip
             space = partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
             product, total, last = _sum_of_parts(
@@ -348,7 +353,8 @@ def backward_kernel(
                     wait(flags + panel, 1)
             product, total = _row_sums(
                 dxa, x, mask, stride_x, part * segment, end, column, rank, M, seed, threshold, K,
-                R, MASK_STRIDE, RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE, True, False, MMA, PRECISION,
+                R, MASK_STRIDE, RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE, PACKED, True, False, MMA,
+                PRECISION,
             )  # fmt: skip
             if FUSED or DRAWN:
                 for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):

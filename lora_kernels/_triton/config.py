@@ -16,7 +16,6 @@ MAX_RANK = 256
 MIN_TILE = 16  # the smallest side of a matrix product
 TABLE = "spill_free.json"
 TENSOR_MEMORY_COLUMNS = 512
-FRAGMENT = 16 * 8  # elements of the smallest product of one warp
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of addresses and row strides
 MAX_SUM_RANKS = 64
 
@@ -91,7 +90,8 @@ def _describable(t: Tensor) -> bool:
 class Config:
     """Tiles of the large product: `rows` tokens by `columns` of y or dx, `depth` a step.
 
-    producers: columns of tiles that also make xa (dxa); 0 is the split path, in two launches.
+    producers: columns of tiles that also make xa (dxa), each over a part of K; 0 is the split path,
+        in two launches.
     sum_columns, sum_rows: tiles of dA and dB, columns by rows a step, of the backward kernel only.
     """
 
@@ -141,10 +141,17 @@ def shipped(layer: Layer) -> list[Config]:
     """Return every configuration that ships for a layer's kind, legal or not on a given device."""
     found = []
     for tile in TILES_16 if layer.bits == 16 else TILES_32:
-        for producers in (0, 1) if layer.backward else (0, 1, 2):
+        for producers in _producers(layer):
             for descriptors in (False, True):
                 found.append(replace(tile, producers=producers, descriptors=descriptors))
     return found
+
+
+def _producers(layer: Layer) -> tuple[int, ...]:
+    """Return how many columns may make xa: more with dropout, which a producing tile draws."""
+    if layer.backward:
+        return 0, 1
+    return (0, 1, 2, 4) if layer.dropout else (0, 1, 2)
 
 
 def shared_bytes(config: Config, layer: Layer, device: Device) -> int:
@@ -161,7 +168,7 @@ def shared_bytes(config: Config, layer: Layer, device: Device) -> int:
     if config.producers:
         step += layer.block_r * config.depth
     total = buffers * step * size
-    if not layer.backward and config.producers and (layer.dropout or config.producers > 1):
+    if not layer.backward and config.producers and layer.dropout:
         total += config.rows * config.depth * size
     if layer.backward:
         sums = (sum_ranks(layer.r) + config.sum_columns) * config.sum_rows * (buffers + 1)
@@ -186,19 +193,13 @@ def illegal(config: Config, layer: Layer, device: Device) -> str | None:
         return "producers of one row panel wait for each other and must run together"
     if layer.backward and config.producers > 1:
         return "one column makes dxa"
-    if config.producers and config.rows // config.producers < MIN_TILE:
-        return f"a producer would have {config.rows // config.producers} rows"
-    if config.producers > 1 and thin_tile(config, layer) < FRAGMENT * config.warps:
-        return "warps of a producer would repeat each other's thin product"
+    steps = -(-layer.depth // config.depth)
+    if config.producers > steps:
+        return f"{config.producers} parts of {steps} steps"
     needed = shared_bytes(config, layer, device)
     if needed > device.shared_bytes:
         return f"{needed} bytes of shared memory of {device.shared_bytes}"
     return _registers_exceeded(config, layer, device)
-
-
-def thin_tile(config: Config, layer: Layer) -> int:
-    """Return the elements of xa (dxa) that a producing tile makes."""
-    return layer.block_r * config.rows // config.producers
 
 
 def _registers_exceeded(config: Config, layer: Layer, device: Device) -> str | None:

@@ -4,8 +4,8 @@
 
 products  waves of tiles, each at the tile's share of a multiprocessor's peak
 memory    what must be read and written once, at the bandwidth that the busy multiprocessors reach
-delay     what a tile that also makes xa (dxa) takes longer than others, which wait for it once;
-          before it, forward's mask, which all programs draw together
+delay     what a tile that also makes xa (dxa), over its part of K, takes longer than others, which
+          wait for it once, and what sums take on their way from part to part
 
 The rates are the vendor's; the shares below are estimates until `tune` has measured: a plan is the
 smallest prediction, so only their order matters.
@@ -15,12 +15,11 @@ from lora_kernels._triton.config import MIN_TILE, Config, Layer, ThinConfig
 from lora_kernels._triton.device import Device
 
 LAUNCH_SECONDS = 4e-6
-# Instructions of the mask per element: drawn where it is used (Philox, compare, select), drawn
-# ahead, and used then (bits to masks, x through registers); and what a multiprocessor issues.
+# Of the mask per element (Philox, compare, select); and what a multiprocessor issues.
 MASK_INSTRUCTIONS = 11 / 32
-DRAW_INSTRUCTIONS = 9.7 / 32
-MASKED_INSTRUCTIONS = 2.5 / 32
 ISSUES_PER_SECOND = 4 * 1.4e9
+# From one program's store to the next one's sum: a release, a poll and a load.
+HANDING_SECONDS = 2e-6
 # A multiprocessor alone reaches this multiple of its share of the memory bandwidth.
 SOLO_BANDWIDTH = 1.7
 # Share of the peak by elements of the tile: small tiles read more operands per product.
@@ -57,7 +56,7 @@ def seconds(config: Config, layer: Layer, device: Device) -> float:
         products += _sums_seconds(layer, device)
     total = LAUNCH_SECONDS + max(products, memory) + NOT_OVERLAPPED * min(products, memory)
     if config.producers:
-        return total + _drawn_seconds(layer, busy) + _producer_delay(config, layer, tile)
+        return total + _producer_delay(config, layer, tile)
     if not layer.backward or layer.needs[0] or layer.needs[1]:
         return total + thin_seconds(layer, device)
     return total
@@ -116,14 +115,8 @@ def _sums_seconds(layer: Layer, device: Device) -> float:
     return masked * MASK_INSTRUCTIONS / (ISSUES_PER_SECOND * device.multiprocessors)
 
 
-def _drawn_seconds(layer: Layer, busy: int) -> float:
-    """Return what all programs of a forward call take to draw its mask before their tiles."""
-    masked = layer.m * layer.k if layer.dropout and not layer.backward else 0
-    return masked * DRAW_INSTRUCTIONS / (ISSUES_PER_SECOND * busy)
-
-
 def _producer_delay(config: Config, layer: Layer, tile: float) -> float:
-    rows = config.rows // config.producers
-    thin = tile * layer.block_r / config.columns / config.producers
-    masked = rows * layer.depth if layer.dropout and not layer.backward else 0
-    return thin + masked * MASKED_INSTRUCTIONS / ISSUES_PER_SECOND
+    thin = tile * layer.block_r / config.columns
+    masked = config.rows * layer.depth if layer.dropout and not layer.backward else 0
+    made = thin + masked * MASK_INSTRUCTIONS / ISSUES_PER_SECOND
+    return made / config.producers + HANDING_SECONDS * (config.producers - 1)

@@ -9,9 +9,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels import _tf32
 from lora_kernels._triton.backward import backward_kernel
-from lora_kernels._triton.config import layer_of, padded_rank, rank_step, sum_ranks
+from lora_kernels._triton.config import Config, layer_of, padded_rank, rank_step, sum_ranks
 from lora_kernels._triton.forward import forward_kernel
 from lora_kernels._triton.launch import current, launch
+from lora_kernels._triton.philox import PACKED_THRESHOLDS
 from lora_kernels._triton.plan import Plan, segment_rows
 from lora_kernels._triton.thin import thin_kernel
 from lora_kernels._triton.tuned import planned
@@ -20,7 +21,6 @@ from lora_kernels.dropout import LANES
 
 _WORKSPACE = Workspace()
 _MASK_COLUMNS = 256  # the widest tile of dx or dA: rows of the mask's bits hold whole tiles
-DRAWN = 128  # columns of forward's mask that a program draws at a time
 _WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
 
 
@@ -49,13 +49,16 @@ class Call(NamedTuple):
         scaling = self.scaling if isinstance(self.scaling, Tensor) else None
         return {"seed_pointer": self.seed, "scaling_pointer": scaling}
 
-    def constants(self, m: int) -> dict[str, Any]:
+    def constants(self, m: int, mma: str) -> dict[str, Any]:
         """The constants every kernel takes."""
         _, k, r = self.sizes
+        packed = self.seed is not None and self.threshold <= PACKED_THRESHOLDS.value
         return {
             "R": r,
             "BLOCK_R": padded_rank(r),
             "WIDE": m * -(-k // LANES) >= _WIDE_COUNTERS,
+            "PACKED": packed and mma != "mma",
+            "MMA": mma,
             "PRECISION": _precision(self.weight.dtype),
         }
 
@@ -78,16 +81,39 @@ def lora_linear_forward(
     call = _call(weight, lora_A, lora_B, seed, scaling, threshold)
     rows = _unit_rows(_as_matrix(x))
     m, (n, _, r) = rows.shape[0], call.sizes
-    y, xa = x.new_empty(*x.shape[:-1], n), x.new_empty(m, r)
+    y = x.new_empty(*x.shape[:-1], n)
     if m == 0:
-        return y, xa
+        return y, x.new_empty(m, r)
     layer = layer_of(rows, *call[:2], call.seed is not None)
     chosen = planned(layer, current().device(x))
+    xa = new_xa(rows, r, chosen.config)
     with _on_device(x):
         if chosen.thin is not None:
             _thin(rows, call._replace(scaling=1.0), call.a, xa, chosen, transposed=True)
         _forward(rows, call, bias, y.view(m, n), xa, chosen)
     return y, xa
+
+
+def new_xa(x: Tensor, r: int, config: Config) -> Tensor:
+    """Return an uninitialised xa [M, R], in memory for the rows of whole tiles."""
+    m = x.shape[0]
+    return x.new_empty(-(-m // config.rows) * config.rows, r).resize_(m, r)
+
+
+def _handed(xa: Tensor, panels: int, config: Config) -> tuple[Tensor | None, Tensor | None]:
+    """Return where parts of xa are handed on: words of 32 bits for two sums, and what is left.
+
+    The words lie in xa's own memory where each row panel's fit its part of that. float32 sums are
+    handed on as xa itself.
+    """
+    if config.producers < 2 or xa.element_size() == 4:
+        return None, None
+    r = xa.shape[1]
+    size = panels * config.rows * padded_rank(r)
+    whole = xa.as_strided((size,), (1,)) if r == padded_rank(r) else xa.new_empty(size)
+    # Four bits beside a bfloat16, eight beside a float16.
+    left = size // (8 if xa.dtype == torch.bfloat16 else 4)
+    return whole.view(torch.int32), xa.new_empty(left, dtype=torch.int32)
 
 
 def lora_linear_backward(
@@ -144,10 +170,10 @@ def _thin(
         "v": v, "f": factor, **call.pointers(), "out": out, "stride_v": v.stride(0),
         "stride_f": factor.stride(0), **call.numbers(m),
     }  # fmt: skip
-    constants = call.constants(m) | {
+    constants = call.constants(m, current().device(v).mma) | {
         "L": length, "TRANSPOSED": transposed, "DROPOUT": call.seed is not None,
         "BLOCK_M": config.rows, "BLOCK_L": config.depth,
-        "MMA": current().device(v).mma, "warps": config.warps, "stages": config.stages,
+        "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     launch(thin_kernel, -(-m // config.rows), args, constants)
 
@@ -160,25 +186,22 @@ def _forward(
     panels, executor = -(-m // config.rows), current()
     device = executor.device(x)
     grid = min(panels * -(-n // config.columns), executor.programs(device))
-    steps = -(-k // DRAWN)
-    mask, stride = None, steps * DRAWN // LANES
-    if call.seed is not None and config.producers:
-        mask = x.new_empty((panels * config.rows // 4, stride), dtype=torch.int32)
+    high, low = _handed(xa, panels, config)
     args = {
         "x": x, "w": call.weight, "a": call.a, "b": call.b, "bias": bias, **call.pointers(),
-        "y": y, "xa": xa, "mask": mask, "flags": _WORKSPACE.zeros(panels, x.device),
+        "y": y, "xa": xa, "high": high, "low": low, "flags": _WORKSPACE.zeros(panels, x.device),
         "x_descriptor": _descriptor(x, config.rows, config.depth, config.descriptors),
         "w_descriptor": _descriptor(call.weight, config.columns, config.depth, config.descriptors),
         "stride_x": x.stride(0), "stride_w": call.weight.stride(0), "stride_a": call.a.stride(0),
-        "stride_b": call.b.stride(0), "share": min(steps, -(-panels * steps // grid)),
+        "stride_b": call.b.stride(0),
         **call.numbers(m),
     }  # fmt: skip
-    constants = call.constants(m) | {
-        "N": n, "K": k, "MASK_STRIDE": stride, "DRAWN": DRAWN,
+    constants = call.constants(m, device.mma) | {
+        "N": n, "K": k, "DROPOUT": call.seed is not None,
         "BLOCK_M": config.rows, "BLOCK_N": config.columns,
         "BLOCK_K": config.depth, "GROUP": config.group, "PRODUCERS": config.producers,
         "RANK_STEP": rank_step(call.sizes[2], x.dtype),
-        "MMA": device.mma, "warps": config.warps, "stages": config.stages,
+        "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     launch(forward_kernel, grid, args, constants)
 
@@ -222,12 +245,12 @@ def _backward(
     }  # fmt: skip
     executor = current()
     device = executor.device(dy)
-    constants = call.constants(m) | need | {
+    constants = call.constants(m, device.mma) | need | {
         "N": n, "K": k, "MASK_STRIDE": mask_size[1], "BLOCK_M": config.rows,
         "BLOCK_N": config.depth, "BLOCK_K": config.columns,
         "RANK_STEP": rank_step(r, dy.dtype), "RANKS": ranks,
         "BLOCK_C": config.sum_columns, "BLOCK_S": config.sum_rows, "GROUP": config.group,
-        "FUSED": fused, "DROPOUT": call.seed is not None, "MMA": device.mma,
+        "FUSED": fused, "DROPOUT": call.seed is not None,
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     launch(backward_kernel, min(tiles, executor.programs(device)), args, constants)

@@ -28,12 +28,14 @@ class Machine:
 
     A race, an access out of bounds or a deadlock that the machine reports is an error.
     resident: programs at once; seed: of its scheduler, another one for each launch.
+    alone: the only program of each launch that runs; None for all. What it waits for must be there.
     stats: counts of each launch.
     """
 
     target: int
     resident: int = 4
     seed: int = 0
+    alone: int | None = None
     stats: list[Any] = field(default_factory=list)
 
     def device(self, tensor: torch.Tensor) -> Device:  # noqa: ARG002  the protocol's
@@ -49,7 +51,11 @@ class Machine:
     ) -> None:
         """Compile, execute, and check that nothing was reported."""
         compiled = compile_for(self.target, kernel, args, constants, how)
-        stats = _loaded(compiled.asm["ptx"]).launch(
+        ptx = compiled.asm["ptx"]
+        if self.alone is not None:
+            ptx = ptx.replace("%ctaid.x", str(self.alone)).replace("%nctaid.x", str(grid))
+            grid = 1
+        stats = _loaded(ptx).launch(
             compiled.metadata.name,
             (grid,),
             32 * compiled.metadata.num_warps,

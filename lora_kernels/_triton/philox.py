@@ -5,6 +5,8 @@ import triton.language as tl
 
 from lora_kernels._triton.tiles import INTERPRETED
 
+PACKED_THRESHOLDS = tl.constexpr(0x7F80)  # infinity as bfloat16
+
 
 @triton.jit
 def philox_words(counter, key_low, key_high, WIDE: tl.constexpr):
@@ -99,8 +101,9 @@ def _counters(rows, columns, K: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def masks_by_call(
-    rows, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
-):
+    rows, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
     """Return uint16 [len(rows), COLUMNS], ones where an element of the tile is kept, else zero.
 
     rows: int32, row numbers; column: a multiple of eight; K: columns of the whole activation.
@@ -108,7 +111,7 @@ def masks_by_call(
     product dictates, where a thread has pairs of neighbouring columns.
     """
     groups = column // 8 + tl.arange(0, COLUMNS // 8)
-    w0, w1, w2, w3 = _kept_lanes(rows, groups, seed, threshold, K, WIDE)
+    w0, w1, w2, w3 = _kept_lanes(rows, groups, seed, threshold, K, WIDE, PACKED)
     even = tl.join(w0, w2).permute(2, 0, 1)
     odd = tl.join(w1, w3).permute(2, 0, 1)
     words = tl.join(even, odd).permute(1, 2, 0, 3)
@@ -117,8 +120,9 @@ def masks_by_call(
 
 @triton.jit
 def masks_by_element(
-    rows, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
-):
+    rows, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
     """Return the same masks, and as uint32 [len(rows), COLUMNS / 8] the groups' bits.
 
     Where a thread holds eight neighbouring columns, as tiles loaded from memory lie, it makes one
@@ -127,7 +131,7 @@ def masks_by_element(
     A group's bits are a byte: even columns from bit 0 on, odd ones from bit 4 on.
     """
     groups = column // 8 + tl.arange(0, COLUMNS // 8)
-    w0, w1, w2, w3 = _kept_lanes(rows, groups, seed, threshold, K, WIDE)
+    w0, w1, w2, w3 = _kept_lanes(rows, groups, seed, threshold, K, WIDE, PACKED)
     bits = _group_bits(w0, w1, w2, w3)
     w0, w1, w2, w3 = w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None]
     pair = tl.arange(0, 4)[None, None, :]
@@ -163,68 +167,6 @@ def masks_by_bits(bits):
 
 
 @triton.jit
-def drawn_words(
-    rows, distance, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """Return uint32 [len(rows), COLUMNS / 8]: the bits of a group in four rows, `distance` apart.
-
-    Pairs of columns are brought to the top bits of bytes by eight shifts, from none to seven, of
-    which each serves two.
-    """
-    groups = column // 8 + tl.arange(0, COLUMNS // 8)
-    words = tl.zeros((rows.shape[0], COLUMNS // 8), tl.uint32)
-    for i in tl.static_range(4):
-        w0, w1, w2, w3 = _kept_lanes(rows + i * distance, groups, seed, threshold, K, WIDE)
-        words = _with_bits(words, w0, 0x00800080 >> (2 * i))
-        words = _with_bits(words, w1, 0x80008000 >> (2 * i))
-        words = _with_bits(words, w2, 0x00400040 >> (2 * i))
-        words = _with_bits(words, w3, 0x40004000 >> (2 * i))
-    return words
-
-
-@triton.jit
-def _with_bits(words, lanes, BITS: tl.constexpr):
-    """Return words with some of their bits those of lanes."""
-    if INTERPRETED:
-        return words ^ ((words ^ lanes) & BITS)
-    else:
-        # Bits of the third operand choose the second, else the first.
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xd8;",
-            "=r,r,r,n",
-            [words, lanes, BITS],
-            tl.uint32,
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
-def masks_by_words(words):
-    """Return the masks of four times as many rows, the distance apart, by `drawn_words`."""
-    ROWS: tl.constexpr = words.shape[0]
-    GROUPS: tl.constexpr = words.shape[1]
-    place = tl.arange(0, 16).reshape(4, 1, 1, 4)
-    shifted = words.reshape(1, ROWS, GROUPS, 1) << (place // 2)
-    if INTERPRETED:
-        top = shifted >> (8 * (place % 2))
-        low = tl.where(top & 0x80 != 0, 0xFFFF, 0).to(tl.uint32)
-        high = tl.where((top >> 16) & 0x80 != 0, 0xFFFF, 0).to(tl.uint32)
-        masks = low | (high << 16)
-    else:
-        masks = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $1, $2;",
-            "=r,r,r",
-            [shifted, 0xAA88 + 0x1111 * (place % 2)],
-            tl.uint32,
-            is_pure=True,
-            pack=1,
-        )
-    return _halves(masks.reshape(4 * ROWS, 4 * GROUPS))
-
-
-@triton.jit
 def _halves(words):
     """Return uint16 [rows, 2 · columns]: of each word the lower half, then the upper one."""
     words = words[:, :, None]
@@ -233,21 +175,41 @@ def _halves(words):
 
 
 @triton.jit
-def _kept_lanes(rows, groups, seed, threshold, K: tl.constexpr, WIDE: tl.constexpr):
+def _kept_lanes(
+    rows, groups, seed, threshold, K: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr
+):
     """Return the four words of each group, ones in the halves of kept lanes, zeros elsewhere."""
     counter = _counters(rows, groups, K, WIDE)
     w0, w1, w2, w3 = philox_words(counter, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), WIDE)
-    w0, w1 = _at_least(w0, threshold), _at_least(w1, threshold)
-    return w0, w1, _at_least(w2, threshold), _at_least(w3, threshold)
+    w0, w1 = _at_least(w0, threshold, PACKED), _at_least(w1, threshold, PACKED)
+    return w0, w1, _at_least(w2, threshold, PACKED), _at_least(w3, threshold, PACKED)
 
 
 @triton.jit
-def _at_least(words, threshold):
-    """Return ones in each half of the words that is at least the threshold, zeros elsewhere."""
+def _at_least(words, threshold, PACKED: tl.constexpr):
+    """Return ones in each half of the words that is at least the threshold, zeros elsewhere.
+
+    PACKED: whether instructions of sm_90 on pairs do, for thresholds up to PACKED_THRESHOLDS.
+    """
     if INTERPRETED:
         low = tl.where((words & 0xFFFF) >= threshold, 0xFFFF, 0).to(tl.uint32)
         high = tl.where((words >> 16) >= threshold, 0xFFFF, 0).to(tl.uint32)
         return low | (high << 16)
+    elif PACKED:
+        # Moved so that, read as bfloat16, what is dropped ends with infinity: NaNs above it, all
+        # negative numbers and what wrapped around to the start are less or unordered.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 moved;
+            add.u16x2 moved, $1, $2;
+            set.ltu.u32.bf16x2 $0, moved, $2;
+            }""",
+            "=r,r,r",
+            [words, (PACKED_THRESHOLDS + 1 - threshold) * 0x10001],
+            tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
     else:
         # Both halves at once. With its top bit set a half borrows nothing from its neighbour, and
         # the top bit of the difference compares the other 15. Where the threshold's own top bit

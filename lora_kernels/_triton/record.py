@@ -70,7 +70,8 @@ def launches(
     call = linear.Call(w, a, b, seed, 1.5, 6554 if layer.dropout else 0)
     thin = None if config.producers else thin_config(layer, device)
     chosen, recorder = Plan(config, thin, 0.0, 0.0), Recorder(device)
-    rows, thin_out = normal(m, n) if layer.backward else x, empty(m, r)
+    rows = normal(m, n) if layer.backward else x
+    thin_out = empty(m, r) if layer.backward else linear.new_xa(x, r, config)
     with using(recorder):
         if layer.backward:
             if thin:

@@ -20,7 +20,8 @@ def thin_kernel(
     stride_v, stride_f, M, scaling, threshold,
     L: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute out [M, R] = scaling · D(v) f for v [M, L] and f [L, R], fᵀ if TRANSPOSED."""
     dtype: tl.constexpr = v.dtype.element_ty
@@ -44,7 +45,7 @@ def thin_kernel(
                 pointers = f + (first + steps).to(tl.int64)[None, :] * stride_f + ranks[:, None]
             f_tile = tl.load(pointers, mask=inside[None, :] & (ranks < R)[:, None], other=0.0)
             if DROPOUT:
-                masks, _ = masks_by_element(rows, first, seed, threshold, L, BLOCK_L, WIDE)
+                masks, _ = masks_by_element(rows, first, seed, threshold, L, BLOCK_L, WIDE, PACKED)
                 v_tile = keep_where(masks, v_tile)
             acc = plus_product(acc, f_tile.to(dtype), v_tile.T, PRECISION)
         store_factor(out, read(acc, MMA).T * scale, rows, M, R, BLOCK_R)

@@ -79,6 +79,23 @@ def opaque(numbers):
 
 
 @triton.jit
+def with_bits(words, others, BITS: tl.constexpr):
+    """Return uint32 words with some of their bits those of others."""
+    if INTERPRETED:
+        return words ^ ((words ^ others) & BITS)
+    else:
+        # Bits of the third operand choose the second, else the first.
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xd8;",
+            "=r,r,r,n",
+            [words, others, BITS],
+            tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def plus_product(acc, left, right, PRECISION: tl.constexpr):
     """Return acc + left right, summed in float32."""
     if left.dtype == tl.float32 and PRECISION == "ieee":
