@@ -8,9 +8,9 @@ pytest.importorskip("triton")
 
 from lora_kernels.__main__ import main
 from lora_kernels._triton import inspect
-from lora_kernels._triton.compiler import Resources
-from lora_kernels._triton.config import Config, Layer
-from lora_kernels._triton.record import Launch
+from lora_kernels._triton.compiler import Resources, compile_for
+from lora_kernels._triton.config import Config, Layer, shared_bytes
+from lora_kernels._triton.record import Launch, launches
 from tests.executors import needs_compiler
 
 TILE = "128x128x64 8 warps 3 stages"
@@ -103,3 +103,18 @@ def test_an_unknown_architecture_is_a_usage_error(capsys):
     with pytest.raises(SystemExit):
         main(["inspect", "--arch", "75"])
     assert "invalid choice: 75" in capsys.readouterr().err
+
+
+@needs_compiler
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_shared_memory_stays_below_its_bound(arch, steps, backward):
+    """Of few steps no loop is left, and Triton would pipeline the one over tiles."""
+    config = Config(64, 64, 64, 8, 3, producers=0)
+    layer = Layer(128, 128, 128, 256, 16, backward=backward)
+    layer = layer._replace(**{"n" if backward else "k": 64 * steps})
+    device = inspect.GPUS[arch]
+    for launch in launches(layer, config, device):
+        compiled = compile_for(arch, *inspect.code_of(launch))
+        assert compiled.metadata.shared <= shared_bytes(config, layer, device)

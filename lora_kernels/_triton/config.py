@@ -173,8 +173,10 @@ def shared_bytes(config: Config, layer: Layer, device: Device) -> int:
     if layer.backward:
         sums = (sum_ranks(layer.r) + config.sum_columns) * config.sum_rows * (buffers + 1)
         total = max(total, sums * size)
-    last_step = MIN_TILE if layer.bits == 32 else layer.block_r
-    return max(total, last_step * (config.rows + config.columns) * size) + 1024
+    last = MIN_TILE if layer.bits == 32 else layer.block_r
+    if layer.depth <= 2 * config.depth:  # unrolled: a step's operands may lie beside the last ones
+        last += config.depth
+    return max(total, last * (config.rows + config.columns) * size) + 1024
 
 
 def illegal(config: Config, layer: Layer, device: Device) -> str | None:

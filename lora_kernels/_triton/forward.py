@@ -233,7 +233,10 @@ def forward_kernel(
     seed = wide(0)
     if DROPOUT:
         seed = seed_of(seed_pointer)
-    for tile in tl.range(tl.program_id(0), panels * COLUMNS, tl.num_programs(0), disable_licm=True):
+    # No stages: where K is one step Triton would pipeline this loop, its tiles' last operands too.
+    for tile in tl.range(
+        tl.program_id(0), panels * COLUMNS, tl.num_programs(0), num_stages=1, disable_licm=True
+    ):
         panel, panel_column = fused_tile(tile, panels, COLUMNS, PRODUCERS, GROUP)
         row = panel * BLOCK_M
         column = panel_column * BLOCK_N
