@@ -178,7 +178,8 @@ def test_parts_of_xa_are_handed_on(target, r, dtype, monkeypatch):
     """With and without dropout, by two and four parts of five steps; the last of four is empty."""
     for producers, p in product((2, 4), (0.0, 0.1)):
         fix_plan(monkeypatch, producers=producers)
-        case = Case((129,), 256, 264, r, dtype, dropout_p=p)
+        rows = 65 if dtype == FP32 else 129  # float32 takes longest to execute
+        case = Case((rows,), 256, 264, r, dtype, dropout_p=p)
         with running(Machine(target, resident=producers + r % 3, seed=r)):
             assert_parity(case, make_inputs(case), "triton")
 
