@@ -88,7 +88,9 @@ def thin_config(layer: Layer, device: Device) -> ThinConfig:
         depth //= 2
     elif layer.bits == 16 and layer.block_r == 32 and rows > MIN_TILE:
         depth = 128
-    return ThinConfig(rows, depth, 4, stages)
+    # With four warps ptxas gives such small tiles 32 or 72 registers, and spills 8 bytes of dxa's.
+    few = layer.bits == 32 and rows == MIN_TILE and layer.block_r <= 64
+    return ThinConfig(rows, depth, 2 if few else 4, stages)
 
 
 def _step_seconds(config: Config, layer: Layer, device: Device) -> float:
