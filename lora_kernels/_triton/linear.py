@@ -255,6 +255,8 @@ def _backward(
         "FUSED": fused, "DROPOUT": call.seed is not None,
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
+    # Lanes compared in pairs cost float32's sums a register that they don't have.
+    constants["PACKED"] &= dy.element_size() == 2
     launch(backward_kernel, min(tiles, executor.programs(device)), args, constants)
 
 
