@@ -1,6 +1,7 @@
 """`python -m lora_kernels inspect`: what it compiles, reads from the code, and complains about."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from lora_kernels._triton import inspect
 from lora_kernels._triton.compiler import Resources, compile_for
 from lora_kernels._triton.config import Config, Layer, shared_bytes
 from lora_kernels._triton.record import Launch, launches
-from tests.executors import needs_compiler
+from tests.executors import Machine, needs_compiler, needs_machine
 
 TILE = "128x128x64 8 warps 3 stages"
 LOOP = """
@@ -118,3 +119,17 @@ def test_shared_memory_stays_below_its_bound(arch, steps, backward):
     for launch in launches(layer, config, device):
         compiled = compile_for(arch, *inspect.code_of(launch))
         assert compiled.metadata.shared <= shared_bytes(config, layer, device)
+
+
+@needs_machine
+def test_one_program_runs_alone():
+    """Its tile is written, what the others write isn't: how `bench` counts a tile by itself."""
+    device = replace(inspect.GPUS[80], multiprocessors=4)
+    layer, config = Layer(64, 256, 64, 16, 16), Config(64, 64, 64, 4, 3, producers=1)
+    (call,) = launches(layer, config, device)
+    call.args["y"].fill_(float("nan"))
+    Machine(80, alone=0).run(*call)
+    call.args["flags"].zero_()  # its consumers, of whom none ran, would have
+    written = ~call.args["y"].isnan()
+    assert written[:, :64].all()
+    assert not written[:, 64:].any()
