@@ -52,12 +52,14 @@ class Call(NamedTuple):
     def constants(self, m: int, mma: str) -> dict[str, Any]:
         """The constants every kernel takes."""
         _, k, r = self.sizes
-        packed = self.seed is not None and self.threshold <= PACKED_THRESHOLDS.value
+        # float32's sums lack a register for it.
+        packed = self.seed is not None and self.weight.element_size() == 2
+        packed &= mma != "mma" and self.threshold <= PACKED_THRESHOLDS.value
         return {
             "R": r,
             "BLOCK_R": padded_rank(r),
             "WIDE": m * -(-k // LANES) >= _WIDE_COUNTERS,
-            "PACKED": packed and mma != "mma",
+            "PACKED": packed,
             "MMA": mma,
             "PRECISION": _precision(self.weight.dtype),
         }
@@ -255,8 +257,6 @@ def _backward(
         "FUSED": fused, "DROPOUT": call.seed is not None,
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
-    # Lanes compared in pairs cost float32's sums a register that they don't have.
-    constants["PACKED"] &= dy.element_size() == 2
     launch(backward_kernel, min(tiles, executor.programs(device)), args, constants)
 
 
