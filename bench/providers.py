@@ -19,7 +19,7 @@ import lora_kernels as lk
 from bench.rivals import addmm_lora, liger_model, lorafusion_lora, unsloth_lora
 from bench.shapes import DTYPES, GROWTH, SCALING, Case
 from lora_kernels.dispatch import Problem, refusals
-from lora_kernels.prepack import PACKED_DTYPES
+from lora_kernels.packing import PACKED_DTYPES
 from lora_kernels.testing import Inputs
 
 OURS = ("eager", "cpu", "packed", "triton", "cuda")

@@ -3,21 +3,25 @@
 from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.functional import Explanation, dropout_mask, explain, lora_linear
 from lora_kernels.nn import LoRALinear
-from lora_kernels.patching import PatchReport, patch_peft, unpatch_peft
+from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
+from lora_kernels.usage import LayerUse, UsageReport
 
 __version__ = "0.1.0"
 __all__ = [
     "Explanation",
+    "LayerUse",
     "LoRALinear",
     "PatchReport",
     "PrepackReport",
+    "UsageReport",
     "dropout_mask",
     "explain",
     "load_adapter",
     "lora_linear",
     "patch_peft",
     "prepack_",
+    "report",
     "save_adapter",
     "unpatch_peft",
     "unprepack_",

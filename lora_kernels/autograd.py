@@ -1,10 +1,13 @@
 """What the adapted linear layer saves for backward, and which gradients it returns."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lora_kernels import reference
+from lora_kernels.transforms import counts_flops, in_functorch
 
 
 class CallParams(NamedTuple):
@@ -14,6 +17,18 @@ class CallParams(NamedTuple):
     backward: Any
     scaling: float
     threshold: int
+    layer: str = ""  # the layer's path, for errors in backward
+
+
+def below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
+    """Call an operator past its autograd kernel, for callers that have recorded the call.
+
+    It takes less time than torch's fallback did for operators without such a kernel.
+    """
+    if torch.compiler.is_dynamo_compiling():  # which records operators by itself
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -28,51 +43,138 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params):
-        y, xa = params.forward(
-            x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params.scaling, params.threshold
+        y, xa = below_autograd(
+            params.forward,
+            *(x, weight, lora_A, lora_B, bias, seed, scaling_tensor),
+            *(params.scaling, params.threshold),
         )
-        _, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
-        ctx.save_for_backward(
-            x if need_a or need_weight else None,
-            xa if need_b else None,
-            weight,
-            lora_A,
-            lora_B,
-            seed,
-            scaling_tensor,
-        )
+        _save(ctx, x, xa, weight, lora_A, lora_B, seed, scaling_tensor)
         ctx.params = params
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, xa, weight, lora_A, lora_B, seed, scaling_tensor = ctx.saved_tensors
-        params: CallParams = ctx.params
-        need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
-        dx, da, db, dbias = params.backward(
-            dy,
-            x if need_a else None,
-            xa,
-            weight,
-            lora_A,
-            lora_B,
-            seed,
-            scaling_tensor,
-            params.scaling,
-            params.threshold,
-            (need_x, need_a, need_b, need_bias),
+        return _gradients(ctx, dy)
+
+
+class OperatorFunction(torch.autograd.Function):
+    """The same for the operator itself, which returns xa besides: a captured graph calls it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params):
+        y, xa = below_autograd(
+            params.forward,
+            *(x, weight, lora_A, lora_B, bias, seed, scaling_tensor),
+            *(params.scaling, params.threshold),
         )
-        return (
-            dx if need_x else None,
-            _weight_gradient(dy, x) if need_weight else None,
-            da if need_a else None,
-            db if need_b else None,
-            dbias if need_bias else None,
-            None,
-            None,
-            None,
+        _save(ctx, x, xa, weight, lora_A, lora_B, seed, scaling_tensor)
+        ctx.params = params
+        ctx.set_materialize_grads(False)
+        ctx.shape = y.shape
+        return y, xa
+
+    @staticmethod
+    def backward(ctx, dy, dxa):
+        weight = ctx.saved_tensors[2]
+        grads = _gradients(ctx, weight.new_zeros(ctx.shape) if dy is None else dy)
+        if dxa is None:
+            return grads
+        return *_with_gradient_of_xa(ctx, dxa, *grads[:3]), *grads[3:]
+
+
+def _save(ctx, x, xa, weight, lora_A, lora_B, seed, scaling_tensor) -> None:
+    _, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
+    ctx.save_for_backward(
+        x if need_a or need_weight else None,
+        xa if need_b else None,
+        weight,
+        lora_A,
+        lora_B,
+        seed,
+        scaling_tensor,
+    )
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a Function's eight arguments, None where not needed."""
+    need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+    needs = (need_x, need_a, need_b, need_bias)
+    params: CallParams = ctx.params
+    x, xa, weight, lora_A, lora_B, seed, scaling_tensor = _saved(ctx, params.layer)
+    if _needs_plain_torch():
+        xa = _xa_with_graph(ctx, x, xa, lora_A, seed)
+        scale = params.scaling if scaling_tensor is None else scaling_tensor
+        dx, da, db, dbias = reference.lora_linear_backward(
+            dy, x, xa, weight, lora_A, lora_B, seed, scale, params.threshold, list(needs)
         )
+    else:
+        dx, da, db, dbias = below_autograd(
+            params.backward,
+            *(dy, x if need_a else None, xa, weight, lora_A, lora_B, seed, scaling_tensor),
+            *(params.scaling, params.threshold, needs),
+        )
+    return (
+        dx if need_x else None,
+        _weight_gradient(dy, x) if need_weight else None,
+        da if need_a else None,
+        db if need_b else None,
+        dbias if need_bias else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _saved(ctx: Any, layer: str) -> tuple[Any, ...]:
+    """Return the saved tensors; say whose they were if one has been changed in place."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{f'LoRA layer {layer!r}' if layer else 'lora_linear'}: expected its input and "
+            "parameters as forward read them, got one that was changed in place since. It keeps "
+            "no copy of its input: change a copy (x = x + 1 for x += 1) or unpatch_peft the layer, "
+            "since PEFT's forward copies with dropout and with float32 adapters on 16 bits"
+        ) from error
+
+
+def _needs_plain_torch() -> bool:
+    """Whether backward is recorded (create_graph), mapped (is_grads_batched) or counted."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.is_grad_enabled() or in_functorch() or counts_flops()
+
+
+def _xa_with_graph(
+    ctx: Any, x: Tensor | None, xa: Tensor | None, lora_A: Tensor, seed: Tensor | None
+) -> Tensor | None:
+    """Return xa as a function of x and A; what forward saved is a constant to autograd."""
+    if xa is None:
+        return None
+    if x is not None:
+        rows = x.reshape(-1, x.shape[-1])
+        return reference.dropout(rows, ctx.params.threshold, seed) @ lora_A.to(x.dtype).T
+    if ctx.needs_input_grad[0]:
+        raise RuntimeError(
+            "lora_linear: expected lora_A to require grad for a second derivative through lora_B's "
+            "gradient, got a frozen lora_A: x, which it needs, was not saved"
+        )
+    return xa
+
+
+def _with_gradient_of_xa(ctx, dxa, dx, dw, da):
+    """Return dx, dW and dA with the share that a gradient of xa itself has in them."""
+    need_x, _, need_a, _ = ctx.needs_input_grad[:4]
+    x, _, _, lora_A, _, seed, _ = ctx.saved_tensors
+    threshold = ctx.params.threshold
+    if need_x:
+        dx = dx + reference.dropout(dxa @ lora_A.to(dxa.dtype), threshold, seed).reshape(dx.shape)
+    if need_a:
+        rows = x.reshape(-1, x.shape[-1])
+        da = da + (dxa.T @ reference.dropout(rows, threshold, seed)).to(da.dtype)
+    return dx, dw, da
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

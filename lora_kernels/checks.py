@@ -8,6 +8,8 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
+_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # float64 is left as it is
 SEED_RANGE = (-(1 << 63), (1 << 63) - 1)
 
 
@@ -32,103 +34,138 @@ def check_lora_linear(
     """Check the tensors of a call against each other; `cast` is autocast's dtype, None outside it.
 
     Raises:
-        TypeError: not a tensor, not a supported float dtype, or dtypes that can't be combined.
+        TypeError: not a tensor, not a supported float dtype or layout, or dtypes that can't be
+            combined.
         ValueError: shapes or devices that don't fit.
     """
-    if cast is None and _plainly_fit(x, weight, lora_A, lora_B, bias):
+    if plainly_fit(x, weight, lora_A, lora_B, bias, cast):
         return
-    _check_float_tensors(x, weight, lora_A, lora_B, bias)
-    if x.ndim < 1:
-        raise ValueError("x: expected at least one dimension [..., K], got a 0-dim tensor")
-    _check_matrices(x, weight, lora_A, lora_B)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
-    if cast is None:
-        for name, t in (("weight", weight), ("bias", bias)):
-            if t is not None and t.dtype != x.dtype:
-                raise TypeError(
-                    f"{name}: expected the dtype of x, {x.dtype}, got {t.dtype} "
-                    "(only lora_A and lora_B may have a dtype of their own)"
-                )
+    error = misfit(x, weight, lora_A, lora_B, bias, cast)
+    if error is not None:
+        raise error
 
 
-def _plainly_fit(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+def plainly_fit(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    cast: torch.dtype | None,
 ) -> bool:
     """Whether the tensors fit as those of most calls do: one dtype, or float32 adapters.
 
-    A look that takes 1 µs where the checks of each argument, which name what is wrong, take 2.
+    A look that takes 1 µs where `misfit`, which names what is wrong, takes 3. False is no error; it
+    is the answer for meta tensors, too, which nothing computes.
     """
     if not (
         type(x) in _PLAIN
         and type(weight) in _PLAIN
         and type(lora_A) in _PLAIN
         and type(lora_B) in _PLAIN
+        and x.layout is _STRIDED
+        and weight.layout is _STRIDED
+        and lora_A.layout is _STRIDED
+        and lora_B.layout is _STRIDED
+        and not x.is_nested  # whose layout says strided
     ):
         return False
-    dtype, device, adapters = x.dtype, x.device, lora_A.dtype
+    dtype, adapters = x.dtype, lora_A.dtype
     if not (
         dtype in FLOAT_DTYPES
-        and weight.dtype is dtype
+        and (weight.dtype is dtype or (cast is not None and weight.dtype in _AUTOCAST))
         and (adapters is dtype or adapters is torch.float32)
         and lora_B.dtype is adapters
-        and weight.device == device
-        and lora_A.device == device
-        and lora_B.device == device
-        and (weight.ndim, lora_A.ndim, lora_B.ndim) == (2, 2, 2)
-        and x.ndim >= 1
+        and _on_one_device(x, weight, lora_A, lora_B)
     ):
         return False
-    (n, k), (r, a_columns) = weight.shape, lora_A.shape
-    return (
-        x.shape[-1] == k == a_columns
-        and lora_B.shape == (n, r)
-        and r >= 1
-        and (
-            bias is None
-            or (
-                type(bias) in _PLAIN
-                and bias.dtype is dtype
-                and bias.device == device
-                and bias.shape == (n,)
-            )
+    rows, base, a, b = x.shape, weight.shape, lora_A.shape, lora_B.shape
+    if not (rows and len(base) == len(a) == 2 and rows[-1] == base[1] == a[1] and a[0] >= 1):
+        return False
+    return b == (base[0], a[0]) and (
+        bias is None
+        or (
+            type(bias) in _PLAIN
+            and bias.layout is _STRIDED
+            and bias.dtype is weight.dtype
+            and bias.shape == base[:1]
+            and bias.device == weight.device
         )
     )
 
 
-def _check_float_tensors(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
-) -> None:
+def _on_one_device(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    if x.is_cpu:  # a third of the time that comparing devices takes
+        return weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu
+    if x.is_meta:
+        return False
+    device = x.device
+    return weight.device == device and lora_A.device == device and lora_B.device == device
+
+
+def misfit(
+    x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, cast: torch.dtype | None
+) -> TypeError | ValueError | None:
+    """Return the error that names what doesn't fit in a call, or None."""
     tensors = (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias))
     for name, t in tensors:
         if t is None and name == "bias":
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-        if t.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}"
+        error = _not_a_float_tensor(name, t, x)
+        if error is not None:
+            return error
+    if x.ndim < 1:
+        return ValueError("x: expected at least one dimension [..., K], got a 0-dim tensor")
+    error = _unfit_matrices(x, weight, lora_A, lora_B)
+    if error is not None:
+        return error
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None or t.dtype == x.dtype:
+            continue
+        if cast is None:
+            return TypeError(
+                f"{name}: expected the dtype of x, {x.dtype}, got {t.dtype} "
+                "(only lora_A and lora_B may have a dtype of their own)"
             )
-        if t.device != x.device:
-            raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
-        if is_dtensor(t) != is_dtensor(x):
-            raise TypeError(
-                f"{name}: expected a {type(x).__name__} as x is one, got a {type(t).__name__}"
+        if t.dtype == torch.float64:
+            return TypeError(
+                f"{name}: expected a dtype that autocast casts, float16, bfloat16 or float32, "
+                f"got {t.dtype}"
             )
+    return None
 
 
-def _check_matrices(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+def _not_a_float_tensor(name: str, t: Any, x: Any) -> TypeError | ValueError | None:
+    if not isinstance(t, Tensor):
+        return TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in FLOAT_DTYPES:
+        return TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
+    if t.is_nested or t.layout is not _STRIDED:
+        kind = "a nested tensor" if t.is_nested else f"layout {t.layout}"
+        return TypeError(f"{name}: expected a dense tensor, got {kind}")
+    if t.device != x.device:
+        return ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+    if is_dtensor(t) != is_dtensor(x):
+        return TypeError(
+            f"{name}: expected a {type(x).__name__} as x is one, got a {type(t).__name__}"
+        )
+    return None
+
+
+def _unfit_matrices(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> ValueError | None:
     for name, t, dims in (
         ("weight", weight, "[N, K]"),
         ("lora_A", lora_A, "[R, K]"),
         ("lora_B", lora_B, "[N, R]"),
     ):
         if t.ndim != 2:
-            raise ValueError(f"{name}: expected two dimensions {dims}, got shape {list(t.shape)}")
+            return ValueError(f"{name}: expected two dimensions {dims}, got shape {list(t.shape)}")
     features, (n, k), rank = x.shape[-1], weight.shape, lora_A.shape[0]
     if features != k:
         hint = "; weight looks transposed" if features == n else ""
-        raise ValueError(
+        return ValueError(
             f"weight: expected shape [N, {features}] for x of shape {list(x.shape)}, "
             f"got {[n, k]}{hint}"
         )
@@ -140,11 +177,46 @@ def _check_matrices(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -
             if lora_A.shape[1] != k
             else ("lora_B", lora_B, f"[{n}, R]")
         )
-        raise ValueError(f"{name}: expected shape {expected}, got {list(t.shape)}{hint}")
+        return ValueError(f"{name}: expected shape {expected}, got {list(t.shape)}{hint}")
     if rank < 1:
-        raise ValueError(f"lora_A: expected a rank of at least 1, got shape {list(lora_A.shape)}")
+        return ValueError(f"lora_A: expected a rank of at least 1, got shape {list(lora_A.shape)}")
     if lora_B.shape[1] != rank:
-        raise ValueError(f"lora_B: expected shape [{n}, {rank}], got {list(lora_B.shape)}")
+        return ValueError(f"lora_B: expected shape [{n}, {rank}], got {list(lora_B.shape)}")
+    return None
+
+
+def check_backward(
+    dy: Tensor, x: Tensor | None, xa: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor
+) -> None:
+    """Check an operator's backward arguments; parameters may have changed since forward.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit the others.
+    """
+    (n, k), r = _matrix_shape("weight", weight), _matrix_shape("lora_A", lora_A)[0]
+    for name, t, shape in (
+        ("lora_A", lora_A, (r, k)),
+        ("lora_B", lora_B, (n, r)),
+        ("dy", dy, (*dy.shape[:-1], n)),
+        ("x", x, (*dy.shape[:-1], k)),
+        ("xa", xa, (math.prod(dy.shape[:-1]), r)),
+    ):
+        if t is None:
+            continue
+        error = _not_a_float_tensor(name, t, dy)
+        if error is not None:
+            raise error
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+    for name, t in (("weight", weight), ("x", x), ("xa", xa)):
+        if t is not None and t.dtype != dy.dtype:
+            raise TypeError(f"{name}: expected the dtype of dy, {dy.dtype}, got {t.dtype}")
+
+
+def _matrix_shape(name: str, t: Tensor) -> tuple[int, int]:
+    if t.ndim != 2:
+        raise ValueError(f"{name}: expected two dimensions, got shape {list(t.shape)}")
+    return t.shape[0], t.shape[1]
 
 
 def check_scaling(scaling: Any) -> None:

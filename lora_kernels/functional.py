@@ -10,7 +10,7 @@ from lora_kernels import reference
 from lora_kernels._triton import launch
 from lora_kernels._triton.config import Layer
 from lora_kernels._triton.tuned import planned
-from lora_kernels.autograd import CallParams, LoraLinearFunction
+from lora_kernels.autograd import CallParams, LoraLinearFunction, below_autograd
 from lora_kernels.checks import (
     check_dropout_p,
     check_lora_linear,
@@ -27,7 +27,9 @@ from lora_kernels.dispatch import (
     refusals,
 )
 from lora_kernels.dropout import drop_threshold
+from lora_kernels.ops import implement
 from lora_kernels.packing import Packed
+from lora_kernels.transforms import needs_plain_torch
 
 
 def lora_linear(
@@ -64,8 +66,8 @@ def lora_linear(
         seed: key of the dropout mask, a signed 64-bit int or a 0-dim int64 tensor on x's device;
             None draws one from torch's generator of x's device, so `torch.manual_seed`
             reproduces a run and activation checkpointing redraws the same mask.
-        impl: "auto", "triton", "cpu", "eager" or "reference". A named implementation serves the
-            call or raises.
+        impl: "auto", "triton", "cuda", "cpu", "eager" or "reference". A named implementation
+            serves the call or raises.
 
     Returns:
         y, [..., N], in x's dtype.
@@ -76,10 +78,15 @@ def lora_linear(
     scaling · D(x) Aᵀ once, from float32. "triton" and "cuda" form products of float32 inputs in
     float32, or by TF32 where torch.backends.cuda.matmul.fp32_precision is "tf32".
     Gradients: lora_A's and lora_B's come back in their own dtypes. Under autocast x, weight and
-    bias are cast to autocast's dtype (float64 is left as it is) and y has that dtype.
+    bias are cast to autocast's dtype and y has that dtype; a float64 x is left as it is, a
+    float64 weight or bias beside another x is refused, as torch's linear does.
+
+    Inside torch.func's transforms (grad, vjp, jvp, vmap, jacrev, jacfwd, hessian), forward-mode
+    differentiation and jit.trace the call is made of torch's own operators, by the formulas of
+    "reference". A second derivative (create_graph) is, too.
 
     Raises:
-        TypeError: an argument is not a tensor or number, or dtypes that can't be combined.
+        TypeError: an argument is not a dense tensor or number, or dtypes that can't be combined.
         ValueError: shapes, devices, ranges, or an `impl` that can't serve the call.
     """
     cast = autocast_dtype(x)
@@ -88,6 +95,8 @@ def lora_linear(
     check_dropout_p(dropout_p)
     check_seed(seed, x.device)
     p = dropout_p if training else 0.0
+    if needs_plain_torch():
+        return _by_plain_torch(x, weight, lora_A, lora_B, bias, scaling, p, seed, impl)
     return checked_lora_linear(x, weight, lora_A, lora_B, bias, scaling, p, seed, impl, cast)
 
 
@@ -103,10 +112,12 @@ def checked_lora_linear(
     impl: str,
     cast: torch.dtype | None,
     packed: Packed | None = None,
+    layer: str = "",
 ) -> Tensor:
-    """Compute `lora_linear` for arguments known to fit; a module's own parameters do.
+    """Compute `lora_linear` for arguments known to fit each other.
 
     cast: `autocast_dtype(x)`. packed: `weight` as the compiled CPU part may take it besides.
+    layer: the layer's path, which an error in backward names.
     """
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)
@@ -123,18 +134,87 @@ def checked_lora_linear(
         weight, lora_A, lora_B, bias, key = shards
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     number = 1.0 if isinstance(scaling, Tensor) else float(scaling)
+    if torch.compiler.is_exporting():
+        return torch.ops.lora_kernels.lora_linear.default(
+            x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold, impl
+        )
+    return _run(
+        x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold, impl, packed, layer
+    )
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling_tensor: Tensor | None,
+    scaling: float,
+    threshold: int,
+    impl: str,
+    packed: Packed | None = None,
+    layer: str = "",
+) -> Tensor:
+    """Choose an implementation, and record the call where a gradient is wanted."""
     chosen: Implementation | Packed
     chosen = choose(impl, Problem(x.device, x.dtype, lora_A.shape[0], threshold > 0))
     if packed is not None and chosen.name == "cpu" and packed.dtype == weight.dtype:
         chosen = packed
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
-        params = CallParams(chosen.forward, chosen.backward, number, threshold)
+        params = CallParams(chosen.forward, chosen.backward, scaling, threshold, layer)
         return LoraLinearFunction.apply(
-            x, weight, lora_A, lora_B, bias, key, scaling_tensor, params
+            x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params
         )
-    run = chosen.forward
-    y, _ = run(x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold)
+    y, _ = below_autograd(
+        chosen.forward,
+        *(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold),
+    )
     return y
+
+
+def _exported(
+    x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold, impl
+) -> Tensor:
+    """Be the body of the operator that torch.export records, run or decomposed."""
+    if not torch.compiler.is_exporting():
+        return _run(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold, impl)
+    scale = scaling if scaling_tensor is None else scaling_tensor
+    forward = reference.lora_linear_forward
+    return forward(x, weight, lora_A, lora_B, bias, seed, scale, threshold)[0]
+
+
+implement("lora_linear", _exported, "CompositeImplicitAutograd")
+
+
+def _by_plain_torch(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    impl: str,
+) -> Tensor:
+    """Compute the reference's formulas, which torch differentiates, maps and traces by itself."""
+    check_impl(impl)
+    if impl not in ("auto", "reference"):
+        raise ValueError(
+            f"impl: {impl!r} can't serve this call: inside torch.func transforms, forward-mode "
+            'differentiation, traces and FLOP counts "auto" and "reference" compute by torch\'s '
+            "own operators"
+        )
+    cast = autocast_dtype(x)
+    if cast is not None:
+        x, weight = x.to(cast), weight.to(cast)
+        bias = None if bias is None else bias.to(cast)
+    threshold = drop_threshold(dropout_p)
+    key = _seed_tensor(seed, x.device) if threshold else None
+    forward = reference.lora_linear_forward
+    return forward(x, weight, lora_A, lora_B, bias, key, scaling, threshold)[0]
 
 
 @dataclass(frozen=True)

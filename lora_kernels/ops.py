@@ -1,13 +1,14 @@
-"""Schemas, fakes and lazy bodies of the operators; torch only.
+"""Schemas, fakes, gradients and lazy bodies of the operators; torch only.
 
 Each implementation is a pair of registered operators with the same two schemas, suffixed with its
-name. Bodies are imported at the first call, so schemas exist before any backend does.
-`autograd.Function` stays outside (autograd.py): that costs half of `custom_op` with
-`register_autograd` (34 against 62 µs forward + backward, torch 2.13) and compiles the same.
+name. Bodies are imported at the first call, so schemas exist before any backend does. An eager call
+goes through the `autograd.Function` of autograd.py, which costs half of `custom_op` with
+`register_autograd` (34 against 62 µs forward + backward, torch 2.13); the operators' own autograd
+kernels serve graphs that captured an operator alone.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import _tf32
+from lora_kernels import _tf32, reference
 from lora_kernels._native import absence
+from lora_kernels.autograd import CallParams, OperatorFunction, below_autograd
+from lora_kernels.checks import check_backward, check_lora_linear
 
 _FORWARD = (
     "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, "
@@ -38,6 +41,21 @@ _MODULES = {
 _library = torch.library.Library("lora_kernels", "DEF")
 
 
+def implement(op: str, body: Callable[..., Any], key: str) -> None:
+    """Register the body of an operator that is defined here and computed in a module above."""
+    _library.impl(op, body, key)
+
+
+def forward_op(name: str) -> Any:
+    """Return the forward operator's handle of one implementation."""
+    return getattr(torch.ops.lora_kernels, f"lora_linear_forward_{name}").default
+
+
+def backward_op(name: str) -> Any:
+    """Return the backward operator's handle of one implementation."""
+    return getattr(torch.ops.lora_kernels, f"lora_linear_backward_{name}").default
+
+
 @cache
 def _module(name: str) -> ModuleType:
     return import_module(_MODULES[name])
@@ -53,6 +71,7 @@ def _outside_autocast(x: Tensor, body: Callable[..., Any]) -> Callable[..., Any]
 def _fake_forward(
     x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold, packed=None
 ) -> tuple[Tensor, Tensor]:
+    check_lora_linear(x, weight, lora_A, lora_B, bias, cast=None)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty(y.numel() // weight.shape[0], lora_A.shape[0])
 
@@ -60,6 +79,7 @@ def _fake_forward(
 def _fake_backward(
     dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold, needs, packed=None
 ) -> tuple[Tensor, ...]:
+    check_backward(dy, x, xa, weight, lora_A, lora_B)
     wanted = (
         dy.new_empty(*dy.shape[:-1], weight.shape[1]),
         torch.empty_like(lora_A, memory_format=torch.contiguous_format),
@@ -70,9 +90,8 @@ def _fake_backward(
 
 
 def _register(name: str) -> None:
-    forward_name, backward_name = f"lora_linear_forward_{name}", f"lora_linear_backward_{name}"
-
     def forward(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold):
+        check_lora_linear(x, weight, lora_A, lora_B, bias, cast=None)
         scale = scaling if scaling_tensor is None else scaling_tensor
         run = _outside_autocast(x, _module(name).lora_linear_forward)
         return run(x, weight, lora_A, lora_B, bias, seed, scale, threshold)
@@ -80,20 +99,29 @@ def _register(name: str) -> None:
     def backward(
         dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold, needs
     ):
+        check_backward(dy, x, xa, weight, lora_A, lora_B)
         scale = scaling if scaling_tensor is None else scaling_tensor
         run = _outside_autocast(dy, _module(name).lora_linear_backward)
         grads = run(dy, x, xa, weight, lora_A, lora_B, seed, scale, threshold, needs)
         # A schema has a fixed number of tensors: an empty one stands for a gradient not asked for.
         return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
-    _define(forward_name, _FORWARD, forward, _fake_forward)
-    _define(backward_name, _BACKWARD, backward, _fake_backward)
+    _define_pair(name, "", forward, backward)
 
 
-def _define(op: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    _library.define(op + schema)
-    _library.impl(op, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lora_kernels::{op}", fake, lib=_library)
+def _define_pair(
+    name: str, more: str, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> None:
+    """Define both operators of an implementation; `more`: arguments beyond the common ones."""
+    for op, schema, body, fake in (
+        (f"lora_linear_forward_{name}", _FORWARD, forward, _fake_forward),
+        (f"lora_linear_backward_{name}", _BACKWARD, backward, _fake_backward),
+    ):
+        _library.define(op + schema.replace(") ->", f"{more}) ->"))
+        _library.impl(op, body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lora_kernels::{op}", fake, lib=_library)
+    _library.impl(f"lora_linear_forward_{name}", _recorded_forward(name), "Autograd")
+    _library.impl(f"lora_linear_backward_{name}", _recorded_backward(name), "Autograd")
 
 
 def _register_compiled(name: str, more: str = "") -> None:
@@ -102,11 +130,12 @@ def _register_compiled(name: str, more: str = "") -> None:
     more: arguments beyond the common ones.
     """
 
-    def loading(op: str, function: str) -> Callable[..., Any]:
+    def loading(op: str, function: str, check: Callable[..., None]) -> Callable[..., Any]:
         def load_and_call(*args: Any) -> Any:
             reason = absence(name)
             if reason is not None:
                 raise RuntimeError(f"impl: {name!r} can't serve this call: {reason}")
+            check(*args)  # what isn't dense or on one device would come back here
             call = getattr(torch.ops.lora_kernels, op).default
             device = args[0].device.type
             if torch._C._dispatch_has_kernel_for_dispatch_key(call.name(), device.upper()):
@@ -118,12 +147,61 @@ def _register_compiled(name: str, more: str = "") -> None:
 
         return load_and_call
 
-    for op, schema, fake in (
-        ("lora_linear_forward", _FORWARD, _fake_forward),
-        ("lora_linear_backward", _BACKWARD, _fake_backward),
+    pair = (("lora_linear_forward", _check_forward), ("lora_linear_backward", _check_backward))
+    _define_pair(name, more, *(loading(f"{op}_{name}", op, check) for op, check in pair))
+
+
+def _check_forward(x, weight, lora_A, lora_B, bias, *_others) -> None:
+    check_lora_linear(x, weight, lora_A, lora_B, bias, cast=None)
+
+
+def _check_backward(dy, x, xa, weight, lora_A, lora_B, *_others) -> None:
+    check_backward(dy, x, xa, weight, lora_A, lora_B)
+
+
+def _recorded_forward(name: str) -> Callable[..., Any]:
+    """Return the forward operator's autograd kernel: what a captured graph's backward needs."""
+
+    def forward(
+        x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold, packed=None
     ):
-        schema = schema.replace(") ->", f"{more}) ->")
-        _define(f"{op}_{name}", schema, loading(f"{op}_{name}", op), fake)
+        operator = forward_op(name)
+        run = operator if packed is None else partial(operator, packed=packed)
+        if not _is_recorded(x, weight, lora_A, lora_B, bias):
+            return below_autograd(
+                run, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold
+            )
+        params = CallParams(run, backward_op(name), scaling, threshold)
+        return OperatorFunction.apply(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params)
+
+    return forward
+
+
+def _recorded_backward(name: str) -> Callable[..., Any]:
+    """Return the backward operator's autograd kernel: torch's operators where it is recorded."""
+
+    def backward(dy, x, xa, weight, lora_A, lora_B, *others, packed=None):
+        if _is_recorded(dy, x, xa, weight, lora_A, lora_B):
+            return _plain_backward(dy, x, xa, weight, lora_A, lora_B, *others)
+        operator = backward_op(name)
+        run = operator if packed is None else partial(operator, packed=packed)
+        return below_autograd(run, dy, x, xa, weight, lora_A, lora_B, *others)
+
+    return backward
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _plain_backward(
+    dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold, needs, packed=None
+):
+    scale = scaling if scaling_tensor is None else scaling_tensor
+    grads = reference.lora_linear_backward(
+        dy, x, xa, weight, lora_A, lora_B, seed, scale, threshold, needs
+    )
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
 for _name in ("reference", "eager", "triton"):
@@ -132,6 +210,12 @@ for _name in ("reference", "eager", "triton"):
 # `_onednn.parts` makes; None: it isn't packed.
 _register_compiled("cpu", ", Tensor[]? packed=None")
 _register_compiled("cuda")
+# The layer as torch.export records it, whatever the implementation: it keeps its gradient, runs
+# fused, and `run_decompositions` makes it torch's own operators. Body in functional.py.
+_library.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, "
+    "Tensor? seed, Tensor? scaling_tensor, float scaling, int threshold, str impl) -> Tensor"
+)
 # Whether float32 products may be TF32's, by torch's own switch. The compiled CUDA part asks at each
 # call on float32 tensors, forward and backward: what is compiled around an operator doesn't fix it.
 _library.define("allows_tf32() -> bool")
@@ -157,13 +241,3 @@ for _op, _schema in (("forward", _FORWARD), ("backward", _BACKWARD)):
     _library.define(
         f"cuda_{_op}_recorded{_head[:-1]}, int[] device, Tensor? zeros) -> ({_results}, {_RECORD}"
     )
-
-
-def forward_op(name: str) -> Any:
-    """Return the forward operator's handle of one implementation."""
-    return getattr(torch.ops.lora_kernels, f"lora_linear_forward_{name}").default
-
-
-def backward_op(name: str) -> Any:
-    """Return the backward operator's handle of one implementation."""
-    return getattr(torch.ops.lora_kernels, f"lora_linear_backward_{name}").default

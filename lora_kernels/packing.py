@@ -6,8 +6,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lora_kernels._native import absence
 from lora_kernels._onednn import parts
+from lora_kernels.checks import is_dtensor
 from lora_kernels.ops import backward_op, forward_op
+
+PACKED_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Packed:
@@ -21,7 +25,7 @@ class Packed:
     def __init__(self, weight: Tensor, backward: bool) -> None:
         # The detached alias shares memory and version counter, and keeps that address from reuse.
         self._weight, self._version = weight.detach(), weight._version
-        self.dtype = weight.dtype
+        self.dtype, self.both_ways = weight.dtype, backward
         copies = _packed(self._weight)
         self.forward: Any = partial(forward_op("cpu"), packed=copies)
         self.backward: Any = backward_op("cpu")
@@ -63,5 +67,50 @@ def current(layer: PackedLayer, weight: Tensor) -> Packed | None:
         return None
     if packed.holds(weight):
         return packed
+    forget(layer, "the weight was replaced, moved or changed; call prepack_ again")
+    return None
+
+
+def forget(layer: PackedLayer, reason: str, until_unmerged: bool = False) -> None:
+    """Drop the layer's packed weight, if it has one; its record keeps the reason."""
+    packed = getattr(layer, "_lora_kernels_packed", None)
+    if packed is None:
+        return
     layer._lora_kernels_packed = None
+    calls = vars(layer).get("_lora_kernels_calls")
+    if calls is not None:
+        calls.lost, calls.repack = reason, packed.both_ways if until_unmerged else None
+
+
+def restore(layer: Any) -> None:
+    """Pack the weight again that `forget` dropped until now."""
+    calls = vars(layer).get("_lora_kernels_calls")
+    if calls is None or calls.repack is None:
+        return
+    both_ways, calls.repack = calls.repack, None
+    weight = layer.base_layer.weight
+    calls.lost = reason_left(weight)
+    if calls.lost is None:
+        layer._lora_kernels_packed = Packed(weight, both_ways)
+
+
+def reason_left(weight: Tensor) -> str | None:
+    """Return why a weight can't be packed, or None."""
+    absent = absence("cpu")
+    if absent is not None:
+        return f"the compiled CPU part is absent: {absent}"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    if weight.device.type != "cpu":
+        return f"the weight is on {weight.device}, not a CPU"
+    if weight.dtype not in PACKED_DTYPES:
+        return f"the weight is {weight.dtype}, not bfloat16 or float32"
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN packs no bfloat16 on this processor, which has no AVX512"
+    if is_dtensor(weight):
+        return "the weight is a DTensor"
+    if weight.requires_grad:
+        return "the weight is not frozen"
+    if weight.is_inference():
+        return "the weight is an inference tensor, whose changes can't be seen"
     return None

@@ -1,15 +1,21 @@
 """Patch and unpatch the LoRA layers of a PEFT model."""
 
+import sys
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from lora_kernels.dispatch import check_impl
+from lora_kernels.nn import LoRALinear
 from lora_kernels.prepack import PrepackReport, prepack_
+from lora_kernels.usage import UsageReport, grouped, use_of
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
+
+
+_OWN_ATTRIBUTES = ("_lora_kernels_impl", "_lora_kernels_calls", "_lora_kernels_packed")
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         lines = [f"lora_kernels: {len(self.patched)} LoRA layers patched, {len(self.left)} left"]
-        by_reason: dict[str, list[str]] = {}
-        for path, reason in self.left.items():
-            by_reason.setdefault(reason, []).append(path)
-        for reason, paths in by_reason.items():
-            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-            lines.append(f"  left ({reason}): {', '.join(paths[:3])}{more}")
+        lines += grouped("left", self.left)
         if self.prepack is not None:
             lines.append(str(self.prepack))
         return "\n".join(lines)
@@ -42,8 +43,10 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
 
     Parameters, names, hooks and dictionaries stay the same objects: only the class of each
     `peft.tuners.lora.Linear` changes. Whether a call is fused is decided at that call, since
-    adapters are switched, merged and added after patching; otherwise PEFT's own forward runs. A
-    second call renews `impl` and the report.
+    adapters are switched, merged and added after patching; otherwise PEFT's own forward runs, and
+    the logger "lora_kernels" warns once of each reason. `report` tells later what became of calls.
+    Layers of adapters that a PeftModel adds later are fused, too. A second call renews `impl` and
+    the report.
 
     Args:
         model: a model with PEFT LoRA layers, or one such layer.
@@ -59,7 +62,7 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
             The model is as it was, after any failure.
     """
     check_impl(impl)
-    from lora_kernels._peft_layer import FusedLinear, Linear, left_reason
+    from lora_kernels import _peft_layer as ours
 
     layers = _lora_layers(model)
     if not layers:
@@ -67,27 +70,31 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
             "model: expected a model with PEFT LoRA layers, got none in "
             f"{type(model).__name__} (call peft.get_peft_model first)"
         )
-    report, replicated = PatchReport(), _replicated(model)
-    before = [(layer, type(layer), vars(layer).get("_lora_kernels_impl")) for _, layer in layers]
+    found, replicated = PatchReport(), _replicated(model)
+    tuners = [m for m in model.modules() if type(m) in (ours.LoraModel, ours.FusedLoraModel)]
+    before = [(m, type(m), dict(vars(m))) for m in (*tuners, *(layer for _, layer in layers))]
+    told: set[str] = set()
     try:
         for path, layer in layers:
-            if type(layer) not in (Linear, FusedLinear):
-                report.left[path] = f"{_qualified_name(layer)} has no fused forward"
-            elif "forward" in vars(layer):
-                report.left[path] = "its forward was replaced on the instance"
+            reason = _left_for_its_type(layer)
+            if reason is None:
+                ours.become(layer, ours.FusedLinear, impl, path, told)
+                reason = ours.left_reason(cast(Any, layer)) or replicated.get(id(layer))
+            if reason is None:
+                found.patched.append(path)
             else:
-                _become(layer, FusedLinear, impl)
-                reason = left_reason(cast(FusedLinear, layer)) or replicated.get(id(layer))
-                if reason is None:
-                    report.patched.append(path)
-                else:
-                    report.left[path] = reason
+                found.left[path] = reason
+        for tuner in tuners:
+            ours.become(tuner, ours.FusedLoraModel, impl)
     except BaseException:
-        for layer, kind, old_impl in before:
-            _become(layer, kind, old_impl)
+        for module, kind, attributes in before:
+            module.__class__ = kind
+            for name in _OWN_ATTRIBUTES:
+                vars(module).pop(name, None)
+            vars(module).update({k: v for k, v in attributes.items() if k in _OWN_ATTRIBUTES})
         raise
     # Last, since nothing can fail after it: the packed copies are none of the model's own.
-    return replace(report, prepack=prepack_(model)) if prepack else report
+    return replace(found, prepack=prepack_(model)) if prepack else found
 
 
 def unpatch_peft(model: nn.Module) -> int:
@@ -103,12 +110,73 @@ def unpatch_peft(model: nn.Module) -> int:
         ImportError: peft is not installed.
         TypeError: `model` is no module.
     """
+    from lora_kernels import _peft_layer as ours
+
+    patched = [layer for _, layer in _lora_layers(model) if ours.is_fused(layer)]
+    for layer in patched:
+        ours.become(layer, ours.Linear, None)
+    for tuner in model.modules():
+        if type(tuner) is ours.FusedLoraModel:
+            ours.become(tuner, ours.LoraModel, None)
+    return len(patched)
+
+
+def report(model: nn.Module) -> UsageReport:
+    """Say what became of the calls of a model's LoRA layers since they were patched or made.
+
+    A layer is counted at each eager call: fused, or left to its unfused forward, with the reason.
+    Calls inside compiled graphs aren't seen. LoRA layers that no call of `patch_peft` took are
+    named.
+
+    Args:
+        model: a model with LoRALinear layers, or with PEFT LoRA layers, patched or not.
+
+    Returns:
+        A `UsageReport`; `print(report)` is readable.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it has neither.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    layers = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoRALinear) or _is_peft_layer(layer):
+            layers[path] = use_of(layer, _state_of(layer))
+    if not layers:
+        raise ValueError(
+            f"model: expected one with LoRA layers, got none in {type(model).__name__}"
+        )
+    return UsageReport(layers)
+
+
+def _is_peft_layer(layer: nn.Module) -> bool:
+    # Asked by name: without PEFT's classes in the process no layer is one of them.
+    lora = sys.modules.get("peft.tuners.lora.layer")
+    return lora is not None and isinstance(layer, lora.LoraLayer)
+
+
+def _state_of(layer: nn.Module) -> str | None:
+    """Return why a call would be left now, as far as the layer itself says."""
+    if isinstance(layer, LoRALinear):
+        return None
+    from lora_kernels._peft_layer import FusedLinear, left_reason
+
+    if isinstance(layer, FusedLinear):
+        return left_reason(layer)
+    return _left_for_its_type(cast(Any, layer)) or "not patched: call patch_peft again"
+
+
+def _left_for_its_type(layer: "LoraLayer") -> str | None:
+    """Return why a layer can't be fused whatever its state, or None."""
     from lora_kernels._peft_layer import FusedLinear, Linear
 
-    patched = [layer for _, layer in _lora_layers(model) if type(layer) is FusedLinear]
-    for layer in patched:
-        _become(layer, Linear, None)
-    return len(patched)
+    if type(layer) not in (Linear, FusedLinear):
+        return f"{_qualified_name(layer)} has no fused forward"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance"
+    return None
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, "LoraLayer"]]:
@@ -126,15 +194,6 @@ def _replicated(model: nn.Module) -> dict[int, str]:
     ]
     reason = "replicas of torch.nn.DataParallel keep PEFT's forward"
     return {id(m): reason for wrapper in wrappers for m in wrapper.modules()}
-
-
-def _become(layer: "LoraLayer", kind: type, impl: str | None) -> None:
-    layer.__class__ = kind
-    if impl is None:
-        vars(layer).pop("_lora_kernels_impl", None)
-        vars(layer).pop("_lora_kernels_packed", None)
-    else:
-        vars(layer)["_lora_kernels_impl"] = impl
 
 
 def _qualified_name(layer: "LoraLayer") -> str:

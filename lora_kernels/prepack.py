@@ -3,14 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_kernels._native import absence
-from lora_kernels.checks import is_dtensor
-from lora_kernels.packing import Packed
-
-PACKED_DTYPES = (torch.bfloat16, torch.float32)
+from lora_kernels.packing import Packed, reason_left
 
 
 @dataclass(frozen=True)
@@ -36,12 +31,12 @@ class PrepackReport:
 def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
     """Pack the frozen weights of a model's adapted layers for faster products on the CPU.
 
-    A packed copy serves as long as its weight does: once that is replaced, moved, merged into or
-    changed in place, the copy is dropped and the weight itself is used; call this again to pack
-    anew. Writes through `weight.data` can't be seen: call it again after them. Parameters,
-    state_dict, saving and copying of the model are not touched. Results are those of the weight,
-    but for the order of sums. Packed copies serve calls that `impl="cpu"` does: `explain` says
-    which "auto" gives it.
+    A packed copy serves as long as its weight does: once that is replaced, moved or changed in
+    place, the copy is dropped and the weight itself is used, as `report` says; call this again to
+    pack anew. A patched layer's copies come back when it is unmerged. Writes through `weight.data`
+    can't be seen: call it again after them. Parameters, state_dict, saving and copying of the model
+    are not touched. Results are those of the weight, but for the order of sums. Packed copies serve
+    calls that `impl="cpu"` does: `explain` says which "auto" gives it.
 
     Args:
         model: a model with `LoRALinear` layers, or PEFT layers that `patch_peft` patched.
@@ -64,11 +59,14 @@ def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
     for path, layer in layers:
         layer._lora_kernels_packed = None
         weight = layer.base_layer.weight
-        reason = _reason_left(weight)
+        reason = reason_left(weight)
         if reason is not None:
             left[path] = reason
             continue
         layer._lora_kernels_packed = Packed(weight, backward)
+        calls = vars(layer).get("_lora_kernels_calls")
+        if calls is not None:
+            calls.lost = calls.repack = None
         nbytes += layer._lora_kernels_packed.nbytes
         packed.append(path)
     return PrepackReport(packed, left, nbytes)
@@ -99,22 +97,3 @@ def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     # LoRALinear and a patched PEFT layer alone have the attribute.
     return [(path, m) for path, m in model.named_modules() if hasattr(m, "_lora_kernels_packed")]
-
-
-def _reason_left(weight: Tensor) -> str | None:
-    absent = absence("cpu")
-    if absent is not None:
-        return f"the compiled CPU part is absent: {absent}"
-    if not torch.backends.mkldnn.is_available():
-        return "this torch was built without oneDNN"
-    if weight.device.type != "cpu":
-        return f"the weight is on {weight.device}, not a CPU"
-    if weight.dtype not in PACKED_DTYPES:
-        return f"the weight is {weight.dtype}, not bfloat16 or float32"
-    if is_dtensor(weight):
-        return "the weight is a DTensor"
-    if weight.requires_grad:
-        return "the weight is not frozen"
-    if weight.is_inference():
-        return "the weight is an inference tensor, whose changes can't be seen"
-    return None

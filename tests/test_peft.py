@@ -175,17 +175,17 @@ def test_a_layer_is_left_to_peft_where_it_must_be(reason, change, when, fused):
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_patching_again_renews_and_unpatching_restores(impl, fused):
-    model, x, hook_calls = make_model(), make_x(), []
+    model, x, hook_calls, lora = make_model(), make_x(), [], peft.tuners.lora
     up(model).register_forward_hook(lambda *args: hook_calls.append(args))
     before, expected = state_of(model), model(x)
-    assert lk.unpatch_peft(model) == 0
+    assert not lk.unpatch_peft(model)
     assert lk.patch_peft(model, impl="eager") == lk.patch_peft(model, impl=impl)
     assert type(up(model)) is peft_layer.FusedLinear
     assert_close(model(x), expected)
     assert [call["impl"] for call in fused] == [impl, impl]
     for (path, kind, old), (_, _, new) in zip(before, state_of(model), strict=True):
-        added = {"_lora_kernels_impl"} if kind is peft.tuners.lora.Linear else set()
-        assert new.keys() - old.keys() == added, path
+        added = {lora.Linear: {"impl", "calls"}, lora.LoraModel: {"impl"}}.get(kind, ())
+        assert new.keys() - old.keys() == {f"_lora_kernels_{name}" for name in added}, path
         assert old.items() <= new.items(), path
     assert lk.unpatch_peft(model) == 2
     assert state_of(model) == before

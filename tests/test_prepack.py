@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels import packing
 from lora_kernels._native import absence
 from lora_kernels._onednn import CHAIN, parts
 from lora_kernels.testing import Case, assert_results, make_inputs
@@ -17,6 +18,16 @@ needs_packing = pytest.mark.skipif(
     absence("cpu") is not None or not torch.backends.mkldnn.is_available(),
     reason=f"needs the compiled CPU part ({absence('cpu') or 'there'}) and oneDNN",
 )
+PACKED = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            reason="oneDNN packs no bfloat16 on this processor",
+        ),
+    ),
+]
 
 
 def make_model(dtype=torch.float32, **settings):
@@ -41,7 +52,7 @@ def packed(model):
 
 
 @needs_packing
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 7, 16, 130])
 @pytest.mark.parametrize("backward", [True, False], ids=["both", "forward"])
 def test_results_are_those_of_the_weight(dtype, rows, backward):
@@ -62,7 +73,7 @@ def test_results_are_those_of_the_weight(dtype, rows, backward):
 
 
 @needs_packing
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("rows", [3, 17, 130])
 def test_long_sums_are_within_the_budget(dtype, rows):
     case = Case((rows,), 1030, 1100, 8, dtype, bias=False, scaling=1.0)
@@ -195,7 +206,7 @@ def test_layers_that_are_left_say_why():
 
 
 def test_without_the_compiled_part_everything_is_left(monkeypatch):
-    monkeypatch.setattr(lk.prepack, "absence", lambda part: "left out by this test")
+    monkeypatch.setattr(packing, "absence", lambda part: "left out by this test")
     model = make_model()
     report = lk.prepack_(model)
     assert report.left.keys() == {"0", "2"}
@@ -227,10 +238,21 @@ def test_patched_peft_layers():
     layers = [m for m in model.modules() if hasattr(m, "_lora_kernels_packed")]
     assert all(layer._lora_kernels_packed for layer in layers)
     model.merge_adapter()  # writes through .data
-    model.unmerge_adapter()
     assert not any(layer._lora_kernels_packed for layer in layers)
+    assert "weight copies (lost: merged, they come back with unmerge())" in str(lk.report(model))
+    model.unmerge_adapter()
+    assert all(layer._lora_kernels_packed for layer in layers)
     torch.testing.assert_close(model(x), expected)
     lk.prepack_(model)
     lk.unpatch_peft(model)
     assert not any("_lora_kernels_packed" in vars(layer) for layer in layers)
     torch.testing.assert_close(model(x), expected)
+
+
+def test_a_processor_without_packed_bfloat16_is_said(monkeypatch):
+    model = make_model(torch.bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    report = lk.prepack_(model)
+    assert not report.packed
+    assert set(report.left) == {"0", "2"}
+    assert "no bfloat16 on this processor" in str(report)

@@ -116,6 +116,18 @@ Tensor product(const Tensor& v, const Tensor& factor, const OptionalTensor& bias
 
 }  // namespace
 
+void check_packed(const Packed& packed, int64_t rows, int64_t columns, const Tensor& like) {
+  if (!packed) return;
+  int64_t sum = 0;
+  for (const Tensor& part : *packed) {
+    STD_TORCH_CHECK(
+        part.dim() == 2 && part.size(0) == rows && part.scalar_type() == like.scalar_type(),
+        "packed: expected parts of ", rows, " rows in the dtype of the other tensors");
+    sum += part.size(1);
+  }
+  STD_TORCH_CHECK(sum == columns, "packed: expected ", columns, " columns in all parts, got ", sum);
+}
+
 Tensor base_forward(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Packed& packed) {
   const bool few = within(x, weight, kForwardBf16, kForwardFloat);

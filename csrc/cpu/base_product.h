@@ -11,6 +11,9 @@ namespace lora_kernels {
 // A weight in oneDNN's layout, in the parts of lora_kernels/_onednn.py, or none.
 using Packed = std::optional<std::vector<Tensor>>;
 
+// Refuses packed parts that aren't those of a matrix [rows, columns] in the type of `like`.
+void check_packed(const Packed& packed, int64_t rows, int64_t columns, const Tensor& like);
+
 // x WT + bias [M, N], for x [M, K], W [N, K], bias [N] or none; packed is W in oneDNN's layout.
 Tensor base_forward(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Packed& packed);

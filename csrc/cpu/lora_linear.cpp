@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/arguments.h"
 #include "base_product.h"
 #include "parallel.h"
 
@@ -37,6 +38,8 @@ float scale_of(const OptionalTensor& tensor, double number) {
 std::tuple<Tensor, Tensor> forward(
     Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, OptionalTensor bias, OptionalTensor seed,
     OptionalTensor scaling_tensor, double scaling, int64_t threshold, Packed packed) {
+  arguments::check_forward(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, threshold);
+  check_packed(packed, weight.size(0), weight.size(1), x);
   const Tensor rows = left_operand(x), a = factor(lora_A, x), b = factor(lora_B, x);
   const int64_t m = rows.size(0), n = weight.size(0), k = weight.size(1), r = a.size(0);
   const Tensor y = base_forward(rows, weight, bias, packed);
@@ -59,6 +62,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     Tensor dy, OptionalTensor x, OptionalTensor xa, Tensor weight, Tensor lora_A, Tensor lora_B,
     OptionalTensor seed, OptionalTensor scaling_tensor, double scaling, int64_t threshold,
     std::vector<bool> needs, Packed packed) {
+  arguments::check_backward(dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, threshold, needs);
+  check_packed(packed, weight.size(1), weight.size(0), dy);
   const bool need_dx = needs[0], need_da = needs[1], need_db = needs[2], need_dbias = needs[3];
   const Tensor rows = left_operand(dy);
   const int64_t m = rows.size(0), n = weight.size(0), k = weight.size(1), r = lora_A.size(0);

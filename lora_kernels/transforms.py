@@ -1,0 +1,36 @@
+"""Whether torch looks into a call in a way that an operator of ours can't answer for itself."""
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+
+def needs_plain_torch() -> bool:
+    """Whether a call must be made of torch's own operators.
+
+    That is so inside torch.func's transforms and forward-mode differentiation, whose rules an
+    operator with an explicit backward doesn't have; while TorchScript traces, whose graphs shall
+    run without this package; and while FLOPs are counted, by formulas of torch's operators.
+    """
+    if forward_ad._current_level >= 0 or in_functorch():
+        return True
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch._C._is_tracing() or counts_flops()
+
+
+def in_functorch() -> bool:
+    """Whether one of torch.func's transforms is active."""
+    # Asked by type, since dynamo has an object even for None.
+    return type(torch._C._functorch.peek_interpreter_stack()) is not type(None)
+
+
+def counts_flops() -> bool:
+    """Whether a torch.utils.flop_counter.FlopCounterMode is active.
+
+    Formulas for it can't be registered beforehand: its module imports Triton.
+    """
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    modes = _get_current_dispatch_mode_stack()
+    return any(type(mode).__name__ == "_FlopCounterMode" for mode in modes)
