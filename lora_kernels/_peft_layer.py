@@ -10,15 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
+from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
 from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
 from lora_kernels.packing import Packed, current
-
-# Where torch.export traces, parameters and inputs are fake.
-_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
-_PLAIN_PARAMETERS = (nn.Parameter, FakeTensor)
 
 
 class FusedLinear(Linear):
@@ -99,26 +95,22 @@ def fused_parts(layer: Linear) -> FusedParts | str:
         return f"LoRA variant {type(variant).__name__}" if variant is not None else "DoRA"
     base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[name]
     lora_A, lora_B = adapters[name], modules["lora_B"]._modules[name]
-    for role, module in (("base layer", base), ("lora_A", lora_A), ("lora_B", lora_B)):
-        reason = _linear_reason(module)
-        if reason is not None:
-            return f"{role} {reason}"
-    reason = _dropout_reason(dropout)
+    own, a, b = read_linear(base), read_linear(lora_A), read_linear(lora_B)
+    if isinstance(own, str):
+        return f"base layer {own}"
+    if isinstance(a, str):
+        return f"lora_A {a}"
+    if isinstance(b, str):
+        return f"lora_B {b}"
+    if a[1] is not None:
+        return "lora_A has a bias"
+    reason = dropout_reason(dropout) or everywhere_reason()
     if reason is not None:
-        return f"dropout {reason}"
+        return reason
     scaling = layer.scaling[name]
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         return "scaling requires grad"
-    own, b = base._parameters, lora_B._parameters
-    return FusedParts(
-        own["weight"],
-        own["bias"],
-        lora_A._parameters["weight"],
-        b["weight"],
-        b["bias"],
-        dropout,
-        scaling,
-    )
+    return FusedParts(*own, a[0], *b, dropout, scaling)
 
 
 def left_reason(layer: Linear) -> str | None:
@@ -127,41 +119,9 @@ def left_reason(layer: Linear) -> str | None:
     return parts if isinstance(parts, str) else None
 
 
-def _linear_reason(module: nn.Module) -> str | None:
-    if type(module) is not nn.Linear:
-        return f"is {type(module).__name__}, not torch.nn.Linear"
-    weight: Any = module._parameters.get("weight")
-    if type(weight) not in _PLAIN_PARAMETERS and not is_dtensor(weight):
-        return f"weight is a {type(weight).__name__}"
-    if weight.dtype not in FLOAT_DTYPES:
-        return f"weight is {weight.dtype}"
-    return _hook_reason(module)
-
-
-def _dropout_reason(module: nn.Module) -> str | None:
-    if type(module) is nn.Dropout:
-        if module.p == 1.0:
-            return "drops everything"
-    elif type(module) is not nn.Identity:
-        return f"is {type(module).__name__}"
-    return _hook_reason(module)
-
-
-def _hook_reason(module: nn.Module) -> str | None:
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # how accelerate hooks a module
-    ):
-        return "has hooks"
-    return None
-
-
 def _fits(weight: Tensor, x: Tensor) -> bool:
     """Whether x is what the fused path takes; what is not is PEFT's to compute or to refuse."""
-    if type(x) not in _PLAIN_TENSORS and not is_dtensor(x):
+    if type(x) not in PLAIN_TENSORS and not is_dtensor(x):
         return False
     if is_dtensor(x) != is_dtensor(weight) or x.dtype not in FLOAT_DTYPES or x.is_meta:
         return False

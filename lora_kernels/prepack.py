@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels._native import absence
+from lora_kernels.bypass import read_linear
 from lora_kernels.checks import is_dtensor
 from lora_kernels.packing import Packed
 
@@ -63,10 +64,9 @@ def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
     packed, left, nbytes = [], {}, 0
     for path, layer in layers:
         layer._lora_kernels_packed = None
-        weight = layer.base_layer.weight
-        reason = _reason_left(weight)
-        if reason is not None:
-            left[path] = reason
+        weight = _weight_to_pack(layer.base_layer)
+        if isinstance(weight, str):
+            left[path] = weight
             continue
         layer._lora_kernels_packed = Packed(weight, backward)
         nbytes += layer._lora_kernels_packed.nbytes
@@ -101,6 +101,12 @@ def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(path, m) for path, m in model.named_modules() if hasattr(m, "_lora_kernels_packed")]
 
 
+def _weight_to_pack(base: nn.Module) -> Tensor | str:
+    """Return the base layer's weight, or why it can't be packed."""
+    read = read_linear(base)
+    return f"base layer {read}" if isinstance(read, str) else _reason_left(read[0]) or read[0]
+
+
 def _reason_left(weight: Tensor) -> str | None:
     absent = absence("cpu")
     if absent is not None:
@@ -111,8 +117,14 @@ def _reason_left(weight: Tensor) -> str | None:
         return f"the weight is on {weight.device}, not a CPU"
     if weight.dtype not in PACKED_DTYPES:
         return f"the weight is {weight.dtype}, not bfloat16 or float32"
+    if weight.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN has no bfloat16 on this CPU"
     if is_dtensor(weight):
         return "the weight is a DTensor"
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"the weight is a {type(weight).__name__}"
+    if weight.ndim != 2 or weight.numel() == 0:
+        return f"the weight has shape {list(weight.shape)}"
     if weight.requires_grad:
         return "the weight is not frozen"
     if weight.is_inference():
