@@ -56,8 +56,8 @@ def unmerge(base: nn.Module, update: Update) -> None:
     """Take an update, the object that `merge` was given, out of the base layer's weight.
 
     Raises:
-        TypeError, ValueError: as `own_weight`, or `base` is not what the update was merged into.
-            Nothing was changed.
+        TypeError, ValueError: as `own_weight`, or `base` is not what the update was merged into,
+            or is sharded where it wasn't. Nothing was changed.
     """
     weight = own_weight(base, "base_layer")
     record = _current_record(base, weight)
@@ -102,6 +102,11 @@ def _current_record(base: nn.Module, weight: Tensor) -> _Record | None:
     record: _Record | None = vars(base).get(_RECORD)
     if record is None:
         return None
+    if is_dtensor(weight) is not is_dtensor(record.own):
+        raise ValueError(
+            "base_layer.weight: expected it sharded or whole as when it was merged into, got a "
+            f"{type(weight).__name__} (FSDP2: call the module's reshard)"
+        )
     # The record stays where it was, so a weight that moved meanwhile equals the moved sum.
     expected = with_updates(record.own, *record.updates).to(weight)
     if torch.isclose(weight, expected, rtol=0.0, atol=0.0, equal_nan=True).all():
