@@ -13,17 +13,12 @@ import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
-from lora_kernels.checks import FLOAT_DTYPES, is_dtensor, misfit, plainly_fit
+from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
+from lora_kernels.checks import is_dtensor, misfit, plainly_fit
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
 from lora_kernels.packing import Packed, current, forget, restore
-from lora_kernels.transforms import needs_plain_torch
 from lora_kernels.usage import Calls
-
-# Where torch.export traces, parameters and inputs are fake.
-_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
-_PLAIN_PARAMETERS = (nn.Parameter, FakeTensor)
 
 
 class FusedLinear(Linear):
@@ -158,63 +153,35 @@ def fused_parts(layer: Linear) -> FusedParts | str:
         return f"LoRA variant {type(variant).__name__}" if variant is not None else "DoRA"
     base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[name]
     lora_A, lora_B = adapters[name], modules["lora_B"]._modules[name]
-    for role, module in (("base layer", base), ("lora_A", lora_A), ("lora_B", lora_B)):
-        reason = _linear_reason(module)
-        if reason is not None:
-            return f"{role} {reason}"
-    reason = _dropout_reason(dropout)
+    own, a, b = read_linear(base), read_linear(lora_A), read_linear(lora_B)
+    if isinstance(own, str):
+        return f"base layer {own}"
+    if isinstance(a, str):
+        return f"lora_A {a}"
+    if isinstance(b, str):
+        return f"lora_B {b}"
+    if a[1] is not None:
+        return "lora_A has a bias"
+    reason = dropout_reason(dropout) or everywhere_reason()
     if reason is not None:
-        return f"dropout {reason}"
+        return reason
     scaling = layer.scaling[name]
     if type(scaling) is not float or scaling - scaling != 0.0:
         reason = _scaling_reason(scaling)
         if reason is not None:
             return reason
-    own, b = base._parameters, lora_B._parameters
-    weight, bias, lora_bias = own["weight"], own["bias"], b["bias"]
+    (weight, bias), lora_bias = own, b[1]
     if lora_bias is not None:
         # y = x Wᵀ + (bias + scaling · lora_bias) + ...: autograd splits the gradient again.
         scaled = lora_bias * scaling
         bias = (scaled if bias is None else bias + scaled).to(weight.dtype)
-    return FusedParts(weight, bias, lora_A._parameters["weight"], b["weight"], dropout, scaling)
+    return FusedParts(weight, bias, a[0], b[0], dropout, scaling)
 
 
 def left_reason(layer: Linear) -> str | None:
     """Return why a layer keeps PEFT's forward in its present state; None where it is fused."""
     parts = fused_parts(layer)
     return parts if isinstance(parts, str) else None
-
-
-def _linear_reason(module: nn.Module) -> str | None:
-    if type(module) is not nn.Linear:
-        return f"is {type(module).__name__}, not torch.nn.Linear"
-    weight: Any = module._parameters.get("weight")
-    if type(weight) not in _PLAIN_PARAMETERS and not is_dtensor(weight):
-        return f"weight is a {type(weight).__name__}"
-    if weight.dtype not in FLOAT_DTYPES:
-        return f"weight is {weight.dtype}"
-    return _hook_reason(module)
-
-
-def _dropout_reason(module: nn.Module) -> str | None:
-    if type(module) is nn.Dropout:
-        if module.p == 1.0:
-            return "drops everything"
-    elif type(module) is not nn.Identity:
-        return f"is {type(module).__name__}"
-    return _hook_reason(module)
-
-
-def _hook_reason(module: nn.Module) -> str | None:
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # how accelerate hooks a module
-    ):
-        return "has hooks"
-    return None
 
 
 def _scaling_reason(scaling: Any) -> str | None:
@@ -233,10 +200,6 @@ def _scaling_reason(scaling: Any) -> str | None:
 
 def _call_reason(x: Any, parts: FusedParts, cast: torch.dtype | None) -> str | None:
     """Return why a call with x is PEFT's to compute, or to refuse; None where it is fused."""
-    if needs_plain_torch():
-        return (
-            "inside a torch.func transform, forward-mode differentiation, a trace or a FLOP count"
-        )
     weight, bias, lora_A, lora_B, _, scaling = parts
     if isinstance(scaling, Tensor) and scaling.device != x.device:
         return f"scaling is on {scaling.device}"
@@ -244,7 +207,7 @@ def _call_reason(x: Any, parts: FusedParts, cast: torch.dtype | None) -> str | N
         return None
     if not isinstance(x, Tensor):
         return f"x is a {type(x).__name__}"
-    if not (type(x) in _PLAIN_TENSORS or is_dtensor(x) or _is_awaited(x)):
+    if not (type(x) in PLAIN_TENSORS or is_dtensor(x) or _is_awaited(x)):
         return f"x is a {type(x).__name__}"
     if x.is_meta:
         return "x is a meta tensor"

@@ -303,7 +303,8 @@ def _plan_layer(
 
 def _undo_of(model: nn.Module, path: str, layer: LoRALinear | nn.Linear) -> Callable[[], None]:
     """Return what brings a layer back to its present state, before anything is written to it."""
-    trained = [(p, p.requires_grad) for p in (layer.weight, layer.bias) if p is not None]
+    base = layer.base_layer if isinstance(layer, LoRALinear) else layer
+    trained = [(p, p.requires_grad) for p in base.parameters()]
     old: dict[str, Any] = {}
     values: list[tuple[Tensor, Tensor]] = []
     if isinstance(layer, LoRALinear):

@@ -1,22 +1,30 @@
 """The adapted linear layer as a module; it holds parameters and owns no mathematics."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lora_kernels import merging
+from lora_kernels.bypass import PLAIN_TENSORS, everywhere_reason, input_reason, read_linear
 from lora_kernels.checks import (
     FLOAT_DTYPES,
     check_dropout_p,
     check_finite,
     check_lora_linear,
     check_rank,
+    is_dtensor,
 )
 from lora_kernels.dispatch import check_impl
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
+from lora_kernels.merging import Update
 from lora_kernels.packing import Packed, current
+from lora_kernels.usage import Calls
 
 BIAS_MODES = ("none", "all", "lora_only")
+_OWNER_READS = "expected 0 around MultiheadAttention's out_proj, which reads the weight alone"
 
 
 class LoRALinear(nn.Module):
@@ -26,7 +34,8 @@ class LoRALinear(nn.Module):
         scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
     Names are PEFT's: `base_layer` holds W and bias, `lora_A.weight` is [r, in_features],
-    `lora_B.weight` is [out_features, r].
+    `lora_B.weight` is [out_features, r]. A call is fused unless it would bypass something: hooks,
+    swapped submodules, weights that are computed or quantised; then the submodules are called.
 
     Args:
         in_features: K.
@@ -45,8 +54,8 @@ class LoRALinear(nn.Module):
         TypeError, ValueError: an argument outside what is said above.
     """
 
-    _unmerged_weight: Tensor | None
     base_layer: nn.Linear
+    _merged_update: Update | None = None
     _lora_kernels_packed: Packed | None = None  # set by `prepack_`
 
     def __init__(
@@ -90,11 +99,12 @@ class LoRALinear(nn.Module):
             r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl: as the class.
 
         Raises:
-            TypeError, ValueError: `linear` is not an nn.Linear with a float weight and torch's
-                forward, or as the class. `linear` is as it was.
+            TypeError, ValueError: `linear` is not an nn.Linear with a plain float weight and
+                torch's forward, or it is MultiheadAttention's out_proj and lora_dropout isn't 0; or
+                as the class. `linear` is as it was.
         """
-        check_linear(linear)
         check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
+        check_linear(linear, lora_dropout, bias)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adapt(linear, r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl)
@@ -117,14 +127,13 @@ class LoRALinear(nn.Module):
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora, self.bias_mode, self.impl = use_rslora, bias, impl
         self.base_layer = base
+        self._lora_kernels_calls = Calls()
         self.lora_A = nn.Linear(base.in_features, r, bias=False, **like)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, **like)
-        # Moves with .to(), stays out of state_dict.
-        self.register_buffer("_unmerged_weight", None, persistent=False)
         self.reset_lora_parameters()
-        base.weight.requires_grad_(False)
-        if base.bias is not None:
-            base.bias.requires_grad_(bias != "none")
+        base.requires_grad_(False)  # what a computed weight is computed from, too
+        if base.bias is not None and bias != "none":
+            base.bias.requires_grad_()
 
     @property
     def scaling(self) -> float:
@@ -133,8 +142,29 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, [out_features, in_features]."""
-        return self.base_layer.weight
+        """W + scaling · B A, [out_features, in_features], formed at each reading.
+
+        For owners that multiply by their submodules' weights, such as MultiheadAttention: gradients
+        reach lora_A and lora_B. W itself is `base_layer.weight`; it is what is returned, too, where
+        the layer is merged or no sum can be formed (a quantised weight, an emptied one).
+
+        Raises:
+            RuntimeError: around MultiheadAttention's out_proj, where the sum isn't what the layer
+                computes: no sum can be formed, or dropout is on.
+        """
+        modules = (self.base_layer, self.lora_A, self.lora_B)
+        weight = self.base_layer.weight
+        if self.merged:
+            return weight
+        summable = all(map(_has_plain_matrix, modules))
+        if isinstance(self.base_layer, NonDynamicallyQuantizableLinear):
+            if not summable:
+                raise RuntimeError("weight: expected plain matrices to form W + scaling · B A of")
+            if self.training and self.lora_dropout:
+                raise RuntimeError(f"lora_dropout: {_OWNER_READS}, got {self.lora_dropout}")
+        if not summable:
+            return weight
+        return merging.with_updates(weight, self._update())
 
     @property
     def bias(self) -> Tensor | None:
@@ -144,48 +174,112 @@ class LoRALinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the base weight holds the adapter's update."""
-        return self._unmerged_weight is not None
+        return self._merged_update is not None
 
     def reset_lora_parameters(self) -> None:
         """Draw lora_A as PEFT does (Kaiming uniform, a = sqrt(5)) and zero lora_B."""
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., out_features] for x [..., in_features]; see `lora_linear`."""
-        if self.merged:
+    def forward(
+        self,
+        x: Tensor = None,  # type: ignore[assignment]
+        *,
+        input: Tensor = None,  # type: ignore[assignment]  # noqa: A002
+    ) -> Tensor:
+        """Return y [..., out_features] for x [..., in_features]; see `lora_linear`.
+
+        input: x, under the name that nn.Linear has for it.
+        """
+        x = input if x is None else x
+        if self._merged_update is not None:
             return self.base_layer(x)
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        a, b, cast = self.lora_A.weight, self.lora_B.weight, autocast_dtype(x)
+        parts = self._fused_parts(x)
+        # A counter would be one of the things that a compiled graph depends on.
+        calls = None if torch.compiler.is_dynamo_compiling() else self._lora_kernels_calls
+        if isinstance(parts, str):
+            if calls is not None:
+                calls.leave(parts)
+            return self._composed(x)
+        if calls is not None:
+            calls.fused += 1
+        weight, bias, a, b = parts
+        cast = autocast_dtype(x)
         check_lora_linear(x, weight, a, b, bias, cast=cast)
         p, packed = self.lora_dropout if self.training else 0.0, current(self, weight)
         return checked_lora_linear(
             x, weight, a, b, bias, self.scaling, p, None, self.impl, cast, packed
         )
 
+    def left_reason(self) -> str | None:
+        """Return why a call would be composed of the submodules' own; None where it is fused."""
+        parts = self._fused_parts(None)
+        return parts if isinstance(parts, str) else None
+
+    def _fused_parts(self, x: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | str:
+        """Return W, bias, A and B for a fused call, or what it would bypass."""
+        modules: dict[str, Any] = self._modules
+        base = read_linear(modules["base_layer"])
+        a, b = read_linear(modules["lora_A"]), read_linear(modules["lora_B"])
+        if isinstance(base, str):
+            return f"base layer {base}"
+        if isinstance(a, str):
+            return f"lora_A {a}"
+        if isinstance(b, str):
+            return f"lora_B {b}"
+        if a[1] is not None or b[1] is not None:
+            return "lora_A or lora_B has a bias"
+        reason = everywhere_reason() or input_reason(x)
+        return (*base, a[0], b[0]) if reason is None else reason
+
+    def _composed(self, x: Tensor) -> Tensor:
+        """Return y by the submodules' own calls, as PEFT computes it."""
+        y = self.base_layer(x)
+        dtype = getattr(getattr(self.lora_A, "weight", None), "dtype", None)
+        if isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES:
+            x = x.to(dtype)
+        dropped = nn.functional.dropout(x, self.lora_dropout, self.training)
+        return (y + self.lora_B(self.lora_A(dropped)) * self.scaling).to(y.dtype)
+
+    def _update(self) -> Update:
+        return Update(self.lora_A.weight, self.lora_B.weight, self.scaling)
+
     @torch.no_grad()
     def merge(self) -> None:
-        """Add scaling · B A to the base weight, in place; a second call changes nothing.
+        """Add scaling · B A to the base layer's weight; a second call changes nothing.
 
-        A copy of the weight is kept until `unmerge`, so that it comes back bit for bit.
+        `base_layer.weight` becomes another parameter, so that an embedding tied to it keeps its
+        own; a sharded one is written in place. The layer keeps its own weight until `unmerge`.
+        Several adapters on one base layer may be merged and unmerged in any order.
         Precision: the sum is formed in float32 (float64 for float64) and rounded once.
+
+        Raises:
+            TypeError, ValueError: a weight is computed (parametrised, pruned), quantised, emptied
+                or on meta, or a submodule has a forward of its own. Nothing was changed.
         """
         if self.merged:
             return
-        weight = self.base_layer.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        a, b = self.lora_A.weight.to(wide), self.lora_B.weight.to(wide)
-        merged = torch.addmm(weight.to(wide), b, a, alpha=self.scaling)
-        self._unmerged_weight = weight.detach().clone()
-        weight.copy_(merged)
+        a, b = (merging.own_weight(getattr(self, n), n) for n in ("lora_A", "lora_B"))
+        if self.lora_A.bias is not None or self.lora_B.bias is not None:
+            raise TypeError("lora_A, lora_B: expected no bias to merge, got one")
+        update = Update(a.detach().clone(), b.detach().clone(), self.scaling)
+        merging.merge(self.base_layer, update)
+        self._merged_update = update
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give the base weight its value from before `merge`; without a merge nothing changes."""
-        if self._unmerged_weight is None:
+        """Take back what `merge` added; without a merge nothing changes.
+
+        The base layer gets its own weight back, bit for bit; if somebody wrote to it meanwhile,
+        what was added is subtracted.
+
+        Raises:
+            TypeError, ValueError: as `merge`, or `base_layer` isn't the layer that was merged into.
+        """
+        if self._merged_update is None:
             return
-        self.base_layer.weight.copy_(self._unmerged_weight)
-        self._unmerged_weight = None
+        merging.unmerge(self.base_layer, self._merged_update)
+        self._merged_update = None
 
     def extra_repr(self) -> str:
         """Say what the layer is: sizes, adapter settings, state."""
@@ -197,8 +291,8 @@ class LoRALinear(nn.Module):
         )
 
 
-def check_linear(linear: nn.Module) -> None:
-    """Raise TypeError unless `linear` computes x Wᵀ + bias from a float weight."""
+def check_linear(linear: nn.Module, lora_dropout: float = 0.0, bias: str = "none") -> None:
+    """Raise unless `linear` computes x Wᵀ + bias from a float weight, and the settings suit it."""
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
     # A quantised layer is often a subclass; its forward would silently be bypassed.
@@ -206,11 +300,25 @@ def check_linear(linear: nn.Module) -> None:
         raise TypeError(
             f"linear: expected torch.nn.Linear's own forward, got one of {type(linear).__name__}"
         )
+    for name, t in (("weight", linear.weight), ("bias", linear.bias)):
+        if t is not None and type(t) not in PLAIN_TENSORS and not is_dtensor(t):
+            raise TypeError(f"linear: expected a plain {name}, got a {type(t).__name__}")
     if linear.weight.dtype not in FLOAT_DTYPES:
         raise TypeError(
             "linear: expected a float16, bfloat16, float32 or float64 weight, "
             f"got {linear.weight.dtype}"
         )
+    if bias != "none" and linear.bias is not None and linear._parameters.get("bias") is None:
+        raise TypeError(f"linear: expected a bias parameter for bias={bias!r}, got a computed bias")
+    if lora_dropout and isinstance(linear, NonDynamicallyQuantizableLinear):
+        raise ValueError(f"lora_dropout: {_OWNER_READS}, got {lora_dropout}")
+
+
+def _has_plain_matrix(module: nn.Module) -> bool:
+    weight: Any = module.weight
+    if type(weight) not in PLAIN_TENSORS and not is_dtensor(weight):
+        return False
+    return weight.dtype in FLOAT_DTYPES and weight.ndim == 2
 
 
 def check_settings(

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kernels._native import absence
 from lora_kernels._onednn import parts
@@ -109,6 +109,10 @@ def reason_left(weight: Tensor) -> str | None:
         return "oneDNN packs no bfloat16 on this processor, which has no AVX512"
     if is_dtensor(weight):
         return "the weight is a DTensor"
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"the weight is a {type(weight).__name__}"
+    if weight.ndim != 2 or weight.numel() == 0:
+        return f"the weight has shape {list(weight.shape)}"
     if weight.requires_grad:
         return "the weight is not frozen"
     if weight.is_inference():

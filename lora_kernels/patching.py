@@ -70,7 +70,7 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
             "model: expected a model with PEFT LoRA layers, got none in "
             f"{type(model).__name__} (call peft.get_peft_model first)"
         )
-    found, replicated = PatchReport(), _replicated(model)
+    found = PatchReport()
     tuners = [m for m in model.modules() if type(m) in (ours.LoraModel, ours.FusedLoraModel)]
     before = [(m, type(m), dict(vars(m))) for m in (*tuners, *(layer for _, layer in layers))]
     told: set[str] = set()
@@ -79,7 +79,7 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
             reason = _left_for_its_type(layer)
             if reason is None:
                 ours.become(layer, ours.FusedLinear, impl, path, told)
-                reason = ours.left_reason(cast(Any, layer)) or replicated.get(id(layer))
+                reason = ours.left_reason(cast(Any, layer))
             if reason is None:
                 found.patched.append(path)
             else:
@@ -160,7 +160,7 @@ def _is_peft_layer(layer: nn.Module) -> bool:
 def _state_of(layer: nn.Module) -> str | None:
     """Return why a call would be left now, as far as the layer itself says."""
     if isinstance(layer, LoRALinear):
-        return None
+        return "merged" if layer.merged else layer.left_reason()
     from lora_kernels._peft_layer import FusedLinear, left_reason
 
     if isinstance(layer, FusedLinear):
@@ -185,15 +185,6 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, "LoraLayer"]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer)]
-
-
-def _replicated(model: nn.Module) -> dict[int, str]:
-    """Return the reason, by id, for the modules that a DataParallel copies to several devices."""
-    wrappers = [
-        m for m in model.modules() if isinstance(m, nn.DataParallel) and len(m.device_ids) > 1
-    ]
-    reason = "replicas of torch.nn.DataParallel keep PEFT's forward"
-    return {id(m): reason for wrapper in wrappers for m in wrapper.modules()}
 
 
 def _qualified_name(layer: "LoraLayer") -> str:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from lora_kernels.bypass import read_linear
 from lora_kernels.packing import Packed, reason_left
 
 
@@ -58,10 +59,9 @@ def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
     packed, left, nbytes = [], {}, 0
     for path, layer in layers:
         layer._lora_kernels_packed = None
-        weight = layer.base_layer.weight
-        reason = reason_left(weight)
-        if reason is not None:
-            left[path] = reason
+        weight = _weight_to_pack(layer.base_layer)
+        if isinstance(weight, str):
+            left[path] = weight
             continue
         layer._lora_kernels_packed = Packed(weight, backward)
         calls = vars(layer).get("_lora_kernels_calls")
@@ -97,3 +97,9 @@ def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     # LoRALinear and a patched PEFT layer alone have the attribute.
     return [(path, m) for path, m in model.named_modules() if hasattr(m, "_lora_kernels_packed")]
+
+
+def _weight_to_pack(base: nn.Module) -> Tensor | str:
+    """Return the base layer's weight, or why it can't be packed."""
+    read = read_linear(base)
+    return f"base layer {read}" if isinstance(read, str) else reason_left(read[0]) or read[0]

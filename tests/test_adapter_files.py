@@ -150,7 +150,7 @@ def test_what_peft_saves_we_load(settings, shared, into, tmp_path):
         assert layer.lora_dropout == shared.get("lora_dropout", 0.0)
         assert layer.bias_mode == shared.get("bias", "none")
         assert not layer.training
-        assert not layer.weight.requires_grad
+        assert not layer.base_layer.weight.requires_grad
         assert layer.bias is None or layer.bias.requires_grad == (layer.bias_mode != "none")
     # Nothing was lost on the way in: saved again, the adapter is the same.
     lk.save_adapter(fresh, tmp_path / "again")
@@ -204,7 +204,7 @@ def test_a_float32_adapter_stays_so_beside_a_bfloat16_base(tmp_path):
     lk.save_adapter(adapt(Net(), {"q": {}}), tmp_path)
     model = Net().bfloat16()
     lk.load_adapter(model, tmp_path)
-    assert model.q.weight.dtype == torch.bfloat16
+    assert model.q.base_layer.weight.dtype == torch.bfloat16
     assert model.q.lora_A.weight.dtype == model.q.lora_B.weight.dtype == torch.float32
 
 

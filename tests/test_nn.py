@@ -34,7 +34,7 @@ def test_forward_is_the_equation(use_rslora, scaling, base_bias):
     layer = make_layer(use_rslora=use_rslora, base_bias=base_bias, dtype=torch.float64)
     x = make_x(torch.float64)
     assert layer.scaling == scaling
-    expected = x @ layer.weight.T + scaling * adapter_branch(layer, x)
+    expected = x @ layer.base_layer.weight.T + scaling * adapter_branch(layer, x)
     expected = expected if layer.bias is None else expected + layer.bias
     torch.testing.assert_close(layer(x), expected)
 
@@ -60,12 +60,12 @@ def test_adapter_is_drawn_as_peft_draws_it():
 
 def test_reset_draws_the_adapter_anew():
     layer = make_layer()
-    old_a, old_base = layer.lora_A.weight.clone(), layer.weight.clone()
+    old_a, old_base = layer.lora_A.weight.clone(), layer.base_layer.weight.clone()
     layer.reset_lora_parameters()
     assert not layer.lora_B.weight.any()
     assert not torch.equal(layer.lora_A.weight, old_a)
     assert layer.lora_A.weight.abs().max() <= 24**-0.5  # the bound of Kaiming, a = sqrt(5)
-    assert torch.equal(layer.weight, old_base)
+    assert torch.equal(layer.base_layer.weight, old_base)
 
 
 @pytest.mark.parametrize("base_bias", [True, False])
@@ -92,7 +92,7 @@ def test_from_linear_keeps_the_linear_and_freezes_it():
     weight, bias = linear.weight, linear.bias
     layer = lk.LoRALinear.from_linear(linear, r=4)
     assert layer.base_layer is linear
-    assert layer.weight is weight
+    assert layer.base_layer.weight is weight
     assert layer.bias is bias
     assert not weight.requires_grad
     assert not bias.requires_grad
@@ -126,13 +126,13 @@ def test_unmerge_gives_the_weight_back_bit_for_bit(dtype):
     with torch.no_grad():
         # Beside so large an update the weight's low bits are lost, so no subtraction finds them.
         layer.lora_B.weight.mul_(100)
-    weight, before = layer.weight, layer.weight.clone()
+    weight, before = layer.base_layer.weight, layer.base_layer.weight.clone()
     layer.merge()
     assert layer.merged
-    assert not torch.equal(weight, before)
+    assert not torch.equal(layer.base_layer.weight, before)
     layer.unmerge()
     assert not layer.merged
-    assert layer.weight is weight
+    assert layer.base_layer.weight is weight
     assert torch.equal(weight, before)
 
 
@@ -149,25 +149,25 @@ def test_merged_forward_equals_unmerged(dtype, use_rslora):
 
 def test_merging_twice_is_merging_once():
     layer = make_layer()
-    before = layer.weight.clone()
+    before = layer.base_layer.weight.clone()
     layer.unmerge()
-    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.base_layer.weight, before)
     layer.merge()
-    once = layer.weight.clone()
+    once = layer.base_layer.weight.clone()
     layer.merge()
-    assert torch.equal(layer.weight, once)
+    assert torch.equal(layer.base_layer.weight, once)
     layer.unmerge()
-    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.base_layer.weight, before)
 
 
 def test_the_kept_weight_moves_with_the_layer():
     layer = make_layer()
-    before = layer.weight.double()
+    before = layer.base_layer.weight.double()
     layer.merge()
     layer.double()
     layer.unmerge()
-    assert layer.weight.dtype == torch.float64
-    assert torch.equal(layer.weight, before)
+    assert layer.base_layer.weight.dtype == torch.float64
+    assert torch.equal(layer.base_layer.weight, before)
 
 
 def test_dropout_acts_in_training_only():
@@ -193,12 +193,12 @@ def test_dropout_leaves_the_base_product_and_a_merged_layer_alone():
 
 def test_deep_copy_shares_nothing():
     layer, x = make_layer(), make_x()
-    before = layer.weight.clone()
+    before = layer.base_layer.weight.clone()
     layer.merge()
     twin = copy.deepcopy(layer)
     merged = layer(x)
     twin.unmerge()
-    assert torch.equal(twin.weight, before)
+    assert torch.equal(twin.base_layer.weight, before)
     nn.init.zeros_(twin.lora_B.weight)
     assert layer.merged
     assert torch.equal(layer(x), merged)
@@ -216,14 +216,14 @@ def test_float32_adapter_on_a_bfloat16_base(make):
         layer = lk.LoRALinear.from_linear(linear, **settings)
     nn.init.normal_(layer.lora_B.weight)
     y = layer(make_x(torch.bfloat16))
-    assert y.dtype == layer.weight.dtype == torch.bfloat16
+    assert y.dtype == layer.base_layer.weight.dtype == torch.bfloat16
     y.float().square().mean().backward()
     assert layer.lora_A.weight.grad.dtype == torch.float32
     assert layer.lora_B.weight.grad.dtype == torch.float32
-    before = layer.weight.clone()
+    before = layer.base_layer.weight.clone()
     layer.merge()
     layer.unmerge()
-    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.base_layer.weight, before)
 
 
 def test_settings_reach_the_function(monkeypatch):

@@ -14,8 +14,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom: a module may import what stands to the right of it, never to the left.
 FLOW = (
     "__main__", "info", "testing", "__init__", "adapter_files", "patching", "prepack",
-    "_peft_layer", "nn", "functional", "tensor_parallel", "sharding", "packing", "usage",
-    "dispatch", "ops", "autograd", "transforms",
+    "_peft_layer", "nn", "merging", "bypass", "functional", "tensor_parallel", "sharding",
+    "packing", "usage", "dispatch", "ops", "autograd", "transforms",
     "_triton.inspect", "_triton.tune", "_triton.record", "_triton.linear", "_triton.machine",
     "_triton.compiler",
     "_triton.forward", "_triton.backward", "_triton.thin", "_triton.handing", "_triton.philox",

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import lora_kernels as lk
 from lora_kernels import packing
@@ -62,7 +63,7 @@ def test_results_are_those_of_the_weight(dtype, rows, backward):
     report = lk.prepack_(model, backward=backward)
     assert report.packed == ["0", "2"]
     assert not report.left
-    nbytes = sum(layer.weight.nbytes for layer in (model[0], model[2]))
+    nbytes = sum(layer.base_layer.weight.nbytes for layer in (model[0], model[2]))
     assert nbytes * (1 + backward) <= report.nbytes <= 2 * nbytes * (1 + backward)
     results = gradients(model, x, dy)
     assert packed(model) == [True, True]
@@ -81,7 +82,7 @@ def test_long_sums_are_within_the_budget(dtype, rows):
     linear = nn.Linear(1100, 1030, bias=False, dtype=dtype)
     layer = lk.LoRALinear.from_linear(linear, r=8, lora_alpha=8)
     with torch.no_grad():
-        layer.weight.copy_(inputs.weight)
+        layer.base_layer.weight.copy_(inputs.weight)
         layer.lora_A.weight.copy_(inputs.lora_A)
         layer.lora_B.weight.copy_(inputs.lora_B)
     lk.prepack_(layer)
@@ -123,26 +124,31 @@ def _loaded(model):
     model.load_state_dict({k: torch.randn_like(v) for k, v in model.state_dict().items()})
 
 
-def _merged_and_unmerged(model):
-    model[0].merge()
-    model[0].unmerge()
-
-
 @needs_packing
-@pytest.mark.parametrize(
-    "change", [_in_place, _replaced, _other_memory, _moved, _loaded, _merged_and_unmerged]
-)
+@pytest.mark.parametrize("change", [_in_place, _replaced, _other_memory, _moved, _loaded])
 def test_a_changed_weight_is_used_and_the_copy_dropped(change):
     model = make_model()
     lk.prepack_(model)
     change(model)
-    x = torch.randn(5, 48, dtype=model[0].weight.dtype)
+    x = torch.randn(5, 48, dtype=model[0].base_layer.weight.dtype)
     layer = model[0]
     y = layer(x)
     assert layer._lora_kernels_packed is None
     a, b = layer.lora_A.weight, layer.lora_B.weight
-    expected = nn.functional.linear(x, layer.weight, layer.bias) + 1.5 * x @ a.T @ b.T
+    expected = nn.functional.linear(x, layer.base_layer.weight, layer.bias) + 1.5 * x @ a.T @ b.T
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_packing
+def test_a_packed_weight_outlives_a_merge():
+    model, x = make_model(), torch.randn(5, 48)
+    lk.prepack_(model)
+    expected = model(x)
+    model[0].merge()
+    torch.testing.assert_close(model(x), expected)
+    model[0].unmerge()
+    assert torch.equal(model(x), expected)
+    assert packed(model) == [True, True]
 
 
 @needs_packing
@@ -205,6 +211,43 @@ def test_layers_that_are_left_say_why():
     assert "0 weights packed in 0.0 MiB, 3 left" in str(report)
 
 
+def _emptied(base):
+    base.weight.data = torch.empty(0)
+
+
+def _sparse(base):
+    base.weight = nn.Parameter(base.weight.detach().to_sparse_csr(), requires_grad=False)
+
+
+def _dynamically_quantised(base):
+    return torch.ao.nn.quantized.dynamic.Linear(48, 64)
+
+
+@needs_packing
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_emptied, "the weight has shape [0]"),
+        (_sparse, "base layer weight is torch.float32, torch.sparse_csr"),
+        (lambda base: base.to("meta") and None, "the weight is on meta, not a CPU"),
+        (_dynamically_quantised, "base layer is Linear, not torch.nn.Linear"),
+        (
+            lambda base: nn.utils.parametrizations.weight_norm(base),
+            "base layer is ParametrizedLinear, not torch.nn.Linear",
+        ),
+        (lambda base: prune.l1_unstructured(base, "weight", 5) and None, "base layer has hooks"),
+    ],
+)
+def test_weights_that_are_not_plain_are_left(change, reason):
+    model = make_model()
+    model[0].base_layer = change(model[0].base_layer) or model[0].base_layer
+    report = lk.prepack_(model)
+    assert report.packed == ["2"]
+    assert reason in report.left["0"]
+    assert packed(model) == [False, True]
+
+
 def test_without_the_compiled_part_everything_is_left(monkeypatch):
     monkeypatch.setattr(packing, "absence", lambda part: "left out by this test")
     model = make_model()
@@ -249,6 +292,7 @@ def test_patched_peft_layers():
     torch.testing.assert_close(model(x), expected)
 
 
+@needs_packing
 def test_a_processor_without_packed_bfloat16_is_said(monkeypatch):
     model = make_model(torch.bfloat16)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)

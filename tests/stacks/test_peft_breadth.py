@@ -315,8 +315,8 @@ def test_hot_swap(compiled, tmp_path):
         assert_close(logits, expected(input_ids=rows).logits, what=name)
 
 
-def test_data_parallel_replicas_are_left_to_peft(monkeypatch):
-    """Replicas on several GPUs hold no nn.Parameters; their gradients reach the model's."""
+def test_data_parallel_replicas_are_fused(monkeypatch):
+    """Replicas on several GPUs hold plain tensors; their gradients reach the model's parameters."""
     replicate = sys.modules["torch.nn.parallel.replicate"]
     plain = adapted_llama()
     patched, rows = patched_copy(plain), tokens(4)
@@ -329,14 +329,11 @@ def test_data_parallel_replicas_are_left_to_peft(monkeypatch):
         replicas = replicate.replicate(patched, [0, 1])
         for replica, part in zip(replicas, rows.chunk(2), strict=True):
             (loss_of(replica, part) / 2).backward()
-    assert fused.count == 0
+    assert fused.count == 2 * LAYERS
     loss_of(plain, rows).backward()
     assert_same_gradients(patched, plain)
     wrapped = nn.DataParallel(patched)
     assert_same(wrapped, nn.DataParallel(plain), LAYERS)  # without a GPU it calls the model itself
-    wrapped.device_ids = [0, 1]
-    reasons = set(lk.patch_peft(wrapped).left.values())
-    assert reasons == {"replicas of torch.nn.DataParallel keep PEFT's forward"}
 
 
 def test_adapters_are_what_is_trained(pair):

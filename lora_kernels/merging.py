@@ -1,0 +1,133 @@
+"""What adapters have merged into a base layer: its own weight, and the update of each.
+
+The base layer holds their sum while any is merged and its own weight again afterwards, in whatever
+order several adapters on one layer come and go.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
+
+_RECORD = "_lora_kernels_merged"  # in the base layer's __dict__: copied and pickled with it
+
+
+class Update(NamedTuple):
+    """An adapter's scaling · B A."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+
+class _Record(NamedTuple):
+    own: Tensor
+    updates: tuple[Update, ...]
+
+
+def with_updates(weight: Tensor, *updates: Update, sign: int = 1) -> Tensor:
+    """Return weight ± Σ scaling · B A, summed in float32 (float64 for float64), rounded once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    device, total = weight.device, weight.to(wide)
+    for a, b, scaling in updates:
+        factors = b.to(device, wide), a.to(device, wide)
+        total = torch.addmm(total, *factors, alpha=sign * scaling)
+    return total.to(weight.dtype)
+
+
+def merge(base: nn.Module, update: Update) -> None:
+    """Add an update, whose tensors nobody else may write to, to the base layer's weight.
+
+    Raises:
+        TypeError, ValueError: as `own_weight`. Nothing was changed.
+    """
+    weight = own_weight(base, "base_layer")
+    record = _current_record(base, weight)
+    if record is None:
+        # A sharded weight is written in place, since FSDP2 owns that very parameter.
+        record = _Record(weight.detach().clone() if is_dtensor(weight) else weight, ())
+    _store(base, weight, _Record(record.own, (*record.updates, update)))
+
+
+def unmerge(base: nn.Module, update: Update) -> None:
+    """Take an update, the object that `merge` was given, out of the base layer's weight.
+
+    Raises:
+        TypeError, ValueError: as `own_weight`, or `base` is not what the update was merged into,
+            or is sharded where it wasn't. Nothing was changed.
+    """
+    weight = own_weight(base, "base_layer")
+    record = _current_record(base, weight)
+    if record is None or not any(each is update for each in record.updates):
+        raise ValueError(
+            "base_layer: expected the layer that the adapter was merged into, got another"
+        )
+    _store(base, weight, _Record(record.own, tuple(u for u in record.updates if u is not update)))
+
+
+def own_weight(module: nn.Module, name: str) -> Tensor:
+    """Return the parameter that a module multiplies by.
+
+    Raises:
+        TypeError, ValueError: it is none that a product could be merged into or from.
+    """
+    expected = f"{name}.weight: expected a float parameter to merge"
+    if parametrize.is_parametrized(module, "weight"):
+        raise TypeError(f"{expected}, got one that a parametrization computes")
+    weight: Any = module._parameters.get("weight")
+    if weight is None:
+        parts = ", ".join(key for key in module._parameters if key.startswith("weight_"))
+        got = f"one that is computed from {parts}" if parts else f"none in {type(module).__name__}"
+        raise TypeError(f"{expected}, got {got}")
+    if type(weight) is not nn.Parameter and not is_dtensor(weight):
+        raise TypeError(f"{expected}, got a {type(weight).__name__}")
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        raise TypeError(
+            f"{name}: expected torch.nn.Linear's own forward to merge, got one of "
+            f"{type(module).__name__}"
+        )
+    if weight.dtype not in FLOAT_DTYPES or weight.layout is not torch.strided:
+        raise TypeError(f"{expected}, got {weight.dtype}, {weight.layout}")
+    if weight.is_meta or weight.ndim != 2:
+        where = "on meta" if weight.is_meta else f"of shape {list(weight.shape)}"
+        raise ValueError(f"{expected}, got one {where}")
+    return weight
+
+
+def _current_record(base: nn.Module, weight: Tensor) -> _Record | None:
+    """Return what is merged into `weight`; what others wrote to it since counts as its own."""
+    record: _Record | None = vars(base).get(_RECORD)
+    if record is None:
+        return None
+    if is_dtensor(weight) is not is_dtensor(record.own):
+        raise ValueError(
+            "base_layer.weight: expected it sharded or whole as when it was merged into, got a "
+            f"{type(weight).__name__} (FSDP2: call the module's reshard)"
+        )
+    # The record stays where it was, so a weight that moved meanwhile equals the moved sum.
+    expected = with_updates(record.own, *record.updates).to(weight)
+    if torch.isclose(weight, expected, rtol=0.0, atol=0.0, equal_nan=True).all():
+        return record
+    own = with_updates(weight, *record.updates, sign=-1)
+    return _Record(nn.Parameter(own, record.own.requires_grad), record.updates)
+
+
+def _store(base: nn.Module, weight: Tensor, record: _Record) -> None:
+    """Let the base layer hold the record's sum: as a new parameter, unless it is sharded."""
+    own, updates = record
+    value = own
+    if updates:
+        value = nn.Parameter(with_updates(own, *updates).to(weight), requires_grad=False)
+    elif own.dtype != weight.dtype or own.device != weight.device:
+        value = nn.Parameter(own.to(weight), own.requires_grad)
+    if is_dtensor(weight):
+        weight.copy_(value)
+    else:
+        base.weight = value
+    if updates:
+        vars(base)[_RECORD] = record
+    else:
+        del vars(base)[_RECORD]
