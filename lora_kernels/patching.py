@@ -1,6 +1,8 @@
 """Patch and unpatch the LoRA layers of a PEFT model."""
 
+import re
 from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
@@ -54,11 +56,12 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
         A `PatchReport`; `print(report)` is readable.
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: peft is not installed, or older than 0.18.
         TypeError, ValueError: `model` is no module or has no LoRA layer, or `impl` is unknown.
             The model is as it was, after any failure.
     """
     check_impl(impl)
+    _check_peft_version()
     from lora_kernels._peft_layer import FusedLinear, Linear, left_reason
 
     layers = _lora_layers(model)
@@ -109,6 +112,17 @@ def unpatch_peft(model: nn.Module) -> int:
     for layer in patched:
         _become(layer, Linear, None)
     return len(patched)
+
+
+def _check_peft_version() -> None:
+    """Raise ImportError for a PEFT whose layers the fused forward was not made for."""
+    try:
+        installed = version("peft")
+    except PackageNotFoundError:
+        return  # without a distribution, or not there: its import says so
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
+    if numbers and tuple(map(int, numbers.groups())) < (0, 18):
+        raise ImportError(f"peft: expected version 0.18 or newer, got {installed}")
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, "LoraLayer"]]:
