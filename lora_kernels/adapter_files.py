@@ -180,6 +180,8 @@ def _plan_layer(model: nn.Module, path: str, adapter: Adapter) -> _Change:
         "lora_dropout": config.get("lora_dropout", 0.0),
         "bias": config.get("bias", "none"),
     }
+    if isinstance(layer, nn.Linear):
+        _check_values(path, layer.weight, layer)
     try:
         check_settings(r=rank, adapter_dtype=a.dtype, impl="auto", **settings)
         if isinstance(layer, nn.Linear):
@@ -232,7 +234,6 @@ def _plan_wrapping(
             f"where ranks would train a new adapter apart, got {type(linear).__name__} "
             "(load before wrapping or sharding)"
         )
-    _check_values(path, linear.weight, linear)
     trained = [(p, p.requires_grad) for p in linear.parameters(recurse=False)]
     a, b = weights
 

@@ -251,14 +251,14 @@ def check_complete(model: nn.Module, adapter: Adapter) -> None:
             continue
         if isinstance(module, LoRALinear):
             raise ValueError(f"{WEIGHTS_NAME}: expected weights of layer {path!r}, got none")
-        if isinstance(module, _ADAPTED) and _targets(adapter.config, path, module, model):
+        if isinstance(module, _ADAPTED) and targets(adapter.config, path, module, model):
             raise ValueError(
                 f"{WEIGHTS_NAME}: expected weights of layer {path!r}, which target_modules of "
                 f"{CONFIG_NAME} name, got none"
             )
 
 
-def _targets(config: dict[str, Any], path: str, module: nn.Module, model: nn.Module) -> bool:
+def targets(config: dict[str, Any], path: str, module: nn.Module, model: nn.Module) -> bool:
     """Whether PEFT would adapt the module at a path, by the fields that choose layers."""
     names = config.get("target_modules")
     if not path or names is None or _named(config.get("exclude_modules") or [], path):

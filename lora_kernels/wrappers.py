@@ -129,14 +129,14 @@ def gathered(model: nn.Module, *, write: bool) -> Iterator[None]:
 
 def whole(t: Tensor) -> Tensor:
     """Return the value of a parameter that may be a DTensor or ZeRO-3's; all ranks take part."""
-    if is_dtensor(t):
+    if is_dtensor(t) and not t.is_meta:
         shards = cast(Any, t.detach())
         # CPU offload keeps shards where the mesh's devices can't exchange them.
         return shards.to(shards.device_mesh.device_type).full_tensor()
     if hasattr(t, "ds_id") and t.numel() == 0:
-        from deepspeed.zero import GatheredParameters
+        from deepspeed import zero
 
-        with GatheredParameters(t):
+        with zero.GatheredParameters(t):
             return t.detach().clone()
     return t.detach()
 
