@@ -14,12 +14,24 @@ export HF_HUB_OFFLINE := 1
 # Of the CUDA part, where nvcc is: one architecture, and its PTX for the virtual machine.
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 
-.PHONY: test lint format demo bench bench-compare bench-track peft-suite sanitize clean
+# The oldest PEFT that patch_peft takes, laid over the newest one for the tests that concern it.
+OLD_PEFT := $(shell sed -n 's/^peft==//p' requirements-old-peft.txt)
+OLD_PEFT_AT := $(CURDIR)/build/peft-$(OLD_PEFT)-installed
+
+.PHONY: test test-old-peft lint format demo bench bench-compare bench-track peft-suite sanitize clean
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS) $(addprefix --ignore=,$(EXECUTED))
 	$(BIN)/python -m pytest $(ARGS) --cov-append -n $(JOBS) --dist worksteal $(EXECUTED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) $(INTERPRETED)
+
+test-old-peft: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLD_PEFT_AT) \
+		-r requirements-old-peft.txt
+	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -c \
+		'import peft; assert peft.__version__ == "$(OLD_PEFT)", peft.__version__'
+	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -m pytest $(ARGS) --no-cov \
+		tests/test_peft.py $(wildcard tests/test_adapter_*.py)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,17 +1,9 @@
-"""Save and load adapters of LoRALinear models in PEFT's on-disk layout, without peft.
-
-adapter_model.safetensors   base_model.model.<path>.lora_A.weight   [r, in_features]
-                            base_model.model.<path>.lora_B.weight   [out_features, r]
-                            base_model.model.<path>.base_layer.bias with bias "lora_only"
-adapter_config.json         the fields of peft.LoraConfig that these layers have
-"""
+"""Save and load adapters of LoRALinear models in PEFT's on-disk layout, without peft."""
 
 import json
 import os
-import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,56 +11,63 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_kernels.checks import FLOAT_DTYPES
-from lora_kernels.nn import LoRALinear, check_linear, check_settings
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
-PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(PREFIX) + r"(?:(?P<path>.+)\.)?(?P<part>lora_A\.weight|lora_B\.weight)")
-# Settings that change what an adapter computes and that LoRALinear does not have.
-_UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
+from lora_kernels.adapter_layout import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    check_complete,
+    config_of,
+    join,
+    lora_layers,
+    own_tensor,
+    pattern_value,
+    read_adapter,
+    tensors_of,
 )
+from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
+from lora_kernels.nn import LoRALinear, check_linear, check_settings
+from lora_kernels.wrappers import (
+    Place,
+    find,
+    gathered,
+    loaded,
+    reducer_around,
+    replace,
+    share,
+    unwrapped,
+)
+
 # What an adapter's file sets of a LoRALinear beside its weights.
 _SETTINGS = ("lora_alpha", "lora_dropout", "use_rslora", "bias_mode")
-# Initialisations with which PEFT changes the base weights, at loading too.
-_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What DeepSpeed sets on parameters of which it keeps another copy.
+_DEEPSPEED = ("ds_id", "_hp_mapping", "_z3_optimizer")
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapters of a model's LoRALinear layers as PEFT would.
 
     Args:
-        model: a module with LoRALinear layers, whose paths become the keys.
+        model: a module with LoRALinear layers, whose paths become the keys. Wrappers (of
+            torch.compile, DistributedDataParallel, activation checkpointing, FSDP, ...) are no
+            part of a path. Sharded adapters are gathered: all ranks have to call.
         directory: made if absent. Both files are written under temporary names and moved into
-            place, so a failure leaves what was there.
+            place, so a failure leaves what was there. Several ranks may write to one directory.
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: no LoRALinear layer, or settings that differ from layer to layer where PEFT's
-            layout has one value (lora_dropout, use_rslora, bias).
+        ValueError: no LoRALinear layer, a PEFT model, an adapter without values (on the meta
+            device), or settings that differ from layer to layer where PEFT's layout has one value
+            (lora_dropout, use_rslora, bias).
     """
     from safetensors.torch import save_file
 
-    layers = _lora_layers(model)
+    _check_not_peft(model, "model.save_pretrained")
+    layers = lora_layers(model)
     if not layers:
         raise ValueError(f"model: expected LoRALinear layers, got none in {type(model).__name__}")
-    config = _config_of(model, layers)
-    tensors = _tensors_of(model, layers, config["bias"])
+    config = config_of(model, layers)
+    with gathered(model, write=False):
+        tensors = tensors_of(model, layers, config["bias"])
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
@@ -86,37 +85,56 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     anything changes.
 
     Args:
-        model: a module whose submodules have the paths in the file.
+        model: a module whose submodules have the paths in the file, wrapped or not. A sharded
+            LoRALinear gets its shards: all ranks have to call. One on the meta device gets an
+            adapter with values; its base layer stays there.
         directory: holds adapter_model.safetensors and adapter_config.json.
 
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: a file is absent; pickle files (adapter_model.bin) are not read.
         ValueError: a file that can't be read, a setting or tensor without counterpart in
-            LoRALinear, a missing or additional layer, or shapes that don't fit.
+            LoRALinear, a layer of the model or of target_modules that the file lacks, one that
+            the model lacks, shapes that don't fit, a PEFT model, or a model to which a layer can't
+            be added any more (an nn.Linear inside DistributedDataParallel or FSDP, DeepSpeed).
     """
-    config, tensors = _read(Path(directory))
-    pairs, biases = _parse(tensors)
-    missing = sorted(set(_lora_layers(model)) - set(pairs))
-    if missing:
-        raise ValueError(f"{WEIGHTS_NAME}: expected weights of layer {missing[0]!r}, got none")
-    changes = [_plan_layer(model, path, a, b, config) for path, (a, b) in pairs.items()]
-    state = model.state_dict(keep_vars=True)
-    changes += [_plan_bias(state, path, bias) for path, bias in biases.items()]
-    try:
-        for change in changes:
-            change.write()
-    except BaseException:  # memory that runs out, an interrupt
-        for change in changes:
-            change.undo()
-        raise
+    _check_not_peft(model, "model.load_adapter")
+    adapter = read_adapter(Path(directory))
+    if any(hasattr(p, name) for p in model.parameters() for name in _DEEPSPEED):
+        raise ValueError(
+            "model: expected parameters that DeepSpeed has not taken over, since it keeps copies "
+            "of them (call load_adapter before deepspeed.initialize, outside deepspeed.zero.Init)"
+        )
+    with gathered(model, write=True):
+        check_complete(model, adapter)
+        changes = [_plan_layer(model, path, adapter) for path in adapter.layers]
+        changes += [_plan_bias(model, path, bias) for path, bias in adapter.biases.items()]
+        try:
+            for change in changes:
+                change.write()
+        except BaseException:  # memory that runs out, an interrupt
+            for change in changes:
+                change.undo()
+            raise
 
 
 class _Change(NamedTuple):
-    """What loading does to one layer or bias, and what takes it back."""
+    """What loading does to one layer or tensor, and what takes it back."""
 
     write: Callable[[], object]
     undo: Callable[[], object]
+
+
+def _check_not_peft(model: nn.Module, method: str) -> None:
+    kinds = (
+        loaded("peft.peft_model", "PeftModel"),
+        loaded("peft.tuners.tuners_utils", "BaseTunerLayer"),
+    )
+    if any(isinstance(module, kinds) for module in model.modules()):
+        raise ValueError(
+            f"model: expected LoRALinear layers, got PEFT's in {type(model).__name__} "
+            f"(use {method})"
+        )
 
 
 def _move_into_place(draft: Path, target: Path) -> None:
@@ -135,155 +153,35 @@ def _move_into_place(draft: Path, target: Path) -> None:
         raise
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
-    shared = {}
-    for ours, field in (
-        ("lora_dropout", "lora_dropout"),
-        ("use_rslora", "use_rslora"),
-        ("bias_mode", "bias"),
-    ):
-        values = {getattr(layer, ours) for layer in layers.values()}
-        if len(values) > 1:
-            raise ValueError(
-                f"{field}: expected one value for all layers, as PEFT's layout has, got {values}"
-            )
-        shared[field] = values.pop()
-    rank, alpha = (
-        Counter(getattr(layer, name) for layer in layers.values()).most_common(1)[0][0]
-        for name in ("r", "lora_alpha")
-    )
-    # PEFT takes pattern keys for regular expressions of a path's end unless they begin with ^.
-    ranks = {f"^{re.escape(path)}": layer.r for path, layer in layers.items()}
-    alphas = {f"^{re.escape(path)}": layer.lora_alpha for path, layer in layers.items()}
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        **shared,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "rank_pattern": ranks if len(set(ranks.values())) > 1 else {},
-        "alpha_pattern": alphas if len(set(alphas.values())) > 1 else {},
-        "target_modules": _target_modules(model, layers),
-    }
-
-
-def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str:
-    """Return the layers' paths; one regular expression where PEFT's suffix match takes more."""
-    others = [path for path, _ in model.named_modules() if path not in layers]
-    if any(other.endswith(f".{path}") for path in layers for other in others):
-        return "|".join(re.escape(path) for path in layers)
-    return sorted(layers)
-
-
-def _tensors_of(model: nn.Module, layers: dict[str, LoRALinear], bias: str) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path, layer in layers.items():
-        tensors[_join(path, "lora_A.weight")] = layer.lora_A.weight
-        tensors[_join(path, "lora_B.weight")] = layer.lora_B.weight
-        if bias == "lora_only" and layer.bias is not None:
-            tensors[_join(path, "base_layer.bias")] = layer.bias
-    if bias == "all":
-        tensors |= {k: v for k, v in model.state_dict().items() if k.split(".")[-1] == "bias"}
-    # Cloned, since safetensors refuses tensors that share memory.
-    return {PREFIX + key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
-
-
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"directory: expected {name} in {directory}, got none")
-    try:
-        config = json.loads((directory / CONFIG_NAME).read_text())
-        tensors = load_file(directory / WEIGHTS_NAME)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{CONFIG_NAME}: expected JSON, got {error}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{WEIGHTS_NAME}: expected a safetensors file, got {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError(f"{CONFIG_NAME}: expected peft_type LORA, got {config!r:.80}")
-    for field in _UNSUPPORTED:
-        if config.get(field):
-            raise ValueError(
-                f"{CONFIG_NAME}: {field} has no counterpart in LoRALinear, got {config[field]!r}"
-            )
-    if str(config.get("init_lora_weights")).lower().startswith(_CHANGING_BASE):
-        raise ValueError(
-            f"{CONFIG_NAME}: expected an adapter of the unchanged base weights, got "
-            f"init_lora_weights {config['init_lora_weights']!r} (PEFT's save_pretrained converts "
-            "it with path_initial_model_for_weight_conversion)"
-        )
-    return config, tensors
-
-
-def _parse(
-    tensors: dict[str, Tensor],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Split a file's tensors into (A, B) by layer path and biases by parameter path."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    biases = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match:
-            parts.setdefault(match["path"] or "", {})[match["part"]] = tensor
-        elif key.startswith(PREFIX) and key.split(".")[-1] == "bias":
-            biases[key.removeprefix(PREFIX)] = tensor
-        else:
-            raise ValueError(f"{WEIGHTS_NAME}: expected lora_A and lora_B weights, got key {key!r}")
-    for path, found in parts.items():
-        for part in ("lora_A.weight", "lora_B.weight"):
-            if part not in found:
-                raise ValueError(f"{WEIGHTS_NAME}: expected {_join(path, part)!r}, got none")
-    return {path: (p["lora_A.weight"], p["lora_B.weight"]) for path, p in parts.items()}, biases
-
-
-def _plan_layer(
-    model: nn.Module, path: str, a: Tensor, b: Tensor, config: dict[str, Any]
-) -> _Change:
+def _plan_layer(model: nn.Module, path: str, adapter: Adapter) -> _Change:
     """Check one layer's tensors against the model; return what writes them, and its undoing."""
-    try:
-        layer = model.get_submodule(path)
-    except AttributeError as error:
-        raise ValueError(f"model: expected a layer {path!r}, got none") from error
+    place, config, (a, b) = find(model, path), adapter.config, adapter.layers[path]
+    if place is None:
+        raise ValueError(f"model: expected a layer {path!r}, got none")
+    layer = place.module
     if not isinstance(layer, LoRALinear | nn.Linear) or (
-        layer is model and isinstance(layer, nn.Linear)
+        place.owner is None and isinstance(layer, nn.Linear)
     ):
         raise ValueError(
             f"model: expected {path!r} to be a LoRALinear or an nn.Linear inside the model, "
             f"got {type(layer).__name__}"
         )
     # What a file leaves out has the default of peft.LoraConfig.
-    rank = _pattern_value(config.get("rank_pattern"), path, config.get("r", 8))
+    rank = pattern_value(config.get("rank_pattern"), path, config.get("r", 8))
     shapes = ([rank, layer.in_features], [layer.out_features, rank])
     for name, t, shape in (("lora_A", a, shapes[0]), ("lora_B", b, shapes[1])):
         if list(t.shape) != shape or t.dtype not in FLOAT_DTYPES:
             raise ValueError(
-                f"{_join(path, name)}: expected floats of shape {shape}, "
+                f"{join(path, name)}: expected floats of shape {shape}, "
                 f"got {t.dtype} of shape {list(t.shape)}"
             )
     settings = {
-        "lora_alpha": _pattern_value(
-            config.get("alpha_pattern"), path, config.get("lora_alpha", 8)
-        ),
+        "lora_alpha": pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8)),
         "lora_dropout": config.get("lora_dropout", 0.0),
         "bias": config.get("bias", "none"),
     }
+    if isinstance(layer, nn.Linear):
+        _check_values(path, layer.weight, layer)
     try:
         check_settings(r=rank, adapter_dtype=a.dtype, impl="auto", **settings)
         if isinstance(layer, nn.Linear):
@@ -291,80 +189,131 @@ def _plan_layer(
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     settings["use_rslora"] = bool(config.get("use_rslora", False))
-    if isinstance(layer, LoRALinear):
-        if layer.r != rank:
-            raise ValueError(f"{_join(path, 'r')}: expected rank {layer.r}, got {rank}")
-        if layer.merged:
-            raise ValueError(f"model: expected {path!r} unmerged, got a merged layer")
-    return _Change(
-        lambda: _write_layer(model, path, layer, a, b, settings), _undo_of(model, path, layer)
-    )
+    if isinstance(layer, nn.Linear):
+        return _plan_wrapping(layer, place, path, (a, b), settings)
+    _check_adapter(layer, path, rank, settings["bias"], reducer_around(place))
+    return _plan_filling(layer, path, (a, b), settings)
 
 
-def _undo_of(model: nn.Module, path: str, layer: LoRALinear | nn.Linear) -> Callable[[], None]:
-    """Return what brings a layer back to its present state, before anything is written to it."""
-    base = layer.base_layer if isinstance(layer, LoRALinear) else layer
-    trained = [(p, p.requires_grad) for p in base.parameters()]
-    old: dict[str, Any] = {}
-    values: list[tuple[Tensor, Tensor]] = []
-    if isinstance(layer, LoRALinear):
-        old = {name: getattr(layer, name) for name in _SETTINGS}
-        weights = (layer.lora_A.weight, layer.lora_B.weight)
-        values = [(weight, weight.detach().clone()) for weight in weights]
+def _check_adapter(layer: LoRALinear, path: str, rank: int, bias: str, reducer: str | None) -> None:
+    """Check that a LoRALinear is in a state to get a file's adapter."""
+    if layer.r != rank:
+        raise ValueError(f"{join(path, 'r')}: expected rank {layer.r}, got {rank}")
+    if layer.merged:
+        raise ValueError(f"model: expected {path!r} unmerged, got a merged layer")
+    if reducer and (bias == "none") != (layer.bias_mode == "none"):
+        raise ValueError(
+            f"{path}: expected bias {layer.bias_mode!r} inside {reducer}, which was told what is "
+            f"trained, got {bias!r} (load before wrapping)"
+        )
+
+
+def _check_values(path: str, t: Tensor, module: nn.Module) -> None:
+    """Refuse a tensor on the meta device whose values somebody else is about to bring."""
+    if t.is_meta and is_dtensor(t):
+        raise ValueError(f"{path}: expected values, got shards on the meta device (call to_empty)")
+    if t.is_meta and hasattr(module, "_hf_hook"):
+        raise ValueError(
+            f"{path}: expected values, got a layer that accelerate offloads "
+            "(call accelerate.hooks.remove_hook_from_submodules(model) first)"
+        )
+
+
+def _plan_wrapping(
+    linear: nn.Linear,
+    place: Place,
+    path: str,
+    weights: tuple[Tensor, Tensor],
+    settings: dict[str, Any],
+) -> _Change:
+    """Check that a LoRALinear may be put around an nn.Linear; return what does, and its undoing."""
+    reducer = reducer_around(place)
+    if reducer or is_dtensor(linear.weight):
+        raise ValueError(
+            f"model: expected {path!r} to be a LoRALinear inside {reducer or 'a sharded layer'}, "
+            f"where ranks would train a new adapter apart, got {type(linear).__name__} "
+            "(load before wrapping or sharding)"
+        )
+    trained = [(p, p.requires_grad) for p in linear.parameters()]
+    a, b = weights
+
+    def write() -> None:
+        layer = LoRALinear.from_linear(linear, r=a.shape[0], adapter_dtype=a.dtype, **settings)
+        _plan_tensor(layer.lora_A, "weight", a).write()
+        _plan_tensor(layer.lora_B, "weight", b).write()
+        replace(place, layer)
 
     def undo() -> None:
-        if isinstance(layer, nn.Linear):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, layer)
-        for name, value in old.items():
-            setattr(layer, name, value)
+        replace(place, linear)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
-        for weight, value in values:
-            weight.detach().copy_(value)
 
-    return undo
+    return _Change(write, undo)
 
 
-def _write_layer(
-    model: nn.Module,
-    path: str,
-    layer: LoRALinear | nn.Linear,
-    a: Tensor,
-    b: Tensor,
-    settings: dict[str, Any],
-) -> None:
-    if isinstance(layer, nn.Linear):
-        parent, _, name = path.rpartition(".")
-        layer = LoRALinear.from_linear(layer, r=a.shape[0], adapter_dtype=a.dtype, **settings)
-        setattr(model.get_submodule(parent), name, layer)
-    layer.lora_alpha, layer.lora_dropout = settings["lora_alpha"], settings["lora_dropout"]
-    layer.use_rslora, layer.bias_mode = settings["use_rslora"], settings["bias"]
-    if layer.bias is not None:
-        layer.bias.requires_grad_(layer.bias_mode != "none")
-    # Not under no_grad: an interrupt at the end of such a block would leave gradients disabled.
-    layer.lora_A.weight.detach().copy_(a)
-    layer.lora_B.weight.detach().copy_(b)
+def _plan_filling(
+    layer: LoRALinear, path: str, weights: tuple[Tensor, Tensor], settings: dict[str, Any]
+) -> _Change:
+    """Return what gives a LoRALinear a file's weights and settings, and its undoing."""
+    tensors = []
+    for name, module, value in zip(
+        ("lora_A", "lora_B"), (layer.lora_A, layer.lora_B), weights, strict=True
+    ):
+        bare = unwrapped(module)
+        _check_values(join(path, name), module.weight, bare)
+        tensors.append(_plan_tensor(bare, "weight", value))
+    old = {name: getattr(layer, name) for name in _SETTINGS}
+    new = {name: settings.get(name, settings["bias"]) for name in _SETTINGS}
+    bias = layer.base_layer.bias
+    trained = bias is not None and bias.requires_grad
+
+    def put(values: dict[str, Any], train_bias: bool) -> None:
+        for name, value in values.items():
+            setattr(layer, name, value)
+        if bias is not None:
+            bias.requires_grad_(train_bias)
+
+    def write() -> None:
+        put(new, new["bias_mode"] != "none")
+        for tensor in tensors:
+            tensor.write()
+
+    def undo() -> None:
+        put(old, trained)
+        for tensor in tensors:
+            tensor.undo()
+
+    return _Change(write, undo)
 
 
-def _plan_bias(state: dict[str, Tensor], path: str, value: Tensor) -> _Change:
+def _plan_bias(model: nn.Module, path: str, value: Tensor) -> _Change:
     """Check one bias against the model; return what writes it, and its undoing."""
-    bias = state.get(path)
-    if bias is None:
-        # A bias of a layer that is about to be wrapped has its plain path until then.
-        bias = state.get(path.removesuffix(".base_layer.bias") + ".bias")
-    if bias is None:
+    # A bias of a layer that is about to be wrapped has its plain path until then.
+    for owner_path in (path.rpartition(".")[0], path.removesuffix(".base_layer.bias")):
+        owner = find(model, owner_path)
+        bias = own_tensor(owner.module, "bias") if owner is not None else None
+        if owner is not None and bias is not None:
+            break
+    else:
         raise ValueError(f"model: expected a bias at {path!r}, got none")
     if bias.shape != value.shape:
         raise ValueError(f"{path}: expected shape {list(bias.shape)}, got {list(value.shape)}")
+    _check_values(path, bias, owner.module)
+    return _plan_tensor(owner.module, "bias", value)
 
-    target, old = bias.detach(), bias.detach().clone()
-    return _Change(partial(target.copy_, value), partial(target.copy_, old))
 
+def _plan_tensor(module: nn.Module, name: str, value: Tensor) -> _Change:
+    """Return what gives a module's parameter or buffer a value, and its undoing."""
+    old = getattr(module, name)
+    if not old.is_meta:
+        # Not under no_grad: an interrupt at the end of such a block would leave gradients disabled.
+        target, saved = old.detach(), old.detach().clone()
+        return _Change(lambda: target.copy_(share(value, target)), lambda: target.copy_(saved))
 
-def _pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """Return the first pattern's value that matches the path as PEFT matches it, else default."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+    def assign() -> None:
+        new = value.to(old.dtype)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(module, name, new)
+
+    return _Change(assign, partial(setattr, module, name, old))

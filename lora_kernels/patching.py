@@ -1,7 +1,9 @@
 """Patch and unpatch the LoRA layers of a PEFT model."""
 
+import re
 import sys
 from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -57,11 +59,12 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
         A `PatchReport`; `print(report)` is readable.
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: peft is not installed, or older than 0.18.
         TypeError, ValueError: `model` is no module or has no LoRA layer, or `impl` is unknown.
             The model is as it was, after any failure.
     """
     check_impl(impl)
+    _check_peft_version()
     from lora_kernels import _peft_layer as ours
 
     layers = _lora_layers(model)
@@ -177,6 +180,17 @@ def _left_for_its_type(layer: "LoraLayer") -> str | None:
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
     return None
+
+
+def _check_peft_version() -> None:
+    """Raise ImportError for a PEFT whose layers the fused forward was not made for."""
+    try:
+        installed = version("peft")
+    except PackageNotFoundError:
+        return  # without a distribution, or not there: its import says so
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
+    if numbers and tuple(map(int, numbers.groups())) < (0, 18):
+        raise ImportError(f"peft: expected version 0.18 or newer, got {installed}")
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, "LoraLayer"]]:

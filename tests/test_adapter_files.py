@@ -16,64 +16,17 @@ from safetensors import safe_open
 from torch import nn
 
 import lora_kernels as lk
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q = nn.Linear(12, 8)
-        self.k = nn.Linear(8, 8, bias=False)
-
-    def forward(self, x):
-        return self.k(self.q(x).tanh())
-
-
-class Net(nn.Module):
-    """`q` is a path and another's end, sorted before it; `z.k` as a pattern fits `zok` too."""
-
-    def __init__(self):
-        super().__init__()
-        self.q = nn.Linear(8, 12)
-        self.norm = nn.LayerNorm(12)
-        self.z = Block()
-        self.zok = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.zok(self.z(self.norm(self.q(x))))
-
-
-def adapt(model, settings, **shared):
-    """Replace the linears named in `settings` by LoRALinears with a random adapter and bias."""
-    for path, own in settings.items():
-        linear = model.get_submodule(path)
-        layer = lk.LoRALinear.from_linear(linear, **{"r": 2, "lora_alpha": 6, **shared, **own})
-        nn.init.normal_(layer.lora_B.weight)
-        if layer.bias_mode != "none" and layer.bias is not None:
-            nn.init.normal_(layer.bias)
-        model.set_submodule(path, layer)
-    return model
-
-
-def snapshot(model):
-    """All that loading may change: types and settings, values, what is trained."""
-    values = {key: value.clone() for key, value in model.state_dict().items()}
-    return repr(model), values, {name: p.requires_grad for name, p in model.named_parameters()}
-
-
-def assert_unchanged(model, before):
-    text, values, trained = snapshot(model)
-    assert text == before[0]
-    assert trained == before[2]
-    assert values.keys() == before[1].keys()
-    assert all(torch.equal(value, before[1][key]) for key, value in values.items())
-
-
-def listing(directory):
-    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
-
+from tests.adapters import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    Net,
+    adapt,
+    assert_unchanged,
+    listing,
+    needs_trained_biases,
+    snapshot,
+)
 
 # Each case: the settings of every adapted layer, and those that all of them share.
 CASES = {
@@ -127,6 +80,8 @@ def pattern_of(settings, field):
 @by_case
 def test_what_peft_saves_we_load(settings, shared, into, tmp_path):
     peft = pytest.importorskip("peft")
+    if shared.get("bias") == "lora_only":
+        needs_trained_biases()
     fresh = Net().double().eval()
     config = peft.LoraConfig(
         **{"r": 2, "lora_alpha": 6, **shared},
@@ -162,6 +117,7 @@ def test_what_peft_saves_we_load(settings, shared, into, tmp_path):
 
 def test_the_files_are_those_of_peft(tmp_path):
     peft = pytest.importorskip("peft")
+    needs_trained_biases()
     fresh = Net()
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["z.q", "zok"], bias="lora_only")
     peft.get_peft_model(copy.deepcopy(fresh), config).save_pretrained(tmp_path / "theirs")

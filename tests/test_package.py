@@ -13,9 +13,9 @@ PACKAGE = ROOT / "lora_kernels"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom: a module may import what stands to the right of it, never to the left.
 FLOW = (
-    "__main__", "info", "testing", "__init__", "adapter_files", "patching", "prepack",
-    "_peft_layer", "nn", "merging", "bypass", "functional", "tensor_parallel", "sharding",
-    "packing", "usage", "dispatch", "ops", "autograd", "transforms",
+    "__main__", "info", "testing", "__init__", "adapter_files", "adapter_layout", "patching",
+    "prepack", "_peft_layer", "nn", "merging", "bypass", "functional", "tensor_parallel",
+    "sharding", "packing", "usage", "dispatch", "ops", "autograd", "transforms",
     "_triton.inspect", "_triton.tune", "_triton.record", "_triton.linear", "_triton.machine",
     "_triton.compiler",
     "_triton.forward", "_triton.backward", "_triton.thin", "_triton.handing", "_triton.philox",
@@ -23,7 +23,8 @@ FLOW = (
     "_triton.tuned", "_triton.plan", "_triton.cost", "_triton.config", "_triton.launch",
     "_triton.workspace", "_triton.device", "_triton",
     "_cuda.inspect", "_cuda.machine", "_cuda", "_cuobjdump",
-    "_eager", "_onednn", "_tf32", "reference", "_philox", "_native", "checks", "dropout",
+    "_eager", "_onednn", "_tf32", "reference", "_philox", "_native", "wrappers", "checks",
+    "dropout",
 )  # fmt: skip
 
 FORBID = """

@@ -1,14 +1,18 @@
 """What each of two processes does in test_deepspeed: ZeRO-1 to ZeRO-3 on the CPU."""
 
 import copy
+import tempfile
+from pathlib import Path
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 import lora_kernels as lk
 from lora_kernels._peft_layer import FusedLinear
+from tests.adapters import Net, adapt, listing
 from tests.stacks.models import FusedCalls, adapted_llama, assert_close, tokens
 
 LAYERS = 14
@@ -47,9 +51,27 @@ def zero(stage, leaves=False, fused_calls=LAYERS):
         assert len(set(lk.patch_peft(model).left.values())) == 1
 
 
+def adapter_files(stage):
+    """A file is the whole model's; loading is refused, since the engine has copies of its own."""
+    folders = [Path(tempfile.mkdtemp()) for _ in range(2)]
+    bare = adapt(Net(), {"q": {"r": 3}, "z.q": {}, "zok": {}}, bias="all")
+    model = copy.deepcopy(bare)
+    engine = engine_of(model, stage)
+    lk.save_adapter(bare, folders[0])
+    lk.save_adapter(engine, folders[1])
+    assert listing(folders[1]) == listing(folders[0])
+    if stage == 3:
+        assert model.q.lora_A.weight.numel() == 0  # and sharded again
+    for target in (engine, model):
+        with pytest.raises(ValueError, match=r"load_adapter before deepspeed\.initialize"):
+            lk.load_adapter(target, folders[0])
+
+
 CASES = {
     "ZeRO-1": lambda: zero(1),
     "ZeRO-2": lambda: zero(2),
     "ZeRO-3, PEFT's forward": lambda: zero(3, fused_calls=0),
     "ZeRO-3, leaf modules": lambda: zero(3, leaves=True),
+    "ZeRO-1, adapter files": lambda: adapter_files(1),
+    "ZeRO-3, adapter files": lambda: adapter_files(3),
 }

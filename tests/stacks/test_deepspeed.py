@@ -10,7 +10,10 @@ from tests.stacks.processes import run_cases
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
-CASES = ["ZeRO-1", "ZeRO-2", "ZeRO-3, PEFT's forward", "ZeRO-3, leaf modules"]
+CASES = [
+    *("ZeRO-1", "ZeRO-2", "ZeRO-3, PEFT's forward", "ZeRO-3, leaf modules"),
+    *("ZeRO-1, adapter files", "ZeRO-3, adapter files"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,6 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_one_process(case, results):
+def test_as_one_process(case, results):
     error = results.get(case, "not run, since an earlier case failed")
     assert error is None, error

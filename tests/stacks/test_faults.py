@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels as lk
-from lora_kernels import adapter_files, patching
+from lora_kernels import adapter_files, adapter_layout, patching, wrappers
 from tests.stacks.models import (
     adapted_llama,
     assert_same_gradients,
@@ -94,10 +94,10 @@ def test_hooks_that_raise(where):
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that is run in a module's file."""
+    """Raises KeyboardInterrupt at the n-th line that is run in the modules' files."""
 
-    def __init__(self, module, last):
-        self.file, self.left = module.__file__, last
+    def __init__(self, modules, last):
+        self.files, self.left = {module.__file__ for module in modules}, last
 
     def __enter__(self):
         self.before = sys.gettrace()
@@ -108,7 +108,7 @@ class Interrupt:
         sys.settrace(self.before)
 
     def trace(self, frame, event, argument):
-        if frame.f_code.co_filename != self.file:
+        if frame.f_code.co_filename not in self.files:
             return None
         if event == "line":
             self.left -= 1
@@ -117,13 +117,13 @@ class Interrupt:
         return self.trace
 
 
-def interrupted_everywhere(module, call):
+def interrupted_everywhere(modules, call):
     """Interrupt a call at its first line, at its second, ... until it ends; yield after each."""
     last, ended = 0, False
     while not ended:
         last += 1
         try:
-            with Interrupt(module, last):
+            with Interrupt(modules, last):
                 call()
             ended = True
         except KeyboardInterrupt:
@@ -143,7 +143,7 @@ def test_an_interrupt_at_any_line_of_patching(patched_before):
     if patched_before:
         lk.patch_peft(model, impl="eager")
     before, after = classes(model), None
-    for _ in interrupted_everywhere(patching, lambda: lk.patch_peft(model, impl="reference")):
+    for _ in interrupted_everywhere([patching], lambda: lk.patch_peft(model, impl="reference")):
         now = classes(model)
         if now != before:  # nothing but the return is left then
             after = after or now
@@ -182,7 +182,8 @@ def test_an_interrupt_at_any_line_of_loading(into, tmp_path):
     plain = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
     model = plain if into == "plain linears" else make()
     before, undone = values(model), 0
-    for _ in interrupted_everywhere(adapter_files, lambda: lk.load_adapter(model, tmp_path)):
+    modules = (adapter_files, adapter_layout, wrappers)
+    for _ in interrupted_everywhere(modules, lambda: lk.load_adapter(model, tmp_path)):
         assert torch.is_grad_enabled()
         undone += same(values(model), before)
         if not same(values(model), before):

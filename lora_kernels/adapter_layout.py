@@ -1,0 +1,304 @@
+"""PEFT's on-disk layout of LoRA adapters: keys and configuration, from layers and back.
+
+adapter_model.safetensors   base_model.model.<path>.lora_A.weight   [r, in_features]
+                            base_model.model.<path>.lora_B.weight   [out_features, r]
+                            base_model.model.<path>.base_layer.bias with bias "lora_only"
+adapter_config.json         the fields of peft.LoraConfig that these layers have
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lora_kernels.nn import LoRALinear
+from lora_kernels.wrappers import bare_modules, whole
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+_PREFIX = "base_model.model."
+_KEY = re.compile(
+    re.escape(_PREFIX) + r"(?:(?P<path>.+)\.)?(?P<part>lora_A\.weight|lora_B\.weight)"
+)
+# Settings that change what an adapter computes and that LoRALinear does not have. fan_in_fan_out
+# is none: PEFT sets it to False for an nn.Linear, too.
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+# Initialisations with which PEFT changes the base weights, at loading too.
+_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What PEFT adapts where target_modules match it.
+_ADAPTED = (
+    LoRALinear,
+    nn.Linear,
+    nn.Embedding,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.MultiheadAttention,
+)
+
+
+class Adapter(NamedTuple):
+    """What the two files say: settings, (A, B) by layer path, biases by parameter path."""
+
+    config: dict[str, Any]
+    layers: dict[str, tuple[Tensor, Tensor]]
+    biases: dict[str, Tensor]
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return a model's LoRALinear layers by their paths without wrappers."""
+    return {path: m for path, m in bare_modules(model, LoRALinear) if isinstance(m, LoRALinear)}
+
+
+def join(path: str, name: str) -> str:
+    """Return the path of what is called `name` in the module at `path`."""
+    return f"{path}.{name}" if path else name
+
+
+def config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+    """Return the fields of adapter_config.json; ValueError where layers need several values."""
+    shared = {}
+    for ours, field in (
+        ("lora_dropout", "lora_dropout"),
+        ("use_rslora", "use_rslora"),
+        ("bias_mode", "bias"),
+    ):
+        values = {getattr(layer, ours) for layer in layers.values()}
+        if len(values) > 1:
+            raise ValueError(
+                f"{field}: expected one value for all layers, as PEFT's layout has, got {values}"
+            )
+        shared[field] = values.pop()
+    rank, alpha = (
+        Counter(getattr(layer, name) for layer in layers.values()).most_common(1)[0][0]
+        for name in ("r", "lora_alpha")
+    )
+    # PEFT takes pattern keys for regular expressions of a path's end unless they begin with ^.
+    ranks = {f"^{re.escape(path)}": layer.r for path, layer in layers.items()}
+    alphas = {f"^{re.escape(path)}": layer.lora_alpha for path, layer in layers.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        **shared,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": ranks if len(set(ranks.values())) > 1 else {},
+        "alpha_pattern": alphas if len(set(alphas.values())) > 1 else {},
+        "target_modules": _target_modules(model, layers),
+    }
+
+
+def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str:
+    """Return the layers' paths; one regular expression where PEFT's suffix match takes more."""
+    others = [path for path, _ in bare_modules(model, LoRALinear) if path not in layers]
+    if any(other.endswith(f".{path}") for path in layers for other in others):
+        return "|".join(re.escape(path) for path in layers)
+    return sorted(layers)
+
+
+def tensors_of(
+    model: nn.Module, layers: dict[str, LoRALinear], bias_mode: str
+) -> dict[str, Tensor]:
+    """Return the values of adapter_model.safetensors; ValueError for one that isn't there."""
+    parameters: dict[str, tuple[Tensor, list[int] | None]] = {}
+    for path, layer in layers.items():
+        shape_a, shape_b = [layer.r, layer.in_features], [layer.out_features, layer.r]
+        parameters[join(path, "lora_A.weight")] = layer.lora_A.weight, shape_a
+        parameters[join(path, "lora_B.weight")] = layer.lora_B.weight, shape_b
+        base = layer.base_layer
+        if bias_mode == "lora_only" and base.bias is not None:
+            parameters[join(path, "base_layer.bias")] = base.bias, [layer.out_features]
+    if bias_mode == "all":
+        for path, module in bare_modules(model):
+            bias = own_tensor(module, "bias")
+            if bias is not None:
+                parameters.setdefault(join(path, "bias"), (bias, None))
+    tensors = {}
+    for key, (parameter, shape) in parameters.items():
+        value = whole(parameter)
+        if value.is_meta or (shape is not None and list(value.shape) != shape):
+            where = "on the meta device" if value.is_meta else f"of shape {list(value.shape)}"
+            raise ValueError(
+                f"{key}: expected values{f' of shape {shape}' if shape else ''}, got a tensor "
+                f"{where} (gather a sharded or offloaded model first)"
+            )
+        # Cloned, since safetensors refuses tensors that share memory.
+        tensors[_PREFIX + key] = value.cpu().contiguous().clone()
+    return tensors
+
+
+def own_tensor(module: nn.Module, name: str) -> Tensor | None:
+    """Return a module's parameter or buffer, as its state_dict has it, or None."""
+    if name in module._non_persistent_buffers_set:
+        return None
+    parameter = module._parameters.get(name)
+    return module._buffers.get(name) if parameter is None else parameter
+
+
+def read_adapter(directory: Path) -> Adapter:
+    """Read both files; ValueError for what can't be read or has no counterpart in LoRALinear."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"directory: expected {name} in {directory}, got none")
+    try:
+        config = json.loads((directory / CONFIG_NAME).read_text())
+        tensors = load_file(directory / WEIGHTS_NAME)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{CONFIG_NAME}: expected JSON, got {error}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS_NAME}: expected a safetensors file, got {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{CONFIG_NAME}: expected peft_type LORA, got {config!r:.80}")
+    for field in _UNSUPPORTED:
+        if config.get(field):
+            raise ValueError(
+                f"{CONFIG_NAME}: {field} has no counterpart in LoRALinear, got {config[field]!r}"
+            )
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGING_BASE):
+        raise ValueError(
+            f"{CONFIG_NAME}: expected an adapter of the unchanged base weights, got "
+            f"init_lora_weights {config['init_lora_weights']!r} (PEFT's save_pretrained converts "
+            "it with path_initial_model_for_weight_conversion)"
+        )
+    _check_patterns(config)
+    return Adapter(config, *_parse(tensors))
+
+
+def _check_patterns(config: dict[str, Any]) -> None:
+    """Check the fields that choose layers: their types, and that they compile."""
+    expressions = []
+    for field in ("target_modules", "exclude_modules", "layers_pattern"):
+        names = config.get(field)
+        if not (names is None or isinstance(names, str) or _is_list(names, str)):
+            raise ValueError(f"{CONFIG_NAME}: {field}: expected a string or strings, got {names!r}")
+        if isinstance(names, str):
+            expressions.append((field, names))
+        elif names and field == "layers_pattern":
+            expressions += [(field, name) for name in names]
+    indices = config.get("layers_to_transform")
+    if not (indices is None or isinstance(indices, int) or _is_list(indices, int)):
+        raise ValueError(f"{CONFIG_NAME}: layers_to_transform: expected integers, got {indices!r}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field)
+        if not (patterns is None or isinstance(patterns, dict)):
+            raise ValueError(f"{CONFIG_NAME}: {field}: expected a dictionary, got {patterns!r}")
+        expressions += [(field, key) for key in patterns or {}]
+    for field, expression in expressions:
+        try:
+            re.compile(f"({expression})")
+        except re.error as error:
+            raise ValueError(
+                f"{CONFIG_NAME}: {field}: expected a regular expression, "
+                f"got {expression!r} ({error})"
+            ) from error
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _parse(
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Split a file's tensors into (A, B) by layer path and biases by parameter path."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    biases = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match:
+            parts.setdefault(match["path"] or "", {})[match["part"]] = tensor
+        elif key.startswith(_PREFIX) and key.split(".")[-1] == "bias":
+            biases[key.removeprefix(_PREFIX)] = tensor
+        else:
+            raise ValueError(f"{WEIGHTS_NAME}: expected lora_A and lora_B weights, got key {key!r}")
+    for path, found in parts.items():
+        for part in ("lora_A.weight", "lora_B.weight"):
+            if part not in found:
+                raise ValueError(f"{WEIGHTS_NAME}: expected {join(path, part)!r}, got none")
+    return {path: (p["lora_A.weight"], p["lora_B.weight"]) for path, p in parts.items()}, biases
+
+
+def check_complete(model: nn.Module, adapter: Adapter) -> None:
+    """Raise ValueError for the first layer of the model that the file should have and has not."""
+    for path, module in bare_modules(model, LoRALinear):
+        if path in adapter.layers:
+            continue
+        if isinstance(module, LoRALinear):
+            raise ValueError(f"{WEIGHTS_NAME}: expected weights of layer {path!r}, got none")
+        if isinstance(module, _ADAPTED) and targets(adapter.config, path, module, model):
+            raise ValueError(
+                f"{WEIGHTS_NAME}: expected weights of layer {path!r}, which target_modules of "
+                f"{CONFIG_NAME} name, got none"
+            )
+
+
+def targets(config: dict[str, Any], path: str, module: nn.Module, model: nn.Module) -> bool:
+    """Whether PEFT would adapt the module at a path, by the fields that choose layers."""
+    names = config.get("target_modules")
+    if not path or names is None or _named(config.get("exclude_modules") or [], path):
+        return False
+    if isinstance(names, str) and names.lower() == "all-linear":
+        return isinstance(module, nn.Linear) and not _is_head(config, path, module, model)
+    if not _named(names, path):
+        return False
+    indices = config.get("layers_to_transform")
+    if isinstance(names, str) or path in names or indices is None or indices == []:
+        return True
+    patterns = config.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
+    for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+        match = re.match(expression, path)
+        if match:
+            index = int(match["idx"])
+            return index == indices if isinstance(indices, int) else index in indices
+    return False
+
+
+def _named(names: list[str] | str, path: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return path in names or any(path.endswith(f".{name}") for name in names)
+
+
+def _is_head(config: dict[str, Any], path: str, module: nn.Module, model: nn.Module) -> bool:
+    """Whether "all-linear" leaves a layer out, as PEFT does those of transformers' heads."""
+    root = next(bare for _, bare in bare_modules(model))
+    output = getattr(root, "get_output_embeddings", lambda: None)()
+    if output is None:
+        return config.get("task_type") == "SEQ_CLS" and path in ("score", "classifier")
+    return output is module
+
+
+def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """Return the first pattern's value that matches the path as PEFT matches it, else default."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
