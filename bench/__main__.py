@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from bench import layer, memory, overhead, report, step
+from bench import findings, layer, memory, overhead, report, step
 from bench.environment import describe_run, machine_name
 from bench.options import Options, parse
-from bench.providers import chosen
-from bench.results import FILE, Results
+from bench.providers import BY_NAME, chosen
+from bench.results import FILE, Results, load
 from bench.session import Session, start
 from bench.shapes import cases
 
@@ -38,8 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         planned = list(points(options))
     except ValueError as error:
-        print(f"python -m bench: error: --{error}", file=sys.stderr)
-        return 2
+        return _refused(f"--{error}")
+    if absent and options.providers != list(BY_NAME):  # all stand for those that are there
+        return _refused("; ".join(f"--providers: {name}: {why}" for name, why in absent.items()))
+    if not planned:
+        return _refused("nothing to measure")
     run = describe_run(options.device)
     print(machine_name(run), run["revision"], run["date"], sep=", ")
     for name, reason in absent.items():
@@ -77,7 +80,14 @@ def measure(planned: list[Point], session: Session, results: Results) -> int:
         print(f"\ninterrupted; {len(results)} rows kept", file=sys.stderr)
     finally:
         session.probe.close()
+    if not status and (complaint := findings.complaint(load(results.path)["rows"])):
+        status = _refused(complaint, 1)
     print(f"\nresults: {results.path}\nreport:  {report.write(results.path, results.path.parent)}")
+    return status
+
+
+def _refused(reason: str, status: int = 2) -> int:
+    print(f"python -m bench: error: {reason}", file=sys.stderr)
     return status
 
 

@@ -71,7 +71,10 @@ def _what(row: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print how far the files agree; the status is 1 where a quiet ratio differs by over 5 %."""
+    """Print how far the files agree.
+
+    The status is 1 where a quiet ratio differs by over 5 %, 2 where there is none to compare.
+    """
     parser = argparse.ArgumentParser(prog="python -m bench.agree", description=__doc__)
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
@@ -84,6 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
     for suite in dict.fromkeys(pair.suite for pair in found):
         own = [pair for pair in found if pair.suite == suite]
         print(f"{suite}: {_summary(own)}; quiet: {_summary([p for p in own if p.quiet])}")
+    if not any(pair.quiet for pair in found):
+        print("python -m bench.agree: error: no ratio is quiet in both files", file=sys.stderr)
+        return 2
     far = sorted((p for p in found if p.quiet and p.apart > AGREED), key=lambda p: -p.apart)
     for pair in far:
         print(f"  {pair.suite}, {pair.what}: {pair.first:.3f}, then {pair.second:.3f}")

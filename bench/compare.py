@@ -8,6 +8,7 @@ calls of `bench/watched.py` alternately, so that both meet the same moments of a
 
 import argparse
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from bench.timing import Spread
 from bench.watched import CASES, NAMES
+from lora_kernels._native import BUILT
 
 ROOT = Path(__file__).parents[1]
 NOISE = 0.05  # what two runs of one revision may be apart
@@ -67,15 +69,24 @@ def checked_out(revision: str, scratch: Path) -> Path:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    # Without the part that the working tree has, there would be nothing to compare it with.
+    parts = {"LORA_KERNELS_CPU": "1" if BUILT["cpu"] else "0", "LORA_KERNELS_CUDA": "0"}
+    environment = {**os.environ, **parts}
+    subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
 
 
 def ratios(new: Side, old: Side, rounds: int) -> Iterator[tuple[str, Spread]]:
-    """Yield each call that both can make, with the new revision's times over the old one's."""
+    """Yield each call that both can make, with the new revision's times over the old one's.
+
+    Raises:
+        RuntimeError: the new one can't make a call that the old one can.
+    """
     watched = [f"{what}/{name}" for what, name in product(CASES, NAMES)]
     for what in tqdm(watched, unit="call", leave=False):
-        if math.isnan(new.ms(what) + old.ms(what)):
+        if math.isnan(old.ms(what)):
             continue
+        if math.isnan(new.ms(what)):
+            raise RuntimeError(f"{what}: the working tree can't make this call any more")
         times: dict[Side, list[float]] = {old: [], new: []}
         for turn in range(rounds):
             for side in (old, new) if turn % 2 else (new, old):
@@ -106,8 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
         old = Side(taken / "lora_kernels", Path(scratch) / "old")
         try:
             print(f"time over {given.revision}'s; * more than {NOISE:.0%} apart")
+            compared = 0
             for what, ratio in ratios(new, old, given.rounds):
                 tqdm.write(line(what, ratio))
+                compared += 1
+            if not compared:
+                raise RuntimeError("no call that both revisions can make")
         except RuntimeError as error:
             print(f"python -m bench.compare: error: {error}", file=sys.stderr)
             return 2

@@ -9,7 +9,7 @@ from bench.gate import REFUSED, WRONG
 from bench.growth import fits
 from bench.providers import BY_NAME, OURS, REFERENCE, label
 from bench.shapes import GROWTH, MODES
-from bench.tables import case_of
+from bench.tables import case_of, is_measured
 from bench.timing import TIMED
 
 
@@ -78,6 +78,18 @@ def faults(rows: dict[str, list[Any]]) -> list[str]:
         if getattr(row, "reason", "") and state != REFUSED:
             found.append(f"{suite}, {case_of(row)}, {_who(row)}: {state}: {row.reason}")
     return found
+
+
+def complaint(rows: dict[str, list[Any]]) -> str | None:
+    """Return why a run shows nothing: no row holds a figure, or one of ours is wrong."""
+    everything = [row for _, row in _all(rows)]
+    if not any(map(is_measured, everything)):
+        return "nothing was measured"
+    for row in everything:
+        ours = getattr(row, "provider", getattr(row, "call", None)) in OURS
+        if ours and not is_measured(row) and getattr(row, "state", WRONG) == WRONG:
+            return f"{case_of(row)}, {_who(row)}: {row.reason}"
+    return None
 
 
 def exceeded(rows: dict[str, list[Any]]) -> list[str]:

@@ -52,17 +52,22 @@ if [ -z "$dry" ]; then
     suites=(--device cuda --seconds 0.5 --shapes llama3-8b,qwen3-4b,growth)
     steps=(--device cuda --seconds 5)
     provider=triton
+    parts="cpu cuda triton gpu"
 else
     parity=(tests/test_parity.py -k "cpu and not lesser")
     suites=(--device cpu --quick --seconds 0.05 --shapes minilm --providers cpu)
     steps=(--device cpu --quick --seconds 0.5 --providers cpu)
     provider=cpu
+    parts=cpu
 fi
 
 # torch and triton stay those of the machine.
 on_gpu requirements 120 bash -c "grep -vE '^(torch|triton)==' requirements-dev.txt | $python -m pip install -r /dev/stdin"
 on_gpu build 120 "$python" -m pip install -v --no-deps --no-build-isolation -e .
 step info 30 "$python" -m lora_kernels info
+# What is absent would only be skipped; the other steps show what is there.
+step parts 60 env LORA_KERNELS_TEST_NEEDS="$parts" \
+    "$python" -m pytest --no-cov -q --collect-only tests/test_package.py
 step parity 420 "$python" -m pytest --no-cov -q "${parity[@]}"
 on_gpu tune 240 "$python" -m lora_kernels tune --shapes 8192x4096x4096x16
 step layer 300 "$python" -m bench --suite layer,overhead,memory "${suites[@]}" --out "$folder/layer"
@@ -74,6 +79,10 @@ for direction in forward backward; do
     else
         step "ncu-$direction" 60 ncu --profile-from-start off --set full \
             -o "$folder/$direction" "${call[@]}"
+        if [ ! -s "$folder/$direction.ncu-rep" ]; then # ncu ends with 0 where it saw no kernel
+            echo "ncu-$direction: no report" | tee -a "$folder/steps.txt"
+            failed=1
+        fi
     fi
 done
 echo "results: $folder ($SECONDS s)"

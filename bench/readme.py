@@ -50,12 +50,15 @@ def with_block(text: str, results: Path) -> str:
     """Return the README's text with the block of a results file.
 
     Raises:
-        ValueError: the text has no such block, or the file is none of results.
+        ValueError: the text has no such block, or the file has no results for it.
     """
     if not BLOCK.search(text):
         raise ValueError(f"README.md: expected a block like {BLOCK.pattern!r}, got none")
     name = results.resolve().relative_to(ROOT).as_posix()
-    body = "\n".join(block(load(results), name))
+    heading, *tables = block(load(results), name)
+    if not tables:
+        raise ValueError(f"{name}: expected rows for the tables, got none")
+    body = "\n".join([heading, *tables])
     replaced = f"<!-- measured: {name} -->\n{body}\n<!-- measured ends -->"
     return BLOCK.sub(lambda _: replaced, text, count=1)
 

@@ -42,27 +42,32 @@ def jobs() -> Iterator[Job]:
             yield job
 
 
-def fits(job: Job) -> bool:
-    """Whether the job's large kernel compiles and spills no more than allowed."""
+def fits(job: Job) -> bool | None:
+    """Whether the job's large kernel spills no more than allowed; None if it can't be compiled."""
     try:
         used = inspect_job(job)[-1]
     except Exception as error:  # Triton raises many kinds where a kernel can't be compiled
         print(f"{key_of(job)} rank {job.layer.r}: {str(error)[:100]}")
-        return False
+        return None
     return used.registers >= LEAST_REGISTERS and used.spill_bytes <= spill_limit(job.arch)
 
 
-def spill_free_ranks(of_a_row: list[Job]) -> list[int]:
-    """Return the ranks that fit, smallest first; after two that don't, larger ones aren't tried."""
+def spill_free_ranks(of_a_row: list[Job]) -> tuple[list[int], bool]:
+    """Return the ranks that fit, smallest first, and whether any rank could be compiled.
+
+    After two that don't fit, larger ones aren't tried.
+    """
     found: list[int] = []
-    failures = 0
+    compiled, failures = False, 0
     for job in sorted(of_a_row, key=lambda job: job.layer.r):
-        if fits(job):
+        fitting = fits(job)
+        compiled |= fitting is not None
+        if fitting:
             found.append(job.layer.r)
             failures = 0
         elif (failures := failures + 1) == 2:
             break
-    return found
+    return found, compiled
 
 
 def key_of(job: Job) -> str:
@@ -81,9 +86,14 @@ def main() -> None:
         everything.setdefault(key_of(job), []).append(job)
     table = {key: ranks for key, ranks in spill_free().items() if key in everything}
     todo = {key: row for key, row in everything.items() if options.only in key}
+    if not todo:
+        parser.error(f"--only: expected a part of a row's key, got {options.only!r}")
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         found = tqdm(pool.map(spill_free_ranks, todo.values()), total=len(todo))
-        table |= dict(zip(todo, found, strict=True))
+        ranks, compiled = zip(*found, strict=True)
+    if not any(compiled):
+        raise SystemExit(f"nothing could be compiled; {TABLE} stays as it is")
+    table |= dict(zip(todo, ranks, strict=True))
     table = {key: ranks for key, ranks in table.items() if ranks}
     rows = (f"  {json.dumps(key)}: {json.dumps(ranks)}" for key, ranks in sorted(table.items()))
     TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")

@@ -62,7 +62,7 @@ class Section:
 
 def sections(rows: dict[str, list[Any]]) -> list[Section]:
     """Return the page's sections in their order; a suite without rows has none."""
-    timed = {suite: [r for r in given if _is_timed(r)] for suite, given in rows.items()}
+    timed = {suite: [r for r in given if is_measured(r)] for suite, given in rows.items()}
     shapes = [row for row in timed.get("layer", []) if row.case.model != GROWTH]
     sweeps = [row for row in timed.get("layer", []) if row.case.model == GROWTH]
     wanted: list[tuple[str, str, tuple[str, ...], list[Column], Sequence[Any]]] = [
@@ -89,7 +89,8 @@ def sections(rows: dict[str, list[Any]]) -> list[Section]:
     ]
 
 
-def _is_timed(row: Any) -> bool:
+def is_measured(row: Any) -> bool:
+    """Whether a row holds figures, not only the reason why it has none."""
     return getattr(row, "state", TIMED) == TIMED and not getattr(row, "reason", "")
 
 

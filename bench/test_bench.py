@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.timing import threads
-from bench.watched import CASES, NAMES, call_of
+from bench.watched import CASES, NAMES, AbsentError, call_of
 
 
 @pytest.mark.parametrize(("case", "name"), list(product(CASES, NAMES)))
@@ -17,6 +17,6 @@ def test_call(benchmark: Any, case: str, name: str) -> None:
     with threads(1):
         try:
             call = call_of(case, name)
-        except RuntimeError as error:
+        except AbsentError as error:
             pytest.skip(str(error))
         benchmark(call)

@@ -32,17 +32,23 @@ CASES: dict[str, Case | step.StepCase] = {
 SECONDS = 0.01  # of calls in one answer
 
 
+class AbsentError(RuntimeError):
+    """A provider can't serve a case on this machine."""
+
+
 def call_of(what: str, name: str) -> Callable[[], Any]:
     """Return a case's call by a provider, which the gate has passed.
 
     Raises:
-        RuntimeError: the provider can't serve the case here, or is wrong.
+        AbsentError: the provider can't serve the case here.
+        RuntimeError: it is wrong.
     """
     case, provider = CASES[what], BY_NAME[name]
     asked = case if isinstance(case, Case) else TINY
-    reason = provider.absence("cpu") or provider.refuse(asked) or Gate(asked, "cpu").fault(provider)
-    if reason is not None:
-        raise RuntimeError(f"{what}, {name}: {reason}")
+    if (reason := provider.absence("cpu") or provider.refuse(asked)) is not None:
+        raise AbsentError(f"{what}, {name}: {reason}")
+    if (fault := Gate(asked, "cpu").fault(provider)) is not None:
+        raise RuntimeError(f"{what}, {name}: {fault}")
     if isinstance(case, Case):
         return make_slots([provider], case, "cpu", 1)[0][0]
     return step.Step(case, provider, "cpu")

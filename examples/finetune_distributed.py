@@ -57,6 +57,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.data == "ddp" and args.tensor_parallel > 1:
         parser.error("--data ddp: DistributedDataParallel takes no split tensors; use fsdp")
+    if args.steps < 1:
+        parser.error(f"--steps: expected at least 1, got {args.steps}")
     if "RANK" not in os.environ:
         parser.error("start this with torchrun; see the top of the file")
     return args

@@ -1,5 +1,9 @@
-"""Shared fixtures: a fresh, printed seed for every run, and poisoned uninitialised memory."""
+"""Shared fixtures: a fresh, printed seed for every run, and poisoned uninitialised memory.
 
+LORA_KERNELS_TEST_NEEDS names what must be there, such as "cpu cuda": without it tests would skip.
+"""
+
+import importlib.util
 import os
 import random
 from pathlib import Path
@@ -10,6 +14,21 @@ import torch
 from lora_kernels import _native
 
 SEED = int(os.environ.get("LORA_KERNELS_TEST_SEED") or random.SystemRandom().randrange(1 << 31))
+
+
+def _module(name):
+    return None if importlib.util.find_spec(name) else f"module {name} can't be imported"
+
+
+# Why something isn't there, or None.
+ABSENCES = {
+    "cpu": lambda: _native.absence("cpu"),
+    "cuda": lambda: _native.absence("cuda"),
+    "triton": lambda: _module("triton"),
+    "machine": lambda: _module("ptxvm"),
+    "gpu": lambda: None if torch.cuda.is_available() else "torch finds no CUDA GPU",
+}
+NAMES = ", ".join(ABSENCES)
 
 
 def pytest_report_header(config):
@@ -23,6 +42,12 @@ def pytest_configure(config):
     # `make sanitize` tests an instrumented build of the compiled part.
     if library := os.environ.get("LORA_KERNELS_TEST_LIBRARY"):
         _native.LIBRARIES["cpu"] = Path(library)
+    needs = os.environ.get("LORA_KERNELS_TEST_NEEDS", "").split() + ["cpu"] * bool(library)
+    for name in needs:
+        if name not in ABSENCES:
+            raise pytest.UsageError(f"LORA_KERNELS_TEST_NEEDS: expected {NAMES}, got {name}")
+        if (reason := ABSENCES[name]()) is not None:
+            raise pytest.UsageError(f"LORA_KERNELS_TEST_NEEDS: {name}: {reason}")
     # Plans measured on this machine must not decide what is tested.
     os.environ["LORA_KERNELS_TUNED"] = os.devnull
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left alone (compiled code)")

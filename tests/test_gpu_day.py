@@ -27,11 +27,11 @@ def test_gpu_day_goes_through_its_steps(tmp_path, status):
     assert done.returncode == bool(status), done.stderr
     named = [line.split(":")[0] for line in done.stdout.splitlines()]
     assert named == [
-        "requirements", "build", "info", "parity", "tune", "layer", "step",
+        "requirements", "build", "info", "parts", "parity", "tune", "layer", "step",
         "call-forward", "call-backward", "results",
     ]  # fmt: skip
-    assert len((tmp_path / "calls").read_text().splitlines()) == 6
-    assert done.stdout.count(f"status {status}") == 6
+    assert len((tmp_path / "calls").read_text().splitlines()) == 7
+    assert done.stdout.count(f"status {status}") == 7
 
 
 def test_gpu_day_starts_nothing_when_its_time_is_over(tmp_path):

@@ -78,7 +78,7 @@ def _matrix_instructions(library: Path) -> dict[tuple[str, str], Counter[str]]:
 
 
 def main(json_file: Path | None) -> int:
-    """Print the table; return 1 if a kernel has a fault or there is no compiled part, else 0."""
+    """Print the table; return 1 if a kernel has a fault or there is none, else 0."""
     reason = absence("cuda")
     if reason is not None:
         print(f"compiled CUDA part: {reason}")
@@ -94,4 +94,4 @@ def main(json_file: Path | None) -> int:
     print(f"{len(found)} kernels, {faulty} with faults; compiled, not run on a GPU")
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(report) for report in found], indent=1) + "\n")
-    return 1 if faulty else 0
+    return 1 if faulty or not found else 0

@@ -276,7 +276,7 @@ TABLE_HEAD = (
 def main(
     archs: list[int], ranks: list[int], only: str, json_file: Path | None, dump: Path | None
 ) -> int:
-    """Print the table; return 1 if a kernel has a fault, else 0."""
+    """Print the table; return 1 if a kernel has a fault or there is none, else 0."""
     everything = chain(shipped_jobs(archs, ranks), thin_jobs(archs, ranks))
     jobs = [j for j in everything if refusal(j) is None and only in label(j)]
     print(TABLE_HEAD)
@@ -295,4 +295,4 @@ def main(
         json_file.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
     if dump is not None:
         gather_manifest(dump)
-    return 1 if faulty else 0
+    return 1 if faulty or not reports else 0

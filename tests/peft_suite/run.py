@@ -3,18 +3,22 @@
     make peft-suite ARGS="--report report.md"
     python tests/peft_suite/run.py peft-0.21.0 test_lora_variants.py   # files of an unpacked sdist
 
-Half an hour on one core. Exits with 1 where a test passes unpatched and does not patched.
+Half an hour on one core. Exits with 1 where a test passes unpatched and does not patched, and where
+less ran than baseline.json says: see `faults`. --write-baseline writes that file.
 """
 
 import argparse
 import collections
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 # The files with tests of LoRA on the CPU; the others are of other methods or need a GPU.
 FILES = [
@@ -26,27 +30,50 @@ FILES = [
     "test_custom_models", "test_decoder_models", "test_target_parameters",
 ]  # fmt: skip
 HERE = Path(__file__).resolve().parent
+BASELINE = HERE / "baseline.json"
+ENDED = {0: "", 1: ""}  # pytest's status where it ran tests: all passed, some failed
+ENDED |= {2: "a file can't be collected", 4: "no such file", 5: "no test of LoRA in it"}
+
+
+class Run(NamedTuple):
+    """One file's run.
+
+    found: {test: (outcome, reason)}; layers, calls: how many were patched and fused; fault: why
+    pytest ran no tests, or "".
+    """
+
+    found: dict[str, tuple[str, str]]
+    layers: int
+    calls: int
+    fault: str
+
+    @property
+    def passed(self):
+        """The tests that passed."""
+        return {test for test, (outcome, _) in self.found.items() if outcome == "passed"}
 
 
 def run_file(suite, name, patch, folder):
-    """Run one file; return {test: (outcome, reason)} and pytest's last lines."""
+    """Run one file of the suite by a pytest of its own."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "LORA_KERNELS_PATCH": str(int(patch)),
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
     }
     results = Path(folder, f"{name}-{patch}.xml")
     command = [sys.executable, "-m", "pytest", f"tests/{name}.py", "-p", "hubless", "-q"]
     command += ["-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["--tb=line", f"--junitxml={results}"]
     done = subprocess.run(command, cwd=suite, env=environment, capture_output=True, text=True)
-    if not results.exists():
-        raise SystemExit(f"{name}: pytest wrote no results\n{done.stdout[-2000:]}{done.stderr}")
-    counted = re.findall(r"\d+ layers patched, \d+ calls fused", done.stdout)
-    return outcomes(results), counted[-1] if counted else ""
+    fault = ENDED.get(done.returncode, f"pytest ended with {done.returncode}")
+    if fault:
+        last = (done.stdout + done.stderr).strip().splitlines()[-8:]
+        return Run({}, 0, 0, "\n    ".join([fault, *last]))
+    counted = re.findall(r"(\d+) layers patched, (\d+) calls fused", done.stdout)
+    return Run(outcomes(results), *map(int, counted[-1]), "")
 
 
 def outcomes(results):
@@ -62,35 +89,62 @@ def outcomes(results):
     return found
 
 
+def counts(plain, patched, excused):
+    """Return what the baseline holds of a file, each a least number."""
+    return {
+        "tests": min(len(plain.found), len(patched.found)),
+        "passed unpatched": len(plain.passed - set(excused)),
+        "layers patched": patched.layers,
+        "calls fused": min(patched.calls, 1),
+    }
+
+
+def faults(name, plain, patched, baseline):
+    """Say where less of a file ran than the baseline's numbers."""
+    for label, run in (("unpatched", plain), ("patched", patched)):
+        if run.fault:
+            return [f"{name}, {label}: {run.fault}"]
+    if name not in baseline["files"]:
+        return [f"{name}: not in {BASELINE.name}"]
+    got = counts(plain, patched, baseline["excused"])
+    return [
+        f"{name}: {what}: expected at least {least}, got {got[what]}"
+        for what, least in baseline["files"][name].items()
+        if got[what] < least
+    ]
+
+
 def short(reason):
     """Return what a reason says first, without names and numbers that differ from test to test."""
     line = next(iter(reason.splitlines()), "")
     return re.sub(r"'[^']*'|/\S+|\d+\.\d+\S*", "…", line)[:120]
 
 
-def report_of(runs):
+def report_of(runs, excused):
     """Return the report's lines, and the tests that pass unpatched and not patched."""
     lines = [
         "| file | passed | failed | skipped | baseline: passed, failed, skipped | patched, fused |"
     ]
     lines += ["|---|---|---|---|---|---|"]
     total, worse, reasons = collections.Counter(), [], collections.Counter()
-    for name, (plain, patched, counted) in runs.items():
+    for name, (plain, patched) in runs.items():
         row = []
-        for label, found in (("patched", patched), ("plain", plain)):
-            count = collections.Counter(outcome for outcome, _ in found.values())
+        for label, run in (("patched", patched), ("plain", plain)):
+            count = collections.Counter(outcome for outcome, _ in run.found.values())
             total.update({(label, outcome): n for outcome, n in count.items()})
             row.append([count[outcome] for outcome in ("passed", "failed", "skipped")])
-        ours, theirs = row
-        lines.append(
-            f"| {name} | {' | '.join(map(str, ours))} | {', '.join(map(str, theirs))} | {counted} |"
-        )
-        for test, (outcome, reason) in patched.items():
-            before = plain.get(test, ("absent", ""))[0]
-            if outcome != "passed" and before == "passed":
-                worse.append(f"{test}: {outcome}: {short(reason)}")
-            elif outcome != "passed":
+        ours, theirs = (", ".join(map(str, figures)) for figures in row)
+        counted = f"{patched.layers}, {patched.calls}"
+        lines.append(f"| {name} | {ours.replace(',', ' |')} | {theirs} | {counted} |")
+        for test, (outcome, reason) in patched.found.items():
+            if outcome == "passed":
+                continue
+            if test not in plain.passed:
                 reasons[f"{outcome}, unpatched too: {short(reason)}"] += 1
+            elif test in excused:
+                reasons[f"{outcome}, excused: {test}: {excused[test]}"] += 1
+            else:
+                worse.append(f"{test}: {outcome}: {short(reason)}")
     for label in ("patched", "plain"):
         figures = [f"{total[label, o]} {o}" for o in ("passed", "failed", "skipped")]
         lines.append(f"\n{label}: {', '.join(figures)}")
@@ -98,25 +152,55 @@ def report_of(runs):
     return [*lines, *(f"{n} {reason}" for reason, n in reasons.most_common())], worse
 
 
-def main():
-    """Run the files named, or all of them."""
+def version_of(suite):
+    """Return the version of PEFT that a suite belongs to."""
+    text = (suite / "src" / "peft" / "__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+)"', text, re.MULTILINE)[1]
+
+
+def options(arguments):
+    """Read the command line; what is no suite of the installed PEFT ends the run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", type=Path, help="unpacked source distribution of PEFT")
     parser.add_argument("files", nargs="*", default=FILES, help="test files, all by default")
     parser.add_argument("--report", type=Path, help="where to write the report besides printing it")
-    arguments = parser.parse_args()
-    runs = {}
+    parser.add_argument("--write-baseline", action="store_true", help=f"write {BASELINE.name}")
+    given = parser.parse_args(arguments)
+    try:
+        version, installed = version_of(given.suite), metadata.version("peft")
+    except OSError as error:
+        parser.error(f"suite: expected a source distribution of PEFT, {error}")
+    if version != installed:
+        parser.error(f"suite: expected PEFT {installed}, which is installed, got {version}")
+    return given, version
+
+
+def main(arguments=None):
+    """Run the files named, or all of them."""
+    given, version = options(arguments)
+    baseline = json.loads(BASELINE.read_text())
+    if baseline["peft"] != version and not given.write_baseline:
+        print(f"{BASELINE.name} is of PEFT {baseline['peft']}: --write-baseline", file=sys.stderr)
+        return 2
+    # The tests import each other as a package; the source distribution leaves its mark out.
+    (given.suite / "tests" / "__init__.py").touch()
+    runs, less, worse = {}, [], []
     with tempfile.TemporaryDirectory(prefix="peft-suite-") as folder:
-        for name in (file.removesuffix(".py") for file in arguments.files):
-            plain, _ = run_file(arguments.suite, name, False, folder)
-            patched, counted = run_file(arguments.suite, name, True, folder)
-            runs[name] = plain, patched, counted
-            lines, worse = report_of(runs)
-            print(f"{name}: {len(patched)} tests, {len(worse)} worse so far", flush=True)
-            if arguments.report:
-                arguments.report.write_text("\n".join(lines) + "\n")
+        for name in (file.removesuffix(".py") for file in given.files):
+            plain, patched = (run_file(given.suite, name, patch, folder) for patch in (False, True))
+            runs[name] = plain, patched
+            if given.write_baseline and not plain.fault + patched.fault:
+                baseline["files"][name] = counts(plain, patched, baseline["excused"])
+            less += faults(name, plain, patched, baseline)
+            lines, worse = report_of(runs, baseline["excused"])
+            lines += ["\nLess than the baseline:", *less] if less else []
+            print(f"{name}: {len(patched.found)} tests, {len(worse)} worse so far", flush=True)
+            if given.report:
+                given.report.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    return 1 if worse else 0
+    if given.write_baseline:
+        BASELINE.write_text(json.dumps({**baseline, "peft": version}, indent=1) + "\n")
+    return 1 if worse or less else 0
 
 
 if __name__ == "__main__":

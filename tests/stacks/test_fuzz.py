@@ -22,6 +22,7 @@ from tests.conftest import SEED
 from tests.stacks.models import assert_close, gradients, peft, randomize
 
 CASES = int(os.environ.get("LORA_KERNELS_FUZZ", "200"))
+assert CASES > 0, f"LORA_KERNELS_FUZZ: expected a number of cases, got {CASES}"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 settings = hypothesis.settings(
     deadline=None,
@@ -277,5 +278,5 @@ class Model(stateful.RuleBasedStateMachine):
 def test_sequences_of_changes_do_what_they_do_to_a_peft_model():
     stateful.run_state_machine_as_test(
         hypothesis.seed(SEED)(Model),
-        settings=hypothesis.settings(settings, max_examples=CASES // 4, stateful_step_count=20),
+        settings=hypothesis.settings(settings, max_examples=-(-CASES // 4), stateful_step_count=20),
     )
