@@ -1,7 +1,6 @@
 // lora_kernels::lora_linear_{forward,backward}_cuda, and cuda_recorded: the same calls with their launches
 // written down instead of made, for machines that execute the kernels' code. Schemas stand in lora_kernels/ops.py.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -13,9 +12,6 @@
 
 #include "calls.h"
 #include "runtime.h"
-
-// Of torch's CUDA builds; the library loads beside others too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace lora_kernels {
 
@@ -48,11 +44,9 @@ Tensor zeros_of(const Tensor& like, int count, int device, void* stream) {
 struct Gpu {
   int index;
   torch::stable::accelerator::DeviceGuard guard;
-  void* stream = nullptr;
+  void* stream;
 
-  explicit Gpu(const Tensor& t) : index(t.get_device_index()), guard(index) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-  }
+  explicit Gpu(const Tensor& t) : index(t.get_device_index()), guard(index), stream(current_stream(index)) {}
   Target target() {
     return {device_of(index), empty, [this](const Tensor& like, int count) { return zeros_of(like, count, index, stream); },
             [this](const Launch& how, const void* params, size_t) { launch(how, params, stream); }, encoded,
