@@ -34,7 +34,7 @@ def _handed(given, rows, ranks, low):
         "high": torch.empty(words, dtype=torch.int32), "low": torch.empty(left, dtype=torch.int32),
     }  # fmt: skip
     constants = {"ROWS": rows, "RANKS": ranks, "LOW": low, "warps": 4, "stages": 2}
-    launch(there_and_back, given.shape[0], args, constants)
+    launch(there_and_back, given.shape[0], args, constants, waits=False)
     return args["taken"]
 
 

@@ -11,10 +11,14 @@ from lora_kernels._triton.device import Device, of_gpu
 
 
 class Options(NamedTuple):
-    """How a kernel is compiled, beside its constants."""
+    """How a kernel is compiled, beside its constants, and launched.
+
+    waits: whether programs wait for each other, so that all must be resident together.
+    """
 
     warps: int
     stages: int
+    waits: bool = False
 
 
 class Executor(Protocol):
@@ -49,13 +53,13 @@ class Gpu:
     def run(
         self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
     ) -> None:
-        """Launch cooperatively: programs that wait for others must be resident together."""
+        """Launch on the current stream; cooperatively where programs wait for each other."""
         kernel[(grid,)](
             **args,
             **constants,
             num_warps=how.warps,
             num_stages=how.stages,
-            launch_cooperative_grid=grid > 1,
+            launch_cooperative_grid=how.waits,
         )
 
 
@@ -86,14 +90,18 @@ def using(executor: Executor) -> Iterator[None]:
         _EXECUTOR.reset(token)
 
 
-def launch(kernel: Any, grid: int, args: dict[str, Any], config: dict[str, Any]) -> None:
+def launch(
+    kernel: Any, grid: int, args: dict[str, Any], config: dict[str, Any], *, waits: bool
+) -> None:
     """Run a kernel: every launch of the package passes here.
 
     Args:
         kernel: a Triton kernel.
-        grid: number of programs, at most `current().programs(...)` where programs wait.
+        grid: number of programs, at most `current().programs(...)` if `waits`.
         args: run-time arguments by name, in the kernel's order; None stands for an absent one.
         config: constants by name, with "warps" and "stages".
+        waits: whether programs wait for each other.
     """
     constants = {name: value for name, value in config.items() if name not in ("warps", "stages")}
-    current().run(kernel, grid, args, constants, Options(config["warps"], config["stages"]))
+    how = Options(config["warps"], config["stages"], waits)
+    current().run(kernel, grid, args, constants, how)

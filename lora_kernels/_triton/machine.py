@@ -49,7 +49,16 @@ class Machine:
     def run(
         self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
     ) -> None:
-        """Compile, execute, and check that nothing was reported."""
+        """Compile, execute, and check that nothing was reported.
+
+        Raises:
+            RuntimeError: more programs wait for each other than are resident; a driver says so too.
+        """
+        if how.waits and grid > self.resident:
+            raise RuntimeError(
+                f"grid: expected at most {self.resident} programs that wait for each other, the "
+                f"resident ones, got {grid}"
+            )
         compiled = compile_for(self.target, kernel, args, constants, how)
         ptx = compiled.asm["ptx"]
         if self.alone is not None:

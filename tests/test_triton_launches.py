@@ -1,0 +1,119 @@
+"""The launches that plans lead to, recorded, against what drivers refuse."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from lora_kernels._triton.config import Layer, shared_bytes
+from lora_kernels._triton.device import estimated, known
+from lora_kernels._triton.plan import plan
+from lora_kernels.testing import Case, assert_parity, make_inputs
+from tests.executors import Machine, fix_plan, needs_compiler, needs_machine, running
+
+GPUS = [
+    known("NVIDIA A100-SXM4-80GB"),
+    known("NVIDIA H100 80GB HBM3"),
+    known("NVIDIA B200"),
+    known("NVIDIA L40S"),
+    known("NVIDIA GeForce RTX 4090"),
+    known("NVIDIA GeForce RTX 5090"),
+    estimated("a GPU of tomorrow", (13, 1), 100),
+    estimated("a small one", (8, 7), 16),
+]
+ROWS = (1, 300, 8192, 16384, 131072)
+RANKS = (16, 64, 128, 256)
+MOST_THREADS, MOST_REGISTERS = 1024, 255  # of a program; of a thread, where all are taken
+
+
+def _launches(layer, device):
+    """What a planned call launches, and bytes of shared memory that each program may need."""
+    from lora_kernels._triton.record import launches
+
+    config = plan(layer, device).config
+    dtype = torch.bfloat16 if layer.bits == 16 else torch.float32
+    for launch in launches(layer, config, device, dtype, "meta"):
+        if launch.kernel.__name__ == "thin_kernel":
+            c = launch.constants
+            step = (c["BLOCK_M"] + c["BLOCK_R"]) * c["BLOCK_L"]
+            yield launch, layer.bits // 8 * launch.how.stages * step
+        else:
+            yield launch, shared_bytes(config, layer, device)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dropout", [False, True], ids=["p0", "p"])
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("device", GPUS, ids=lambda d: d.name)
+def test_no_planned_launch_is_refused(device, bits, dropout):
+    """By blocks, threads, shared memory, registers; by residency where programs wait."""
+    from lora_kernels._triton.compiler import Resources
+    from lora_kernels._triton.inspect import resident
+
+    split = 0
+    for m, r, backward in product(ROWS, RANKS, (False, True)):
+        layer = Layer(m, 4096, 4096, r, bits, dropout, True, backward)
+        for launch, shared in _launches(layer, device):
+            fit = resident(Resources(MOST_REGISTERS, 0, shared), launch.how.warps, device)
+            what = f"{layer}: {launch.kernel.__name__}, {launch.grid} programs, {launch.how}"
+            assert 1 <= launch.grid < 1 << 31, what
+            assert 32 * launch.how.warps <= MOST_THREADS, what
+            assert shared <= device.shared_bytes, what
+            assert fit >= 1, what
+            if launch.how.waits:
+                assert launch.grid <= fit * device.multiprocessors, what
+            else:
+                split += 1
+                assert launch.grid <= 4 * device.multiprocessors, what
+    assert split or (bits, dropout) == (16, False)  # for some rank xa is made by itself
+
+
+@needs_compiler
+@pytest.mark.parametrize("producers", [0, 1])
+@pytest.mark.parametrize("needs", list(product([False, True], repeat=4))[1:], ids=str)
+def test_programs_wait_where_they_say_so(needs, producers):
+    """For those that make dxa, or draw the mask that they share; only then are they cooperative."""
+    from lora_kernels._triton.config import Config
+    from lora_kernels._triton.record import launches
+
+    config = Config(128, 128, 64, 8, 3, producers)
+    for dropout in (False, True):
+        layer = Layer(512, 512, 512, 16, 16, dropout, True, True, needs)
+        *thin, large = launches(layer, config, GPUS[0], memory="meta")
+        makes_dxa = needs[0] or needs[1]
+        assert large.how.waits == ((producers and makes_dxa) or (dropout and all(needs[:2])))
+        assert not any(launch.how.waits for launch in thin)
+
+
+@needs_machine
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_more_rows_than_the_first_launch_of_two_has_programs(target, monkeypatch):
+    """Of the thin product as many programs as are of use, each with several row panels."""
+    from lora_kernels._triton import cost
+
+    fix_plan(monkeypatch, producers=0)
+    machine = Machine(target, resident=2)
+    case = Case((600,), 72, 136, 16, torch.bfloat16, dropout_p=0.1)
+    with running(machine):
+        assert_parity(case, make_inputs(case), "triton")
+    layer = Layer(600, 72, 136, 16, 16, True)
+    panels = -(-600 // cost.thin_config(layer, machine.device(torch.empty(0))).rows)
+    assert panels > 8  # programs
+
+
+@needs_machine
+def test_the_machine_refuses_more_waiting_programs_than_run_together(monkeypatch):
+    from lora_kernels._triton import linear
+
+    class More(Machine):
+        def programs(self, device):
+            return 3
+
+    fix_plan(monkeypatch)
+    monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
+    case = Case((150,), 72, 136, 16, torch.bfloat16)
+    with (
+        running(More(80, resident=2)),
+        pytest.raises(RuntimeError, match="grid: expected at most 2 programs that wait"),
+    ):
+        assert_parity(case, make_inputs(case), "triton")
