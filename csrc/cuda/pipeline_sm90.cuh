@@ -93,7 +93,8 @@ struct CopyingSide {
   // Waits for another program. All lanes of a warp ask, so that none waits at the barrier for another.
   __device__ void wait(const int* flag, int arrivals) const {
     if (threadIdx.x / 32 == S::kThreads / 32) {
-      while (!__all_sync(0xFFFFFFFFu, acquire_load(flag) >= arrivals)) __nanosleep(32);
+      const Wait wait;
+      while (!__all_sync(0xFFFFFFFFu, acquire_load(flag) >= arrivals)) wait.pause();
     }
     synchronize<2, kHopperCopying>();
   }

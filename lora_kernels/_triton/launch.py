@@ -39,6 +39,13 @@ class Executor(Protocol):
         ...
 
 
+_WHAT_TO_TRY = (
+    "Programs wait for each other, at most half a minute: where a GPU leaves them fewer "
+    "multiprocessors than it has (MPS, green contexts), try impl='eager'. With "
+    "CUDA_LAUNCH_BLOCKING=1 the failing launch itself is named."
+)
+
+
 class Gpu:
     """Runs kernels by Triton's own launcher, on the current stream of the tensors' device."""
 
@@ -53,14 +60,26 @@ class Gpu:
     def run(
         self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
     ) -> None:
-        """Launch on the current stream; cooperatively where programs wait for each other."""
-        kernel[(grid,)](
-            **args,
-            **constants,
-            num_warps=how.warps,
-            num_stages=how.stages,
-            launch_cooperative_grid=how.waits,
-        )
+        """Launch on the current stream; cooperatively where programs wait for each other.
+
+        Raises:
+            RuntimeError: compilation or the driver fails; or a launch before has, by giving up a
+                wait for instance, unless CUDA_LAUNCH_BLOCKING=1 makes each one tell by itself.
+        """
+        try:
+            kernel[(grid,)](
+                **args,
+                **constants,
+                num_warps=how.warps,
+                num_stages=how.stages,
+                launch_cooperative_grid=how.waits,
+            )
+        except Exception as error:
+            together = ", all resident together," if how.waits else ""
+            raise RuntimeError(
+                f"{kernel.__name__}: launch of {grid} programs of {32 * how.warps} threads"
+                f"{together} failed: {error}\n{_WHAT_TO_TRY}"
+            ) from error
 
 
 _GPU = Gpu()
