@@ -8,6 +8,7 @@ import torch
 from lora_kernels import lora_linear
 from lora_kernels._triton.config import Layer, shared_bytes
 from lora_kernels._triton.device import estimated, known
+from lora_kernels._triton.launch import Gpu, Options
 from lora_kernels._triton.plan import plan
 from lora_kernels.testing import Case, assert_parity, make_inputs
 from tests.executors import Machine, fix_plan, needs_compiler, needs_machine, running
@@ -155,3 +156,42 @@ def test_a_wait_without_end_ends_by_an_error(direction, monkeypatch):
             flags.fill_(-9)
             with pytest.raises(Exception, match="trap executed"):
                 y.backward(inputs.dy)
+
+
+class _Kernel:
+    """Notes what it is launched with; fails as a driver does if told to."""
+
+    __name__ = "forward_kernel"
+
+    def __init__(self, error=None):
+        self.error, self.given = error, {}
+
+    def __getitem__(self, grid):
+        def launch(**given):
+            self.given = {"grid": grid, **given}
+            if self.error is not None:
+                raise self.error
+
+        return launch
+
+
+def test_what_a_gpu_is_asked_for():
+    """FP fusion by name: by default a later Triton leaves it out, and results change."""
+    for waits in (False, True):
+        kernel = _Kernel()
+        Gpu().run(kernel, 7, {"x": 1}, {"N": 2}, Options(4, 3, waits))
+        assert kernel.given == {
+            "grid": (7,), "x": 1, "N": 2, "num_warps": 4, "num_stages": 3,
+            "launch_cooperative_grid": waits, "enable_fp_fusion": True,
+        }  # fmt: skip
+
+
+def test_an_error_of_a_launch_names_the_kernel_and_what_to_try():
+    kernel = _Kernel(RuntimeError("Triton Error [CUDA]: unspecified launch failure"))
+    with pytest.raises(RuntimeError) as found:
+        Gpu().run(kernel, 132, {}, {}, Options(8, 3, True))
+    said = str(found.value)
+    assert "forward_kernel: launch of 132 programs of 256 threads, all resident together" in said
+    assert "unspecified launch failure" in said
+    assert "impl='eager'" in said
+    assert found.value.__cause__ is kernel.error

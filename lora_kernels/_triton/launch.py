@@ -73,6 +73,7 @@ class Gpu:
                 num_warps=how.warps,
                 num_stages=how.stages,
                 launch_cooperative_grid=how.waits,
+                enable_fp_fusion=True,  # Triton's own default is said to change
             )
         except Exception as error:
             together = ", all resident together," if how.waits else ""
