@@ -25,18 +25,32 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, std::optiona
 
 Tensor int_zeros(const Tensor& like, int count) { return torch::stable::new_zeros(like, {count}, ScalarType::Int); }
 
+// Whether a tensor lies where torch's allocator serves all calls, and not in a pool of a graph's own, say: Python knows.
+bool in_shared_pool(const Tensor& t) {
+  StableIValue stack[1] = {torch::stable::detail::from(t)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("lora_kernels::in_shared_pool", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack[0]);
+}
+
 // Zeros of a device and stream, made once: two streams never share flags. Under capture a call has its own, in the
-// graph's memory, since graphs captured on one stream may be replayed on several at once.
+// graph's memory, since graphs captured on one stream may be replayed on several at once; so it has in a pool that may
+// not keep what isn't its owner's.
 Tensor zeros_of(const Tensor& like, int count, int device, void* stream) {
   if (is_capturing(stream)) return int_zeros(like, count);
   static std::mutex mutex;
   static std::map<std::pair<int, void*>, Tensor> blocks;
-  const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_pair(device, stream);
-  const auto found = blocks.find(key);
-  if (found != blocks.end() && found->second.numel() >= count) return found->second;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = blocks.find(key);
+    if (found != blocks.end() && found->second.numel() >= count) return found->second;
+  }
   const Tensor block = int_zeros(like, (count + kGrain - 1) / kGrain * kGrain);
-  blocks.insert_or_assign(key, block);
+  // Asked without the lock: another thread may hold Python's, and wait for this one.
+  if (in_shared_pool(block)) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    blocks.insert_or_assign(key, block);
+  }
   return block;
 }
 
