@@ -57,8 +57,8 @@ def kinds_of(machine):
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_sizes_ranks_and_dtypes(executor, case):
     index = CASES.index(case)
-    shared = (A100, RTX3090)[index // 2 % 2]
-    with executor(resident=1 + index % 7, seed=index, shared_bytes=shared):
+    shared, weak = (A100, RTX3090)[index // 2 % 2], int(index % 3 == 0)
+    with executor(resident=1 + index % 7, seed=index, shared_bytes=shared, weak=weak):
         assert_parity(case, make_inputs(case, executor.memory), "cuda")
 
 
