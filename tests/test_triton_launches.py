@@ -1,13 +1,15 @@
 """The launches that plans lead to, recorded, against what drivers refuse."""
 
+from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_kernels import lora_linear
 from lora_kernels._triton.config import Layer, shared_bytes
-from lora_kernels._triton.device import estimated, known
+from lora_kernels._triton.device import estimated, known, of_gpu
 from lora_kernels._triton.launch import Gpu, Options
 from lora_kernels._triton.plan import plan
 from lora_kernels.testing import Case, assert_parity, make_inputs
@@ -156,6 +158,24 @@ def test_a_wait_without_end_ends_by_an_error(direction, monkeypatch):
             flags.fill_(-9)
             with pytest.raises(Exception, match="trap executed"):
                 y.backward(inputs.dy)
+
+
+def test_multiprocessors_that_torch_spares_are_left_alone(monkeypatch):
+    """For communication beside: programs that wait for each other are fewer then, too."""
+    name = "NVIDIA H100 80GB HBM3"
+    found = SimpleNamespace(name=name, major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    tensor, gpu = SimpleNamespace(device=torch.device("cuda", 0)), Gpu()
+    of_gpu.cache_clear()
+    try:
+        for spared, left in ((None, 132), (0, 132), (16, 116), (500, 1), (None, 132)):
+            torch._C._set_sm_carveout_experimental(spared)
+            device = gpu.device(tensor)
+            assert device == replace(known(name), multiprocessors=left)
+            assert gpu.programs(device) == left
+    finally:
+        torch._C._set_sm_carveout_experimental(None)
+        of_gpu.cache_clear()
 
 
 class _Kernel:

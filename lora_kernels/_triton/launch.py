@@ -50,8 +50,8 @@ class Gpu:
     """Runs kernels by Triton's own launcher, on the current stream of the tensors' device."""
 
     def device(self, tensor: torch.Tensor) -> Device:
-        """Return the properties of the tensor's device."""
-        return of_gpu(tensor.device.index)
+        """Return the properties of the tensor's device, less what torch's carve-out spares."""
+        return of_gpu(tensor.device.index, torch._C._get_sm_carveout_experimental() or 0)
 
     def programs(self, device: Device) -> int:
         """Return one program a multiprocessor: every legal configuration fits at least once."""
