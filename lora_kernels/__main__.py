@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "tune":
         from lora_kernels._triton.tune import main as tune
 
-        return tune(options.shapes, options.dtype, options.out)
+        return tune(options.shapes, options.dtype, options.out, options.most)
     from lora_kernels.info import describe
 
     print(describe())
@@ -53,7 +53,17 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--shapes", nargs="+", required=True, metavar="MxNxKxR", help="tokens, out, in, rank"
     )
     command.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    command.add_argument(
+        "--most", type=_positive, metavar="N", help="time the N with the shortest predicted times"
+    )
     command.add_argument("--out", type=Path, metavar="F", help="default: where the package reads")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 if __name__ == "__main__":

@@ -232,6 +232,25 @@ def check_scaling(scaling: Any) -> None:
     check_finite(scaling, name="scaling")
 
 
+def scaling_for(scaling: Any, device: torch.device) -> Any:
+    """Return a checked scaling as kernels on `device` take it: a number, or a tensor there.
+
+    A tensor on the CPU is read, as torch's own operators do beside a GPU's; nobody waits for a GPU.
+
+    Raises:
+        ValueError: a tensor that is neither on `device` nor on the CPU.
+    """
+    if not isinstance(scaling, Tensor) or scaling.device == device:
+        return scaling
+    if scaling.device.type != "cpu":
+        raise ValueError(
+            f"scaling: expected a tensor on {device}, as x is, or on the CPU, got one on "
+            f"{scaling.device}"
+        )
+    # What is traced has no number yet.
+    return scaling.to(device) if torch.compiler.is_compiling() else float(scaling)
+
+
 def check_finite(value: Any, *, name: str) -> None:
     """Check that value is a finite number, no bool."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):

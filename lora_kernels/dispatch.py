@@ -1,5 +1,7 @@
 """Which implementation serves a call, or the reason why one does not."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,6 +16,9 @@ from lora_kernels._triton import launch
 from lora_kernels._triton.config import MAX_RANK
 from lora_kernels.ops import backward_op, forward_op
 
+# Generations of GPUs for which Triton's code is executed in tests, or is that of one which is.
+TRITON_GENERATIONS = (8, 9, 10, 12)
+OLDEST_TRITON = (3, 6)
 # 2026-11-24, Zen 5, 512x2048x2048: 0.99 of eager's time at rank 64, 1.07 at 256 (bfloat16, p = 0).
 MAX_CPU_RANK = 256
 
@@ -64,6 +69,24 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+@cache
+def _launcher_refusal() -> str | None:
+    """Return why Triton can't compile and launch for a GPU in this process, or None."""
+    if not _has_triton():
+        return "triton is not installed"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"needs triton {oldest} or newer, got {triton.__version__}"
+    if triton.knobs.runtime.interpret:
+        return "TRITON_INTERPRET is set: it runs one program after the other, and they wait"
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if triton.knobs.build.impl is None and not any(map(shutil.which, compilers)):
+        return f"Triton needs a C compiler, expected {' or '.join(compilers)} on PATH"
+    return None
+
+
 def _gpu_refusal(problem: Problem) -> str | None:
     if problem.device.type != "cuda" or torch.version.hip:
         return f"needs a CUDA device, got {problem.device.type}"
@@ -86,13 +109,22 @@ def _cuda_refusal(problem: Problem) -> str | None:
     return None
 
 
+def _triton_gpu_refusal(problem: Problem) -> str | None:
+    major, minor = _capability(problem.device)
+    if major not in TRITON_GENERATIONS:
+        known = ", ".join(f"{generation}.x" for generation in TRITON_GENERATIONS)
+        return f"needs compute capability {known}, got {major}.{minor}"
+    # Under torch.compile, which can't trace the question, a GPU's own compiler needs the same.
+    return None if torch.compiler.is_compiling() else _launcher_refusal()
+
+
 def _triton_refusal(problem: Problem) -> str | None:
-    reason = None if launch.replaced() else _gpu_refusal(problem)
+    if launch.replaced():
+        reason = None if _has_triton() else "triton is not installed"
+    else:
+        reason = _gpu_refusal(problem) or _triton_gpu_refusal(problem)
     if reason is not None:
         return reason
-    # Under torch.compile, which can't trace the question, a GPU's own compiler needs triton too.
-    if not torch.compiler.is_compiling() and not _has_triton():
-        return "triton is not installed"
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"needs float16, bfloat16 or float32, got {problem.dtype}"
     if problem.rank > MAX_RANK:
@@ -163,6 +195,31 @@ def _choose(impl: str, problem: Problem) -> Implementation:
     if reason is not None:
         raise ValueError(f"impl: {impl!r} can't serve this call: {reason}")
     return implementation
+
+
+def slower_than_peft(problem: Problem) -> str | None:
+    """Return why PEFT's own operators serve a call faster than "auto" would, or None.
+
+    Without a kernel on an accelerator the mask is drawn by torch's operators, thousands of them for
+    a large x. A named implementation still serves.
+    """
+    if not problem.dropout or problem.device.type in ("cpu", "meta"):
+        return None
+    if torch.compiler.is_compiling():  # can't call a cached function
+        return _without_kernel(problem)
+    return _cached_without_kernel(problem, (launch.replaced(), machine.active()))
+
+
+@cache
+def _cached_without_kernel(problem: Problem, replaced: tuple[bool, bool]) -> str | None:
+    return _without_kernel(problem)
+
+
+def _without_kernel(problem: Problem) -> str | None:
+    reasons = refusals(problem)
+    if any(name not in reasons for name in ("triton", "cuda")):
+        return None
+    return f"dropout without a kernel (triton {reasons['triton']}; cuda {reasons['cuda']})"
 
 
 def refusals(problem: Problem) -> dict[str, str]:

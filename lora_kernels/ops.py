@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import _tf32, reference
+from lora_kernels import _pools, _tf32, reference
 from lora_kernels._native import absence
 from lora_kernels.autograd import CallParams, OperatorFunction, below_autograd
 from lora_kernels.checks import check_backward, check_lora_linear
@@ -220,6 +220,9 @@ _library.define(
 # call on float32 tensors, forward and backward: what is compiled around an operator doesn't fix it.
 _library.define("allows_tf32() -> bool")
 _library.impl("allows_tf32", _tf32.allowed, "CompositeExplicitAutograd")
+# Whether t may be kept from call to call. It asks for each block of flags that it makes.
+_library.define("in_shared_pool(Tensor t) -> bool")
+_library.impl("in_shared_pool", _pools.in_shared_pool, "CompositeExplicitAutograd")
 
 # Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16
 # [count, 8], for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.

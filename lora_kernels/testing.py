@@ -58,8 +58,10 @@ class Inputs:
     seed: int
 
 
-def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
+def make_inputs(case: Case, device: torch.device | str | None = None) -> Inputs:
     """Draw inputs from torch's generator, scaled so that every term of y is of order one.
+
+    They lie on `device`, or on torch's default one.
 
     lora_B is not zero, as it is at the start of training: that would hide half of the errors.
     """

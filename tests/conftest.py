@@ -53,6 +53,21 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left alone (compiled code)")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--share", metavar="I/N", help="of the tests selected every N-th, from the I-th"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if share := config.getoption("--share"):
+        first, step = map(int, share.split("/"))
+        kept = items[first - 1 :: step]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request):
     """Seed torch from the run's seed and the test's name: one test can be repeated alone."""

@@ -12,6 +12,7 @@ import torch
 from lora_kernels._triton import launch
 from lora_kernels._triton.device import Device, known
 from lora_kernels.testing import Case, assert_results, make_inputs, run
+from tests.serving import Place, needs_gpu
 
 pytest.importorskip("triton")
 
@@ -45,15 +46,11 @@ class Interpreter:
 def executors() -> list[Any]:
     """Return every executor of this process as a pytest parameter, with visible skips."""
     return [
-        pytest.param(Interpreter, id="interpreter", marks=needs_interpreter),
-        pytest.param(lambda: Machine(80), id="sm_80", marks=needs_machine),
-        pytest.param(lambda: Machine(90), id="sm_90", marks=needs_machine),
-        pytest.param(lambda: Machine(100), id="sm_100", marks=needs_machine),
-        pytest.param(
-            lambda: None,
-            id="gpu",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-        ),
+        pytest.param(Place("cpu", Interpreter), id="interpreter", marks=needs_interpreter),
+        pytest.param(Place("cpu", lambda: Machine(80)), id="sm_80", marks=needs_machine),
+        pytest.param(Place("cpu", lambda: Machine(90)), id="sm_90", marks=needs_machine),
+        pytest.param(Place("cpu", lambda: Machine(100)), id="sm_100", marks=needs_machine),
+        pytest.param(Place("cuda", lambda: None), id="gpu", marks=[needs_gpu, needs_compiler]),
     ]
 
 

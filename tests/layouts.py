@@ -1,16 +1,14 @@
 """The same numbers in tensors laid out otherwise, among NaN that must not be read."""
 
-import torch
-
 
 def sliced(t):
-    wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), float("nan"), dtype=t.dtype)
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 3), float("nan"))
     wide[..., 1:-2] = t
     return wide[..., 1:-2]
 
 
 def row_apart(t):
-    wide = torch.full((*t.shape[:-1], t.shape[-1] + 64), float("nan"), dtype=t.dtype)
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 64), float("nan"))
     wide[..., :-64] = t
     return wide[..., :-64]
 

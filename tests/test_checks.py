@@ -5,6 +5,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels._native import absence
+from lora_kernels.checks import scaling_for
 
 X, W = torch.randn(4, 8), torch.randn(6, 8)
 A, B = torch.randn(2, 8), torch.randn(6, 2)
@@ -81,6 +82,20 @@ def test_bad_tensors(function, change, error, message):
 def test_bad_options(function, change, error, message):
     with pytest.raises(error, match=message):
         function(**GOOD, **change)
+
+
+def test_scaling_beside_another_device():
+    """A tensor on the CPU is read, without a wait for a GPU; elsewhere it is x's or refused."""
+    cpu, gpu = torch.device("cpu"), torch.device("meta")
+    here = torch.tensor(1.5, dtype=torch.bfloat16)
+    assert scaling_for(here, cpu) is here
+    assert scaling_for(here, gpu) == 1.5
+    assert type(scaling_for(here, gpu)) is float
+    assert scaling_for(2.5, gpu) == 2.5
+    there = here.to("meta")
+    assert scaling_for(there, gpu) is there
+    with pytest.raises(ValueError, match=r"scaling: expected a tensor on cpu, .* got one on meta"):
+        scaling_for(there, cpu)
 
 
 @pytest.mark.parametrize("impl", ["eager", "reference"])

@@ -1,6 +1,8 @@
 """How the compiled CUDA part is built, and what ptxas made of it."""
 
 import importlib.util
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,72 @@ def test_no_kernel_spills_and_all_use_the_tensor_cores():
     found = reports(LIBRARIES["cuda"])
     assert len(found) > 60
     assert [report for report in found if report.fault] == []
+
+
+# What every shared library has for the start of its own code, and, tested before they are called,
+# what only a torch with oneDNN has.
+WEAK = {
+    "_ITM_deregisterTMCloneTable",
+    "_ITM_registerTMCloneTable",
+    "__cxa_finalize",
+    "__gmon_start__",
+}
+WEAK_BY_PART = {
+    "cuda": set(),
+    "cpu": {"aoti_torch_cpu__linear_pointwise", "aoti_torch_cpu__linear_pointwise_binary"},
+}
+
+
+@pytest.mark.parametrize("part", WEAK_BY_PART)
+def test_no_symbol_is_left_to_chance(part):
+    """A weak symbol that no needed library has is null, and a call of it a jump to nowhere."""
+    if absence(part) is not None or shutil.which("nm") is None:
+        pytest.skip(f"compiled part: {absence(part) or 'needs nm'}")
+    command = ["nm", "--dynamic", "--undefined-only", "--format=posix", LIBRARIES[part]]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    kinds = [line.split()[:2] for line in said.splitlines()]
+    weak = {name.split("@")[0] for name, kind in kinds if kind in "wv"}
+    assert weak - WEAK <= WEAK_BY_PART[part]
+
+
+STREAM = "aoti_torch_get_current_cuda_stream"
+TORCH_CUDA = f"""
+extern "C" int {STREAM}(int device, void** stream) {{
+  *stream = reinterpret_cast<void*>(1000ul + device);
+  return device == 3 ? FAILS : 0;
+}}
+"""
+
+
+COMPILE = ("c++", "-std=c++20", "-x", "c++")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """What looks for the stream, without torch and CUDA."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    made = tmp_path_factory.mktemp("stream") / "stream"
+    sources = [ROOT / "tests" / "native" / "stream.cpp", SCRIPT.parent / "stream.cpp"]
+    subprocess.run([*COMPILE, f"-I{SCRIPT.parent}", *sources, "-ldl", "-o", made], check=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("soname", "source", "said"),
+    [
+        ("libtorch_cuda.so", TORCH_CUDA.replace("FAILS", "0"), "1003"),
+        ("libtorch_cuda.so", TORCH_CUDA.replace("FAILS", "1"), f"{STREAM} of device 3 failed"),
+        ("libtorch_cuda.so", "int other;", f"expected {STREAM} in libtorch_cuda.so: "),
+        ("libtorch_cpu.so", "int other;", "expected libtorch_cuda.so among the loaded libraries"),
+    ],
+    ids=["there", "fails", "another torch", "no CUDA build"],
+)
+def test_the_current_stream_is_looked_up_in_what_is_loaded(program, soname, source, said, tmp_path):
+    """The library is loaded locally, as torch's are, and no need of this one."""
+    library = tmp_path / soname
+    shared = [*COMPILE, "-", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", library]
+    subprocess.run(shared, input=source, text=True, check=True)
+    done = subprocess.run([program, library], capture_output=True, text=True)
+    assert done.returncode == (0 if said == "1003" else 1), done
+    assert said in done.stdout

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_kernels import _ptxvm
 from lora_kernels._cuda import machine
 from lora_kernels._cuda.machine import Machine, using
 from lora_kernels._native import absence
@@ -45,10 +46,8 @@ def compiled(tmp_path_factory):
 @pytest.fixture
 def hopper(compiled, monkeypatch):
     """A machine's sm_90a, beside the library's own code for sm_80."""
-    import ptxvm
-
     code = cache(
-        lambda target: ptxvm.load(compiled[0] if target == "sm_90a" else machine.ptx(target))
+        lambda target: _ptxvm.load(compiled[0] if target == "sm_90a" else machine.ptx(target))
     )
     monkeypatch.setattr(machine, "_code", code)
 

@@ -16,6 +16,7 @@ from lora_kernels._native import absence
 from lora_kernels.ops import forward_op
 from lora_kernels.testing import GRADIENTS, Case, assert_parity, assert_results, make_inputs, run
 from tests.layouts import LAYOUTS, laid_out
+from tests.serving import Place, needs_gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ABSENT = absence("cuda")
@@ -24,12 +25,13 @@ needs_machine = pytest.mark.skipif(
     importlib.util.find_spec("ptxvm") is None or importlib.util.find_spec("triton") is None,
     reason="needs the PTX virtual machine (module ptxvm on PYTHONPATH) and Triton's cuobjdump",
 )
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 A100, RTX3090 = 166912, 101376  # bytes of shared memory: each takes other shapes of tiles
 
 EXECUTORS = [
-    pytest.param(lambda **how: using(Machine(**how)), id="sm_80", marks=needs_machine),
-    pytest.param(lambda **how: nullcontext(), id="gpu", marks=needs_gpu),
+    pytest.param(
+        Place("cpu", lambda **how: using(Machine(**how))), id="sm_80", marks=needs_machine
+    ),
+    pytest.param(Place("cuda", lambda **how: nullcontext()), id="gpu", marks=needs_gpu),
 ]
 
 
@@ -55,9 +57,9 @@ def kinds_of(machine):
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_sizes_ranks_and_dtypes(executor, case):
     index = CASES.index(case)
-    shared = (A100, RTX3090)[index // 2 % 2]
-    with executor(resident=1 + index % 7, seed=index, shared_bytes=shared):
-        assert_parity(case, make_inputs(case), "cuda")
+    shared, weak = (A100, RTX3090)[index // 2 % 2], int(index % 3 == 0)
+    with executor(resident=1 + index % 7, seed=index, shared_bytes=shared, weak=weak):
+        assert_parity(case, make_inputs(case, executor.memory), "cuda")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -66,7 +68,7 @@ def test_sizes_ranks_and_dtypes(executor, case):
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_strided_tensors(executor, dtype, layout, dropout_p):
     case = Case((4, 33), 72, 136, 5, dtype, dropout_p=dropout_p)
-    inputs = laid_out(make_inputs(case), layout)
+    inputs = laid_out(make_inputs(case, executor.memory), layout)
     with executor():
         assert_parity(case, inputs, "cuda")
 
@@ -75,15 +77,15 @@ def test_strided_tensors(executor, dtype, layout, dropout_p):
 def test_other_tensors(executor):
     """A scaling in memory, a gradient of one element expanded, no rows, sizes below a chunk."""
     with executor():
-        case = Case((9,), 16, 24, 4, BF16, scaling=torch.tensor(1.7))
-        assert_parity(case, make_inputs(case), "cuda")
+        case = Case((9,), 16, 24, 4, BF16, scaling=torch.tensor(1.7, device=executor.memory))
+        assert_parity(case, make_inputs(case, executor.memory), "cuda")
         case = Case((6, 20), 48, 40, 8, BF16)
-        inputs = make_inputs(case)
-        inputs.dy = torch.ones((), dtype=BF16).expand(6, 20, 48)
+        inputs = make_inputs(case, executor.memory)
+        inputs.dy = inputs.x.new_ones(()).expand(6, 20, 48)
         assert_parity(case, inputs, "cuda")
         for m, n, k, r in ((0, 8, 8, 2), (1, 1, 1, 1), (2, 129, 3, 2), (5, 8, 736, 3)):
             case = Case((m,), n, k, r, BF16, dropout_p=0.1)
-            assert_parity(case, make_inputs(case), "cuda")
+            assert_parity(case, make_inputs(case, executor.memory), "cuda")
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -93,7 +95,7 @@ def test_other_tensors(executor):
 )
 def test_only_the_gradients_asked_for(executor, wanted, dropout_p):
     case = Case((70,), 72, 136, 8, BF16, dropout_p=dropout_p)
-    inputs = make_inputs(case)
+    inputs = make_inputs(case, executor.memory)
     with executor():
         actual = run(case, inputs, "cuda", wanted)
     assert actual.keys() == {"y", *wanted}
@@ -108,14 +110,12 @@ def test_mask_is_the_public_one(executor, dtype, threshold):
 
     With this seed some lanes are the threshold itself, or one less (65535).
     """
-    x = torch.ones(3000, 40, dtype=dtype)
-    weight, b = torch.zeros(24, 40, dtype=dtype), torch.zeros(24, 40, dtype=dtype)
-    seed = torch.tensor(-3)
+    x = torch.ones(3000, 40, dtype=dtype, device=executor.memory)
+    weight, b, unit = x.new_zeros(24, 40), x.new_zeros(24, 40), torch.eye(40, out=x.new_empty(0))
+    seed = torch.tensor(-3, device=executor.memory)
     with executor():
-        _, xa = forward_op("cuda")(
-            x, weight, torch.eye(40, dtype=dtype), b, None, seed, None, 1.0, threshold
-        )
-    assert torch.equal(xa != 0, lk.dropout_mask(x.shape, threshold / 65536, seed))
+        _, xa = forward_op("cuda")(x, weight, unit, b, None, seed, None, 1.0, threshold)
+    assert torch.equal(xa != 0, lk.dropout_mask(x.shape, threshold / 65536, seed, x.device))
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, FP32], ids=str)
@@ -126,7 +126,7 @@ def test_decoding(executor, m, rank, adapter_dtype):
     """K beyond what one program's warps take at a time, and not a multiple of a step's."""
     case = Case((m,), 200, 1352, rank, (BF16, FP16)[m % 2], adapter_dtype, bias=rank > 1)
     with executor(resident=1 + m % 5, seed=rank):
-        assert_parity(case, make_inputs(case), "cuda")
+        assert_parity(case, make_inputs(case, executor.memory), "cuda")
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
@@ -140,7 +140,7 @@ def test_decoding_float32(executor, m, rank, adapter_dtype, precision, float32_p
     case = Case((m,), 200, 1364, rank, FP32, adapter_dtype, bias=rank > 1)
     float32_precision(precision)
     with executor(resident=1 + m % 5, seed=rank):
-        assert_parity(case, make_inputs(case), "cuda")
+        assert_parity(case, make_inputs(case, executor.memory), "cuda")
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -148,7 +148,7 @@ def test_decoding_sums_no_long_chains(executor):
     """Each warp of the only program takes 1024 columns."""
     case = Case((16,), 64, 8192, 4, FP32)
     with executor(resident=1):
-        assert_parity(case, make_inputs(case), "cuda")
+        assert_parity(case, make_inputs(case, executor.memory), "cuda")
 
 
 @needs_machine
@@ -201,7 +201,7 @@ def test_ranks_in_slices(executor, dtype, rank, precision, float32_precision):
     case = Case((150,), 520, 584, rank, dtype, FP32 if rank == 130 else None, 0.1, bias=True)
     for resident in (2, 8, 9):
         with executor(resident=resident, seed=rank) as machine:
-            assert_parity(case, make_inputs(case), "cuda")
+            assert_parity(case, make_inputs(case, executor.memory), "cuda")
             if machine is not None:
                 assert kinds_of(machine) == ["forward", "backward"]
 
@@ -217,7 +217,7 @@ def test_thin_products_alone(executor, dtype, n, k, rank, wanted, precision, flo
     case = Case((150,), n, k, rank, dtype, dropout_p=0.1, bias="dbias" in wanted)
     for resident in (1, 3, 8):
         with executor(resident=resident, seed=rank) as machine:
-            inputs = make_inputs(case)
+            inputs = make_inputs(case, executor.memory)
             assert_results(case, inputs, run(case, inputs, "cuda", wanted), "cuda")
             if machine is not None:
                 assert kinds_of(machine) == ["forward", "backward"]

@@ -51,14 +51,14 @@ def test_sizes_and_ranks(executor, case):
     index = CASES.index(case)
     shared = (A100, RTX3090)[index // 2 % 2]
     with executor(resident=1 + index % 7, seed=index, shared_bytes=shared):
-        assert_parity(case, make_inputs(case), "cuda")
+        assert_parity(case, make_inputs(case, executor.memory), "cuda")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_strided_tensors(executor, layout):
     case = Case((4, 33), 72, 136, 5, dropout_p=0.1)
-    inputs = laid_out(make_inputs(case), layout)
+    inputs = laid_out(make_inputs(case, executor.memory), layout)
     with executor():
         assert_parity(case, inputs, "cuda")
 
@@ -96,11 +96,11 @@ def test_operands_are_rounded_to_nearest(executor):
     """Halfway between two numbers of TF32 and below: by dropped bits both were the lower one."""
     half = 2.0**-11
     x = torch.tensor([1 + half, 1 + half - 2.0**-23, -1 - half, float("inf"), float("nan")])
-    w, zero = torch.eye(8), torch.zeros(8, 8)
-    rows = torch.zeros(32, 8)
+    rows, w, zero = torch.zeros(32, 8), torch.eye(8), torch.zeros(8, 8)
     rows[: len(x), 0] = x
+    given = (t.to(executor.memory) for t in (rows, w, zero, zero))
     with executor():
-        y = lk.lora_linear(rows, w, zero, zero, impl="cuda")[: len(x), 0]
+        y = lk.lora_linear(*given, impl="cuda")[: len(x), 0].cpu()
     expected = [1 + 2 * half, 1.0, -1 - 2 * half, float("inf"), float("nan")]
     assert torch.equal(y[:3], torch.tensor(expected[:3]))
     assert not y[3:].isfinite().any()
@@ -109,7 +109,7 @@ def test_operands_are_rounded_to_nearest(executor):
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_bias_gradient_is_a_sum_of_float32(switch, executor):
     case = Case((700,), 136, 72, 8)
-    inputs = make_inputs(case)
+    inputs = make_inputs(case, executor.memory)
     with executor():
         actual = run(case, inputs, "cuda", ("db", "dbias"))["dbias"]
     oracle = reference_results(case, inputs, torch.float64)["dbias"]

@@ -22,9 +22,9 @@ FLOW = (
     "_triton.tiles",
     "_triton.tuned", "_triton.plan", "_triton.cost", "_triton.config", "_triton.launch",
     "_triton.workspace", "_triton.device", "_triton",
-    "_cuda.inspect", "_cuda.machine", "_cuda", "_cuobjdump",
-    "_eager", "_onednn", "_tf32", "reference", "_philox", "_native", "wrappers", "checks",
-    "dropout",
+    "_cuda.inspect", "_cuda.machine", "_cuda", "_cuobjdump", "_ptxvm",
+    "_eager", "_onednn", "_tf32", "_pools", "reference", "_philox", "_native", "wrappers",
+    "checks", "dropout",
 )  # fmt: skip
 
 FORBID = """

@@ -7,7 +7,7 @@ import lora_kernels as lk
 from lora_kernels.ops import forward_op
 from lora_kernels.testing import Case, assert_parity, make_inputs
 from tests.layouts import LAYOUTS, laid_out
-from tests.serving import IMPLS, skip_if_refused
+from tests.serving import IMPLS, needs_gpu, skip_if_refused
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 RANKS = (1, 5, 8, 16, 24, 96, 256)
@@ -16,9 +16,13 @@ SIZES = (((1,), 7, 129), ((7,), 736, 1), ((129,), 129, 736), ((736,), 1, 7), ((3
 pytestmark = pytest.mark.parametrize("impl", IMPLS)
 
 
-@pytest.fixture(autouse=True)
-def _served(request, impl):
-    skip_if_refused(impl, request.node.callspec.params.get("dtype", FP32))
+@pytest.fixture(autouse=True, params=["host", pytest.param("gpu", marks=needs_gpu)])
+def _memory(request, impl):
+    """Make the device the default one: every tensor of a test lies there."""
+    memory = {"host": "cpu", "gpu": "cuda"}[request.param]
+    skip_if_refused(impl, request.node.callspec.params.get("dtype", FP32), device=memory)
+    with torch.device(memory):
+        yield
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)

@@ -31,10 +31,11 @@ def _handed(given, rows, ranks, low):
     words, left = given.numel() // 2, given.numel() * low // 32
     args = {
         "given": given, "taken": torch.full_like(given, 7),
-        "high": torch.empty(words, dtype=torch.int32), "low": torch.empty(left, dtype=torch.int32),
+        "high": given.new_empty(words, dtype=torch.int32),
+        "low": given.new_empty(left, dtype=torch.int32),
     }  # fmt: skip
     constants = {"ROWS": rows, "RANKS": ranks, "LOW": low, "warps": 4, "stages": 2}
-    launch(there_and_back, given.shape[0], args, constants)
+    launch(there_and_back, given.shape[0], args, constants, waits=False)
     return args["taken"]
 
 
@@ -43,7 +44,7 @@ def _handed(given, rows, ranks, low):
 @pytest.mark.parametrize("executor", executors())
 def test_rounded_to_the_bits_kept(executor, size, low):
     rows, ranks = size
-    given = torch.randn(PANELS, ranks, rows) * torch.logspace(-30, 30, rows)
+    given = (torch.randn(PANELS, ranks, rows) * torch.logspace(-30, 30, rows)).to(executor.memory)
     with running(executor()):
         taken = _handed(given, rows, ranks, low)
     assert ((taken - given).abs() <= given.abs() * 2.0 ** -(8 + low)).all()
@@ -56,8 +57,8 @@ def test_rounded_to_the_bits_kept(executor, size, low):
 def test_special_values(executor, low):
     """Infinities, zeros and NaN stay what they are; NVIDIA's NaN is 0x7fffffff."""
     kept = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 1.0, -2.0, 2.0**-149, 3e38])
-    given = kept.repeat(1, 16, 2)
-    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    given = kept.repeat(1, 16, 2).to(executor.memory)
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).to(executor.memory)
     given[:, ::2, ::3] = nan
     with running(executor()):
         taken = _handed(given, 16, 16, low)

@@ -5,7 +5,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels._triton import launch
-from lora_kernels._triton.config import Config, Layer, illegal, shared_bytes, shipped
+from lora_kernels._triton.config import Config, Layer, illegal, layer_of, shared_bytes, shipped
 from lora_kernels._triton.cost import floor_seconds, seconds
 from lora_kernels._triton.device import KNOWN, estimated, known
 from lora_kernels._triton.plan import plan, segment_rows
@@ -62,6 +62,34 @@ def test_training_shapes_take_one_launch_of_large_tiles(name, descriptors):
 def test_unaligned_rows_take_pointers():
     chosen = plan(Layer(8192, 4096, 4097, 16, 16, aligned=False), known("NVIDIA H200"))
     assert not chosen.config.descriptors
+
+
+@pytest.mark.parametrize(
+    ("strides", "aligned"),
+    [
+        ((64, 1), True),
+        ((72, 1), True),
+        ((68, 1), False),  # 8 bytes beyond a multiple of 16
+        ((0, 1), False),  # the gradient of y.sum(0)
+        ((56, 1), False),  # rows that overlap
+        ((1 << 38, 1), True),
+        ((1 << 39, 1), False),
+    ],
+    ids=str,
+)
+def test_descriptors_describe_what_a_driver_takes(strides, aligned):
+    x = torch.empty_strided((5, 64), strides, dtype=torch.bfloat16, device="meta")
+    plain = x.new_empty(64, 64)
+    assert layer_of(x, plain, plain, False).aligned == aligned
+    assert layer_of(plain, x, plain, False).aligned == aligned
+
+
+def test_a_tensor_that_starts_within_a_vector_has_no_descriptor():
+    x = torch.zeros(5 * 64 + 8, dtype=torch.bfloat16)
+    plain = torch.zeros(64, 64, dtype=torch.bfloat16)
+    for offset in (0, 1, 4, 8):
+        rows = x[offset : offset + 5 * 64].view(5, 64)
+        assert layer_of(rows, plain, plain, False).aligned == (rows.data_ptr() % 16 == 0)
 
 
 @pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA B200"])

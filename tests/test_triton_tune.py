@@ -56,6 +56,31 @@ def test_fastest_is_kept_and_read_back(folder):
     assert [path.name for path in folder.iterdir()] == [tuned.path_of(DEVICE).name]
 
 
+def test_the_fewest_useful_configurations_are_kept_as_they_come():
+    """In the order of the cost model, which is asked first and may be wrong."""
+    timed, kept = [], []
+
+    def timer(layer, config):
+        timed.append(config)
+        return {1: 3e-5, 2: 4e-5, 3: 1e-5}.get(len(timed), 2e-5)
+
+    def keep(config, time):
+        kept.append((len(timed), config, time))
+
+    found = tune.fastest(LAYER, DEVICE, timer, lambda line: None, 4, keep)
+    assert len(timed) == 4
+    assert timed[0] == plan(LAYER._replace(m=4096), DEVICE).config
+    assert [number for number, *_ in kept] == [1, 3]
+    assert found == kept[-1][1:] == (timed[2], 1e-5)
+
+
+@pytest.mark.parametrize("most", ["0", "-1", "x"])
+def test_how_many_are_timed_is_a_positive_number(most, capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--shapes", "1x1x1x1", "--most", most])
+    assert "argument --most: invalid" in capsys.readouterr().err
+
+
 def test_later_runs_add_to_the_file(folder):
     path = tuned.path_of(DEVICE)
     for layer in (LAYER, LAYER._replace(backward=True)):

@@ -1,7 +1,6 @@
 // lora_kernels::lora_linear_{forward,backward}_cuda, and cuda_recorded: the same calls with their launches
 // written down instead of made, for machines that execute the kernels' code. Schemas stand in lora_kernels/ops.py.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -13,9 +12,6 @@
 
 #include "calls.h"
 #include "runtime.h"
-
-// Of torch's CUDA builds; the library loads beside others too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace lora_kernels {
 
@@ -29,18 +25,32 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, std::optiona
 
 Tensor int_zeros(const Tensor& like, int count) { return torch::stable::new_zeros(like, {count}, ScalarType::Int); }
 
+// Whether a tensor lies where torch's allocator serves all calls, and not in a pool of a graph's own, say: Python knows.
+bool in_shared_pool(const Tensor& t) {
+  StableIValue stack[1] = {torch::stable::detail::from(t)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("lora_kernels::in_shared_pool", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack[0]);
+}
+
 // Zeros of a device and stream, made once: two streams never share flags. Under capture a call has its own, in the
-// graph's memory, since graphs captured on one stream may be replayed on several at once.
+// graph's memory, since graphs captured on one stream may be replayed on several at once; so it has in a pool that may
+// not keep what isn't its owner's.
 Tensor zeros_of(const Tensor& like, int count, int device, void* stream) {
   if (is_capturing(stream)) return int_zeros(like, count);
   static std::mutex mutex;
   static std::map<std::pair<int, void*>, Tensor> blocks;
-  const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_pair(device, stream);
-  const auto found = blocks.find(key);
-  if (found != blocks.end() && found->second.numel() >= count) return found->second;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = blocks.find(key);
+    if (found != blocks.end() && found->second.numel() >= count) return found->second;
+  }
   const Tensor block = int_zeros(like, (count + kGrain - 1) / kGrain * kGrain);
-  blocks.insert_or_assign(key, block);
+  // Asked without the lock: another thread may hold Python's, and wait for this one.
+  if (in_shared_pool(block)) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    blocks.insert_or_assign(key, block);
+  }
   return block;
 }
 
@@ -48,11 +58,9 @@ Tensor zeros_of(const Tensor& like, int count, int device, void* stream) {
 struct Gpu {
   int index;
   torch::stable::accelerator::DeviceGuard guard;
-  void* stream = nullptr;
+  void* stream;
 
-  explicit Gpu(const Tensor& t) : index(t.get_device_index()), guard(index) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-  }
+  explicit Gpu(const Tensor& t) : index(t.get_device_index()), guard(index), stream(current_stream(index)) {}
   Target target() {
     return {device_of(index), empty, [this](const Tensor& like, int count) { return zeros_of(like, count, index, stream); },
             [this](const Launch& how, const void* params, size_t) { launch(how, params, stream); }, encoded,

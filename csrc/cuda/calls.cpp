@@ -34,8 +34,10 @@ bool in_chunks(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(0) * t.element_size() % 16 == 0;
 }
 
-// Rows as sm_90's copies take boxes of them.
-bool in_boxes(const Tensor& t) { return in_chunks(t) && t.stride(0) >= t.size(1); }
+// Rows as sm_90's copies take boxes of them: cuTensorMapEncodeTiled takes none that overlap, or lie 2^40 bytes apart.
+bool in_boxes(const Tensor& t) {
+  return in_chunks(t) && t.stride(0) >= t.size(1) && t.stride(0) < (int64_t{1} << 40) / t.element_size();
+}
 
 Boxes boxes(const Tensor& t) {
   return {t.mutable_data_ptr(), t.size(0), t.size(1), t.stride(0), kHopperBox, t.scalar_type() == ScalarType::Half};

@@ -58,7 +58,8 @@ __device__ inline void publish(int* flag) {
 
 __device__ inline void wait(const int* flag, int arrivals) {
   if (threadIdx.x == 0) {
-    while (acquire_load(flag) < arrivals) __nanosleep(32);
+    const Wait wait;
+    while (acquire_load(flag) < arrivals) wait.pause();
   }
   __syncthreads();
 }

@@ -43,7 +43,7 @@ struct HopperMemory {
       init_barrier(filled(stage), kHopperCopying + 1);
       init_barrier(read(stage), S::kThreads / 32);
     }
-    init_barrier(factors_filled(), kHopperCopying);
+    init_barrier(factors_filled(), kHopperCopying + 1);
     init_barrier(factors_read(), S::kThreads / 32);
     fence_barriers();
   }
@@ -93,7 +93,8 @@ struct CopyingSide {
   // Waits for another program. All lanes of a warp ask, so that none waits at the barrier for another.
   __device__ void wait(const int* flag, int arrivals) const {
     if (threadIdx.x / 32 == S::kThreads / 32) {
-      while (!__all_sync(0xFFFFFFFFu, acquire_load(flag) >= arrivals)) __nanosleep(32);
+      const Wait wait;
+      while (!__all_sync(0xFFFFFFFFu, acquire_load(flag) >= arrivals)) wait.pause();
     }
     synchronize<2, kHopperCopying>();
   }
@@ -115,6 +116,9 @@ struct CopyingSide {
       copy_tile<T, typename M::LeftFactor, kHopperCopying, S::kThreads>(memory.left_factor(), left, row, rank);
       copy_tile<T, typename M::RightFactor, kHopperCopying, S::kThreads>(
           memory.right_factor(), right, kByDepth ? rank : column, kByDepth ? column : rank);
+      // Those who wait may read more of what other programs left than these copies: only an arrival of one who has
+      // waited for them passes that on, since the copies' own are ordered after the copies alone.
+      arrive(memory.factors_filled(), one);
       arrive_after_copies(memory.factors_filled());
     }
     leave(flag, last);

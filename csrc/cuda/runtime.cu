@@ -100,7 +100,10 @@ void launch(const Launch& how, const void* params, void* stream) {
   config.numAttrs = 1;
   void* arguments[] = {const_cast<void*>(params)};
   check(cudaLaunchKernelExC(&config, kernel, arguments),
-        how.kernel + ": launch of " + std::to_string(how.grid) + " programs of " + std::to_string(how.threads) + " threads");
+        how.kernel + ": launch of " + std::to_string(how.grid) + " programs of " + std::to_string(how.threads) +
+            " threads and " + std::to_string(how.shared_bytes) +
+            " bytes of shared memory, all resident together (where the GPU leaves fewer multiprocessors than it has, as "
+            "under MPS, or a wait for another program gave up after half a minute, try impl='eager')");
 }
 
 bool is_capturing(void* stream) {

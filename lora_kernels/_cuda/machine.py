@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels import _ptxvm
 from lora_kernels._cuobjdump import cuobjdump
 from lora_kernels._native import LIBRARIES, absence
 
@@ -30,6 +31,7 @@ class Machine:
     arch, multiprocessors, shared_bytes: of the GPU that is planned for.
     resident: programs at once; seed: of the scheduler, another one for each launch.
     zeros: flags that calls share; None gives each call its own.
+    weak: level of the machine's weak memory; None leaves it to its environment.
     stats: counts of each launch, with its kernel's name.
     """
 
@@ -38,6 +40,7 @@ class Machine:
     seed: int = 0
     shared_bytes: int = 166912
     zeros: Tensor | None = None
+    weak: int | None = None
     stats: list[tuple[str, Any]] = field(default_factory=list)
 
     @property
@@ -61,6 +64,7 @@ class Machine:
                 shared_bytes=shared,
                 resident_ctas=self.resident,
                 seed=self.seed,
+                weak=self.weak,
                 extra_buffers=[t for t in memory if t.numel()],
             )
             first += size
@@ -84,9 +88,7 @@ def _with_maps(params: bytes, count: int, memory: list[Tensor]) -> bytes:
 
 @cache
 def _code(target: str) -> Any:
-    import ptxvm
-
-    return ptxvm.load(ptx(target))
+    return _ptxvm.load(ptx(target))
 
 
 def ptx(target: str) -> str:

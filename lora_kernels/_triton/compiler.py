@@ -96,7 +96,8 @@ def _compiled(target: int, wanted: Variant) -> Any:
         constexprs=dict(wanted.constants),
         attrs=aligned,
     )
-    options = {"num_warps": wanted.how.warps, "num_stages": wanted.how.stages}
+    how = wanted.how
+    options = {"num_warps": how.warps, "num_stages": how.stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 

@@ -17,6 +17,7 @@ MIN_TILE = 16  # the smallest side of a matrix product
 TABLE = "spill_free.json"
 TENSOR_MEMORY_COLUMNS = 512
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of addresses and row strides
+DESCRIPTOR_STRIDE = 1 << 40  # bytes, beyond every row stride
 MAX_SUM_RANKS = 64
 
 
@@ -81,9 +82,16 @@ def layer_of(
 
 
 def _describable(t: Tensor) -> bool:
-    """Whether a tensor descriptor can describe the matrix."""
+    """Whether a tensor descriptor can describe the matrix: rows may not overlap, a driver says.
+
+    Source: NVIDIA's documentation of cuTensorMapEncodeTiled, globalStrides.
+    """
     stride = t.stride(0) * t.element_size()
-    return t.data_ptr() % DESCRIPTOR_ALIGNMENT == 0 and stride % DESCRIPTOR_ALIGNMENT == 0
+    return (
+        t.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
+        and stride % DESCRIPTOR_ALIGNMENT == 0
+        and t.shape[1] * t.element_size() <= stride < DESCRIPTOR_STRIDE
+    )
 
 
 @dataclass(frozen=True, order=True)

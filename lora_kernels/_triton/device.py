@@ -92,12 +92,14 @@ def estimated(name: str, capability: tuple[int, int], multiprocessors: int) -> D
 
 
 @cache
-def of_gpu(index: int) -> Device:
-    """Return the properties of a CUDA device; asked of the driver once per device."""
+def of_gpu(index: int, spared: int = 0) -> Device:
+    """Return the properties of a CUDA device; asked of the driver once per device.
+
+    spared: multiprocessors that are left to others, to communication for instance.
+    """
     properties = torch.cuda.get_device_properties(index)
+    # Programs wait for each other: there may be no more than this GPU itself can run.
+    count = max(1, properties.multi_processor_count - spared)
     if properties.name in _BY_NAME:
-        # Programs wait for each other: there may be no more than this GPU itself can run.
-        count = properties.multi_processor_count
         return replace(_BY_NAME[properties.name], multiprocessors=count)
-    capability = (properties.major, properties.minor)
-    return estimated(properties.name, capability, properties.multi_processor_count)
+    return estimated(properties.name, (properties.major, properties.minor), count)

@@ -11,10 +11,14 @@ from lora_kernels._triton.device import Device, of_gpu
 
 
 class Options(NamedTuple):
-    """How a kernel is compiled, beside its constants."""
+    """How a kernel is compiled, beside its constants, and launched.
+
+    waits: whether programs wait for each other, so that all must be resident together.
+    """
 
     warps: int
     stages: int
+    waits: bool = False
 
 
 class Executor(Protocol):
@@ -35,12 +39,19 @@ class Executor(Protocol):
         ...
 
 
+_WHAT_TO_TRY = (
+    "Programs wait for each other, at most half a minute: where a GPU leaves them fewer "
+    "multiprocessors than it has (MPS, green contexts), try impl='eager'. With "
+    "CUDA_LAUNCH_BLOCKING=1 the failing launch itself is named."
+)
+
+
 class Gpu:
     """Runs kernels by Triton's own launcher, on the current stream of the tensors' device."""
 
     def device(self, tensor: torch.Tensor) -> Device:
-        """Return the properties of the tensor's device."""
-        return of_gpu(tensor.device.index)
+        """Return the properties of the tensor's device, less what torch's carve-out spares."""
+        return of_gpu(tensor.device.index, torch._C._get_sm_carveout_experimental() or 0)
 
     def programs(self, device: Device) -> int:
         """Return one program a multiprocessor: every legal configuration fits at least once."""
@@ -49,14 +60,27 @@ class Gpu:
     def run(
         self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
     ) -> None:
-        """Launch cooperatively: programs that wait for others must be resident together."""
-        kernel[(grid,)](
-            **args,
-            **constants,
-            num_warps=how.warps,
-            num_stages=how.stages,
-            launch_cooperative_grid=grid > 1,
-        )
+        """Launch on the current stream; cooperatively where programs wait for each other.
+
+        Raises:
+            RuntimeError: compilation or the driver fails; or a launch before has, by giving up a
+                wait for instance, unless CUDA_LAUNCH_BLOCKING=1 makes each one tell by itself.
+        """
+        try:
+            kernel[(grid,)](
+                **args,
+                **constants,
+                num_warps=how.warps,
+                num_stages=how.stages,
+                launch_cooperative_grid=how.waits,
+                enable_fp_fusion=True,  # Triton's own default is said to change
+            )
+        except Exception as error:
+            together = ", all resident together," if how.waits else ""
+            raise RuntimeError(
+                f"{kernel.__name__}: launch of {grid} programs of {32 * how.warps} threads"
+                f"{together} failed: {error}\n{_WHAT_TO_TRY}"
+            ) from error
 
 
 _GPU = Gpu()
@@ -86,14 +110,18 @@ def using(executor: Executor) -> Iterator[None]:
         _EXECUTOR.reset(token)
 
 
-def launch(kernel: Any, grid: int, args: dict[str, Any], config: dict[str, Any]) -> None:
+def launch(
+    kernel: Any, grid: int, args: dict[str, Any], config: dict[str, Any], *, waits: bool
+) -> None:
     """Run a kernel: every launch of the package passes here.
 
     Args:
         kernel: a Triton kernel.
-        grid: number of programs, at most `current().programs(...)` where programs wait.
+        grid: number of programs, at most `current().programs(...)` if `waits`.
         args: run-time arguments by name, in the kernel's order; None stands for an absent one.
         config: constants by name, with "warps" and "stages".
+        waits: whether programs wait for each other.
     """
     constants = {name: value for name, value in config.items() if name not in ("warps", "stages")}
-    current().run(kernel, grid, args, constants, Options(config["warps"], config["stages"]))
+    how = Options(config["warps"], config["stages"], waits)
+    current().run(kernel, grid, args, constants, how)

@@ -21,6 +21,7 @@ from lora_kernels.dropout import LANES
 
 _WORKSPACE = Workspace()
 _MASK_COLUMNS = 256  # the widest tile of dx or dA: rows of the mask's bits hold whole tiles
+_THIN_PROGRAMS = 4  # a multiprocessor: few enough to be resident, enough to stream by
 _WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
 
 
@@ -168,18 +169,20 @@ def _thin(
     v: Tensor, call: Call, factor: Tensor, out: Tensor, chosen: Plan, *, transposed: bool
 ) -> None:
     """Launch out = scaling · D(v) f; the factor is fᵀ [R, L] if `transposed`, else f [L, R]."""
-    config, (m, length) = chosen.thin, v.shape
+    config, (m, length), executor = chosen.thin, v.shape, current()
     assert config is not None
+    device = executor.device(v)
+    grid = min(-(-m // config.rows), _THIN_PROGRAMS * executor.programs(device))
     args = {
         "v": v, "f": factor, **call.pointers(), "out": out, "stride_v": v.stride(0),
         "stride_f": factor.stride(0), **call.numbers(m),
     }  # fmt: skip
-    constants = call.constants(m, current().device(v).mma) | {
+    constants = call.constants(m, device.mma) | {
         "L": length, "TRANSPOSED": transposed, "DROPOUT": call.seed is not None,
         "BLOCK_M": config.rows, "BLOCK_L": config.depth,
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
-    launch(thin_kernel, -(-m // config.rows), args, constants)
+    launch(thin_kernel, grid, args, constants, waits=False)
 
 
 def _forward(
@@ -207,7 +210,7 @@ def _forward(
         "RANK_STEP": rank_step(call.sizes[2], x.dtype),
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
-    launch(forward_kernel, grid, args, constants)
+    launch(forward_kernel, grid, args, constants, waits=config.producers > 0)
 
 
 def _backward(
@@ -257,7 +260,8 @@ def _backward(
         "FUSED": fused, "DROPOUT": call.seed is not None,
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
-    launch(backward_kernel, min(tiles, executor.programs(device)), args, constants)
+    grid = min(tiles, executor.programs(device))
+    launch(backward_kernel, grid, args, constants, waits=fused or shared_mask)
 
 
 def _call(

@@ -193,7 +193,11 @@ def publish(flag):
 
 @triton.jit
 def wait(flag, ARRIVALS: tl.constexpr):
-    """Wait until ARRIVALS programs have published."""
+    """Wait until ARRIVALS programs have published.
+
+    The kernel ends by an error where that has lasted for about half a minute: far longer than any
+    launch, so that they will never come.
+    """
     if INTERPRETED:
         while tl.atomic_add(flag, 0, sem="acquire") < ARRIVALS:
             pass
@@ -201,14 +205,19 @@ def wait(flag, ARRIVALS: tl.constexpr):
         # One thread asks, the others stay at the barrier: no issue slots, no traffic.
         tl.inline_asm_elementwise(
             """{
-            .reg .pred other, early;
-            .reg .b32 thread, seen;
+            .reg .pred other, early, late;
+            .reg .b32 thread, seen, began, now;
             mov.u32 thread, %tid.x;
             setp.ne.u32 other, thread, 0;
             @other bra arrived;
+            mov.u32 began, %globaltimer_hi;
             bra ask;
             sleep:
             nanosleep.u32 50;
+            mov.u32 now, %globaltimer_hi;
+            sub.u32 now, now, began;
+            setp.gt.u32 late, now, 7;
+            @late trap;
             ask:
             ld.acquire.gpu.global.b32 seen, [$1];
             setp.lt.s32 early, seen, $2;

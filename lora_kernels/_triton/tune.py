@@ -3,14 +3,17 @@
 A tool, never part of a call: nothing is tuned in a user's step.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lora_kernels._triton.config import Config, Layer, illegal, shipped
+from lora_kernels._triton.cost import seconds
 from lora_kernels._triton.device import Device, of_gpu
 from lora_kernels._triton.launch import Gpu
 from lora_kernels._triton.plan import plan
@@ -41,19 +44,37 @@ def layers_of(shapes: Iterable[str], bits: int) -> list[Layer]:
 
 
 def fastest(
-    layer: Layer, device: Device, timer: Timer, say: Callable[[str], object]
+    layer: Layer,
+    device: Device,
+    timer: Timer,
+    say: Callable[[str], object],
+    most: int | None = None,
+    keep: Callable[[Config, float], object] | None = None,
 ) -> tuple[Config, float]:
     """Return the legal configuration with the shortest measured time, and that time in seconds.
 
     A configuration that this GPU or this Triton can't run is reported and left out.
+
+    Args:
+        layer: the call.
+        device: the GPU that is measured.
+        timer: returns the seconds of a configuration.
+        say: gets a line of progress.
+        most: how many are timed, those that the cost model predicts to be fastest; None for all.
+        keep: gets the best so far, whenever there is a better one.
     """
+    legal = [config for config in shipped(layer) if illegal(config, layer, device) is None]
+    legal.sort(key=lambda config: (seconds(config, layer, device), config))
     times: dict[Config, float] = {}
-    for config in shipped(layer):
-        if illegal(config, layer, device) is None:
-            try:
-                times[config] = timer(layer, config)
-            except Exception as error:  # Triton and the driver raise many kinds
-                say(f"  left out, {type(error).__name__}: {error} ({config})")
+    for config in legal[:most]:
+        try:
+            time = timer(layer, config)
+        except Exception as error:  # Triton and the driver raise many kinds
+            say(f"  left out, {type(error).__name__}: {error} ({config})")
+            continue
+        if keep is not None and time < min(times.values(), default=math.inf):
+            keep(config, time)
+        times[config] = time
     if not times:
         raise RuntimeError(f"tune: no configuration of {key_of(layer)} ran")
     best = min(times, key=lambda config: times[config])
@@ -82,8 +103,8 @@ def gpu_timer(dtype: torch.dtype) -> Timer:
     return time
 
 
-def main(shapes: list[str], dtype: str, out: Path | None) -> int:
-    """Tune on the current GPU and write the file; return an exit status."""
+def main(shapes: list[str], dtype: str, out: Path | None, most: int | None = None) -> int:
+    """Tune on the current GPU and write the file as results come; return an exit status."""
     wanted = getattr(torch, dtype)
     try:
         layers = layers_of(shapes, wanted.itemsize * 8)
@@ -96,6 +117,11 @@ def main(shapes: list[str], dtype: str, out: Path | None) -> int:
     device = of_gpu(torch.cuda.current_device())
     path, timer = out or path_of(device), gpu_timer(wanted)
     for layer in layers:
-        write(path, device, {key_of(layer): fastest(layer, device, timer, print)})
+        keep = partial(_keep, path, device, key_of(layer))
+        fastest(layer, device, timer, print, most, keep)
     print(f"written to {path}")
     return 0
+
+
+def _keep(path: Path, device: Device, key: str, config: Config, time: float) -> None:
+    write(path, device, {key: (config, time)})

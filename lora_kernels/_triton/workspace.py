@@ -5,6 +5,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from lora_kernels._pools import in_shared_pool
+
 _GRAIN = 4096
 
 
@@ -12,7 +14,8 @@ class Workspace:
     """One block of zeros per (device, stream): two streams never share flags.
 
     Under CUDA-graph capture a block belongs to the call that asked for it, in the graph's own
-    memory: graphs captured on one stream may be replayed on several at once.
+    memory: graphs captured on one stream may be replayed on several at once. So it does where the
+    allocator serves the call from a pool of its own.
     """
 
     def __init__(self) -> None:
@@ -32,5 +35,6 @@ class Workspace:
             if block is None or block.numel() < count:
                 size = -(-count // _GRAIN) * _GRAIN
                 block = torch.zeros(size, dtype=torch.int32, device=device)
-                self._blocks[key] = block
+                if in_shared_pool(block):
+                    self._blocks[key] = block
         return block

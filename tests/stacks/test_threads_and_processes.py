@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
+from lora_kernels._pools import in_shared_pool
 from lora_kernels._triton import workspace
 from tests.stacks.models import FusedCalls, adapted_llama, adapters, assert_close, tokens
 
@@ -98,6 +100,8 @@ def test_streams_and_captured_graphs_have_flags_of_their_own(monkeypatch):
     stub = SimpleNamespace(cuda=cuda, int32=torch.int32)
     stub.zeros = lambda count, dtype, device: torch.zeros(count, dtype=dtype)
     monkeypatch.setattr(workspace, "torch", stub)
+    pool = SimpleNamespace(shared=True)
+    monkeypatch.setattr(workspace, "in_shared_pool", lambda block: pool.shared)
     flags, device = workspace.Workspace(), Device("cuda")
     first = flags.zeros(10, device)
     assert flags.zeros(20, device) is first
@@ -107,8 +111,38 @@ def test_streams_and_captured_graphs_have_flags_of_their_own(monkeypatch):
     current.cuda_stream = "captured"
     graphs = [flags.zeros(10, device) for _ in range(2)]
     assert len({id(block) for block in (first, second, *graphs)}) == 4
+    current.cuda_stream = 3
+    pool.shared = False  # as where torch.compile warms up what it will capture
+    owned = [weakref.ref(flags.zeros(10, device)) for _ in range(2)]
+    assert [block() for block in owned] == [None, None]  # the call was the last to have it
+    pool.shared = True
+    kept = flags.zeros(10, device)
+    assert flags.zeros(10, device) is kept
     current.cuda_stream = 1
     assert flags.zeros(10, device) is first
+
+
+def test_memory_of_a_pool_of_its_own_is_told_by_the_allocator(monkeypatch):
+    """Its snapshot is a GPU's; here it is made up."""
+    block = SimpleNamespace(device=torch.device("cuda", 1), data_ptr=lambda: 4096 + 512)
+    segment = {"segment_pool_id": (0, 0), "device": 1, "address": 4096, "total_size": 1024}
+    backend = SimpleNamespace(name="native")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend.name)
+    for change, shared in (
+        ({}, True),
+        ({"segment_pool_id": (0, 1)}, False),
+        ({"segment_pool_id": [3, 0]}, False),
+        ({"device": 0}, False),
+        ({"address": 4096 + 513}, False),
+        ({"total_size": 512}, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda c=change: [segment | c])
+        assert in_shared_pool(block) == shared
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [segment])
+    backend.name = "cudaMallocAsync"
+    assert not in_shared_pool(block)
+    assert in_shared_pool(torch.zeros(1))
 
 
 class Outputs(torch.utils.data.Dataset):
