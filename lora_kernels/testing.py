@@ -39,6 +39,9 @@ class Sizes(NamedTuple):
         return "".join(f"-{name}{size:g}" for name, size in self._asdict().items() if size != 1.0)
 
 
+USUAL = Sizes()
+
+
 @dataclass(frozen=True)
 class Case:
     """One parity problem: x is [*leading, k], the weight [n, k], the rank r."""
@@ -52,13 +55,13 @@ class Case:
     dropout_p: float = 0.0
     bias: bool = True
     scaling: float = 1.7
-    sizes: Sizes = Sizes()
+    sizes: Sizes = USUAL
 
     def __str__(self) -> str:
         m = "x".join(map(str, self.leading)) or "-"
         adapters = f"+{str(self.adapter_dtype)[6:]}" if self.adapter_dtype else ""
         text = f"{m}-{self.n}-{self.k}-r{self.r}-{str(self.dtype)[6:]}{adapters}-p{self.dropout_p}"
-        return text if self.sizes == Sizes() else f"{text}-s{self.scaling:g}{self.sizes}"
+        return text if self.sizes == USUAL else f"{text}-s{self.scaling:g}{self.sizes}"
 
 
 @dataclass
@@ -108,15 +111,16 @@ def float16_range_cases(leading: tuple[int, ...], n: int, k: int, r: int) -> lis
     float32, PEFT computes all of these in float32.
     """
     wide = {"adapter_dtype": torch.float32, "bias": False}
+    vanishing = Sizes(dy=1e-5, b=1e-4 * r**0.5)  # smaller elements of B are rounded to fewer
     scaled_up, scaled_down = {"scaling": 100.0}, {"scaling": 0.001}
-    few = Sizes(x=1000, b=1e-3, dy=1e-4)
+    overflowing = Sizes(x=1000, b=1e-3, dy=1e-4)
     settings: list[dict[str, Any]] = [
-        scaled_up | {"sizes": few},
-        scaled_up | {"sizes": few, "dropout_p": 0.9},
+        scaled_up | {"sizes": overflowing},
+        scaled_up | {"sizes": overflowing, "dropout_p": 0.9},
         scaled_up | {"sizes": Sizes(x=1e-3, b=1e3, dy=1e-3)},
         scaled_down | {"sizes": Sizes(x=1000, weight=1e-6, b=1e-3), "bias": False},
-        wide | {"sizes": Sizes(dy=1e-5, b=1e-4)},
-        wide | {"sizes": Sizes(dy=1e-5, b=1e-4), "dropout_p": 0.9},
+        wide | {"sizes": vanishing},
+        wide | {"sizes": vanishing, "dropout_p": 0.9},
         wide | {"sizes": Sizes(dy=1e-6, x=1e-2), "scaling": 0.01},
         wide | {"sizes": Sizes(dy=4096), "dropout_p": 0.1},
         wide | {"sizes": Sizes(dy=512), "dropout_p": 0.9},

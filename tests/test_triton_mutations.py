@@ -41,10 +41,10 @@ MUTANTS = {
     "sums not waited for": ("forward", "wait(flag, part)", "wait(flag, 0)", True),
     "dxa published before the store": (
         "backward",
-        "                store_factor(dxa, read(thin, MMA) * thin_scale, rows, M, R, BLOCK_R)\n"
+        "                store_factor(dxa, thin, rows, M, R, BLOCK_R)\n"
         "                publish(flags + panel)\n",
         "                publish(flags + panel)\n"
-        "                store_factor(dxa, read(thin, MMA) * thin_scale, rows, M, R, BLOCK_R)\n",
+        "                store_factor(dxa, thin, rows, M, R, BLOCK_R)\n",
         True,
     ),
     "flag not waited for": ("tiles", "early, seen, $2;", "early, seen, 0;", True),

@@ -20,6 +20,7 @@ from lora_kernels._triton.philox import (
 from lora_kernels._triton.tiles import (
     block_pointers,
     grouped_tile,
+    inverse_of,
     keep_scale,
     leave,
     load_factor,
@@ -35,6 +36,7 @@ from lora_kernels._triton.tiles import (
     store_factor,
     store_tile,
     unfetched,
+    unit_of,
     wait,
     wide,
 )
@@ -83,9 +85,9 @@ def _products(
 
 @triton.jit
 def _finish_dx(
-    acc, dxa, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a,
-    K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr,
+    acc, dxa, units, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a,
+    UNIT_ROWS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,6 +111,12 @@ def _finish_dx(
             else:
                 masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE, PACKED)
             dropped = rounded_now(acc, dtype)
+    if units is not None:
+        if UNIT_ROWS % BLOCK_M == 0:
+            unit = tl.load(units + row // UNIT_ROWS)
+        else:
+            unit = tl.load(units + near_rows // UNIT_ROWS)[:, None]
+        acc = read(acc, MMA) * inverse_of(unit)
     for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
         dxa_tile = load_factor(dxa, near_rows, R, rank, R, RANK_STEP, R == BLOCK_R)
         ranks = rank + tl.arange(0, RANK_STEP)
@@ -119,7 +127,10 @@ def _finish_dx(
             inside = (ranks < R)[:, None] & (columns < K)[None, :]
             a_tile = tl.load(a_pointers, mask=inside, other=0.0)
         acc = plus_product(acc, dxa_tile, a_tile.to(dxa_tile.dtype), PRECISION)
-    result = read(acc, MMA).to(dtype)
+    result = read(acc, MMA)
+    if units is not None:
+        result *= unit
+    result = result.to(dtype)
     if DROPOUT:
         if dtype == tl.float32:
             masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE, PACKED)
@@ -131,16 +142,17 @@ def _finish_dx(
 
 @triton.jit
 def _row_sums(
-    left, right, mask, right_stride, row, end, column, rank, M, seed, threshold,
-    WIDTH: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr, RANKS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr, MMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    left, units, right, mask, right_stride, row, end, column, rank, M, seed, threshold,
+    UNIT_ROWS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr, PACKED: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
+    MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return Σ leftᵀ D(right) and Σ right over rows [row, end), float32, in order of rows.
 
     left [M, R] contiguous, of which RANKS columns from `rank` on; right [M, WIDTH], of which
-    BLOCK_C from `column` on. mask: where the bits of D go, or None.
+    BLOCK_C from `column` on. units: left's, one for each UNIT_ROWS rows, of which a step takes a
+    part; None: 1. mask: where the bits of D go, or None.
     """
     columns = column + tl.arange(0, BLOCK_C)
     ranks = rank + tl.arange(0, RANKS)
@@ -159,6 +171,8 @@ def _row_sums(
     product = tl.zeros((RANKS, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_C,), tl.float32)
     last = tl.maximum(M - BLOCK_S, 0)
+    if units is not None:
+        unit = tl.load(units + row // UNIT_ROWS)
     for first in tl.range(row, end, BLOCK_S):
         # The last step starts early enough to stay inside; the rows that it meets again, zeros on
         # the left, count nothing. So no step masks or clamps what it reads on the right.
@@ -187,13 +201,21 @@ def _row_sums(
                         bits.to(tl.uint8),
                         mask=(steps >= first - start)[:, None],
                     )
+            if units is not None:
+                # The sums so far in the unit of this step: powers of two, and no register more.
+                before = unit
+                unit = tl.load(units + first // UNIT_ROWS)
+                product = read(product, MMA) * (before * inverse_of(unit))
             product = plus_product(product, factor, kept, PRECISION)
-            if SUM and MMA == "wgmma":
+            if (SUM or units is not None) and MMA == "wgmma":
                 # Triton 3.8 leaves this product pending while the next copy overwrites `right`.
                 product = settled(product)
         if SUM:
             total += tl.sum(tl.where(inside[:, None], tile, 0.0).to(tl.float32), 0)
-    return read(product, MMA), total
+    product = read(product, MMA)
+    if units is not None:
+        product *= unit
+    return product, total
 
 
 @triton.jit
@@ -231,16 +253,15 @@ def _sum_of_parts(
 
 @triton.jit(do_not_specialize=["M", "scaling", "threshold", "segment"])
 def backward_kernel(
-    dy, x, xa, w, a, b, seed_pointer, scaling_pointer, dxa, dx, da, db, dbias, mask, partials,
-    counters, flags, dy_descriptor, w_descriptor,
+    dy, x, xa, w, a, b, seed_pointer, scaling_pointer, dxa, units, dx, da, db, dbias, mask,
+    partials, counters, flags, dy_descriptor, w_descriptor,
     stride_dy, stride_x, stride_w, stride_a, stride_b, segment, M, scaling, threshold,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     RANK_STEP: tl.constexpr, RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    GROUP: tl.constexpr,
-    FUSED: tl.constexpr, NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
-    NEED_DBIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
-    MMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, UNIT_ROWS: tl.constexpr, FUSED: tl.constexpr, NEED_DX: tl.constexpr,
+    NEED_DA: tl.constexpr, NEED_DB: tl.constexpr, NEED_DBIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients asked for; persistent, tiles in order, outputs contiguous.
 
@@ -248,6 +269,7 @@ def backward_kernel(
     no tile waits for one that can't run; otherwise dxa was made by an earlier launch.
     segment: rows a tile of dA or dB sums, a multiple of BLOCK_M.
     dy_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_N] and [BLOCK_N, BLOCK_K], or both None.
+    units: float32, dxa's, one for each UNIT_ROWS rows (`unit_of`), made with it; None: 1.
     flags, counters: int32, one a row panel and one a block of dB and dA, zero before and after.
     mask: int32 [max(M, BLOCK_S), MASK_STRIDE], a bit for each element of x; None: all tiles draw.
     Tiles of dA, drawing it beside their copies, leave it to those of dx.
@@ -295,7 +317,12 @@ def backward_kernel(
                     N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, True, MMA,
                     PRECISION,
                 )  # fmt: skip
-                store_factor(dxa, read(thin, MMA) * thin_scale, rows, M, R, BLOCK_R)
+                thin = read(thin, MMA) * thin_scale
+                if units is not None:
+                    unit = unit_of(thin)
+                    tl.store(units + panel, unit)
+                    thin *= inverse_of(unit)
+                store_factor(dxa, thin, rows, M, R, BLOCK_R)
                 publish(flags + panel)
             else:
                 acc, _ = _products(
@@ -308,9 +335,9 @@ def backward_kernel(
                 if FUSED or DRAWN:
                     wait(flags + panel, tl.where(drawn, before, 1))
                 _finish_dx(
-                    acc, dxa, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a, K, R,
-                    MASK_STRIDE, BLOCK_M, BLOCK_K, BLOCK_R, RANK_STEP, DROPOUT, WIDE, PACKED, MMA,
-                    PRECISION,
+                    acc, dxa, units, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a,
+                    UNIT_ROWS, K, R, MASK_STRIDE, BLOCK_M, BLOCK_K, BLOCK_R, RANK_STEP, DROPOUT,
+                    WIDE, PACKED, MMA, PRECISION,
                 )  # fmt: skip
                 if FUSED or DRAWN:
                     leave(flags + panel, last_out)
@@ -321,9 +348,9 @@ def backward_kernel(
             rank = block % SLABS * RANKS
             end = tl.minimum(part * segment + segment, M)
             product, total = _row_sums(
-                xa, dy, None, stride_dy, part * segment, end, column, rank, M, seed, threshold,
-                N, R, 0, RANKS, BLOCK_C, BLOCK_S, False, WIDE, PACKED, NEED_DB, NEED_DBIAS, MMA,
-                PRECISION,
+                xa, None, dy, None, stride_dy, part * segment, end, column, rank, M, seed,
+                threshold, 1, N, R, 0, RANKS, BLOCK_C, BLOCK_S, False, WIDE, PACKED, NEED_DB,
+                NEED_DBIAS, MMA, PRECISION,
             )  # fmt: skip
             space = partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
             product, total, last = _sum_of_parts(
@@ -352,9 +379,9 @@ def backward_kernel(
                 for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
                     wait(flags + panel, 1)
             product, total = _row_sums(
-                dxa, x, mask, stride_x, part * segment, end, column, rank, M, seed, threshold, K,
-                R, MASK_STRIDE, RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE, PACKED, True, False, MMA,
-                PRECISION,
+                dxa, units, x, mask, stride_x, part * segment, end, column, rank, M, seed,
+                threshold, UNIT_ROWS, K, R, MASK_STRIDE, RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE,
+                PACKED, True, False, MMA, PRECISION,
             )  # fmt: skip
             if FUSED or DRAWN:
                 for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):

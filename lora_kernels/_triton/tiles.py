@@ -265,3 +265,22 @@ def scaling_of(scaling, pointer):
 def keep_scale(threshold):
     """Return 65536 / (65536 - threshold), the factor of kept elements."""
     return 65536.0 / (65536 - threshold)
+
+
+@triton.jit
+def unit_of(sums):
+    """Return the power of two in which the largest finite one of float32 sums is below 2¹⁵.
+
+    Nor is it below 2¹⁴, unless the unit would be below 2⁻⁶⁴, where float16's products end: so what
+    float16 keeps of sums in their unit is its precision, whatever their range.
+    """
+    sizes = tl.abs(sums)
+    largest = tl.max(tl.max(tl.where(sizes < float("inf"), sizes, 0.0), 1), 0)
+    bits = tl.maximum(largest, 2.0**-50).to(tl.int32, bitcast=True) & 0x7F800000
+    return bits.to(tl.float32, bitcast=True) * 2.0**-14
+
+
+@triton.jit
+def inverse_of(unit):
+    """Return the inverse of powers of two, exactly."""
+    return (0x7F000000 - unit.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
