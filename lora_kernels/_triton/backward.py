@@ -15,8 +15,8 @@ from lora_kernels._triton.philox import (
     keep_where,
     masks_by_bits,
     masks_by_call,
-    masks_by_element,
 )
+from lora_kernels._triton.sums import row_sums, sum_of_parts
 from lora_kernels._triton.tiles import (
     block_pointers,
     grouped_tile,
@@ -25,14 +25,12 @@ from lora_kernels._triton.tiles import (
     leave,
     load_factor,
     load_operand,
-    opaque,
     operand_pointers,
     plus_product,
     publish,
     read,
     rounded_now,
     scaling_of,
-    settled,
     store_factor,
     store_tile,
     unfetched,
@@ -112,11 +110,16 @@ def _finish_dx(
                 masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE, PACKED)
             dropped = rounded_now(acc, dtype)
     if units is not None:
+        # In dx nothing counts that float16 itself doesn't hold: a small unit goes to dxa, a large
+        # one, the largest of the tile, to A.
         if UNIT_ROWS % BLOCK_M == 0:
             unit = tl.load(units + row // UNIT_ROWS)
+            above = tl.maximum(unit, 1.0)
+            below = unit * inverse_of(above)
         else:
-            unit = tl.load(units + near_rows // UNIT_ROWS)[:, None]
-        acc = read(acc, MMA) * inverse_of(unit)
+            unit = tl.load(units + near_rows // UNIT_ROWS)
+            above = tl.maximum(tl.max(unit, 0), 1.0)
+            below = (unit * inverse_of(above))[:, None]
     for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
         dxa_tile = load_factor(dxa, near_rows, R, rank, R, RANK_STEP, R == BLOCK_R)
         ranks = rank + tl.arange(0, RANK_STEP)
@@ -126,11 +129,11 @@ def _finish_dx(
         else:
             inside = (ranks < R)[:, None] & (columns < K)[None, :]
             a_tile = tl.load(a_pointers, mask=inside, other=0.0)
+        if units is not None:
+            dxa_tile = (dxa_tile.to(tl.float32) * below).to(dtype)
+            a_tile = a_tile.to(tl.float32) * above
         acc = plus_product(acc, dxa_tile, a_tile.to(dxa_tile.dtype), PRECISION)
-    result = read(acc, MMA)
-    if units is not None:
-        result *= unit
-    result = result.to(dtype)
+    result = read(acc, MMA).to(dtype)
     if DROPOUT:
         if dtype == tl.float32:
             masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE, PACKED)
@@ -138,117 +141,6 @@ def _finish_dx(
         else:
             result = choose(masks, result, dropped)
     store_tile(dx, result, rows, columns, M, K, K % BLOCK_K == 0)
-
-
-@triton.jit
-def _row_sums(
-    left, units, right, mask, right_stride, row, end, column, rank, M, seed, threshold,
-    UNIT_ROWS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr,
-    RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, DROPOUT: tl.constexpr,
-    WIDE: tl.constexpr, PACKED: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
-    MMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return Σ leftᵀ D(right) and Σ right over rows [row, end), float32, in order of rows.
-
-    left [M, R] contiguous, of which RANKS columns from `rank` on; right [M, WIDTH], of which
-    BLOCK_C from `column` on. units: left's, one for each UNIT_ROWS rows, of which a step takes a
-    part; None: 1. mask: where the bits of D go, or None.
-    """
-    columns = column + tl.arange(0, BLOCK_C)
-    ranks = rank + tl.arange(0, RANKS)
-    steps = tl.arange(0, BLOCK_S)
-    near = tl.minimum(steps, M - 1)
-    right_pointers = block_pointers(right, near, right_stride, column, BLOCK_C)
-    if PRODUCT:
-        left_pointers = left + near.to(tl.int64)[None, :] * R + ranks[:, None]
-    if mask is not None:
-        # A byte is a group. In neighbouring threads, as `masks` below; Triton would lay several
-        # side by side in one to store words, and draw them once more there.
-        groups = opaque(column // 8 + tl.arange(0, BLOCK_C // 8))
-        mask_pointers = mask.to(tl.pointer_type(tl.uint8)) + (
-            steps[:, None] * (4 * MASK_STRIDE) + groups[None, :]
-        )
-    product = tl.zeros((RANKS, BLOCK_C), tl.float32)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    last = tl.maximum(M - BLOCK_S, 0)
-    if units is not None:
-        unit = tl.load(units + row // UNIT_ROWS)
-    for first in tl.range(row, end, BLOCK_S):
-        # The last step starts early enough to stay inside; the rows that it meets again, zeros on
-        # the left, count nothing. So no step masks or clamps what it reads on the right.
-        start = tl.minimum(first, last)
-        rows = start + steps
-        inside = (rows >= first) & (rows < M)
-        pointers = right_pointers + wide(start) * right_stride
-        if WIDTH % BLOCK_C == 0:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
-        if PRODUCT:
-            wanted = inside[None, :]
-            if R % RANKS != 0:
-                wanted &= (ranks < R)[:, None]
-            factor = tl.load(left_pointers + wide(start) * R, mask=wanted, other=0.0)
-            kept = tile
-            if DROPOUT:
-                masks, bits = masks_by_element(
-                    rows, column, seed, threshold, WIDTH, BLOCK_C, WIDE, PACKED
-                )
-                kept = keep_where(masks, tile)
-                if mask is not None:
-                    tl.store(
-                        mask_pointers + wide(start) * (4 * MASK_STRIDE),
-                        bits.to(tl.uint8),
-                        mask=(steps >= first - start)[:, None],
-                    )
-            if units is not None:
-                # The sums so far in the unit of this step: powers of two, and no register more.
-                before = unit
-                unit = tl.load(units + first // UNIT_ROWS)
-                product = read(product, MMA) * (before * inverse_of(unit))
-            product = plus_product(product, factor, kept, PRECISION)
-            if (SUM or units is not None) and MMA == "wgmma":
-                # Triton 3.8 leaves this product pending while the next copy overwrites `right`.
-                product = settled(product)
-        if SUM:
-            total += tl.sum(tl.where(inside[:, None], tile, 0.0).to(tl.float32), 0)
-    product = read(product, MMA)
-    if units is not None:
-        product *= unit
-    return product, total
-
-
-@triton.jit
-def _sum_of_parts(
-    product, total, space, counter, part, parts, RANKS: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRODUCT: tl.constexpr, SUM: tl.constexpr,
-):  # fmt: skip
-    """Return the sums over all parts, in order, and True to the last part to arrive, else False.
-
-    space: float32 [parts, RANKS + 1, BLOCK_C]; counter: int32, zero before and after.
-    """
-    last = True
-    if parts > 1:
-        SIZE: tl.constexpr = (RANKS + 1) * BLOCK_C
-        row = tl.arange(0, BLOCK_C)
-        tile = tl.arange(0, RANKS)[:, None] * BLOCK_C + row[None, :]
-        if PRODUCT:
-            tl.store(space + part * SIZE + tile, product)
-        if SUM:
-            tl.store(space + part * SIZE + RANKS * BLOCK_C + row, total)
-        tl.debug_barrier()
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
-        if last:
-            tl.debug_barrier()
-            tl.atomic_xchg(counter, 0, sem="relaxed")
-            product = tl.zeros((RANKS, BLOCK_C), tl.float32)
-            total = tl.zeros((BLOCK_C,), tl.float32)
-            for i in range(parts):
-                if PRODUCT:
-                    product += tl.load(space + i * SIZE + tile)
-                if SUM:
-                    total += tl.load(space + i * SIZE + RANKS * BLOCK_C + row)
-    return product, total, last
 
 
 @triton.jit(do_not_specialize=["M", "scaling", "threshold", "segment"])
@@ -347,13 +239,13 @@ def backward_kernel(
             column = block // SLABS * BLOCK_C
             rank = block % SLABS * RANKS
             end = tl.minimum(part * segment + segment, M)
-            product, total = _row_sums(
+            product, total = row_sums(
                 xa, None, dy, None, stride_dy, part * segment, end, column, rank, M, seed,
                 threshold, 1, N, R, 0, RANKS, BLOCK_C, BLOCK_S, False, WIDE, PACKED, NEED_DB,
                 NEED_DBIAS, MMA, PRECISION,
             )  # fmt: skip
             space = partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
-            product, total, last = _sum_of_parts(
+            product, total, last = sum_of_parts(
                 product, total, space, counters + block, part, parts, RANKS, BLOCK_C, NEED_DB,
                 NEED_DBIAS,
             )  # fmt: skip
@@ -378,7 +270,7 @@ def backward_kernel(
             if FUSED:
                 for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
                     wait(flags + panel, 1)
-            product, total = _row_sums(
+            product, total = row_sums(
                 dxa, units, x, mask, stride_x, part * segment, end, column, rank, M, seed,
                 threshold, UNIT_ROWS, K, R, MASK_STRIDE, RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE,
                 PACKED, True, False, MMA, PRECISION,
@@ -388,7 +280,7 @@ def backward_kernel(
                     leave(flags + panel, last_out)
             slot = DB_BLOCKS + block
             space = partials + wide(slot) * parts * (RANKS + 1) * BLOCK_C
-            product, total, last = _sum_of_parts(
+            product, total, last = sum_of_parts(
                 product, total, space, counters + slot, part, parts, RANKS, BLOCK_C, True, False
             )
             if last:

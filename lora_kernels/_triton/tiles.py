@@ -269,15 +269,17 @@ def keep_scale(threshold):
 
 @triton.jit
 def unit_of(sums):
-    """Return the power of two in which the largest finite one of float32 sums is below 2¹⁵.
+    """Return a power of two such that float16 holds float32 sums in it, each to its precision.
 
-    Nor is it below 2¹⁴, unless the unit would be below 2⁻⁶⁴, where float16's products end: so what
-    float16 keeps of sums in their unit is its precision, whatever their range.
+    The largest finite one is below 2¹⁵ then. Up from there units are as small as that allows, down
+    from there they are 1, 2⁻¹⁶, 2⁻³² and so on: near rows have the same. The least is 2⁻⁶⁴, beyond
+    float16's products.
     """
     sizes = tl.abs(sums)
     largest = tl.max(tl.max(tl.where(sizes < float("inf"), sizes, 0.0), 1), 0)
-    bits = tl.maximum(largest, 2.0**-50).to(tl.int32, bitcast=True) & 0x7F800000
-    return bits.to(tl.float32, bitcast=True) * 2.0**-14
+    exponent = tl.maximum(largest, 2.0**-50).to(tl.int32, bitcast=True) >> 23
+    exponent -= tl.where(exponent < 127 + 15, ((exponent + 2) & 15) - 1, 14)
+    return (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
