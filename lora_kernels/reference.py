@@ -1,7 +1,8 @@
 """The adapted linear layer in plain torch: the definition of right.
 
 Any device, any float dtype, float64 included. Nothing here is tuned: where this file and a
-kernel disagree beyond the error budget, the kernel is wrong.
+kernel disagree beyond the error budget, the kernel is wrong. float16 decides how numbers are
+rounded, not their range: what lies between x and y, or dy and a gradient, is kept in float32.
 
 Notation: M tokens, N out_features, K in_features, R rank.
 
@@ -82,6 +83,14 @@ def _as_matrix(v: Tensor) -> Tensor:
     return v.reshape(-1, v.shape[-1]).contiguous()
 
 
+def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return v rounded to dtype; of float16 its 11 significant bits alone, as float32 numbers."""
+    if dtype != torch.float16:
+        return v.to(dtype)
+    mantissa, exponent = torch.frexp(v.float())
+    return torch.ldexp(mantissa.half().float(), exponent)
+
+
 def lora_linear_forward(
     x: Tensor,
     weight: Tensor,
@@ -97,7 +106,7 @@ def lora_linear_forward(
     Args:
         x: [..., K]; leading dimensions are flattened to M.
         weight: [N, K], x's dtype.
-        lora_A: [R, K], any float dtype; rounded to x's.
+        lora_A: [R, K], any float dtype; `rounded` to x's.
         lora_B: [N, R], likewise.
         bias: [N] or None.
         seed: 0-dim int64, the Philox key; None without dropout.
@@ -107,13 +116,13 @@ def lora_linear_forward(
     Returns:
         y [..., N] and xa [M, R], both in x's dtype.
     """
-    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    a, b = rounded(lora_A, x.dtype), rounded(lora_B, x.dtype)
     x2 = _as_matrix(x)
-    xa = dropout(x2, threshold, seed) @ a.T
-    y = x2 @ weight.T + (xa @ b.T) * scaling
+    xa = (dropout(x2.to(a.dtype), threshold, seed) @ a.T).to(x.dtype)
+    y = x2 @ weight.T + (xa.to(b.dtype) @ b.T) * scaling
     if bias is not None:
         y = y + bias
-    return y.reshape(*x.shape[:-1], weight.shape[0]), xa
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0]), xa
 
 
 def lora_linear_backward(
@@ -140,19 +149,20 @@ def lora_linear_backward(
     Returns:
         dx and dbias in dy's dtype, dA and dB in their parameters' dtypes.
     """
-    a, b = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
+    a, b = rounded(lora_A, dy.dtype), rounded(lora_B, dy.dtype)
     dy2 = _as_matrix(dy)
-    dxa = (dy2 @ b) * scaling
+    wide = dy2.to(b.dtype)
+    dxa = rounded((wide @ b) * scaling, dy.dtype)
     dx = da = db = dbias = None
     if needs[0]:
         dx = dy2 @ weight + dropout(dxa @ a, threshold, seed)
-        dx = dx.reshape(*dy.shape[:-1], weight.shape[1])
+        dx = dx.to(dy.dtype).reshape(*dy.shape[:-1], weight.shape[1])
     if needs[1]:
         assert x is not None
-        da = (dxa.T @ dropout(_as_matrix(x), threshold, seed)).to(lora_A.dtype)
+        da = (dxa.T @ dropout(_as_matrix(x).to(a.dtype), threshold, seed)).to(lora_A.dtype)
     if needs[2]:
         assert xa is not None
-        db = ((dy2.T @ xa) * scaling).to(lora_B.dtype)
+        db = ((wide.T @ xa.to(b.dtype)) * scaling).to(lora_B.dtype)
     if needs[3]:
         dbias = dy2.sum(0)
     return dx, da, db, dbias

@@ -6,9 +6,10 @@ the largest element. The root mean square is held to the same rule, which catche
 maximum hides. Where torch's switch lets float32 products be TF32's, eager's are.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,22 @@ FEW_SUMS, MANY_DRAWS = 64, 31
 GRADIENTS = ("dx", "da", "db", "dbias")
 
 
+class Sizes(NamedTuple):
+    """Factors on what `make_inputs` draws; `first_row`: on the first row of dy, on the last 1."""
+
+    x: float = 1.0
+    weight: float = 1.0
+    b: float = 1.0
+    dy: float = 1.0
+    first_row: float = 1.0
+
+    def __str__(self) -> str:
+        return "".join(f"-{name}{size:g}" for name, size in self._asdict().items() if size != 1.0)
+
+
+USUAL = Sizes()
+
+
 @dataclass(frozen=True)
 class Case:
     """One parity problem: x is [*leading, k], the weight [n, k], the rank r."""
@@ -38,11 +55,13 @@ class Case:
     dropout_p: float = 0.0
     bias: bool = True
     scaling: float = 1.7
+    sizes: Sizes = USUAL
 
     def __str__(self) -> str:
         m = "x".join(map(str, self.leading)) or "-"
         adapters = f"+{str(self.adapter_dtype)[6:]}" if self.adapter_dtype else ""
-        return f"{m}-{self.n}-{self.k}-r{self.r}-{str(self.dtype)[6:]}{adapters}-p{self.dropout_p}"
+        text = f"{m}-{self.n}-{self.k}-r{self.r}-{str(self.dtype)[6:]}{adapters}-p{self.dropout_p}"
+        return text if self.sizes == USUAL else f"{text}-s{self.scaling:g}{self.sizes}"
 
 
 @dataclass
@@ -69,16 +88,47 @@ def make_inputs(case: Case, device: torch.device | str | None = None) -> Inputs:
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         return (torch.randn(shape, device=device) * scale).to(dtype or case.dtype)
 
-    adapter = case.adapter_dtype or case.dtype
-    return Inputs(
-        x=normal(*case.leading, case.k),
-        weight=normal(case.n, case.k, scale=case.k**-0.5),
+    adapter, sizes = case.adapter_dtype or case.dtype, case.sizes
+    inputs = Inputs(
+        x=normal(*case.leading, case.k, scale=sizes.x),
+        weight=normal(case.n, case.k, scale=sizes.weight * case.k**-0.5),
         lora_A=normal(case.r, case.k, scale=case.k**-0.5, dtype=adapter),
-        lora_B=normal(case.n, case.r, scale=case.r**-0.5, dtype=adapter),
+        lora_B=normal(case.n, case.r, scale=sizes.b * case.r**-0.5, dtype=adapter),
         bias=normal(case.n) if case.bias else None,
-        dy=normal(*case.leading, case.n),
+        dy=normal(*case.leading, case.n, scale=sizes.dy),
         seed=int(torch.randint(0, 1 << 62, ())),
     )
+    if sizes.first_row != 1.0:
+        rows = inputs.dy.view(-1, case.n)
+        rows *= torch.logspace(math.log10(sizes.first_row), 0, rows.shape[0], device=device)[
+            :, None
+        ]
+    return inputs
+
+
+def float16_range_cases(leading: tuple[int, ...], n: int, k: int, r: int) -> list[Case]:
+    """Return cases at both ends of float16's range, in which all results are finite.
+
+    Products by the scaling or by dropout's factor leave it, and so does dxa; where adapters are
+    float32, PEFT computes all of these in float32.
+    """
+    wide = {"adapter_dtype": torch.float32, "bias": False}
+    vanishing = Sizes(dy=1e-5, b=1e-4 * r**0.5)  # smaller elements of B are rounded to fewer
+    scaled_up, scaled_down = {"scaling": 100.0}, {"scaling": 0.001}
+    overflowing = Sizes(x=1000, b=1e-3, dy=1e-4)
+    settings: list[dict[str, Any]] = [
+        scaled_up | {"sizes": overflowing},
+        scaled_up | {"sizes": overflowing, "dropout_p": 0.9},
+        scaled_up | {"sizes": Sizes(x=1e-3, b=1e3, dy=1e-3)},
+        scaled_down | {"sizes": Sizes(x=1000, weight=1e-6, b=1e-3), "bias": False},
+        wide | {"sizes": vanishing},
+        wide | {"sizes": vanishing, "dropout_p": 0.9},
+        wide | {"sizes": Sizes(dy=1e-6, x=1e-2), "scaling": 0.01},
+        wide | {"sizes": Sizes(dy=4096), "dropout_p": 0.1},
+        wide | {"sizes": Sizes(dy=512), "dropout_p": 0.9},
+        wide | {"sizes": Sizes(b=1e-3, first_row=1e-6), "dropout_p": 0.1},
+    ]
+    return [Case(leading, n, k, r, torch.float16, **setting) for setting in settings]
 
 
 def run(

@@ -14,7 +14,14 @@ from lora_kernels import _ptxvm
 from lora_kernels._cuda import machine
 from lora_kernels._cuda.machine import Machine, using
 from lora_kernels._native import absence
-from lora_kernels.testing import Case, assert_parity, assert_results, make_inputs, run
+from lora_kernels.testing import (
+    Case,
+    assert_parity,
+    assert_results,
+    float16_range_cases,
+    make_inputs,
+    run,
+)
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -119,6 +126,15 @@ def test_ranks_in_slices(hopper, case, resident):
         ["forward", "Hopper"],
         ["backward", "Hopper"],
     ] * 2
+
+
+@pytest.mark.parametrize("index", range(len(float16_range_cases((), 1, 1, 1))))
+def test_float16_range(hopper, index):
+    """Three row panels of dxa, of one slice of ranks or, every third time, of two."""
+    case = float16_range_cases((300,), 136, 264, 16 if index % 3 else 96)[index]
+    with using(made := hopper(resident=3, seed=index)):
+        assert_parity(case, make_inputs(case), "cuda")
+    assert all("_Hopper_" in name for name, _ in made.stats)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)

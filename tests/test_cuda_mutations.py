@@ -52,8 +52,8 @@ MUTANTS = {
     "nothing": ("forward.cuh", "layer.m, rank, layer.r", "layer.m, rank, layer.r"),
     "dxa published before the store": (
         "backward.cuh",
-        "    store_thin<T>(thin, scale",
-        "    publish(p.flags + panel);\n    store_thin<T>(thin, scale",
+        "    store_dxa<T>(p,",
+        "    publish(p.flags + panel);\n    store_dxa<T>(p,",
     ),
     "flag not waited for": ("order.cuh", "(acquire_load(flag) < arrivals)", "(false)"),
     "flag not reset": ("order.cuh", "count_out(flag, last, threadIdx.x == 0);", ""),
@@ -142,8 +142,8 @@ HOPPER_MUTANTS = {
     "words of another step": ("pipeline_sm90.cuh", "words + 32 * step", "words"),
     "dxa published before the store": (
         "backward_sm90.cuh",
-        "        store_thin<T>(thin, scale",
-        "        publish<S>(p.flags + tile.panel);\n        store_thin<T>(thin, scale",
+        "        store_dxa<T>(p,",
+        "        publish<S>(p.flags + tile.panel);\n        store_dxa<T>(p,",
     ),
     "dxa not waited for": (
         "backward_sm90.cuh",

@@ -14,7 +14,15 @@ import lora_kernels as lk
 from lora_kernels._cuda.machine import Machine, using
 from lora_kernels._native import absence
 from lora_kernels.ops import forward_op
-from lora_kernels.testing import GRADIENTS, Case, assert_parity, assert_results, make_inputs, run
+from lora_kernels.testing import (
+    GRADIENTS,
+    Case,
+    assert_parity,
+    assert_results,
+    float16_range_cases,
+    make_inputs,
+    run,
+)
 from tests.layouts import LAYOUTS, laid_out
 from tests.serving import Place, needs_gpu
 
@@ -60,6 +68,16 @@ def test_sizes_ranks_and_dtypes(executor, case):
     shared, weak = (A100, RTX3090)[index // 2 % 2], int(index % 3 == 0)
     with executor(resident=1 + index % 7, seed=index, shared_bytes=shared, weak=weak):
         assert_parity(case, make_inputs(case, executor.memory), "cuda")
+
+
+@pytest.mark.parametrize("rank", [5, 96])
+@pytest.mark.parametrize("index", range(len(float16_range_cases((), 1, 1, 1))))
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_float16_range(executor, index, rank):
+    """Three row panels of dxa, of one slice of ranks and of two."""
+    case = float16_range_cases((150,), 72, 136, rank)[index]
+    with executor(resident=1 + index % 5, seed=index):
+        assert_parity(case, make_inputs(case), "cuda")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

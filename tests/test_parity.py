@@ -5,7 +5,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels.ops import forward_op
-from lora_kernels.testing import Case, assert_parity, make_inputs
+from lora_kernels.testing import Case, assert_parity, float16_range_cases, make_inputs
 from tests.layouts import LAYOUTS, laid_out
 from tests.serving import IMPLS, needs_gpu, skip_if_refused
 
@@ -51,6 +51,14 @@ def test_wider_adapters(impl, dtype, adapter_dtype, dropout_p):
 
 def test_16_bit_adapters_beside_a_float32_base(impl):
     case = Case((65,), 48, 72, 8, FP32, BF16, 0.05)
+    assert_parity(case, make_inputs(case), impl)
+
+
+@pytest.mark.parametrize("leading", [(3,), (2, 65)], ids=str)
+@pytest.mark.parametrize("index", range(len(float16_range_cases((), 1, 1, 1))))
+def test_float16_range(impl, leading, index):
+    skip_if_refused(impl, FP16)
+    case = float16_range_cases(leading, 72, 136, 5)[index]
     assert_parity(case, make_inputs(case), impl)
 
 

@@ -20,7 +20,7 @@ from tests.executors import (
 )
 
 CASE = Case((130,), 200, 136, 5, torch.float16, dropout_p=0.2)
-SOURCES = ("tiles", "philox", "handing", "thin", "forward", "backward")
+SOURCES = ("tiles", "philox", "handing", "thin", "sums", "forward", "backward")
 
 # name: (file, text, replacement, whether only several programs at once show it)
 MUTANTS = {
@@ -41,10 +41,10 @@ MUTANTS = {
     "sums not waited for": ("forward", "wait(flag, part)", "wait(flag, 0)", True),
     "dxa published before the store": (
         "backward",
-        "                store_factor(dxa, read(thin, MMA) * thin_scale, rows, M, R, BLOCK_R)\n"
+        "                store_factor(dxa, thin, rows, M, R, BLOCK_R)\n"
         "                publish(flags + panel)\n",
         "                publish(flags + panel)\n"
-        "                store_factor(dxa, read(thin, MMA) * thin_scale, rows, M, R, BLOCK_R)\n",
+        "                store_factor(dxa, thin, rows, M, R, BLOCK_R)\n",
         True,
     ),
     "flag not waited for": ("tiles", "early, seen, $2;", "early, seen, 0;", True),
@@ -68,7 +68,7 @@ MUTANTS = {
     "sums of another part": ("forward", "begin = part * SHARE", "begin = 0 * part", True),
     "columns after K in another order": ("forward", "(step - LENGTH)", "(step - K)", True),
     "sums of sixteen bits": ("handing", "pairs << (16 - LOW), MASK", "pairs, 0", True),
-    "bits of another row": ("backward", "wide(start) * (4 * MASK_STRIDE)", "0", False),
+    "bits of another row": ("sums", "wide(start) * (4 * MASK_STRIDE)", "0", False),
     "kept values not scaled": (
         "forward",
         "whole *= keep_scale(threshold)",
@@ -76,13 +76,13 @@ MUTANTS = {
         False,
     ),
     "dropout forgotten in dA": (
-        "backward",
+        "sums",
         "kept = keep_where(masks, tile)",
         "kept = tile",
         False,
     ),
     "rows of dA counted twice": (
-        "backward",
+        "sums",
         "inside = (rows >= first) & (rows < M)",
         "inside = rows < M",
         False,
@@ -167,7 +167,7 @@ def _check_flags():
 @needs_machine
 def test_sums_in_order_of_arrival_are_caught(tmp_path, monkeypatch):
     _mutated_kernels(
-        tmp_path, monkeypatch, "backward", "space + i * SIZE", "space + (part + i) % parts * SIZE"
+        tmp_path, monkeypatch, "sums", "space + i * SIZE", "space + (part + i) % parts * SIZE"
     )
     case = Case((300,), 136, 136, 8, torch.float16, torch.float32)
     with pytest.raises(AssertionError, match="other bits"):

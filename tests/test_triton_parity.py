@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from lora_kernels._triton.config import TILES_16
-from lora_kernels.testing import Case, assert_parity, assert_results, make_inputs, run
+from lora_kernels.testing import (
+    Case,
+    assert_parity,
+    assert_results,
+    float16_range_cases,
+    make_inputs,
+    run,
+)
 from tests.executors import (
     INTERPRETED,
     Interpreter,
@@ -68,6 +75,17 @@ def test_sizes_ranks_and_dtypes(executor, case):
         chosen.weak = int(index % 9 < 3)  # a third, of each architecture
     with running(chosen):
         assert_parity(case, make_inputs(case, executor.memory), "triton")
+
+
+@pytest.mark.parametrize("producers", [0, 1], ids=["two launches", "one launch"])
+@pytest.mark.parametrize("index", range(len(float16_range_cases((), 1, 1, 1))))
+@pytest.mark.parametrize("executor", executors())
+def test_float16_range(executor, index, producers, monkeypatch):
+    """Three row panels of dxa, the last of few rows; in two launches ten smaller ones."""
+    case = float16_range_cases((150,), 72, 136, (5, 24)[producers])[index]
+    fix_plan(monkeypatch, producers=producers)
+    with running(executor()):
+        assert_parity(case, make_inputs(case), "triton")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -29,6 +29,30 @@ __device__ inline int last_to_leave(const BackwardParams& p) {
   return p.thin.slices + (p.dx ? p.grid.columns : 0) + (p.da ? p.kinds.da_blocks : 0) - 1;
 }
 
+// In what dxa's numbers are.
+template <class T, class S, int kRanks>
+__device__ inline auto units_of(const BackwardParams& p) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return Units<S, kRanks>{p.units, p.thin.slices};
+  } else {
+    return NoUnits{};
+  }
+}
+
+// Stores a tile's dxa, and its unit.
+template <class T, class S, int kRanks>
+__device__ inline void store_dxa(const BackwardParams& p, const ThinSums<kRanks>& thin, const LargeTile& tile,
+                                 const Place<S>& place, uint32_t shared) {
+  const Layer& layer = p.layer;
+  float scale = scaling_of(layer) * keep_scale(layer);
+  if constexpr (std::is_same_v<T, __half>) {
+    const float unit = unit_of<S>(thin, scale, shared);
+    if (threadIdx.x == 0) p.units[tile.panel * p.thin.slices + tile.rank / kRanks] = unit;
+    scale *= inverse_of(unit);
+  }
+  store_thin<T>(thin, scale, p.dxa, tile.row + place.thin_row, layer.m, tile.rank, layer.r);
+}
+
 // D of a tile of dx; to be made when what it waits for is there.
 template <class S, bool kDropout>
 __device__ inline auto mask_of(const BackwardParams& p, const LargeTile& tile, const Place<S>& place) {
@@ -53,15 +77,15 @@ __device__ inline void dx_tile(const BackwardParams& p, int tile, uint32_t share
   ThinSums<kRanks> thin;
   products<T, S, kRanks, true, false, kInChunks>(sums, thin, operands, producing, alone, shared);
   if (producing) {
-    const float scale = scaling_of(layer) * keep_scale(layer);
-    store_thin<T>(thin, scale, p.dxa, row + place.thin_row, layer.m, rank, layer.r);
+    store_dxa<T>(p, thin, of, place, shared);
     publish(p.flags + panel);
     if (alone) return;
   }
   wait(p.flags + panel, arrivals_before(p, of));
   const Operands low_rank{layer, matrix<T>({const_cast<void*>(p.dxa), layer.r}, layer.m, layer.r),
                           adapter<T>(layer, layer.a, layer.r, layer.k), {}, row, column, layer.r};
-  add_low_rank<T, S, kRanks, true>(sums, place, mask_of<S, kDropout>(p, of, place), low_rank, 1.0f, shared);
+  const auto unit_at = [&](int rank) { return units_of<T, S, kRanks>(p).at(of.row, rank); };
+  add_low_rank<T, S, kRanks, true>(sums, place, mask_of<S, kDropout>(p, of, place), low_rank, unit_at, shared);
   leave(p.flags + panel, last_to_leave(p));
   store_sums<T, S>(sums, place, p.dx, row, column, layer.m, layer.k, shared);
 }
@@ -114,10 +138,10 @@ __device__ inline void sum_tile(const BackwardParams& p, int index, uint32_t sha
   BlockSums<S, kRanks> sums;
   if (tile.of_da) {
     row_sums<T, S, kRanks, kDropout, kInChunks>(
-        sums, layer, p.mask, left, right, tile.row, tile.column, true, false, shared);
+        sums, layer, p.mask, left, units_of<T, S, kRanks>(p), right, tile.row, tile.column, tile.rank, true, false, shared);
   } else {
     row_sums<T, S, kRanks, false, kInChunks>(
-        sums, layer, {}, left, right, tile.row, tile.column, p.db, p.dbias && tile.rank == 0, shared);
+        sums, layer, {}, left, NoUnits{}, right, tile.row, tile.column, tile.rank, p.db, p.dbias && tile.rank == 0, shared);
   }
   if (tile.of_da) tile.for_each_panel<S>([&](int panel) { leave(p.flags + panel, last_to_leave(p)); });
   finish_sums<T>(p, tile, sums, shared);

@@ -42,9 +42,10 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
 }
 
 // The sums of a tile and the totals of its columns.
-template <class T, class S, int kRanks, bool kDropout>
+template <class T, class S, int kRanks, bool kDropout, class TheUnits>
 __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, S, kRanks, true>& side, const Mask& mask,
-                                 const DrawnMask& drawn, const SumTile& tile, bool want_product, bool want_total) {
+                                 const DrawnMask& drawn, const TheUnits& units, const SumTile& tile, bool want_product,
+                                 bool want_total) {
   using M = HopperMemory<T, S, kRanks, true>;
   using C = SumShape<S, kRanks>;
   static_assert(C::kRowsOfStep == S::kDepth && kHopperBox % C::kWarpColumns == 0, "a warp's columns lie in one box");
@@ -52,9 +53,13 @@ __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, 
   const LeftReaderByDepth<typename M::Thin> left_reader(0);
   const RightReader<typename M::Box, true> right_reader(column % kHopperBox);
   sums.clear();
+  // The units are there once the first step is, whose copies waited for them.
+  if constexpr (!std::is_same_v<TheUnits, NoUnits>) wait_for_phase(side.memory.filled(side.at.stage), side.at.parity);
+  RunningUnit<TheUnits> unit(units, tile.row, tile.rank);
   for (int row = tile.row; row < tile.end; row += S::kDepth) {
     const int stage = side.at.stage;
     wait_for_phase(side.memory.filled(stage), side.at.parity);
+    unit.advance(sums, min(row + S::kDepth, tile.end - 1));
     const uint32_t right = side.memory.right(stage);
     if (kDropout) {
       drop<typename M::Box, S::kThreads>(right, row, tile.column, mask, drawn);
@@ -68,6 +73,7 @@ __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, 
     side.arrive_by_warp(side.memory.read(stage));
     side.at.advance();
   }
+  unit.finish(sums);
 }
 
 template <class T, class S, int kRanks, bool kDropout>
@@ -82,22 +88,22 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
       ThinSums<kRanks> thin;
       side.template product<false>(sums, thin, layer, {}, tile.row, steps, tile.producing);
       if (tile.producing) {
-        const float scale = scaling_of(layer) * keep_scale(layer);
-        store_thin<T>(thin, scale, p.dxa, tile.row + side.place.thin_row, layer.m, tile.rank, layer.r);
+        store_dxa<T>(p, thin, tile, side.place, memory.out());
         publish<S>(p.flags + tile.panel);
       }
       const Operands at{layer, {}, {}, {}, tile.row, tile.column, layer.r};
-      side.add_factors(sums, [&] { return mask_of<S, kDropout>(p, tile, side.place); }, at, 1.0f);
+      const auto unit_at = [&](int rank) { return units_of<T, S, kRanks>(p).at(tile.row, rank); };
+      side.add_factors(sums, [&] { return mask_of<S, kDropout>(p, tile, side.place); }, at, unit_at);
       store_sums<T, S>(sums, side.place, p.dx, tile.row, tile.column, layer.m, layer.k, memory.out());
       continue;
     }
     const SumTile tile = SumTile::at<S, kRanks>(p, index);
     BlockSums<S, kRanks> sums;
     if (tile.of_da) {
-      ring_sums<T, S, kRanks, kDropout>(sums, side, Mask(layer), p.mask, tile, true, false);
+      ring_sums<T, S, kRanks, kDropout>(sums, side, Mask(layer), p.mask, units_of<T, S, kRanks>(p), tile, true, false);
       if (p.mask.bits) tile.for_each_panel<S>([&](int panel) { leave<S>(p.flags + panel, last_to_leave(p)); });
     } else {
-      ring_sums<T, S, kRanks, false>(sums, side, Mask(layer), {}, tile, p.db, p.dbias && tile.rank == 0);
+      ring_sums<T, S, kRanks, false>(sums, side, Mask(layer), {}, NoUnits{}, tile, p.db, p.dbias && tile.rank == 0);
     }
     finish_sums<T>(p, tile, sums, memory.out());
     // The stores may have divided warps, and the next tile's products need whole ones.

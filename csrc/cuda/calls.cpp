@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../common/arguments.h"
 #include "shapes.h"
 
 namespace lora_kernels {
@@ -135,6 +136,8 @@ void decode_call(const Target& target, const Problem& problem, DecodeParams para
 
 std::tuple<Tensor, Tensor> forward_call(
     const Tensor& x, const Parameters& parameters, const OptionalTensor& bias, const Target& target) {
+  const auto& [weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold] = parameters;
+  arguments::check_forward(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, threshold);
   const Tensor x_rows = as_matrix(x);
   const Described d = describe(x_rows, parameters);
   const Layer& layer = d.layer;
@@ -179,6 +182,8 @@ std::tuple<Tensor, Tensor> forward_call(
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& xa, const Parameters& parameters,
     const std::vector<bool>& needs, const Target& target) {
+  const auto& [weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold] = parameters;
+  arguments::check_backward(dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, threshold, needs);
   const Tensor dy_rows = as_matrix(dy);
   const Described d = describe(dy_rows, parameters);
   const Layer& layer = d.layer;
@@ -202,6 +207,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
   const Tensor counters = target.zeros(dy, plan.counters);
   const Tensor dxa = target.empty(dy, {needs[0] || needs[1] ? layer.m : 0, layer.r}, {});
   const Tensor partials = target.empty(dy, {plan.partials}, ScalarType::Float);
+  const bool in_units = dy.scalar_type() == ScalarType::Half && dxa.numel();
+  const Tensor units = target.empty(dy, {in_units ? int64_t{plan.grid.panels} * plan.thin.slices : 0}, ScalarType::Float);
   const int64_t mask_columns = (layer.k + kSumColumns - 1) / kSumColumns * kSumColumns;
   const Tensor mask = target.empty(dy, {plan.mask_rows * mask_columns / 32}, ScalarType::Float);  // 32 bits each
   const auto wanted = [](bool need, const Tensor& t) { return need ? data(t) : nullptr; };
@@ -211,8 +218,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
       wanted(needs[0] || needs[1], dxa), wanted(needs[0], dx), wanted(needs[1], da), wanted(needs[2], db),
       wanted(needs[3], dbias), layer.adapters_are_float,
       {plan.mask_rows ? static_cast<uint8_t*>(data(mask)) : nullptr, plan.mask_rows},
-      static_cast<float*>(data(partials)), zeros, zeros + plan.kinds.db_blocks + plan.kinds.da_blocks, plan.segment, plan.thin};
-  for (const Tensor& t : {dy_rows, d.weight, d.a, d.b, dxa, partials, mask}) target.scratch(t);
+      static_cast<float*>(data(partials)), zeros, zeros + plan.kinds.db_blocks + plan.kinds.da_blocks, plan.segment, plan.thin,
+      in_units ? static_cast<float*>(data(units)) : nullptr};
+  for (const Tensor& t : {dy_rows, d.weight, d.a, d.b, dxa, units, partials, mask}) target.scratch(t);
   if (x_rows) target.scratch(*x_rows);
   if (xa_rows) target.scratch(*xa_rows);
   if (d.scaling) target.scratch(*d.scaling);

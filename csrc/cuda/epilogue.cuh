@@ -104,10 +104,10 @@ __device__ __forceinline__ void add_ranks(Sums<S>& sums, const Place<S>& place, 
 }
 
 // sums += scale * D(left right) for low-rank factors: left [rows, r], right [columns, r], or [r, columns] if
-// kByDepth. No pipeline, since the depth is the rank; kRanks of it at a time.
-template <class T, class S, int kRanks, bool kByDepth, class TheMask>
+// kByDepth. No pipeline, since the depth is the rank; kRanks of it at a time, from `rank` on: scale_at(rank).
+template <class T, class S, int kRanks, bool kByDepth, class TheMask, class F>
 __device__ __forceinline__ void add_low_rank(Sums<S>& sums, const Place<S>& place, const TheMask& mask, const Operands& operands,
-                                             float scale, uint32_t shared) {
+                                             F scale_at, uint32_t shared) {
   using LeftTile = Tile<T, S::kRows, kRanks>;
   using RightTile = std::conditional_t<kByDepth, DeepTile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
   const uint32_t right = shared + LeftTile::kBytes;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void add_low_rank(Sums<S>& sums, const Place<S>& plac
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
-    add_ranks<T, S, kRanks, kByDepth>(sums, place, mask, operands, scale, operands.depth - rank, shared, right);
+    add_ranks<T, S, kRanks, kByDepth>(sums, place, mask, operands, scale_at(rank), operands.depth - rank, shared, right);
     __syncthreads();
   }
 }

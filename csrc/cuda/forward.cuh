@@ -56,7 +56,7 @@ __device__ inline void forward(const ForwardParams& p) {
     const Place<S> place;
     const Operands low_rank{layer, matrix<T>({p.xa, layer.r}, layer.m, layer.r), adapter<T>(layer, layer.b, layer.n, layer.r), {},
                             row, column, layer.r};
-    add_low_rank<T, S, kRanks, false>(sums, place, NoMask{}, low_rank, scaling_of(layer), shared);
+    add_low_rank<T, S, kRanks, false>(sums, place, NoMask{}, low_rank, [scale = scaling_of(layer)](int) { return scale; }, shared);
     leave(p.flags + panel, arrivals + grid.columns - 1);
     if (p.bias) add_bias<T, S>(sums, place, static_cast<const Bits<T>*>(p.bias), column, layer.n);
     store_sums<T, S>(sums, place, p.y, row, column, layer.m, layer.n, shared);

@@ -45,7 +45,7 @@ __device__ inline void multiply_forward(const ForwardParams& p, const HopperMemo
       publish<S>(p.flags + tile.panel);
     }
     const Operands at{layer, {}, {}, {}, tile.row, tile.column, layer.r};
-    side.add_factors(sums, [] { return NoMask{}; }, at, scaling_of(layer));
+    side.add_factors(sums, [] { return NoMask{}; }, at, [scale = scaling_of(layer)](int) { return scale; });
     if (p.bias) add_bias<T, S>(sums, side.place, static_cast<const Bits<T>*>(p.bias), tile.column, layer.n);
     store_sums<T, S>(sums, side.place, p.y, tile.row, tile.column, layer.m, layer.n, memory.out());
   }

@@ -82,6 +82,7 @@ struct BackwardParams {
   int *counters, *flags;    // one a block of sums, one a row panel; zero before and after
   int segment;              // rows that a tile of da or db sums
   Thin thin;                // dxa's
+  float* units;             // of float16's dxa, for each row panel one a slice; else null
 };
 
 // Where a matrix lies that copies take boxes of, as sm_90's hardware has it encoded.

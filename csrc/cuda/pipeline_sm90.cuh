@@ -176,15 +176,16 @@ struct MultiplyingSide {
     arrive_by_warp(memory.read(before));
   }
 
-  // sums += scale * D(factors' product), D by the mask that `make_mask` returns once other programs have left it.
-  template <class F>
-  __device__ void add_factors(Sums<S>& sums, F make_mask, const Operands& of, float scale) {
+  // sums += scale * D(factors' product), D by the mask that `make_mask` returns once other programs have left it, the
+  // scale of a slice of ranks scale_at(its first).
+  template <class F, class G>
+  __device__ void add_factors(Sums<S>& sums, F make_mask, const Operands& of, G scale_at) {
     wait_for_phase(memory.factors_filled(), slices & 1);
     const auto mask = make_mask();
     for (int rank = 0; rank < of.depth; rank += kRanks) {
       wait_for_phase(memory.factors_filled(), slices++ & 1);
       add_ranks<T, S, kRanks, kByDepth>(
-          sums, place, mask, of, scale, of.depth - rank, memory.left_factor(), memory.right_factor());
+          sums, place, mask, of, scale_at(rank), of.depth - rank, memory.left_factor(), memory.right_factor());
       __syncwarp();
       arrive_by_warp(memory.factors_read());
     }

@@ -4,6 +4,7 @@
 
 #include "epilogue.cuh"
 #include "order.cuh"
+#include "units.cuh"
 
 namespace lora_kernels {
 
@@ -44,6 +45,16 @@ struct BlockSums {
         total[j][e] += other.total[j][e];
 #pragma unroll
         for (int i = 0; i < C::kBlocksM; ++i) v[i][j][e] += other.v[i][j][e];
+      }
+    }
+  }
+  __device__ void multiply(float factor) {
+#pragma unroll
+    for (int i = 0; i < C::kBlocksM; ++i) {
+#pragma unroll
+      for (int j = 0; j < C::kBlocksN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[i][j][e] *= factor;
       }
     }
   }
@@ -163,11 +174,11 @@ __device__ __forceinline__ void add_rows(BlockSums<S, kRanks>& sums, const LeftR
   });
 }
 
-// sums = leftT D(right) and the columns' totals, of rows from `row` to the matrices' end.
-template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
+// sums = leftT D(right) and the columns' totals, of rows from `row` to the matrices' end. left: ranks from `rank` on.
+template <class T, class S, int kRanks, bool kDropout, bool kInChunks, class TheUnits>
 __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer& layer, const DrawnMask& drawn, const Source& left,
-                                         const Source& right, int row, int column, bool want_product, bool want_total,
-                                         uint32_t shared) {
+                                         const TheUnits& units, const Source& right, int row, int column, int rank,
+                                         bool want_product, bool want_total, uint32_t shared) {
   using C = SumShape<S, kRanks>;
   using LeftTile = DeepTile<T, C::kRowsOfStep, kRanks>;
   using RightTile = DeepTile<T, C::kRowsOfStep, C::kColumns>;
@@ -182,6 +193,7 @@ __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer
     copy_tile<T, RightTile, S::kThreads, 0, kInChunks, !kInChunks && sizeof(T) == 4>(stage + C::kLeftBytes, right, at, column);
   };
   sums.clear();
+  RunningUnit<TheUnits> unit(units, row, rank);
   for (int step = 0; step < C::kStages - 1; ++step) {
     if (step < steps) copy(step);
     commit_copies();
@@ -196,6 +208,7 @@ __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer
       drop<RightTile, S::kThreads>(tile, row + step * C::kRowsOfStep, column, mask, drawn);
       __syncthreads();
     }
+    unit.advance(sums, min(row + (step + 1) * C::kRowsOfStep, right.rows - 1));
     const auto add_step = [&](BlockSums<S, kRanks>& to) {
       add_rows<T>(to, left_reader, stage, right_reader, tile, want_product, want_total);
     };
@@ -214,6 +227,7 @@ __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer
       add_step(sums);
     }
   }
+  unit.finish(sums);
   wait_for_copies<0>();
   __syncthreads();
 }

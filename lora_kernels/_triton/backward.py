@@ -15,26 +15,26 @@ from lora_kernels._triton.philox import (
     keep_where,
     masks_by_bits,
     masks_by_call,
-    masks_by_element,
 )
+from lora_kernels._triton.sums import row_sums, sum_of_parts
 from lora_kernels._triton.tiles import (
     block_pointers,
     grouped_tile,
+    inverse_of,
     keep_scale,
     leave,
     load_factor,
     load_operand,
-    opaque,
     operand_pointers,
     plus_product,
     publish,
     read,
     rounded_now,
     scaling_of,
-    settled,
     store_factor,
     store_tile,
     unfetched,
+    unit_of,
     wait,
     wide,
 )
@@ -83,9 +83,9 @@ def _products(
 
 @triton.jit
 def _finish_dx(
-    acc, dxa, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a,
-    K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr,
+    acc, dxa, units, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a,
+    UNIT_ROWS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,6 +109,17 @@ def _finish_dx(
             else:
                 masks = masks_by_call(rows, column, seed, threshold, K, BLOCK_K, WIDE, PACKED)
             dropped = rounded_now(acc, dtype)
+    if units is not None:
+        # In dx nothing counts that float16 itself doesn't hold: a small unit goes to dxa, a large
+        # one, the largest of the tile, to A.
+        if UNIT_ROWS % BLOCK_M == 0:
+            unit = tl.load(units + row // UNIT_ROWS)
+            above = tl.maximum(unit, 1.0)
+            below = unit * inverse_of(above)
+        else:
+            unit = tl.load(units + near_rows // UNIT_ROWS)
+            above = tl.maximum(tl.max(unit, 0), 1.0)
+            below = (unit * inverse_of(above))[:, None]
     for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
         dxa_tile = load_factor(dxa, near_rows, R, rank, R, RANK_STEP, R == BLOCK_R)
         ranks = rank + tl.arange(0, RANK_STEP)
@@ -118,6 +129,9 @@ def _finish_dx(
         else:
             inside = (ranks < R)[:, None] & (columns < K)[None, :]
             a_tile = tl.load(a_pointers, mask=inside, other=0.0)
+        if units is not None:
+            dxa_tile = (dxa_tile.to(tl.float32) * below).to(dtype)
+            a_tile = a_tile.to(tl.float32) * above
         acc = plus_product(acc, dxa_tile, a_tile.to(dxa_tile.dtype), PRECISION)
     result = read(acc, MMA).to(dtype)
     if DROPOUT:
@@ -129,118 +143,17 @@ def _finish_dx(
     store_tile(dx, result, rows, columns, M, K, K % BLOCK_K == 0)
 
 
-@triton.jit
-def _row_sums(
-    left, right, mask, right_stride, row, end, column, rank, M, seed, threshold,
-    WIDTH: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr, RANKS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr, MMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return Σ leftᵀ D(right) and Σ right over rows [row, end), float32, in order of rows.
-
-    left [M, R] contiguous, of which RANKS columns from `rank` on; right [M, WIDTH], of which
-    BLOCK_C from `column` on. mask: where the bits of D go, or None.
-    """
-    columns = column + tl.arange(0, BLOCK_C)
-    ranks = rank + tl.arange(0, RANKS)
-    steps = tl.arange(0, BLOCK_S)
-    near = tl.minimum(steps, M - 1)
-    right_pointers = block_pointers(right, near, right_stride, column, BLOCK_C)
-    if PRODUCT:
-        left_pointers = left + near.to(tl.int64)[None, :] * R + ranks[:, None]
-    if mask is not None:
-        # A byte is a group. In neighbouring threads, as `masks` below; Triton would lay several
-        # side by side in one to store words, and draw them once more there.
-        groups = opaque(column // 8 + tl.arange(0, BLOCK_C // 8))
-        mask_pointers = mask.to(tl.pointer_type(tl.uint8)) + (
-            steps[:, None] * (4 * MASK_STRIDE) + groups[None, :]
-        )
-    product = tl.zeros((RANKS, BLOCK_C), tl.float32)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    last = tl.maximum(M - BLOCK_S, 0)
-    for first in tl.range(row, end, BLOCK_S):
-        # The last step starts early enough to stay inside; the rows that it meets again, zeros on
-        # the left, count nothing. So no step masks or clamps what it reads on the right.
-        start = tl.minimum(first, last)
-        rows = start + steps
-        inside = (rows >= first) & (rows < M)
-        pointers = right_pointers + wide(start) * right_stride
-        if WIDTH % BLOCK_C == 0:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
-        if PRODUCT:
-            wanted = inside[None, :]
-            if R % RANKS != 0:
-                wanted &= (ranks < R)[:, None]
-            factor = tl.load(left_pointers + wide(start) * R, mask=wanted, other=0.0)
-            kept = tile
-            if DROPOUT:
-                masks, bits = masks_by_element(
-                    rows, column, seed, threshold, WIDTH, BLOCK_C, WIDE, PACKED
-                )
-                kept = keep_where(masks, tile)
-                if mask is not None:
-                    tl.store(
-                        mask_pointers + wide(start) * (4 * MASK_STRIDE),
-                        bits.to(tl.uint8),
-                        mask=(steps >= first - start)[:, None],
-                    )
-            product = plus_product(product, factor, kept, PRECISION)
-            if SUM and MMA == "wgmma":
-                # Triton 3.8 leaves this product pending while the next copy overwrites `right`.
-                product = settled(product)
-        if SUM:
-            total += tl.sum(tl.where(inside[:, None], tile, 0.0).to(tl.float32), 0)
-    return read(product, MMA), total
-
-
-@triton.jit
-def _sum_of_parts(
-    product, total, space, counter, part, parts, RANKS: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRODUCT: tl.constexpr, SUM: tl.constexpr,
-):  # fmt: skip
-    """Return the sums over all parts, in order, and True to the last part to arrive, else False.
-
-    space: float32 [parts, RANKS + 1, BLOCK_C]; counter: int32, zero before and after.
-    """
-    last = True
-    if parts > 1:
-        SIZE: tl.constexpr = (RANKS + 1) * BLOCK_C
-        row = tl.arange(0, BLOCK_C)
-        tile = tl.arange(0, RANKS)[:, None] * BLOCK_C + row[None, :]
-        if PRODUCT:
-            tl.store(space + part * SIZE + tile, product)
-        if SUM:
-            tl.store(space + part * SIZE + RANKS * BLOCK_C + row, total)
-        tl.debug_barrier()
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
-        if last:
-            tl.debug_barrier()
-            tl.atomic_xchg(counter, 0, sem="relaxed")
-            product = tl.zeros((RANKS, BLOCK_C), tl.float32)
-            total = tl.zeros((BLOCK_C,), tl.float32)
-            for i in range(parts):
-                if PRODUCT:
-                    product += tl.load(space + i * SIZE + tile)
-                if SUM:
-                    total += tl.load(space + i * SIZE + RANKS * BLOCK_C + row)
-    return product, total, last
-
-
 @triton.jit(do_not_specialize=["M", "scaling", "threshold", "segment"])
 def backward_kernel(
-    dy, x, xa, w, a, b, seed_pointer, scaling_pointer, dxa, dx, da, db, dbias, mask, partials,
-    counters, flags, dy_descriptor, w_descriptor,
+    dy, x, xa, w, a, b, seed_pointer, scaling_pointer, dxa, units, dx, da, db, dbias, mask,
+    partials, counters, flags, dy_descriptor, w_descriptor,
     stride_dy, stride_x, stride_w, stride_a, stride_b, segment, M, scaling, threshold,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     RANK_STEP: tl.constexpr, RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    GROUP: tl.constexpr,
-    FUSED: tl.constexpr, NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr,
-    NEED_DBIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
-    MMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, UNIT_ROWS: tl.constexpr, FUSED: tl.constexpr, NEED_DX: tl.constexpr,
+    NEED_DA: tl.constexpr, NEED_DB: tl.constexpr, NEED_DBIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients asked for; persistent, tiles in order, outputs contiguous.
 
@@ -248,6 +161,7 @@ def backward_kernel(
     no tile waits for one that can't run; otherwise dxa was made by an earlier launch.
     segment: rows a tile of dA or dB sums, a multiple of BLOCK_M.
     dy_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_N] and [BLOCK_N, BLOCK_K], or both None.
+    units: float32, dxa's, one for each UNIT_ROWS rows (`unit_of`), made with it; None: 1.
     flags, counters: int32, one a row panel and one a block of dB and dA, zero before and after.
     mask: int32 [max(M, BLOCK_S), MASK_STRIDE], a bit for each element of x; None: all tiles draw.
     Tiles of dA, drawing it beside their copies, leave it to those of dx.
@@ -295,7 +209,12 @@ def backward_kernel(
                     N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, True, MMA,
                     PRECISION,
                 )  # fmt: skip
-                store_factor(dxa, read(thin, MMA) * thin_scale, rows, M, R, BLOCK_R)
+                thin = read(thin, MMA) * thin_scale
+                if units is not None:
+                    unit = unit_of(thin)
+                    tl.store(units + panel, unit)
+                    thin *= inverse_of(unit)
+                store_factor(dxa, thin, rows, M, R, BLOCK_R)
                 publish(flags + panel)
             else:
                 acc, _ = _products(
@@ -308,9 +227,9 @@ def backward_kernel(
                 if FUSED or DRAWN:
                     wait(flags + panel, tl.where(drawn, before, 1))
                 _finish_dx(
-                    acc, dxa, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a, K, R,
-                    MASK_STRIDE, BLOCK_M, BLOCK_K, BLOCK_R, RANK_STEP, DROPOUT, WIDE, PACKED, MMA,
-                    PRECISION,
+                    acc, dxa, units, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a,
+                    UNIT_ROWS, K, R, MASK_STRIDE, BLOCK_M, BLOCK_K, BLOCK_R, RANK_STEP, DROPOUT,
+                    WIDE, PACKED, MMA, PRECISION,
                 )  # fmt: skip
                 if FUSED or DRAWN:
                     leave(flags + panel, last_out)
@@ -320,13 +239,13 @@ def backward_kernel(
             column = block // SLABS * BLOCK_C
             rank = block % SLABS * RANKS
             end = tl.minimum(part * segment + segment, M)
-            product, total = _row_sums(
-                xa, dy, None, stride_dy, part * segment, end, column, rank, M, seed, threshold,
-                N, R, 0, RANKS, BLOCK_C, BLOCK_S, False, WIDE, PACKED, NEED_DB, NEED_DBIAS, MMA,
-                PRECISION,
+            product, total = row_sums(
+                xa, None, dy, None, stride_dy, part * segment, end, column, rank, M, seed,
+                threshold, 1, N, R, 0, RANKS, BLOCK_C, BLOCK_S, False, WIDE, PACKED, NEED_DB,
+                NEED_DBIAS, MMA, PRECISION,
             )  # fmt: skip
             space = partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
-            product, total, last = _sum_of_parts(
+            product, total, last = sum_of_parts(
                 product, total, space, counters + block, part, parts, RANKS, BLOCK_C, NEED_DB,
                 NEED_DBIAS,
             )  # fmt: skip
@@ -351,17 +270,17 @@ def backward_kernel(
             if FUSED:
                 for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
                     wait(flags + panel, 1)
-            product, total = _row_sums(
-                dxa, x, mask, stride_x, part * segment, end, column, rank, M, seed, threshold, K,
-                R, MASK_STRIDE, RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE, PACKED, True, False, MMA,
-                PRECISION,
+            product, total = row_sums(
+                dxa, units, x, mask, stride_x, part * segment, end, column, rank, M, seed,
+                threshold, UNIT_ROWS, K, R, MASK_STRIDE, RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE,
+                PACKED, True, False, MMA, PRECISION,
             )  # fmt: skip
             if FUSED or DRAWN:
                 for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
                     leave(flags + panel, last_out)
             slot = DB_BLOCKS + block
             space = partials + wide(slot) * parts * (RANKS + 1) * BLOCK_C
-            product, total, last = _sum_of_parts(
+            product, total, last = sum_of_parts(
                 product, total, space, counters + slot, part, parts, RANKS, BLOCK_C, True, False
             )
             if last:

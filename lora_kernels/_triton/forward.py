@@ -193,18 +193,28 @@ def _producing_tile(
 @triton.jit
 def _plus_low_rank(
     acc, made, xa, b, rows, columns, stride_b, scale, R: tl.constexpr, BLOCK_R: tl.constexpr,
-    RANK_STEP: tl.constexpr, PRECISION: tl.constexpr,
+    RANK_STEP: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return acc + scale · xa Bᵀ of a tile's rows and columns; made: their xa, or None to load."""
     dtype: tl.constexpr = xa.dtype.element_ty
+    # scale · B could leave float16's range.
+    SCALED_SUMS: tl.constexpr = dtype == tl.float16
+    if SCALED_SUMS:
+        # Of a smaller scale nothing is left beside it.
+        scale = tl.where(tl.abs(scale) < 2.0**-80, 2.0**-80, scale)
+        acc = read(acc, MMA) * (1.0 / scale)
     for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
         if made is None:
             xa_tile = load_factor(xa, rows, R, rank, R, RANK_STEP, R == BLOCK_R)
         else:
             xa_tile = made
         b_tile = load_factor(b, columns, stride_b, rank, R, RANK_STEP, R == BLOCK_R)
-        b_tile = (b_tile.to(dtype).to(tl.float32) * scale).to(dtype)
+        b_tile = b_tile.to(dtype)
+        if not SCALED_SUMS:
+            b_tile = (b_tile.to(tl.float32) * scale).to(dtype)
         acc = plus_product(acc, xa_tile, b_tile.T, PRECISION)
+    if SCALED_SUMS:
+        acc = read(acc, MMA) * scale
     return acc
 
 
@@ -263,13 +273,13 @@ def forward_kernel(
                     made = load_factor(xa, near_rows, R, 0, R, BLOCK_R, R == BLOCK_R)
                 acc = _plus_low_rank(
                     acc, made, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
-                    RANK_STEP, PRECISION,
+                    RANK_STEP, MMA, PRECISION,
                 )  # fmt: skip
             else:
                 wait(flags + panel, PRODUCERS)
                 acc = _plus_low_rank(
                     acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
-                    RANK_STEP, PRECISION,
+                    RANK_STEP, MMA, PRECISION,
                 )  # fmt: skip
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -281,7 +291,7 @@ def forward_kernel(
                 wait(flags + panel, PRODUCERS)
             acc = _plus_low_rank(
                 acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
-                RANK_STEP, PRECISION,
+                RANK_STEP, MMA, PRECISION,
             )  # fmt: skip
         if bias is not None:
             if N % BLOCK_N == 0:

@@ -66,6 +66,14 @@ class Call(NamedTuple):
         }
 
 
+class Dxa(NamedTuple):
+    """dxa [M, R], of float16 in units, float32, one for each `rows` rows: its range is short."""
+
+    numbers: Tensor
+    units: Tensor | None
+    rows: int
+
+
 def lora_linear_forward(
     x: Tensor,
     weight: Tensor,
@@ -79,9 +87,10 @@ def lora_linear_forward(
     """Return y [..., N] and xa [M, R]; see `reference.lora_linear_forward`.
 
     Precision: products accumulate in float32 (IEEE, or TF32 for float32 inputs where torch's
-    switch allows it); A, B and scaling · B are rounded to x's dtype on load, xa and y once. Parts
-    of xa that one column of tiles hands to the next are rounded to 12 significant bits (bfloat16;
-    16 for float16, none for float32), four to five more than xa keeps.
+    switch allows it); A, B and scaling · B are rounded to x's dtype on load (of float16, whose sums
+    are scaled instead, A and B), xa and y once. Parts of xa that one column of tiles hands to the
+    next are rounded to 12 significant bits (bfloat16; 16 for float16, none for float32), four to
+    five more than xa keeps.
     """
     call = _call(weight, lora_A, lora_B, seed, scaling, threshold)
     rows = _unit_rows(_as_matrix(x))
@@ -94,7 +103,7 @@ def lora_linear_forward(
     xa = new_xa(rows, r, chosen.config)
     with _on_device(x):
         if chosen.thin is not None:
-            _thin(rows, call._replace(scaling=1.0), call.a, xa, chosen, transposed=True)
+            _thin(rows, call._replace(scaling=1.0), call.a, xa, chosen)
         _forward(rows, call, bias, y.view(m, n), xa, chosen)
     return y, xa
 
@@ -136,7 +145,8 @@ def lora_linear_backward(
     """Return dx, dA, dB, dbias; see `reference.lora_linear_backward`.
 
     Precision: all sums in float32, in an order that doesn't depend on timing; dxa is rounded once
-    to dy's dtype, results once to their parameters' dtypes.
+    to dy's dtype (float16: in a unit of its row panel, so that nothing vanishes or overflows),
+    results once to their parameters' dtypes.
     """
     call = _call(weight, lora_A, lora_B, seed, scaling, threshold)
     rows = _unit_rows(_as_matrix(dy))
@@ -157,25 +167,32 @@ def lora_linear_backward(
         layer = layer_of(rows, *call[:2], call.seed is not None, needs)
         chosen = planned(layer, current().device(dy))
         with _on_device(dy):
-            dxa = dy.new_empty(m, r) if needs[0] or needs[1] else None
+            dxa = new_dxa(rows, r, chosen) if needs[0] or needs[1] else None
             if chosen.thin is not None and dxa is not None:
                 bare = call._replace(seed=None)  # no mask; its factor goes with dxa
-                _thin(rows, bare, call.b, dxa, chosen, transposed=False)
+                _thin(rows, bare, call.b, dxa, chosen)
             _backward(rows, x2, xa, call, dxa, results, chosen)
     return dx, results["da"], results["db"], results["dbias"]
 
 
-def _thin(
-    v: Tensor, call: Call, factor: Tensor, out: Tensor, chosen: Plan, *, transposed: bool
-) -> None:
-    """Launch out = scaling · D(v) f; the factor is fᵀ [R, L] if `transposed`, else f [L, R]."""
+def new_dxa(dy: Tensor, r: int, chosen: Plan) -> Dxa:
+    """Return an uninitialised dxa with units for the row panels that make it."""
+    m, rows = dy.shape[0], (chosen.thin or chosen.config).rows
+    units = _floats(dy, -(-m // rows)) if dy.dtype == torch.float16 else None
+    return Dxa(dy.new_empty(m, r), units, rows)
+
+
+def _thin(v: Tensor, call: Call, factor: Tensor, out: Tensor | Dxa, chosen: Plan) -> None:
+    """Launch xa = scaling · D(v) fᵀ or, into a `Dxa`, dxa = scaling · D(v) f."""
     config, (m, length), executor = chosen.thin, v.shape, current()
     assert config is not None
     device = executor.device(v)
     grid = min(-(-m // config.rows), _THIN_PROGRAMS * executor.programs(device))
+    transposed = isinstance(out, Tensor)
+    numbers, units = (out, None) if isinstance(out, Tensor) else out[:2]
     args = {
-        "v": v, "f": factor, **call.pointers(), "out": out, "stride_v": v.stride(0),
-        "stride_f": factor.stride(0), **call.numbers(m),
+        "v": v, "f": factor, **call.pointers(), "out": numbers, "units": units,
+        "stride_v": v.stride(0), "stride_f": factor.stride(0), **call.numbers(m),
     }  # fmt: skip
     constants = call.constants(m, device.mma) | {
         "L": length, "TRANSPOSED": transposed, "DROPOUT": call.seed is not None,
@@ -218,7 +235,7 @@ def _backward(
     x: Tensor | None,
     xa: Tensor | None,
     call: Call,
-    dxa: Tensor | None,
+    dxa: Dxa | None,
     results: dict[str, Tensor | None],
     chosen: Plan,
 ) -> None:
@@ -236,11 +253,14 @@ def _backward(
     space = sum(blocks) * parts * (ranks + 1) * config.sum_columns if parts > 1 else 0
     # float32's products outweigh a second drawing, and need the registers.
     shared_mask = call.seed is not None and dy.element_size() == 2 and all(needed[:2])
-    mask_size = max(m, config.sum_rows), -(-k // _MASK_COLUMNS) * _MASK_COLUMNS // 32
+    numbers, units, unit_rows = dxa or (None, None, 1)
+    # A step of dA's sums has one unit.
+    sum_rows = config.sum_rows if units is None else min(config.sum_rows, unit_rows)
+    mask_size = max(m, sum_rows), -(-k // _MASK_COLUMNS) * _MASK_COLUMNS // 32
     counters = _WORKSPACE.zeros(sum(blocks) + panels, dy.device)
     args = {
         "dy": dy, "x": x, "xa": xa, "w": call.weight, "a": call.a, "b": call.b,
-        **call.pointers(), "dxa": dxa, **results,
+        **call.pointers(), "dxa": numbers, "units": units, **results,
         "mask": dy.new_empty(mask_size, dtype=torch.int32) if shared_mask else None,
         "partials": _floats(dy, space) if space else counters.view(torch.float32),
         "counters": counters, "flags": counters[sum(blocks) :],
@@ -256,8 +276,9 @@ def _backward(
         "N": n, "K": k, "MASK_STRIDE": mask_size[1], "BLOCK_M": config.rows,
         "BLOCK_N": config.depth, "BLOCK_K": config.columns,
         "RANK_STEP": rank_step(r, dy.dtype), "RANKS": ranks,
-        "BLOCK_C": config.sum_columns, "BLOCK_S": config.sum_rows, "GROUP": config.group,
-        "FUSED": fused, "DROPOUT": call.seed is not None,
+        "BLOCK_C": config.sum_columns, "BLOCK_S": sum_rows, "GROUP": config.group,
+        "UNIT_ROWS": 1 if units is None else unit_rows, "FUSED": fused,
+        "DROPOUT": call.seed is not None,
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     grid = min(tiles, executor.programs(device))

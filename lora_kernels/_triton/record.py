@@ -71,19 +71,18 @@ def launches(
     thin = None if config.producers else thin_config(layer, device)
     chosen, recorder = Plan(config, thin, 0.0, 0.0), Recorder(device)
     rows = normal(m, n) if layer.backward else x
-    thin_out = empty(m, r) if layer.backward else linear.new_xa(x, r, config)
     with using(recorder):
         if layer.backward:
-            if thin:
-                bare = call._replace(seed=None)
-                linear._thin(rows, bare, b, thin_out, chosen, transposed=False)
+            dxa = linear.new_dxa(rows, r, chosen) if layer.needs[0] or layer.needs[1] else None
+            if thin and dxa is not None:
+                linear._thin(rows, call._replace(seed=None), b, dxa, chosen)
             shapes = {"dx": (m, k), "da": (r, k), "db": (n, r), "dbias": (n,)}
             wanted = zip(shapes.items(), layer.needs, strict=True)
             results = {name: empty(*shape) if need else None for (name, shape), need in wanted}
-            dxa = thin_out if layer.needs[0] or layer.needs[1] else None
             linear._backward(rows, x, normal(m, r), call, dxa, results, chosen)
         else:
+            xa = linear.new_xa(x, r, config)
             if thin:
-                linear._thin(rows, call, a, thin_out, chosen, transposed=True)
-            linear._forward(rows, call, normal(n) if bias else None, empty(m, n), thin_out, chosen)
+                linear._thin(rows, call, a, xa, chosen)
+            linear._forward(rows, call, normal(n) if bias else None, empty(m, n), xa, chosen)
     return recorder.launches

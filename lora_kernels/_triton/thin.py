@@ -6,24 +6,29 @@ import triton.language as tl
 from lora_kernels._triton.philox import keep_where, masks_by_element
 from lora_kernels._triton.tiles import (
     block_pointers,
+    inverse_of,
     keep_scale,
     plus_product,
     read,
     scaling_of,
     store_factor,
+    unit_of,
 )
 
 
 @triton.jit(do_not_specialize=["M", "scaling", "threshold"])
 def thin_kernel(
-    v, f, seed_pointer, scaling_pointer, out,
+    v, f, seed_pointer, scaling_pointer, out, units,
     stride_v, stride_f, M, scaling, threshold,
     L: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute out [M, R] = scaling · D(v) f for v [M, L] and f [L, R], fᵀ if TRANSPOSED."""
+    """Compute out [M, R] = scaling · D(v) f for v [M, L] and f [L, R], fᵀ if TRANSPOSED.
+
+    units: where the unit of each BLOCK_M rows of out goes (`unit_of`), float32; None: 1.
+    """
     dtype: tl.constexpr = v.dtype.element_ty
     ranks = tl.arange(0, BLOCK_R)
     steps = tl.arange(0, BLOCK_L)
@@ -48,4 +53,9 @@ def thin_kernel(
                 masks, _ = masks_by_element(rows, first, seed, threshold, L, BLOCK_L, WIDE, PACKED)
                 v_tile = keep_where(masks, v_tile)
             acc = plus_product(acc, f_tile.to(dtype), v_tile.T, PRECISION)
-        store_factor(out, read(acc, MMA).T * scale, rows, M, R, BLOCK_R)
+        sums = read(acc, MMA).T * scale
+        if units is not None:
+            unit = unit_of(sums)
+            tl.store(units + panel, unit)
+            sums *= inverse_of(unit)
+        store_factor(out, sums, rows, M, R, BLOCK_R)
