@@ -63,7 +63,7 @@ def lora_linear_forward(
     if (half or x2.shape[0] <= SMALL_M) and not isinstance(scaling, Tensor):
         y.addmm_(xa, b.t(), alpha=scaling)
     elif half:
-        for rows, _ in _blocks(*y.shape, 0, None):
+        for rows, _ in _blocks(y.shape[0], y.shape[1], 0, None):
             y[rows].add_(torch.mm(xa[rows].float() * scaling, b.float().t()))
     else:
         y.addmm_(xa * scaling, b.t())

@@ -37,7 +37,7 @@ bool in_chunks(const Tensor& t) {
 
 // Rows as sm_90's copies take boxes of them: cuTensorMapEncodeTiled takes none that overlap, or lie 2^40 bytes apart.
 bool in_boxes(const Tensor& t) {
-  return in_chunks(t) && t.stride(0) >= t.size(1) && t.stride(0) < (int64_t{1} << 40) / t.element_size();
+  return in_chunks(t) && t.stride(0) >= t.size(1) && t.stride(0) < (int64_t{1} << 40) / static_cast<int64_t>(t.element_size());
 }
 
 Boxes boxes(const Tensor& t) {
