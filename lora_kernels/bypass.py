@@ -5,6 +5,7 @@ functions run at every call: they read `_parameters` and `__dict__` themselves, 
 of an nn.Module costs up to 1 µs.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ from lora_kernels.transforms import needs_plain_torch
 # Where torch.export traces, parameters and inputs are fake.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 _LINEAR_FORWARD = nn.Linear.forward
+_GLOBAL_HOOKS = (
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+)
 
 
 def everywhere_reason() -> str | None:
@@ -36,7 +43,7 @@ def everywhere_reason() -> str | None:
         or _global_forward_pre_hooks
         or _global_backward_hooks
         or _global_backward_pre_hooks
-    ):
+    ) and not all(map(_of_torch, chain(*map(dict.values, _GLOBAL_HOOKS)))):
         return "there are hooks for all modules"
     if nn.Linear.forward is not _LINEAR_FORWARD:
         return "torch.nn.Linear.forward was replaced"
@@ -95,6 +102,14 @@ def input_reason(x: Any) -> str | None:
     if x.layout is not torch.strided:
         return f"x is {x.layout}"
     return "x is on meta" if x.is_meta else None
+
+
+def _of_torch(hook: Any) -> bool:
+    """Whether a hook is torch's own: its trackers only note in which module an operator runs.
+
+    FlopCounterMode, CommDebugMode and MemTracker set such hooks, to measure what else would run.
+    """
+    return str(getattr(hook, "__module__", None)).startswith("torch.")
 
 
 def _has_hooks(own: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
 
@@ -86,6 +87,13 @@ def test_hooks_for_all_modules_are_called(kind, peft):
     linears = [m for m in layer.modules() if type(m) is nn.Linear]
     assert called[nn.Linear] in seen
     assert all(any(m is each for each in seen) for m in linears)
+
+
+def test_torchs_trackers_measure_the_fused_call(fused):
+    layer, x = make_layer(), torch.randn(5, 24)
+    with FlopCounterMode(display=False):
+        layer(x)
+    assert len(fused) == 1
 
 
 class Rounded(nn.Linear):

@@ -169,6 +169,28 @@ def tp_of_uneven_sizes(style, dropout_p=0.0):
             assert_close(parameter.grad.full_tensor(), expected.grad)
 
 
+def merging_of_shards(style):
+    """A sharded weight is merged into and comes back, also where one rank's part alone changed."""
+    layer = lk.LoRALinear(17, 13, r=3)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    x, before = torch.randn(2, 5, 17), layer.base_layer.weight.detach().clone()
+    expected = layer(x)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    layouts = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+    layer = parallelize_module(layer, mesh, style(**layouts))
+    weight = layer.base_layer.weight
+    layer.merge()
+    assert layer.base_layer.weight is weight
+    assert_close(layer(x), expected)
+    layer.unmerge()
+    assert torch.equal(weight.full_tensor(), before)
+    layer.merge()
+    weight.to_local().add_(dist.get_rank())
+    layer.unmerge()
+    changes = (weight.full_tensor() - before).round(decimals=4).unique()
+    assert changes.tolist() == [0.0, 1.0]
+
+
 def tp_dropout_of_split_columns():
     """Row-wise, each rank draws the mask of its own columns of x, another than its neighbour."""
     layer = lk.LoRALinear(64, 64, r=64, lora_alpha=64, lora_dropout=0.25, base_bias=False)
@@ -280,6 +302,8 @@ CASES = {
     "tensor parallel, biases": lambda: tp(lora_bias=True, bias="lora_only"),
     "tensor parallel, columns, uneven": lambda: tp_of_uneven_sizes(ColwiseLoRA, dropout_p=0.3),
     "tensor parallel, rows, uneven": lambda: tp_of_uneven_sizes(RowwiseLoRA),
+    "merging, columns": lambda: merging_of_shards(ColwiseLoRA),
+    "merging, rows": lambda: merging_of_shards(RowwiseLoRA),
     "tensor parallel, dropout of rows": tp_dropout_of_split_columns,
     "tensor parallel, training": training,
     "tensor parallel, torch's styles": tp_by_inner_modules,
