@@ -9,6 +9,8 @@ from torch import Tensor
 from lora_kernels import reference
 from lora_kernels.transforms import counts_flops, in_functorch
 
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
 
 class CallParams(NamedTuple):
     """The non-tensor arguments of a call, one object so that backward returns one None for them."""
@@ -27,7 +29,7 @@ def below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
     """
     if torch.compiler.is_dynamo_compiling():  # which records operators by itself
         return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _BelowAutograd():
         return operator(*args)
 
 

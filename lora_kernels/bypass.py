@@ -24,6 +24,7 @@ from lora_kernels.transforms import needs_plain_torch
 # Where torch.export traces, parameters and inputs are fake.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 _LINEAR_FORWARD = nn.Linear.forward
+_STRIDED = torch.strided
 _GLOBAL_HOOKS = (
     _global_forward_hooks,
     _global_forward_pre_hooks,
@@ -67,14 +68,22 @@ def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | str:
         reason = _tensor_reason(weight)
         if reason is not None:
             return f"weight {reason}"
-    if weight.dtype not in FLOAT_DTYPES or weight.layout is not torch.strided:
+    if weight.dtype not in FLOAT_DTYPES or weight.layout is not _STRIDED:
         return f"weight is {weight.dtype}, {weight.layout}"
     if type(bias) is not nn.Parameter:
         bias = own.get("bias") if bias is None else bias
         reason = None if bias is None else _tensor_reason(bias)
         if reason is not None:
             return f"bias {reason}"
-    return "has hooks" if _has_hooks(own) else (weight, bias)
+    if (  # `_has_hooks`, without a call
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    ):
+        return "has hooks"
+    return weight, bias
 
 
 def dropout_reason(module: nn.Module) -> str | None:

@@ -76,8 +76,12 @@ def plainly_fit(
         and (weight.dtype is dtype or (cast is not None and weight.dtype in _AUTOCAST))
         and (adapters is dtype or adapters is torch.float32)
         and lora_B.dtype is adapters
-        and _on_one_device(x, weight, lora_A, lora_B)
     ):
+        return False
+    if x.is_cpu:  # a third of the time that comparing devices takes
+        if not (weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu):
+            return False
+    elif x.is_meta or not x.device == weight.device == lora_A.device == lora_B.device:
         return False
     rows, base, a, b = x.shape, weight.shape, lora_A.shape, lora_B.shape
     if not (rows and len(base) == len(a) == 2 and rows[-1] == base[1] == a[1] and a[0] >= 1):
@@ -92,15 +96,6 @@ def plainly_fit(
             and bias.device == weight.device
         )
     )
-
-
-def _on_one_device(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    if x.is_cpu:  # a third of the time that comparing devices takes
-        return weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu
-    if x.is_meta:
-        return False
-    device = x.device
-    return weight.device == device and lora_A.device == device and lora_B.device == device
 
 
 def misfit(

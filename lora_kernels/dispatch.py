@@ -165,21 +165,31 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, CHOICES))}, got {impl!r}")
 
 
-def choose(impl: str, problem: Problem) -> Implementation:
+def choose(
+    impl: str, device: torch.device, dtype: torch.dtype, rank: int, dropout: bool
+) -> Implementation:
     """Return the named implementation, or with "auto" the first that accepts the problem.
 
     Raises:
         ValueError: `impl` is unknown, or refuses the problem; an explicit choice never falls back.
     """
     if torch.compiler.is_compiling():  # folds the choice, but can't call a cached function
-        return _choose(impl, problem)
-    return _cached_choice(impl, problem, (launch.replaced(), machine.active()))
+        return _choose(impl, Problem(device, dtype, rank, dropout))
+    return _cached_choice(impl, device, dtype, rank, dropout, launch.replaced(), machine.active())
 
 
 @cache
-def _cached_choice(impl: str, problem: Problem, replaced: tuple[bool, bool]) -> Implementation:
-    """Choose once for a kind of call; `replaced` is all that a choice depends on beside it."""
-    return _choose(impl, problem)
+def _cached_choice(
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rank: int,
+    dropout: bool,
+    _replaced: bool,
+    _active: bool,
+) -> Implementation:
+    """Choose once for a kind of call; the last two are all that a choice depends on besides."""
+    return _choose(impl, Problem(device, dtype, rank, dropout))
 
 
 def _choose(impl: str, problem: Problem) -> Implementation:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 from lora_kernels import reference
 from lora_kernels._triton import launch
@@ -26,7 +27,7 @@ from lora_kernels.dispatch import (
     choose,
     refusals,
 )
-from lora_kernels.dropout import drop_threshold
+from lora_kernels.dropout import LEVELS, drop_threshold
 from lora_kernels.ops import implement
 from lora_kernels.packing import Packed
 from lora_kernels.transforms import needs_plain_torch
@@ -138,38 +139,17 @@ def checked_lora_linear(
         return torch.ops.lora_kernels.lora_linear.default(
             x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold, impl
         )
-    return _run(
-        x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold, impl, packed, layer
-    )
-
-
-def _run(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scaling_tensor: Tensor | None,
-    scaling: float,
-    threshold: int,
-    impl: str,
-    packed: Packed | None = None,
-    layer: str = "",
-) -> Tensor:
-    """Choose an implementation, and record the call where a gradient is wanted."""
     chosen: Implementation | Packed
-    chosen = choose(impl, Problem(x.device, x.dtype, lora_A.shape[0], threshold > 0))
+    chosen = choose(impl, x.device, x.dtype, lora_A.shape[0], threshold > 0)
     if packed is not None and chosen.name == "cpu" and packed.dtype == weight.dtype:
         chosen = packed
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
-        params = CallParams(chosen.forward, chosen.backward, scaling, threshold, layer)
+        params = CallParams(chosen.forward, chosen.backward, number, threshold, layer)
         return LoraLinearFunction.apply(
-            x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params
+            x, weight, lora_A, lora_B, bias, key, scaling_tensor, params
         )
     y, _ = below_autograd(
-        chosen.forward,
-        *(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold),
+        chosen.forward, x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold
     )
     return y
 
@@ -178,9 +158,10 @@ def _exported(
     x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold, impl
 ) -> Tensor:
     """Be the body of the operator that torch.export records, run or decomposed."""
-    if not torch.compiler.is_exporting():
-        return _run(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold, impl)
     scale = scaling if scaling_tensor is None else scaling_tensor
+    if not torch.compiler.is_exporting():
+        p = threshold / LEVELS
+        return checked_lora_linear(x, weight, lora_A, lora_B, bias, scale, p, seed, impl, None)
     forward = reference.lora_linear_forward
     return forward(x, weight, lora_A, lora_B, bias, seed, scale, threshold)[0]
 
@@ -332,10 +313,11 @@ def dropout_mask(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast asks of x's device; None outside autocast and for float64."""
+    if not torch.compiler.is_dynamo_compiling() and not _is_any_autocast_enabled():
+        return None
     if not isinstance(x, Tensor) or x.dtype == torch.float64:
         return None
     device = x.device.type
-    # The first question alone costs half a microsecond.
     if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
         return None
     if not torch.is_autocast_enabled(device):

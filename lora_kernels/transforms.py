@@ -4,6 +4,12 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+# Asked at every call: finding them costs as much as calling them.
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_is_tracing = torch._C._is_tracing
+_count_modes = torch._C._len_torch_dispatch_stack
+_NOTHING = type(None)
+
 
 def needs_plain_torch() -> bool:
     """Whether a call must be made of torch's own operators.
@@ -12,17 +18,17 @@ def needs_plain_torch() -> bool:
     operator with an explicit backward doesn't have; while TorchScript traces, whose graphs shall
     run without this package; and while FLOPs are counted, by formulas of torch's operators.
     """
-    if forward_ad._current_level >= 0 or in_functorch():
+    # By type, since dynamo has an object even for None.
+    if forward_ad._current_level >= 0 or type(_interpreter()) is not _NOTHING:
         return True
     if torch.compiler.is_dynamo_compiling():
         return False
-    return torch._C._is_tracing() or counts_flops()
+    return _is_tracing() or counts_flops()
 
 
 def in_functorch() -> bool:
     """Whether one of torch.func's transforms is active."""
-    # Asked by type, since dynamo has an object even for None.
-    return type(torch._C._functorch.peek_interpreter_stack()) is not type(None)
+    return type(_interpreter()) is not _NOTHING
 
 
 def counts_flops() -> bool:
@@ -30,7 +36,7 @@ def counts_flops() -> bool:
 
     Formulas for it can't be registered beforehand: its module imports Triton.
     """
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if _count_modes() == 0:
         return False
     modes = _get_current_dispatch_mode_stack()
     return any(type(mode).__name__ == "_FlopCounterMode" for mode in modes)

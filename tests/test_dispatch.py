@@ -46,7 +46,7 @@ def _triton(monkeypatch):
 def test_known_gpus_are_tritons(gpu, capability, monkeypatch):
     _triton(monkeypatch)
     gpu(*capability)
-    assert choose("auto", _problem()).name == "triton"
+    assert choose("auto", *_problem()).name == "triton"
     assert slower_than_peft(_problem()) is None
 
 
@@ -57,8 +57,8 @@ def test_unknown_generations_are_refused(gpu, capability, monkeypatch):
     got = f"got {capability[0]}.{capability[1]}"
     assert got in refusals(_problem())["triton"]
     with pytest.raises(ValueError, match=f"'triton' can't serve this call: .*{got}"):
-        choose("triton", _problem())
-    assert choose("auto", _problem()).name in ("cuda", "eager")
+        choose("triton", *_problem())
+    assert choose("auto", *_problem()).name in ("cuda", "eager")
 
 
 def test_triton_without_a_c_compiler(gpu, monkeypatch, tmp_path):
@@ -67,7 +67,7 @@ def test_triton_without_a_c_compiler(gpu, monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "expected gcc or clang on PATH" in refusals(_problem())["triton"]
-    assert choose("auto", _problem()).name != "triton"
+    assert choose("auto", *_problem()).name != "triton"
     for name in ("clang", "of-its-own"):
         (tmp_path / name).write_text("")
         (tmp_path / name).chmod(0o755)
@@ -123,7 +123,7 @@ def test_nobody_gets_slower_by_dropout_without_a_kernel(gpu, capability, fields,
     assert said.startswith("dropout without a kernel (triton needs ")
     assert slower_than_peft(problem) == said
     assert slower_than_peft(problem._replace(dropout=False)) is None
-    assert choose("eager", problem).name == "eager"  # by name it still serves
+    assert choose("eager", *problem).name == "eager"  # by name it still serves
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

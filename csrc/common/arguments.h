@@ -27,29 +27,37 @@ inline std::string shape_of(const Tensor& t) {
   return "[" + text.str() + "]";
 }
 
-// Bytes of the memory that a tensor's elements span, counted from its storage's begin.
-inline int64_t bytes_spanned(const Tensor& t) {
+// Elements from its storage's begin to the last of a tensor.
+inline int64_t elements_spanned(const Tensor& t) {
   int64_t last = t.storage_offset();
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-  return (last + 1) * static_cast<int64_t>(t.element_size());
+  if (t.is_contiguous()) return last + t.numel();
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+  return last + 1;
+}
+
+inline int32_t device_type(const Tensor& t) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  return type;
 }
 
 // A dense tensor on the device of `like`, whose memory is there: ZeRO-3 and FSDP empty storages.
 inline void check_memory(const char* name, const Tensor& t, const Tensor& like) {
-  int32_t layout = 0, device = 0, expected = 0;
+  int32_t layout = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
   STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), name, ": expected a dense tensor, got another layout");
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &expected));
+  const int32_t type = device_type(t);
   STD_TORCH_CHECK(
-      device == expected && t.get_device_index() == like.get_device_index(), name,
-      ": expected the device of the other tensors, got another");
+      type == device_type(like) &&
+          (type == aoti_torch_device_type_cpu() || t.get_device_index() == like.get_device_index()),
+      name, ": expected the device of the other tensors, got another");
   if (t.numel() == 0) return;
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   STD_TORCH_CHECK(
-      bytes >= bytes_spanned(t), name, ": expected memory for shape ", shape_of(t), ", got a storage of ", bytes,
-      " bytes");
+      bytes >= elements_spanned(t) * static_cast<int64_t>(t.element_size()), name, ": expected memory for shape ",
+      shape_of(t), ", got a storage of ", bytes, " bytes");
 }
 
 inline void check_size(bool right, const char* name, const char* expected, const Tensor& t) {
