@@ -126,7 +126,7 @@ def float16_range_cases(leading: tuple[int, ...], n: int, k: int, r: int) -> lis
         wide | {"sizes": Sizes(dy=1e-6, x=1e-2), "scaling": 0.01},
         wide | {"sizes": Sizes(dy=4096), "dropout_p": 0.1},
         wide | {"sizes": Sizes(dy=512), "dropout_p": 0.9},
-        wide | {"sizes": Sizes(b=1e-3, first_row=1e-6), "dropout_p": 0.1},
+        wide | {"sizes": Sizes(b=1e-3, first_row=1e-8), "dropout_p": 0.1},
     ]
     return [Case(leading, n, k, r, torch.float16, **setting) for setting in settings]
 

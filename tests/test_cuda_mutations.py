@@ -16,7 +16,14 @@ from lora_kernels import _ptxvm
 from lora_kernels._cuda import machine
 from lora_kernels._cuda.machine import Machine, using
 from lora_kernels._native import absence
-from lora_kernels.testing import Case, assert_parity, assert_results, make_inputs, run
+from lora_kernels.testing import (
+    Case,
+    assert_parity,
+    assert_results,
+    float16_range_cases,
+    make_inputs,
+    run,
+)
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 pytestmark = pytest.mark.skipif(
@@ -46,6 +53,7 @@ HOPPER_KERNELS = """
 BF16_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=16)
 SLICED_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=64)
 LONE_KERNELS = SLICED_KERNELS.replace("LORA_BACKWARD(X)", "LORA_BACKWARD(X) X(Tall, 64, 1, 1)")
+HALF_KERNELS = KERNELS.format(type="half", element="__half", shape="Small", ranks=16)
 TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat", ranks=16)
 # name: (file, text, what stands there instead)
 MUTANTS = {
@@ -117,6 +125,19 @@ LONE_MUTANTS = {
     ),
     "a slice of other ranks": ("order.cuh", "index % thin.slices * kRanks", "0"),
     "tiles numbered as if there were none": ("order.cuh", "- thin.alone - others", "- others"),
+}
+# Of float16's range.
+HALF_MUTANTS = {
+    "nothing": MUTANTS["nothing"],
+    "sums left in another unit": (
+        "units.cuh",
+        "multiply(before * inverse_of(now))",
+        "multiply(1.0f)",
+    ),
+    "unit forgotten in dA": ("units.cuh", "sums.multiply(now);", ";"),
+    "unit forgotten in dx": ("backward.cuh", "units_of<T, S, kRanks>(p).at(of.row, rank)", "1.0f"),
+    "unit of another row panel": ("units.cuh", "units + row / S::kRows * slices", "units"),
+    "largest of one warp": ("units.cuh", "(shared + warp * 4)", "(shared)"),
 }
 TF32_MUTANTS = {
     "nothing": MUTANTS["nothing"],
@@ -233,6 +254,12 @@ def test_planted_fault_is_found_of_lone_thin_products(name, check):
     """Three slices of ranks, two columns of tiles forward and backward."""
     case = Case((130,), 72, 104, 136, torch.bfloat16, dropout_p=0.1)
     check(name, case, LONE_KERNELS, LONE_MUTANTS, resident=4)
+
+
+@pytest.mark.parametrize("name", HALF_MUTANTS)
+def test_planted_fault_is_found_of_float16(name, check):
+    case = float16_range_cases((130,), 72, 136, 8)[9]  # dy from 1e-8 to 1
+    check(name, case, HALF_KERNELS, HALF_MUTANTS, resident=8)
 
 
 @pytest.mark.parametrize("name", TF32_MUTANTS)

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from lora_kernels.testing import Case, assert_parity, make_inputs
+from lora_kernels.testing import Case, assert_parity, float16_range_cases, make_inputs
 from tests.executors import (
     INTERPRETED,
     Interpreter,
@@ -89,6 +89,16 @@ MUTANTS = {
     ),
 }
 
+# name: (file, text, replacement, which of `float16_range_cases`)
+RANGE_MUTANTS = {
+    "scaled B in float16": ("forward", "constexpr = dtype == tl.float16", "constexpr = False", 3),
+    "sums left in another unit": ("sums", "product * (before * inverse_of(unit))", "product", 9),
+    "unit forgotten in dA": ("sums", "        product *= unit\n", "", 4),
+    "small unit forgotten in dx": ("backward", "* below).to(dtype)", "* 1.0).to(dtype)", 9),
+    "large unit forgotten in dx": ("backward", "a_tile.to(tl.float32) * above", "a_tile", 7),
+    "unit below what float16 needs": ("tiles", "- 1, 14)", "- 1, 18)", 7),
+}
+
 
 def _mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
     """Import a copy of the kernels with one piece of source replaced; return its modules."""
@@ -139,6 +149,17 @@ def test_wrong_values_are_caught(name, tmp_path, monkeypatch):
     _mutated_kernels(tmp_path, monkeypatch, *MUTANTS[name][:3])
     with pytest.raises(Exception, match=r"budget|NaN|out-of-bounds|race"):
         _runs(executor)
+
+
+@pytest.mark.parametrize("name", RANGE_MUTANTS)
+def test_a_short_range_is_caught(name, tmp_path, monkeypatch):
+    if not INTERPRETED:
+        pytest.importorskip("ptxvm", reason="needs the PTX virtual machine or TRITON_INTERPRET=1")
+    *mutant, index = RANGE_MUTANTS[name]
+    _mutated_kernels(tmp_path, monkeypatch, *mutant)
+    case = float16_range_cases((130,), 72, 136, 5)[index]
+    with pytest.raises(AssertionError, match=r"budget|NaN"):
+        _runs(Interpreter() if INTERPRETED else Machine(80), case)
 
 
 @needs_machine
