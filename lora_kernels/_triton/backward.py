@@ -206,8 +206,7 @@ def backward_kernel(
             if FUSED and tile < dxa_end:
                 acc, thin = _products(
                     dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
-                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, True, MMA,
-                    PRECISION,
+                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, True, MMA, PRECISION,
                 )  # fmt: skip
                 thin = read(thin, MMA) * thin_scale
                 if units is not None:
@@ -219,8 +218,7 @@ def backward_kernel(
             else:
                 acc, _ = _products(
                     dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
-                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, False, MMA,
-                    PRECISION,
+                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, False, MMA, PRECISION,
                 )  # fmt: skip
             if NEED_DX:
                 drawn = tile >= dxa_end
