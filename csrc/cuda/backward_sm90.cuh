@@ -54,7 +54,7 @@ __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, 
   sums.clear();
   for (int row = tile.row; row < tile.end; row += S::kDepth) {
     const int stage = side.at.stage;
-    wait_for_phase(side.memory.filled(stage), side.at.parity);
+    wait_for_phase_in_time(side.memory.filled(stage), side.at.parity);
     const uint32_t right = side.memory.right(stage);
     if (kDropout) {
       drop<typename M::Box, S::kThreads>(right, row, tile.column, mask, drawn);
