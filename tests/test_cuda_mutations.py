@@ -178,7 +178,7 @@ HOPPER_MUTANTS = {
     ),
     "step not waited for": (
         "backward_sm90.cuh",
-        "wait_for_phase(side.memory.filled(stage), side.at.parity);",
+        "wait_for_phase_in_time(side.memory.filled(stage), side.at.parity);",
         "",
     ),
     "products not waited for": ("pipeline_sm90.cuh", "    wait_for_products<0>();", ""),

@@ -54,11 +54,11 @@ __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, 
   const RightReader<typename M::Box, true> right_reader(column % kHopperBox);
   sums.clear();
   // The units are there once the first step is, whose copies waited for them.
-  if constexpr (!std::is_same_v<TheUnits, NoUnits>) wait_for_phase(side.memory.filled(side.at.stage), side.at.parity);
+  if constexpr (!std::is_same_v<TheUnits, NoUnits>) wait_for_phase_in_time(side.memory.filled(side.at.stage), side.at.parity);
   RunningUnit<TheUnits> unit(units, tile.row, tile.rank);
   for (int row = tile.row; row < tile.end; row += S::kDepth) {
     const int stage = side.at.stage;
-    wait_for_phase(side.memory.filled(stage), side.at.parity);
+    wait_for_phase_in_time(side.memory.filled(stage), side.at.parity);
     unit.advance(sums, min(row + S::kDepth, tile.end - 1));
     const uint32_t right = side.memory.right(stage);
     if (kDropout) {

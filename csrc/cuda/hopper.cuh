@@ -28,16 +28,26 @@ __device__ inline void arrive_expecting(uint32_t barrier, int bytes, bool does) 
 __device__ inline void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
-// Waits for the end of a phase with this parity.
+// Whether a phase with this parity has ended, at the latest after some time.
+__device__ inline bool has_ended(uint32_t barrier, int parity) {
+  int done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+// Waits for its end.
 __device__ inline void wait_for_phase(uint32_t barrier, int parity) {
-  int done = 0;
-  while (!done) {
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
+  while (!has_ended(barrier, parity)) {
   }
+}
+// Waits for its end, where that may need another program.
+__device__ inline void wait_for_phase_in_time(uint32_t barrier, int parity) {
+  if (has_ended(barrier, parity)) return;
+  const Wait wait;
+  while (!has_ended(barrier, parity)) wait.check();
 }
 
 // What barriers were initialised is visible to copies.

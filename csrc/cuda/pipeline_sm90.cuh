@@ -93,8 +93,8 @@ struct CopyingSide {
   // Waits for another program. All lanes of a warp ask, so that none waits at the barrier for another.
   __device__ void wait(const int* flag, int arrivals) const {
     if (threadIdx.x / 32 == S::kThreads / 32) {
-      const Wait wait;
-      while (!__all_sync(0xFFFFFFFFu, acquire_load(flag) >= arrivals)) wait.pause();
+      // No limit here, where registers are few: the side that multiplies waits for this one, and has one.
+      while (!__all_sync(0xFFFFFFFFu, acquire_load(flag) >= arrivals)) __nanosleep(32);
     }
     synchronize<2, kHopperCopying>();
   }
@@ -155,7 +155,7 @@ struct MultiplyingSide {
     sums.clear();
     for (int step = 0; step < steps; ++step) {
       const int stage = at.stage;
-      wait_for_phase(memory.filled(stage), at.parity);
+      wait_for_phase_in_time(memory.filled(stage), at.parity);
       const uint32_t word = kDropout ? load_fresh(words + 32 * step, producing) : 0;
       const uint64_t left = operand(memory.left(stage) + group_row * M::Left::kRowBytes);
       const uint64_t right = kByDepth ? operand_by_depth(memory.right(stage), M::Box::kBytes) : operand(memory.right(stage));
@@ -180,7 +180,7 @@ struct MultiplyingSide {
   // scale of a slice of ranks scale_at(its first).
   template <class F, class G>
   __device__ void add_factors(Sums<S>& sums, F make_mask, const Operands& of, G scale_at) {
-    wait_for_phase(memory.factors_filled(), slices & 1);
+    wait_for_phase_in_time(memory.factors_filled(), slices & 1);
     const auto mask = make_mask();
     for (int rank = 0; rank < of.depth; rank += kRanks) {
       wait_for_phase(memory.factors_filled(), slices++ & 1);

@@ -184,7 +184,7 @@ __device__ inline int acquire_load(const int* flag) {
   return value;
 }
 
-// A wait for another program, which ends the kernel by an error where it has lasted for about half a minute: far longer
+// A wait that may need another program, which ends the kernel by an error where it has lasted for about half a minute: far longer
 // than any launch, so that the other will never come.
 struct Wait {
   uint32_t began = now();
@@ -194,9 +194,12 @@ struct Wait {
     asm volatile("mov.u32 %0, %%globaltimer_hi;" : "=r"(time));
     return time;
   }
+  __device__ void check() const {
+    asm volatile("{ .reg .pred late; setp.gt.u32 late, %0, 7; @late trap; }" ::"r"(now() - began));
+  }
   __device__ void pause() const {
     __nanosleep(32);
-    asm volatile("{ .reg .pred late; setp.gt.u32 late, %0, 7; @late trap; }" ::"r"(now() - began));
+    check();
   }
 };
 
