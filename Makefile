@@ -16,6 +16,8 @@ export HF_HUB_OFFLINE := 1
 export LORA_KERNELS_CPU ?= 1
 export LORA_KERNELS_CUDA ?= $(if $(shell command -v nvcc),1,0)
 export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
+# Warnings are errors here, not where users install.
+export LORA_KERNELS_WERROR ?= 1
 NEEDS := $(if $(filter 1,$(LORA_KERNELS_CPU)),cpu) $(if $(filter 1,$(LORA_KERNELS_CUDA)),cuda)
 
 # The oldest PEFT that patch_peft takes, laid over the newest one for the tests that concern it.
@@ -89,7 +91,7 @@ sanitize: $(READY)
 	LORA_KERNELS_TEST_ISA=portable build/threads
 
 # torch comes first and pinned: beside it nothing pulls another, larger build.
-$(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(wildcard csrc/*/*)
+$(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt

@@ -1,100 +1,86 @@
 """Says which extensions a build has; everything static stands in pyproject.toml.
 
 LORA_KERNELS_CPU=0 and LORA_KERNELS_CUDA=0 leave a compiled part out, =1 makes its absence an error;
-otherwise it is built where torch can be imported (pip: --no-build-isolation) and its compiler is on
-PATH. TORCH_CUDA_ARCH_LIST names the GPUs to compile for. LORA_KERNELS_SANITIZE names what
-`make sanitize` instruments the CPU part with.
+otherwise what can't be built is left out, with its reason. The other variables stand in README.md.
 """
 
+import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-sys.path.insert(0, str(Path("csrc/cuda").resolve()))
-import build as cuda
+sys.path.insert(0, str(Path(__file__).parent))
+from csrc.cpu import build as cpu
+from csrc.cuda import build as cuda
+from csrc.toolchain import BuildError
 
-STABLE_ABI_OF_TORCH_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-
-
-def no_extension_reason() -> str | None:
-    """Return why no compiled part can be built, or None."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        return "no C++ compiler on PATH"
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        return "torch can't be imported by the build; use pip's --no-build-isolation"
-    return None
+PARTS = {"cpu": cpu, "cuda": cuda}
+# Why each part is absent that is: `python -m lora_kernels info` says the same.
+REASONS: dict[str, str] = {}
 
 
-def left_out_reasons() -> dict[str, str]:
-    """Return why each part is not built, for those that are not."""
-    reasons = {
-        "CPU": no_extension_reason(),
-        "CUDA": no_extension_reason() or cuda.left_out_reason(),
-    }
-    if os.environ.get("LORA_KERNELS_CPU") == "0":
-        reasons["CPU"] = "LORA_KERNELS_CPU=0"
-    for part, reason in reasons.items():
-        if reason and os.environ.get(f"LORA_KERNELS_{part}") == "1":
-            raise SystemExit(f"lora_kernels: LORA_KERNELS_{part}=1, but {reason}")
-    return {part: reason for part, reason in reasons.items() if reason}
+def leave_out(part: str, reason: str) -> None:
+    """Go on without a part, or end where it was asked for."""
+    variable = f"LORA_KERNELS_{part.upper()}"
+    if os.environ.get(variable) == "1":
+        raise SystemExit(f"lora_kernels: {variable}=1, but {reason}")
+    REASONS[part] = reason
+    print(f"lora_kernels: built without the {part.upper()} part: {reason}", file=sys.stderr)
 
 
-def extension(part: str):
-    """Return an extension on torch's stable ABI: one file for any Python."""
-    from torch.utils.cpp_extension import CppExtension, include_paths
-
-    # As system headers, so that warnings are errors in our own code alone.
-    flags = [flag for path in include_paths() for flag in ("-isystem", path)]
-    flags += ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-    links = []
-    sanitizers = os.environ.get("LORA_KERNELS_SANITIZE")
-    if part == "cpu" and sanitizers:
-        # At -O1 reports name the line; aborting on the first makes a test fail.
-        links = [f"-fsanitize={sanitizers}"]
-        flags += [*links, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
-    sources = sorted(str(path) for path in Path("csrc", part).glob("*.cpp"))
-    made = CppExtension(
-        f"lora_kernels._{part}",
-        sources,
-        extra_compile_args=[*flags, STABLE_ABI_OF_TORCH_2_10],
-        extra_link_args=links,
-        py_limited_api=True,
-    )
-    made.include_dirs = []
-    if part == "cuda":
-        made.libraries += ["rt", "dl", "pthread"]
-    return made
+def record(command) -> None:
+    """Keep the reasons beside the package's modules."""
+    in_place = command.editable_mode or getattr(command, "inplace", False)
+    folder = Path("lora_kernels") if in_place else Path(command.build_lib, "lora_kernels")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_left_out.json").write_text(json.dumps(REASONS))
 
 
-def build_arguments(parts: list[str]) -> dict:
-    """Return setup's arguments for the parts that are built."""
-    from torch.utils.cpp_extension import BuildExtension
+class BuildModules(build_py):
+    """Also says which parts nobody will try to build."""
 
-    class Build(BuildExtension):
-        def build_extension(self, ext):
-            if ext.name.endswith("_cuda"):
-                sources = sorted(Path("csrc/cuda").glob("*.cu"))
-                ext.extra_objects = cuda.compile_objects(Path(self.build_temp, "cuda"), sources)
-                ext.extra_objects.append(str(cuda.runtime_library()))
-            super().build_extension(ext)
-
-    command = Build.with_options(use_ninja=shutil.which("ninja") is not None)
-    return {
-        "ext_modules": [extension(part) for part in parts],
-        "cmdclass": {"build_ext": command},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
+    def run(self):
+        """Copy the modules."""
+        super().run()
+        record(self)
 
 
-reasons = left_out_reasons()
-built = [part for part in ("CPU", "CUDA") if part not in reasons]
-# pip shows these lines with -v; `python -m lora_kernels info` says the same of what is installed.
-for part in ("CPU", "CUDA"):
-    said = f"out the {part} part: {reasons[part]}" if part in reasons else f" the {part} part"
-    print(f"lora_kernels: built with{said}", file=sys.stderr)
-setup(**(build_arguments([part.lower() for part in built]) if built else {}))
+class BuildParts(build_ext):
+    """Builds the parts; setuptools only says where they go."""
+
+    def run(self):
+        """Build them all."""
+        super().run()
+        record(self)
+
+    def build_extension(self, ext):
+        """Build one, or leave it out."""
+        part = ext.name.rpartition("_")[2]
+        target = Path(self.get_ext_fullpath(ext.name))
+        print(f"lora_kernels: building the {part.upper()} part", file=sys.stderr)
+        try:
+            PARTS[part].build(Path(self.build_temp, part).resolve(), target)
+        except BuildError as error:
+            target.unlink(missing_ok=True)
+            leave_out(part, str(error))
+        else:
+            print(f"lora_kernels: built with the {part.upper()} part", file=sys.stderr)
+
+
+for name, module in PARTS.items():
+    if (why := module.left_out_reason()) is not None:
+        leave_out(name, why)
+planned = [name for name in PARTS if name not in REASONS]
+setup(
+    # On torch's stable ABI, without Python's: one file for any Python.
+    ext_modules=[
+        Extension(f"lora_kernels._{part}", [], py_limited_api=True, optional=True)
+        for part in planned
+    ],
+    cmdclass={"build_ext": BuildParts, "build_py": BuildModules},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if planned else {},
+)

@@ -48,18 +48,22 @@ bool within(const Tensor& v, const Tensor& weight, Rows of_bf16, Rows of_float) 
   return rows.least <= v.size(0) && v.size(0) <= most && weight.size(0) >= kRowGroup;
 }
 
+bool is_amd() {
+#if defined(__x86_64__)
+  static const bool amd = __builtin_cpu_is("amd");
+  return amd;
+#else
+  return false;
+#endif
+}
+
 // Whether oneDNN's float32 product v wT is the faster one: on AMD processors, from some work on.
 // 2026-11: Zen 4, 0.6 to 0.9 of MKL's time from 1024 columns up, as much as it at 768; Zen 5, 0.4 to
 // 0.9 of it from 2^20 multiplications on, whatever the shape; for one row 0.9 forward, 2.2 backward.
 bool prefers_onednn(const Tensor& v, const Tensor& w) {
-#if defined(__x86_64__)
-  static const bool amd = __builtin_cpu_is("amd");
-  return amd && aoti_torch_cpu__linear_pointwise && v.scalar_type() == ScalarType::Float &&
+  return is_amd() && aoti_torch_cpu__linear_pointwise && v.scalar_type() == ScalarType::Float &&
          v.size(0) >= (copied_in_parts(w) ? kRowsToCopyFor : kOnednnRows) &&
          v.size(0) * w.size(0) * w.size(1) >= kOnednnWork;
-#else
-  return false;
-#endif
 }
 
 Tensor columns(Tensor t, int64_t start, int64_t length) { return torch::stable::narrow(t, 1, start, length); }

@@ -13,7 +13,7 @@
 #include <memory>
 
 // Compilers from GCC 11 and Clang 11 on know the matrix unit.
-#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#if defined(__x86_64__) && defined(__linux__) && (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))
 #define LORA_HAS_TILES 1
 #else
 #define LORA_HAS_TILES 0

@@ -8,12 +8,13 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
-// After the headers: what they define must not be compiled for this instruction set alone.
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#include "compiler.h"
 
-// g++ 12 defines no macros of the target that a pragma sets.
+LORA_TARGET_BEGIN("avx2,fma")
+
+// g++ 12 defines no macros of a target that is set so.
 #define LORA_WIDTH 8
 #define LORA_PAIRS 0
 #define LORA_TILES 0
@@ -36,6 +37,6 @@ const Kernels avx2_kernels = table_of("avx2");
 
 }  // namespace lora_kernels
 
-#pragma GCC pop_options
+LORA_TARGET_END
 
 #endif

@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
+
+#include "compiler.h"
 
 #define LORA_WIDTH 4
 #define LORA_PAIRS 0

@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #if LORA_HAS_TILES
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -19,7 +20,9 @@ namespace {
 // process has to ask (the kernel's Documentation/arch/x86/xstate.rst).
 bool has_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // amx-bf16, amx-tile; clang 14 has no names for them
+  unsigned a, b, c, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
