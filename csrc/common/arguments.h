@@ -23,8 +23,13 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline std::string shape_of(const Tensor& t) {
   std::ostringstream text;
-  for (const int64_t size : t.sizes()) text << (text.tellp() > 0 ? ", " : "") << size;
-  return "[" + text.str() + "]";
+  const char* before = "[";
+  for (const int64_t size : t.sizes()) {
+    text << before << size;
+    before = ", ";
+  }
+  text << (t.dim() ? "]" : "[]");
+  return text.str();
 }
 
 // Elements from its storage's begin to the last of a tensor.
