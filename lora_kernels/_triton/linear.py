@@ -274,12 +274,10 @@ def _backward(
     device = executor.device(dy)
     constants = call.constants(m, device.mma) | need | {
         "N": n, "K": k, "MASK_STRIDE": mask_size[1], "BLOCK_M": config.rows,
-        "BLOCK_N": config.depth, "BLOCK_K": config.columns,
-        "RANK_STEP": rank_step(r, dy.dtype), "RANKS": ranks,
-        "BLOCK_C": config.sum_columns, "BLOCK_S": sum_rows, "GROUP": config.group,
+        "BLOCK_N": config.depth, "BLOCK_K": config.columns, "RANK_STEP": rank_step(r, dy.dtype),
+        "RANKS": ranks, "BLOCK_C": config.sum_columns, "BLOCK_S": sum_rows, "GROUP": config.group,
         "UNIT_ROWS": 1 if units is None else unit_rows, "FUSED": fused,
-        "DROPOUT": call.seed is not None,
-        "warps": config.warps, "stages": config.stages,
+        "DROPOUT": call.seed is not None, "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     grid = min(tiles, executor.programs(device))
     launch(backward_kernel, grid, args, constants, waits=fused or shared_mask)
