@@ -5,7 +5,9 @@ READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' requirements-dev.txt)
 
 # Tests of code for GPUs, most of which execute it on one thread of the CPU: JOBS at a time.
-EXECUTED := $(wildcard tests/test_cuda_*.py tests/test_triton_*.py)
+# Those of the host path on a stub of a driver take minutes a case: `make test-host`.
+HOST := $(wildcard tests/test_*_host.py)
+EXECUTED := $(filter-out $(HOST),$(wildcard tests/test_cuda_*.py tests/test_triton_*.py))
 JOBS ?= 2
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
 INTERPRETED := $(addprefix tests/test_triton_,parity.py mutations.py handing.py)
@@ -27,13 +29,16 @@ OLD_PEFT_AT := $(CURDIR)/build/peft-$(OLD_PEFT)-installed
 # The oldest Triton that is served, beside the pinned one.
 OLDEST_TRITON := build/triton-3.6
 
-.PHONY: test test-old-peft lint format demo bench bench-compare bench-track peft-suite sanitize clean
+.PHONY: test test-host test-old-peft lint format demo bench bench-compare bench-track peft-suite sanitize clean
 
 test: export LORA_KERNELS_TEST_NEEDS := $(NEEDS) $(LORA_KERNELS_TEST_NEEDS)
-test: $(READY) $(OLDEST_TRITON)
-	$(BIN)/python -m pytest $(ARGS) $(addprefix --ignore=,$(EXECUTED))
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS) $(addprefix --ignore=,$(EXECUTED) $(HOST))
 	$(BIN)/python -m pytest $(ARGS) --cov-append -n $(JOBS) --dist worksteal $(EXECUTED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) $(INTERPRETED)
+
+test-host: $(READY) $(OLDEST_TRITON)
+	$(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) $(HOST)
 
 test-old-peft: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLD_PEFT_AT) \

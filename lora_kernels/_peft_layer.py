@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
 from lora_kernels.checks import is_dtensor, misfit, plainly_fit
+from lora_kernels.dispatch import Problem, slower_than_peft
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
 from lora_kernels.packing import Packed, current, forget, restore
 from lora_kernels.usage import Calls
@@ -42,7 +43,7 @@ class FusedLinear(Linear):
         elif args or kwargs:
             reason = "called with more than x"
         else:
-            reason = _call_reason(x, parts, cast)
+            reason = _call_reason(x, parts, cast, impl)
         # A counter would be one of the things that a compiled graph depends on.
         calls = None if torch.compiler.is_dynamo_compiling() else own.get("_lora_kernels_calls")
         if reason is not None or isinstance(parts, str):
@@ -182,11 +183,14 @@ def _scaling_reason(scaling: Any) -> str | None:
     return None
 
 
-def _call_reason(x: Any, parts: FusedParts, cast: torch.dtype | None) -> str | None:
+def _call_reason(x: Any, parts: FusedParts, cast: torch.dtype | None, impl: str) -> str | None:
     """Return why a call with x is PEFT's to compute, or to refuse; None where it is fused."""
-    weight, bias, lora_A, lora_B, _, scaling = parts
+    weight, bias, lora_A, lora_B, dropout, scaling = parts
     if type(scaling) is float and plainly_fit(x, weight, lora_A, lora_B, bias, cast):
-        return None
+        if x.is_cpu or impl != "auto":
+            return None
+        dropped = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0
+        return slower_than_peft(Problem(x.device, cast or x.dtype, lora_A.shape[0], dropped))
     if not isinstance(x, Tensor):
         return f"x is a {type(x).__name__}"
     if isinstance(scaling, Tensor) and scaling.device != x.device:

@@ -18,6 +18,7 @@ from lora_kernels.checks import (
     check_scaling,
     check_seed,
     is_dtensor,
+    scaling_for,
 )
 from lora_kernels.dispatch import (
     IMPLEMENTATIONS,
@@ -93,6 +94,7 @@ def lora_linear(
     cast = autocast_dtype(x)
     check_lora_linear(x, weight, lora_A, lora_B, bias, cast=cast)
     check_scaling(scaling)
+    scaling = scaling_for(scaling, x.device)
     check_dropout_p(dropout_p)
     check_seed(seed, x.device)
     p = dropout_p if training else 0.0

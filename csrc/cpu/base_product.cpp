@@ -37,6 +37,9 @@ constexpr int64_t kOnednnRows = 4, kOnednnWork = 1 << 20;
 // As lora_kernels/_onednn.py has them, with their reasons.
 constexpr int64_t kOnednnChain = 1024, kRowsToCopyFor = 64;
 
+// Whether this torch has oneDNN's products; a weak symbol that isn't there is null.
+bool has_onednn() { return aoti_torch_cpu__linear_pointwise && aoti_torch_cpu__linear_pointwise_binary; }
+
 // Whether w [C, L] is summed in parts of L that have to be copied, since its rows lie apart.
 bool copied_in_parts(const Tensor& w) {
   return w.scalar_type() == ScalarType::Float && w.size(1) > kOnednnChain && w.stride(0) != 1;
@@ -61,7 +64,7 @@ bool is_amd() {
 // 2026-11: Zen 4, 0.6 to 0.9 of MKL's time from 1024 columns up, as much as it at 768; Zen 5, 0.4 to
 // 0.9 of it from 2^20 multiplications on, whatever the shape; for one row 0.9 forward, 2.2 backward.
 bool prefers_onednn(const Tensor& v, const Tensor& w) {
-  return is_amd() && aoti_torch_cpu__linear_pointwise && v.scalar_type() == ScalarType::Float &&
+  return is_amd() && has_onednn() && v.scalar_type() == ScalarType::Float &&
          v.size(0) >= (copied_in_parts(w) ? kRowsToCopyFor : kOnednnRows) &&
          v.size(0) * w.size(0) * w.size(1) >= kOnednnWork;
 }
@@ -70,7 +73,7 @@ Tensor columns(Tensor t, int64_t start, int64_t length) { return torch::stable::
 
 // sum + x wT + bias by oneDNN, w [C, L] as it stands or packed; sum and bias may be absent.
 Tensor onednn_part(const OptionalTensor& sum, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
-  STD_TORCH_CHECK(aoti_torch_cpu__linear_pointwise, "packed: this torch was built without oneDNN");
+  STD_TORCH_CHECK(has_onednn(), "packed: this torch was built without oneDNN");
   AtenTensorHandle out, added = bias ? bias->get() : nullptr;
   AtenTensorHandle* const bias_given = bias ? &added : nullptr;
   const char* algorithm = "";
