@@ -47,6 +47,15 @@ def batched_backward(f, *args):
     return torch.autograd.grad(y, args, rows, is_grads_batched=True)
 
 
+def tangent_of_backward(f, *args):
+    """Of a backward whose dy alone has a tangent."""
+    y = f(*args)
+    with forward_ad.dual_level():
+        dy = forward_ad.make_dual(*some_like([y, -y]))
+        grads = torch.autograd.grad(y, args, dy)
+        return [forward_ad.unpack_dual(g).tangent for g in grads]
+
+
 def penalty(f, *args):
     """Gradients of a gradient penalty on x."""
     dx = torch.autograd.grad(f(*args).tanh().sum(), args[0], create_graph=True)[0]
@@ -95,6 +104,7 @@ DERIVATIVES = {
     "dual numbers": dual_numbers,
     "dual numbers, no_grad": torch.no_grad()(dual_numbers),
     "is_grads_batched": batched_backward,
+    "tangent of a backward": tangent_of_backward,
     "gradient penalty": penalty,
     "checkpoint": checkpointed,
 }
