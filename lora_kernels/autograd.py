@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_kernels import reference
 from lora_kernels.transforms import counts_flops, in_functorch
@@ -104,7 +105,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     params: CallParams = ctx.params
     x, xa, weight, lora_A, lora_B, seed, scaling_tensor = _saved(ctx, params.layer)
     if _needs_plain_torch():
-        xa = _xa_with_graph(ctx, x, xa, lora_A, seed)
+        if torch.is_grad_enabled():
+            xa = _xa_with_graph(ctx, x, xa, lora_A, seed)
         scale = params.scaling if scaling_tensor is None else scaling_tensor
         dx, da, db, dbias = reference.lora_linear_backward(
             dy, x, xa, weight, lora_A, lora_B, seed, scale, params.threshold, list(needs)
@@ -143,10 +145,15 @@ def _saved(ctx: Any, layer: str) -> tuple[Any, ...]:
 
 
 def _needs_plain_torch() -> bool:
-    """Whether backward is recorded (create_graph), mapped (is_grads_batched) or counted."""
+    """Whether backward is recorded (create_graph), mapped, counted, or dy may have a tangent."""
     if torch.compiler.is_dynamo_compiling():
         return False
-    return torch.is_grad_enabled() or in_functorch() or counts_flops()
+    return (
+        torch.is_grad_enabled()
+        or in_functorch()
+        or forward_ad._current_level >= 0
+        or counts_flops()
+    )
 
 
 def _xa_with_graph(

@@ -1,0 +1,144 @@
+"""Nothing is unfused in silence: counts, reasons, warnings, adapters that come later."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import lora_kernels as lk
+
+peft = pytest.importorskip("peft")
+
+
+class Residual(nn.Module):
+    """Changes b's input after b has read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.a(x)
+        y = self.b(h)
+        h += 1
+        return y + h
+
+
+def two(targets=("0",)):
+    config = peft.LoraConfig(r=2, target_modules=list(targets))
+    return peft.get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config)
+
+
+def use(model, path="base_model.model.0"):
+    return lk.report(model).layers[path]
+
+
+def test_calls_are_counted_with_the_last_reason(caplog):
+    model, x = two(), torch.randn(2, 8)
+    lk.patch_peft(model)
+    model(x)
+    layer = model.base_model.model[0]
+    layer.scaling["default"] = torch.ones(8)
+    with caplog.at_level(logging.WARNING, "lora_kernels"):
+        for _ in range(3):
+            model(x)
+    found = use(model)
+    assert (found.fused, found.left) == (1, 3)
+    assert found.reason == found.state == "scaling is a torch.float32 tensor of shape [8]"
+    assert [r.name for r in caplog.records] == ["lora_kernels"]  # a reason once
+    layer.scaling["default"] = 1.0
+    assert use(model).state is None
+    assert "calls so far: 1 fused, 3 left" in str(lk.report(model))
+
+
+def test_states_that_are_asked_for_warn_of_nothing(caplog):
+    model, x = two(), torch.randn(2, 8)
+    lk.patch_peft(model)
+    with caplog.at_level(logging.WARNING, "lora_kernels"), model.disable_adapter():
+        model(x)
+    assert use(model).left == 1
+    assert not caplog.records
+
+
+def test_report_refuses_what_has_no_layer():
+    with pytest.raises(ValueError, match="expected one with LoRA layers, got none in Linear"):
+        lk.report(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got int"):
+        lk.report(3)
+
+
+@pytest.mark.parametrize("how", ["as it is", "deepcopy", "pickle"])
+def test_layers_of_adapters_added_later_are_fused(how):
+    model = two()
+    lk.patch_peft(model)
+    if how == "deepcopy":
+        model = copy.deepcopy(model)
+    elif how == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    model.add_adapter("more", peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    model.set_adapter("more")
+    model(torch.randn(2, 8))
+    assert [layer.fused for layer in lk.report(model).layers.values()] == [1, 1]
+    assert lk.unpatch_peft(model) == 2
+    assert type(model.base_model) is peft.LoraModel
+    model.add_adapter("third", peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    assert all(
+        type(m).__module__.startswith("peft")
+        for m in model.base_model.modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    )
+
+
+def test_layers_of_a_loaded_adapter_are_fused(tmp_path):
+    two(["1"]).save_pretrained(tmp_path)
+    model = two()
+    lk.patch_peft(model)
+    model.load_adapter(tmp_path, "loaded")
+    model.set_adapter("loaded")
+    model(torch.randn(2, 8))
+    assert use(model, "base_model.model.1").fused == 1
+
+
+def test_layers_that_nobody_patched_are_named():
+    model = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    )
+    lk.patch_peft(model)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["1"]), model, adapter_name="more"
+    )
+    assert use(model, "1").state == "not patched: call patch_peft again"
+
+
+def lora_layer(kind):
+    """A model whose layer "b" reads what is changed afterwards."""
+    if kind == "patched":
+        config = peft.LoraConfig(r=2, target_modules=["b"], init_lora_weights=False)
+        model = peft.get_peft_model(Residual(), config)
+        lk.patch_peft(model)
+        return model
+    model = Residual()
+    layer = lk.LoRALinear.from_linear(model.b)
+    model.b = layer
+    if kind == "lora_linear":
+        parts = (model.b.base_layer.weight, layer.lora_A.weight, layer.lora_B.weight)
+        del model.b
+        model.b = lambda h: lk.lora_linear(h, *parts)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("patched", "LoRA layer 'base_model.model.b'"),
+        ("LoRALinear", "lora_linear"),
+        ("lora_linear", "lora_linear"),
+    ],
+)
+def test_an_input_changed_in_place_is_named_with_the_cure(kind, name):
+    y = lora_layer(kind)(torch.randn(2, 8)).sum()
+    with pytest.raises(RuntimeError, match=rf"^{name}: expected its input .* change a copy"):
+        y.backward()
