@@ -15,7 +15,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
-from lora_kernels.checks import is_dtensor, misfit, plainly_fit
+from lora_kernels.checks import check_memory, is_dtensor, misfit, plainly_fit
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
 from lora_kernels.packing import Packed, current, forget, restore
 from lora_kernels.usage import Calls
@@ -173,6 +173,8 @@ def fused_parts(layer: Linear) -> FusedParts | str:
     (weight, bias), lora_bias = own, b[1]
     if lora_bias is not None:
         # y = x Wᵀ + (bias + scaling · lora_bias) + ...: autograd splits the gradient again.
+        factor = scaling if isinstance(scaling, Tensor) else None
+        check_memory(bias=bias, lora_bias=lora_bias, scaling=factor)
         scaled = lora_bias * scaling
         bias = (scaled if bias is None else bias + scaled).to(weight.dtype)
     return FusedParts(weight, bias, a[0], b[0], dropout, scaling)

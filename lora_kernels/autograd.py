@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import reference
+from lora_kernels.checks import check_memory
 from lora_kernels.transforms import counts_flops, in_functorch
 
 
@@ -179,4 +180,5 @@ def _with_gradient_of_xa(ctx, dxa, dx, dw, da):
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """Return dW = dyᵀ x, one plain GEMM, for the rare base weight that is not frozen."""
+    check_memory(dy=dy, x=x)
     return dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
