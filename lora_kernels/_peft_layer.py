@@ -173,6 +173,8 @@ def fused_parts(layer: Linear) -> FusedParts | str:
     (weight, bias), lora_bias = own, b[1]
     if lora_bias is not None:
         # y = x Wᵀ + (bias + scaling · lora_bias) + ...: autograd splits the gradient again.
+        if lora_bias.dtype != b[0].dtype:
+            return f"lora_B's bias is {lora_bias.dtype}, its weight {b[0].dtype}"
         factor = scaling if isinstance(scaling, Tensor) else None
         check_memory(bias=bias, lora_bias=lora_bias, scaling=factor)
         scaled = lora_bias * scaling
@@ -193,6 +195,10 @@ def _scaling_reason(scaling: Any) -> str | None:
             return "scaling requires grad"
         if scaling.ndim != 0 or not scaling.is_floating_point():
             return f"scaling is a {scaling.dtype} tensor of shape {list(scaling.shape)}"
+        if type(scaling) is Tensor and scaling.is_cpu and not torch.compiler.is_compiling():
+            check_memory(scaling=scaling)
+            if not math.isfinite(scaling):
+                return f"scaling is {float(scaling)}"
     elif not isinstance(scaling, Real):
         return f"scaling is a {type(scaling).__name__}"
     elif not math.isfinite(scaling):
