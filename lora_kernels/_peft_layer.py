@@ -15,7 +15,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
-from lora_kernels.checks import is_dtensor, misfit, plainly_fit
+from lora_kernels.checks import check_memory, is_dtensor, misfit, plainly_fit
 from lora_kernels.dispatch import Problem, slower_than_peft
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
 from lora_kernels.packing import Packed, current, forget, restore
@@ -158,6 +158,10 @@ def fused_parts(layer: Linear) -> FusedParts | str:
     (weight, bias), lora_bias = own, b[1]
     if lora_bias is not None:
         # y = x Wᵀ + (bias + scaling · lora_bias) + ...: autograd splits the gradient again.
+        if lora_bias.dtype != b[0].dtype:
+            return f"lora_B's bias is {lora_bias.dtype}, its weight {b[0].dtype}"
+        factor = scaling if isinstance(scaling, Tensor) else None
+        check_memory(bias=bias, lora_bias=lora_bias, scaling=factor)
         scaled = lora_bias * scaling
         bias = (scaled if bias is None else bias + scaled).to(weight.dtype)
     return weight, bias, a[0], b[0], dropout, scaling
@@ -176,6 +180,10 @@ def _scaling_reason(scaling: Any) -> str | None:
             return "scaling requires grad"
         if scaling.ndim != 0 or not scaling.is_floating_point():
             return f"scaling is a {scaling.dtype} tensor of shape {list(scaling.shape)}"
+        if type(scaling) is Tensor and scaling.is_cpu and not torch.compiler.is_compiling():
+            check_memory(scaling=scaling)
+            if not math.isfinite(scaling):
+                return f"scaling is {float(scaling)}"
     elif not isinstance(scaling, Real):
         return f"scaling is a {type(scaling).__name__}"
     elif not math.isfinite(scaling):

@@ -15,6 +15,7 @@ from lora_kernels.autograd import CallParams, LoraLinearFunction, below_autograd
 from lora_kernels.checks import (
     check_dropout_p,
     check_lora_linear,
+    check_memory,
     check_scaling,
     check_seed,
     is_dtensor,
@@ -123,9 +124,11 @@ def checked_lora_linear(
     layer: the layer's path, which an error in backward names.
     """
     if cast is not None:
+        check_memory(x=x, weight=weight, bias=bias)
         x, weight = x.to(cast), weight.to(cast)
         bias = None if bias is None else bias.to(cast)
     if bias is not None and not bias.is_contiguous():
+        check_memory(bias=bias)
         bias = bias.contiguous()  # oneDNN's linear reads a strided one as if it were not
 
     threshold = drop_threshold(dropout_p) if dropout_p else 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_kernels import _pools, _tf32, reference
 from lora_kernels._native import absence
 from lora_kernels.autograd import CallParams, OperatorFunction, below_autograd
-from lora_kernels.checks import check_backward, check_lora_linear
+from lora_kernels.checks import check_backward, check_lora_linear, check_memory
 
 _FORWARD = (
     "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, "
@@ -92,6 +92,8 @@ def _fake_backward(
 def _register(name: str) -> None:
     def forward(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold):
         check_lora_linear(x, weight, lora_A, lora_B, bias, cast=None)
+        check_memory(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+        check_memory(scaling=scaling_tensor)
         scale = scaling if scaling_tensor is None else scaling_tensor
         run = _outside_autocast(x, _module(name).lora_linear_forward)
         return run(x, weight, lora_A, lora_B, bias, seed, scale, threshold)
@@ -100,6 +102,8 @@ def _register(name: str) -> None:
         dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold, needs
     ):
         check_backward(dy, x, xa, weight, lora_A, lora_B)
+        check_memory(dy=dy, x=x, xa=xa, weight=weight, lora_A=lora_A, lora_B=lora_B)
+        check_memory(scaling=scaling_tensor)
         scale = scaling if scaling_tensor is None else scaling_tensor
         run = _outside_autocast(dy, _module(name).lora_linear_backward)
         grads = run(dy, x, xa, weight, lora_A, lora_B, seed, scale, threshold, needs)

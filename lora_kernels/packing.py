@@ -38,7 +38,12 @@ class Packed:
     def holds(self, weight: Tensor) -> bool:
         """Whether `weight` is still what was packed."""
         mine = self._weight
-        return weight._version == self._version and weight.data_ptr() == mine.data_ptr()
+        return (
+            weight._version == self._version
+            and weight.data_ptr() == mine.data_ptr()
+            and weight.stride() == mine.stride()  # `.data` may be the same memory read otherwise
+            and weight.shape == mine.shape
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
