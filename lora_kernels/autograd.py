@@ -45,15 +45,8 @@ class LoraLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params):
-        y, xa = below_autograd(
-            params.forward,
-            *(x, weight, lora_A, lora_B, bias, seed, scaling_tensor),
-            *(params.scaling, params.threshold),
-        )
-        _save(ctx, x, xa, weight, lora_A, lora_B, seed, scaling_tensor)
-        ctx.params = params
-        return y
+    def forward(ctx, *inputs):
+        return _forward(ctx, *inputs)[0]
 
     @staticmethod
     def backward(ctx, dy):
@@ -64,14 +57,8 @@ class OperatorFunction(torch.autograd.Function):
     """The same for the operator itself, which returns xa besides: a captured graph calls it."""
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params):
-        y, xa = below_autograd(
-            params.forward,
-            *(x, weight, lora_A, lora_B, bias, seed, scaling_tensor),
-            *(params.scaling, params.threshold),
-        )
-        _save(ctx, x, xa, weight, lora_A, lora_B, seed, scaling_tensor)
-        ctx.params = params
+    def forward(ctx, *inputs):
+        y, xa = _forward(ctx, *inputs)
         ctx.set_materialize_grads(False)
         ctx.shape = y.shape
         return y, xa
@@ -85,7 +72,12 @@ class OperatorFunction(torch.autograd.Function):
         return *_with_gradient_of_xa(ctx, dxa, *grads[:3]), *grads[3:]
 
 
-def _save(ctx, x, xa, weight, lora_A, lora_B, seed, scaling_tensor) -> None:
+def _forward(ctx, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params):
+    y, xa = below_autograd(
+        params.forward,
+        *(x, weight, lora_A, lora_B, bias, seed, scaling_tensor),
+        *(params.scaling, params.threshold),
+    )
     _, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
     ctx.save_for_backward(
         x if need_a or need_weight else None,
@@ -96,6 +88,8 @@ def _save(ctx, x, xa, weight, lora_A, lora_B, seed, scaling_tensor) -> None:
         seed,
         scaling_tensor,
     )
+    ctx.params = params
+    return y, xa
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
