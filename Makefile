@@ -83,12 +83,13 @@ peft-suite: $(READY)
 # instrumented, every hand-over between its threads would look like a race.
 SANITIZED := build/sanitized/lora_kernels/_cpu.abi3.so
 LIBRARIES := libasan.so libubsan.so libstdc++.so
+UNDER_SANITIZERS := LD_PRELOAD="$(foreach name,$(LIBRARIES),$(shell $(CXX) -print-file-name=$(name)))" \
+	ASAN_OPTIONS=detect_leaks=0 LORA_KERNELS_TEST_LIBRARY=$(SANITIZED) $(BIN)/python -m pytest --no-cov
 sanitize: $(READY)
 	LORA_KERNELS_CPU=1 LORA_KERNELS_CUDA=0 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
 		build_ext --build-lib build/sanitized --build-temp build/sanitized-objects > /dev/null
-	LD_PRELOAD="$(foreach name,$(LIBRARIES),$(shell $(CXX) -print-file-name=$(name)))" \
-		ASAN_OPTIONS=detect_leaks=0 LORA_KERNELS_TEST_LIBRARY=$(SANITIZED) \
-		$(BIN)/python -m pytest --no-cov tests/test_cpu.py tests/test_parity.py -k "cpu and not lesser"
+	$(UNDER_SANITIZERS) tests/test_cpu.py tests/test_parity.py -k "cpu and not lesser"
+	LORA_KERNELS_FUZZ=100 $(UNDER_SANITIZERS) tests/stacks/test_fuzz_live.py
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/select.cpp $(wildcard csrc/cpu/kernels_*.cpp) -o build/threads
 	for isa in amx avx512_bf16 avx512 avx2; do \
