@@ -71,6 +71,8 @@ def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | str:
     if weight.dtype not in FLOAT_DTYPES or weight.layout is not _STRIDED:
         return f"weight is {weight.dtype}, {weight.layout}"
     if type(bias) is not nn.Parameter:
+        if bias is None and "bias" not in parameters and "bias" not in own:
+            return "has lost its bias"
         bias = own.get("bias") if bias is None else bias
         reason = None if bias is None else _tensor_reason(bias)
         if reason is not None:
