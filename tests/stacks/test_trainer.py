@@ -180,8 +180,9 @@ def test_grad_scaler_skips_no_more_steps():
         losses, our_scale = scaled_losses(patched, batches)
     assert fused.count == 24 * LAYERS
     assert scale <= our_scale < 2.0**30  # so steps were skipped
-    assert losses[-1] < losses[0]
-    torch.testing.assert_close(losses, expected, rtol=1e-2, atol=0)
+    assert losses[-1] <= 1.01 * expected[-1] < losses[0]
+    # Until the first step that only the unpatched model skips.
+    torch.testing.assert_close(losses[:8], expected[:8], rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize(("dropout", "dtype"), [(0.1, torch.float32), (0.0, torch.bfloat16)])
