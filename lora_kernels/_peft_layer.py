@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
 from lora_kernels.checks import check_memory, is_dtensor, misfit, plainly_fit
@@ -195,6 +195,9 @@ def _call_reason(x: Any, parts: FusedParts, cast: torch.dtype | None, impl: str)
     """Return why a call with x is PEFT's to compute, or to refuse; None where it is fused."""
     weight, bias, lora_A, lora_B, dropout, scaling = parts
     if type(scaling) is float and plainly_fit(x, weight, lora_A, lora_B, bias, cast):
+        # dynamo asks the same by itself.
+        if not torch.compiler.is_dynamo_compiling() and x.is_inference() and is_grad_enabled():
+            return "x is an inference tensor, which can't be saved for backward"
         if x.is_cpu or impl != "auto":
             return None
         dropped = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0
