@@ -19,7 +19,7 @@ import lora_kernels as lk
 from bench.rivals import addmm_lora, liger_model, lorafusion_lora, unsloth_lora
 from bench.shapes import DTYPES, GROWTH, SCALING, Case
 from lora_kernels.dispatch import Problem, refusals
-from lora_kernels.packing import PACKED_DTYPES
+from lora_kernels.packing import reason_left
 from lora_kernels.testing import Inputs
 
 OURS = ("eager", "cpu", "packed", "triton", "cuda")
@@ -149,9 +149,7 @@ def _for_inference(case: Case) -> str | None:
 
 
 def _no_packing(case: Case) -> str | None:
-    if DTYPES[case.dtype] not in PACKED_DTYPES:
-        return f"packs bf16 and fp32 weights, got {case.dtype}"
-    return _our_refusal("cpu")(case)
+    return reason_left(torch.empty(1, 1, dtype=DTYPES[case.dtype])) or _our_refusal("cpu")(case)
 
 
 def _outside_sweeps(case: Case) -> str | None:
