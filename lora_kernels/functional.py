@@ -1,5 +1,6 @@
 """The public functions: what may be passed, what comes back, and at which precision."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -167,8 +168,19 @@ def _exported(
     if not torch.compiler.is_exporting():
         p = threshold / LEVELS
         return checked_lora_linear(x, weight, lora_A, lora_B, bias, scale, p, seed, impl, None)
+    if _compiles_ahead():
+        chosen = choose(impl, x.device, x.dtype, lora_A.shape[0], threshold > 0)
+        return chosen.forward(
+            x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold
+        )[0]
     forward = reference.lora_linear_forward
     return forward(x, weight, lora_A, lora_B, bias, seed, scale, threshold)[0]
+
+
+def _compiles_ahead() -> bool:
+    """Whether AOTInductor traces an exported program, whose packages keep the fused operators."""
+    virtualized = sys.modules.get("torch._inductor.virtualized")
+    return virtualized is not None and bool(virtualized.V.aot_compilation)
 
 
 implement("lora_linear", _exported, "CompositeImplicitAutograd")
