@@ -118,7 +118,7 @@ def input_reason(x: Any) -> str | None:
 def _of_torch(hook: Any) -> bool:
     """Whether a hook is torch's own: its trackers only note in which module an operator runs.
 
-    FlopCounterMode, CommDebugMode and MemTracker set such hooks, to measure what else would run.
+    CommDebugMode and MemTracker set such hooks, to measure what else would run.
     """
     return str(getattr(hook, "__module__", None)).startswith("torch.")
 
