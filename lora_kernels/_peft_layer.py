@@ -194,14 +194,22 @@ def _scaling_reason(scaling: Any) -> str | None:
 def _call_reason(x: Any, parts: FusedParts, cast: torch.dtype | None, impl: str) -> str | None:
     """Return why a call with x is PEFT's to compute, or to refuse; None where it is fused."""
     weight, bias, lora_A, lora_B, dropout, scaling = parts
-    if type(scaling) is float and plainly_fit(x, weight, lora_A, lora_B, bias, cast):
-        # dynamo asks the same by itself.
-        if not torch.compiler.is_dynamo_compiling() and x.is_inference() and is_grad_enabled():
-            return "x is an inference tensor, which can't be saved for backward"
-        if x.is_cpu or impl != "auto":
-            return None
-        dropped = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0
-        return slower_than_peft(Problem(x.device, cast or x.dtype, lora_A.shape[0], dropped))
+    if type(scaling) is not float or not plainly_fit(x, weight, lora_A, lora_B, bias, cast):
+        reason = _misfit_reason(x, parts, cast)
+        if reason is not None:
+            return reason
+    # dynamo asks the same by itself.
+    if not torch.compiler.is_dynamo_compiling() and x.is_inference() and is_grad_enabled():
+        return "x is an inference tensor, which can't be saved for backward"
+    if x.is_cpu or impl != "auto":
+        return None
+    dropped = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0
+    return slower_than_peft(Problem(x.device, cast or x.dtype, lora_A.shape[0], dropped))
+
+
+def _misfit_reason(x: Any, parts: FusedParts, cast: torch.dtype | None) -> str | None:
+    """Return what keeps a call from being fused that doesn't fit as most do, or None."""
+    weight, bias, lora_A, lora_B, _, scaling = parts
     if not isinstance(x, Tensor):
         return f"x is a {type(x).__name__}"
     if isinstance(scaling, Tensor) and scaling.device != x.device:
