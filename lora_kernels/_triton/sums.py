@@ -39,13 +39,15 @@ def row_sums(
         )  # fmt: skip
         product = read(product, MMA)
     else:
-        # Rows of one unit are summed by one loop; as a rule they are all.
+        # Rows of one unit are summed by one loop; as a rule they are all. Units of rows beyond the
+        # part may not be there yet.
+        final = tl.minimum(end, M) - 1
         unit = tl.load(units + row // UNIT_ROWS)
         while row < end:
             before = unit
             unit = tl.load(units + row // UNIT_ROWS)
             stop = row + UNIT_ROWS
-            while (stop < end) & (tl.load(units + tl.minimum(stop, M - 1) // UNIT_ROWS) == unit):
+            while (stop < end) & (tl.load(units + tl.minimum(stop, final) // UNIT_ROWS) == unit):
                 stop += UNIT_ROWS
             stop = tl.minimum(stop, end)
             product, total = _plus_rows(
