@@ -29,6 +29,7 @@ from lora_kernels.dispatch import (
     check_impl,
     choose,
     refusals,
+    slower_than_peft,
 )
 from lora_kernels.dropout import LEVELS, drop_threshold
 from lora_kernels.ops import implement
@@ -221,14 +222,18 @@ class Explanation:
 
     plans: how Triton's kernels would run forward and backward, with the time predicted (or measured
     by `tune`) and the floor, the frozen layer's own at the GPU's peak rates; empty for others.
+    peft: why "auto" of a patched layer keeps PEFT's forward in such a call; None where it doesn't.
     """
 
     choice: str | None
     reasons: dict[str, str]
     plans: dict[str, str] = field(default_factory=dict)
+    peft: str | None = None
 
     def __str__(self) -> str:
         lines = [f"auto -> {self.choice or 'none'}"]
+        if self.peft is not None:
+            lines.append(f"  in a patched layer PEFT's forward: {self.peft}")
         lines += [f"  {name}: {plan}" for name, plan in self.plans.items()]
         lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
@@ -253,8 +258,8 @@ def explain(
         As `lora_linear`; `impl` is checked only, the choice reported is that of "auto".
 
     Returns:
-        An `Explanation`: `choice`, `reasons`, a sentence for every other implementation, and
-        `plans`.
+        An `Explanation`: `choice`, `reasons`, a sentence for every other implementation, `plans`,
+        and `peft`.
 
     Raises:
         As `lora_linear` for bad arguments; an implementation's refusal is reported, not raised.
@@ -273,7 +278,7 @@ def explain(
         if implementation.name not in (choice, *reasons):
             reasons[implementation.name] = f"serves the call too; {choice} comes first"
     plans = _triton_plans(x, weight, problem) if choice == "triton" else {}
-    return Explanation(choice, reasons, plans)
+    return Explanation(choice, reasons, plans, slower_than_peft(problem))
 
 
 def _triton_plans(x: Tensor, weight: Tensor, problem: Problem) -> dict[str, str]:
