@@ -137,6 +137,10 @@ class Wrapped(torch.Tensor):
     def __new__(cls, shape):
         return torch.Tensor._make_wrapper_subclass(cls, shape)
 
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(function)
+
 
 def _without_memory(t, how):
     """Return a parameter of t's shape whose memory is gone, as ZeRO-3, FSDP and wrappers do it."""
