@@ -68,7 +68,8 @@ class FusedLinear(Linear):
         """Unmerge as PEFT does."""
         super().unmerge()
         if not self.merged_adapters:
-            restore(self)
+            read = read_linear(self.base_layer)
+            restore(self, f"base layer {read}" if isinstance(read, str) else read[0])
 
 
 class FusedLoraModel(LoraModel):
