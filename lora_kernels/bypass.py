@@ -6,7 +6,7 @@ of an nn.Module costs up to 1 µs.
 """
 
 import sys
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -96,6 +96,15 @@ def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | str:
     if formula == "Linear":
         return weight, bias
     return _read_other(formula, weight, bias, own)
+
+
+def refuses_strides(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module's own forward would raise for the strides of x, as Conv1D's view does."""
+    kind = type(module)
+    if kind is nn.Linear or _formula(kind) != "Conv1D":
+        return False
+    leading = [(n, by) for n, by in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+    return any(by != n * inner for (_, by), (n, inner) in pairwise(leading)) and x.numel() > 0
 
 
 def dropout_reason(module: nn.Module) -> str | None:

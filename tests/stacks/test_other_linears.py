@@ -1,4 +1,4 @@
-"""Linear layers that aren't nn.Linear by name: transformers' Conv1D and FalconLinear, subclasses."""
+"""Linear layers other than nn.Linear itself: transformers' Conv1D and FalconLinear, subclasses."""
 
 import copy
 import functools
@@ -10,11 +10,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import lora_kernels as lk
 from lora_kernels.functional import _preferred
+from tests.census.measure import distance
 from tests.stacks.models import (
     FusedCalls,
     adapters,
     assert_close,
     assert_same_gradients,
+    gradients,
     patched_copy,
     peft,
     randomize,
@@ -110,19 +112,16 @@ def test_sixteen_bits_err_as_much_as_peft(name):
     patched, whole = patched_copy(plain), copy.deepcopy(plain).float()
     for model in (whole, plain, patched):
         step(model, rows)
-    ours, theirs = (distance(m, whole) for m in (patched, plain))
-    assert ours < 1.5 * theirs
+    exact, *others = (widened(gradients(m)) for m in (whole, patched, plain))
+    ours, theirs = (distance(grads, exact) for grads in others)
+    assert ours < 2 * theirs  # 1.0 and 1.1 in the census; its worst single batch was 1.5
     # FalconLinear adds a float32 bias to a bfloat16 product: the layer's type is float32 there.
     fused = 0 if name == "Falcon with biases" else LAYERS
     assert_same(*pair(name), rows, fused, 2e-2, autocast=True)
 
 
-def distance(model, other):
-    """Return how far the gradients of two models are apart, as one vector."""
-    theirs = {n: p.grad.float() for n, p in other.named_parameters() if p.grad is not None}
-    ours = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
-    assert ours.keys() == theirs.keys()
-    return sum((g - theirs[n]).square().sum().item() for n, g in ours.items()) ** 0.5
+def widened(grads):
+    return {name: grad.float() for name, grad in grads.items() if grad is not None}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -321,6 +320,20 @@ def outcome_of(layer, x):
         return layer(x).detach()
     except (AttributeError, RuntimeError, TypeError) as error:
         return str(error)
+
+
+@pytest.mark.parametrize("kind", [Conv1D, nn.Linear])
+def test_inputs_that_conv1d_refuses_are_its_to_refuse(kind):
+    plain = layer_of(kind(24, 24), fan_in_fan_out=kind is Conv1D)
+    patched, x = copy.deepcopy(plain), torch.randn(4, 5, 24)
+    lk.patch_peft(patched)
+    for given in (x.transpose(0, 1), x[:, :3], x[:, :1], x[:1, ::2], x[..., ::2].repeat(1, 1, 2)):
+        ours, theirs = (outcome_of(layer, given) for layer in (patched, plain))
+        if isinstance(theirs, str):
+            assert ours == theirs
+        else:
+            assert_close(ours, theirs)
+    assert lk.report(patched).layers[""].left == (2 if kind is Conv1D else 0)
 
 
 def test_fan_in_fan_out_of_an_nn_linear_is_set_to_false():
