@@ -161,7 +161,7 @@ def _formula(kind: type[nn.Module]) -> str | None:
     name = "Linear"
     if forward is not _LINEAR_FORWARD:
         # Not by its __qualname__, which dynamo (torch 2.13) compares wrongly.
-        module = getattr(forward, "__globals__", {}).get("__name__")
+        module = getattr(forward, "__globals__", {}).get("__name__", "")
         name = _OTHER_LINEARS.get(module, "")
         if not name or forward is not getattr(sys.modules[module], name).forward:
             return None
