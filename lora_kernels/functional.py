@@ -147,6 +147,7 @@ def checked_lora_linear(
             x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold, impl
         )
     chosen: Implementation | Packed
+    impl = _preferred(impl, x, weight, threshold > 0)
     chosen = choose(impl, x.device, x.dtype, lora_A.shape[0], threshold > 0)
     if packed is not None and chosen.name == "cpu" and packed.dtype == weight.dtype:
         chosen = packed
@@ -273,7 +274,9 @@ def explain(
     dropout = training and drop_threshold(dropout_p) > 0
     problem = Problem(x.device, cast or x.dtype, lora_A.shape[0], dropout)
     reasons = refusals(problem)
-    choice = next((i.name for i in IMPLEMENTATIONS if i.name not in reasons), None)
+    preferred = _preferred("auto", x, weight, dropout)
+    names = [preferred, *(i.name for i in IMPLEMENTATIONS)][preferred == "auto" :]
+    choice = next((name for name in names if name not in reasons), None)
     for implementation in IMPLEMENTATIONS:
         if implementation.name not in (choice, *reasons):
             reasons[implementation.name] = f"serves the call too; {choice} comes first"
@@ -345,6 +348,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def _preferred(impl: str, x: Tensor, weight: Tensor, dropout: bool) -> str:
+    """Return "eager" in place of "auto" where kernels would copy W at each call.
+
+    Those of GPUs read W by rows; torch's products read it as it lies. A mask drawn by torch's
+    operators costs more than the copy.
+    """
+    if impl != "auto" or dropout or x.is_cpu or x.is_meta:
+        return impl
+    return "eager" if weight.stride(0) == 1 != weight.stride(1) else impl
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from lora_kernels._native import absence
 from lora_kernels.dispatch import MAX_CPU_RANK
 from lora_kernels.ops import backward_op, forward_op
 from lora_kernels.testing import Case, assert_parity, make_inputs, run
+from tests.layouts import laid_out, row_apart, transposed
 
 ABSENT = absence("cpu")
 pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"compiled CPU part: {ABSENT}")
@@ -40,6 +41,16 @@ def test_numbers_of_rows(dtype):
     for m in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 32, 33, 64, 65, 127, 128, 129, 257):
         case = Case((m,), 43, 75, 6, dtype, dropout_p=0.1)
         assert_parity(case, make_inputs(case), "cpu")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("apart", [False, True], ids=["", "apart"])
+def test_weights_stored_by_columns(dtype, apart):
+    """As transformers' Conv1D keeps them; both products take few rows and many."""
+    layout = (lambda t: row_apart(t.mT).mT) if apart else transposed
+    for m in (1, 3, 4, 5, 16, 17, 32, 33, 64, 65, 130):
+        case = Case((m,), 43, 75, 6, dtype, dropout_p=0.1)
+        assert_parity(case, laid_out(make_inputs(case), layout, ["weight"]), "cpu")
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
