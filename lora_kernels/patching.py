@@ -15,6 +15,7 @@ from lora_kernels.prepack import PrepackReport, prepack_
 from lora_kernels.serving import check_serves, missed_part, problem_of, served
 from lora_kernels.summary import Group, Summary, grouped
 from lora_kernels.usage import LOGGER, Calls, LayerUse, UsageReport, by_implementation, run_by
+from lora_kernels.wrappers import loaded
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
@@ -169,10 +170,10 @@ def report(model: nn.Module) -> UsageReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    layers = {}
+    layers, compiled = {}, any(map(_is_compiled, model.modules()))
     for path, layer in model.named_modules():
         if isinstance(layer, LoRALinear) or _is_peft_layer(layer):
-            layers[path] = _use_of(layer)
+            layers[path] = _use_of(layer, compiled)
     if not layers:
         raise ValueError(f"model: expected one with LoRA layers, got {_instead(model)}")
     return UsageReport(layers)
@@ -184,8 +185,16 @@ def _is_peft_layer(layer: nn.Module) -> bool:
     return lora is not None and isinstance(layer, lora.LoraLayer)
 
 
-def _use_of(layer: nn.Module) -> LayerUse:
-    """Return what a layer's own record says, and what serves its next call."""
+def _is_compiled(module: nn.Module) -> bool:
+    wrapper = loaded("torch._dynamo.eval_frame", "OptimizedModule")
+    return isinstance(module, wrapper) or module._compiled_call_impl is not None
+
+
+def _use_of(layer: nn.Module, compiled: bool) -> LayerUse:
+    """Return what a layer's own record says, and what serves its next call.
+
+    compiled: whether a call may be part of a graph, which takes no packed copies.
+    """
     calls, state = vars(layer).get("_lora_kernels_calls") or Calls(), _state_of(layer)
     problem, by, without = None, None, None
     if isinstance(layer, LoRALinear):
@@ -194,7 +203,7 @@ def _use_of(layer: nn.Module) -> LayerUse:
         impl, problem = vars(layer)["_lora_kernels_impl"], _problem_of(cast(Any, layer))
     if state is None and problem is not None:
         by, without = served(impl, problem)
-    copies = state_of_copies(layer, by)
+    copies = state_of_copies(layer, "compiled graphs" if compiled and not calls.fused else by)
     return LayerUse(calls.fused, calls.left, state, calls.reason, copies, by, without)
 
 

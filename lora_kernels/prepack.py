@@ -37,7 +37,8 @@ def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
     pack anew. A patched layer's copies come back when it is unmerged. Writes through `weight.data`
     can't be seen: call it again after them. Parameters, state_dict, saving and copying of the model
     are not touched. Results are those of the weight, but for the order of sums. Packed copies serve
-    calls that `impl="cpu"` does: `explain` says which "auto" gives it.
+    calls that `impl="cpu"` does, in the dtype of the weight: none under an autocast to another one,
+    and none inside compiled graphs. `explain` says which "auto" gives it.
 
     Args:
         model: a model with `LoRALinear` layers, or PEFT layers that `patch_peft` patched.

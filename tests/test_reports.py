@@ -250,6 +250,21 @@ def test_copies_beside_another_implementation_are_unused():
     assert lk.report(model).layers[FIRST].packed == "unused: calls run by eager"
 
 
+@needs_packing
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_copies_beside_compiled_graphs_are_unused(how):
+    model = two()
+    lk.patch_peft(model, prepack=True)
+    if how == "wrapped":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    model(torch.randn(2, 8))
+    (found,) = {use.packed for use in lk.report(model).layers.values()}
+    assert found == "unused: calls run by compiled graphs"
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("make", [lk.patch_peft, lk.report], ids=["PatchReport", "UsageReport"])
 def test_notebooks_show_a_table_of_escaped_text(make):
     model = two()
