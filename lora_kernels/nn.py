@@ -1,7 +1,7 @@
 """The adapted linear layer as a module; it holds parameters and owns no mathematics."""
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lora_kernels.checks import (
     FLOAT_DTYPES,
     check_dropout_p,
     check_finite,
+    check_keyword,
     check_lora_linear,
     check_rank,
     is_dtensor,
@@ -62,7 +63,7 @@ class LoRALinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        *,
+        *misplaced: NoReturn,
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
@@ -74,6 +75,7 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         impl: str = "auto",
     ) -> None:
+        check_keyword("r", misplaced)
         check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
         base = nn.Linear(in_features, out_features, bias=base_bias, device=device, dtype=dtype)
         super().__init__()
@@ -83,7 +85,7 @@ class LoRALinear(nn.Module):
     def from_linear(
         cls,
         linear: nn.Linear,
-        *,
+        *misplaced: NoReturn,
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
@@ -103,6 +105,7 @@ class LoRALinear(nn.Module):
                 torch's forward, or it is MultiheadAttention's out_proj and lora_dropout isn't 0; or
                 as the class. `linear` is as it was.
         """
+        check_keyword("r", misplaced)
         check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
         check_linear(linear, lora_dropout, bias)
         layer = cls.__new__(cls)
