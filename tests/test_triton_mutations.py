@@ -49,7 +49,20 @@ MUTANTS = {
     ),
     "flag not waited for": ("tiles", "early, seen, $2;", "early, seen, 0;", True),
     "mask read before it is drawn": ("backward", "+ DA_BLOCKS if DRAWN else 1", "", True),
-    "flag not reset": ("tiles", "@last st.relaxed.gpu.global.u32 [$1], 0;", "", True),
+    "flag not reset": (
+        "tiles",
+        "@last st.relaxed.gpu.global.u32 [$1], 0;\n            mov",
+        "mov",
+        True,
+    ),
+    "ticket not reset": (
+        "tiles",
+        "@last st.relaxed.gpu.global.u32 [$1], 0;\n            bar",
+        "bar",
+        True,
+    ),
+    "number read before it is there": ("tiles", "taken;\n            bar.sync 0;", "taken;", True),
+    "a number for each thread": ("tiles", "@first atom.relaxed", "atom.relaxed", True),
     "mask missing on a ragged edge": ("tiles", "elif LIMIT % COLUMNS == 0:", "elif True:", False),
     "wrong counter in the mask": ("philox", "(K + 7) // 8", "(K + 15) // 8", False),
     "lanes in another order": (
