@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -253,23 +254,22 @@ def _without_waiting(data: dict[str, Any]) -> int:
 def producing_ratio(arch: int, layer: Layer, config: Config) -> float:
     """Return `producing_ratio` of a `KernelRow`: of the longest of a row panel's producing tiles.
 
-    Tiles run alone, with the flag that they wait for already set; what a program does before and
-    after its tile, and waiting for copies, isn't counted.
+    One program runs, with the flag that its tiles wait for already set. A tile's count is what it
+    adds to those after it; waiting for copies isn't counted.
     """
     part = layer._replace(m=config.rows, needs=(True, False, False, False))
     tiles = -(-layer.out // config.columns)
     (call,) = of_call(part, config, arch, tiles)
 
-    def count(tile: int, arrivals: int) -> int:
-        machine = Machine(arch, resident=1, alone=tile)
-        call.args["flags"][0] = arrivals
-        machine.run(*call)
+    def count_from(tile: int) -> int:
+        machine = Machine(arch, resident=max(config.producers, 1))
+        call.args["flags"][:2] = torch.tensor([config.producers, tile], dtype=torch.int32)
+        machine.run(*call._replace(grid=1))
         return _without_waiting(machine.stats[0].data)
 
     try:
-        nothing = count(tiles, 0)
-        producing = [count(tile, config.producers - 1) for tile in range(config.producers)]
-        plain = count(config.producers, config.producers)
+        totals = [count_from(tile) for tile in range(config.producers + 2)]
     finally:
         call.args["flags"].zero_()
-    return (max(producing) - nothing) / (plain - nothing)
+    *producing, plain = (total - later for total, later in pairwise(totals))
+    return max(producing) / plain

@@ -35,7 +35,7 @@ def _handed(given, rows, ranks, low):
         "low": given.new_empty(left, dtype=torch.int32),
     }  # fmt: skip
     constants = {"ROWS": rows, "RANKS": ranks, "LOW": low, "warps": 4, "stages": 2}
-    launch(there_and_back, given.shape[0], args, constants, waits=False)
+    launch(there_and_back, given.shape[0], args, constants)
     return args["taken"]
 
 

@@ -41,15 +41,28 @@ MUTANTS = {
     "sums not waited for": ("forward", "wait(flag, part)", "wait(flag, 0)", True),
     "dxa published before the store": (
         "backward",
-        "                store_factor(dxa, thin, rows, M, R, BLOCK_R)\n"
-        "                publish(flags + panel)\n",
-        "                publish(flags + panel)\n"
-        "                store_factor(dxa, thin, rows, M, R, BLOCK_R)\n",
+        "                    store_factor(dxa, thin, rows, M, R, BLOCK_R)\n"
+        "                    publish(flags + panel)\n",
+        "                    publish(flags + panel)\n"
+        "                    store_factor(dxa, thin, rows, M, R, BLOCK_R)\n",
         True,
     ),
     "flag not waited for": ("tiles", "early, seen, $2;", "early, seen, 0;", True),
     "mask read before it is drawn": ("backward", "+ DA_BLOCKS if DRAWN else 1", "", True),
-    "flag not reset": ("tiles", "@last st.relaxed.gpu.global.u32 [$1], 0;", "", True),
+    "flag not reset": (
+        "tiles",
+        "@last st.relaxed.gpu.global.u32 [$1], 0;\n            mov",
+        "mov",
+        True,
+    ),
+    "ticket not reset": (
+        "tiles",
+        "@last st.relaxed.gpu.global.u32 [$1], 0;\n            bar",
+        "bar",
+        True,
+    ),
+    "number read before it is there": ("tiles", "taken;\n            bar.sync 0;", "taken;", True),
+    "a number for each thread": ("tiles", "@first atom.relaxed", "atom.relaxed", True),
     "mask missing on a ragged edge": ("tiles", "elif LIMIT % COLUMNS == 0:", "elif True:", False),
     "wrong counter in the mask": ("philox", "(K + 7) // 8", "(K + 15) // 8", False),
     "lanes in another order": (
@@ -167,7 +180,7 @@ def test_a_short_range_is_caught(name, tmp_path, monkeypatch):
 def test_wrong_order_is_caught(name, tmp_path, monkeypatch):
     _mutated_kernels(tmp_path, monkeypatch, *MUTANTS[name][:3])
     # Many programs at once and several schedules: an order that is wrong need not fail at once.
-    with pytest.raises(Exception, match=r"budget|NaN|race|spin|blocked|flags"):
+    with pytest.raises(Exception, match=r"budget|NaN|race|spin|blocked|flags|bounds"):
         _run_schedules()
 
 

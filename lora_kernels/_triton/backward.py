@@ -25,6 +25,7 @@ from lora_kernels._triton.tiles import (
     leave,
     load_factor,
     load_operand,
+    opaque,
     operand_pointers,
     plus_product,
     publish,
@@ -33,6 +34,7 @@ from lora_kernels._triton.tiles import (
     scaling_of,
     store_factor,
     store_tile,
+    take,
     unfetched,
     unit_of,
     wait,
@@ -157,12 +159,13 @@ def backward_kernel(
 ):  # fmt: skip
     """Compute the gradients asked for; persistent, tiles in order, outputs contiguous.
 
-    With FUSED the first tiles make dxa [M, R] and publish it before they wait for anything, so
-    no tile waits for one that can't run; otherwise dxa was made by an earlier launch.
+    With FUSED the first tiles make dxa [M, R]; otherwise an earlier launch has. Tiles wait for
+    earlier ones alone, so that one running program is enough.
     segment: rows a tile of dA or dB sums, a multiple of BLOCK_M.
     dy_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_N] and [BLOCK_N, BLOCK_K], or both None.
     units: float32, dxa's, one for each UNIT_ROWS rows (`unit_of`), made with it; None: 1.
-    flags, counters: int32, one a row panel and one a block of dB and dA, zero before and after.
+    flags: int32, one a row panel and the ticket; counters: int32, one a block of dB and dA; zero
+    before and after.
     mask: int32 [max(M, BLOCK_S), MASK_STRIDE], a bit for each element of x; None: all tiles draw.
     Tiles of dA, drawing it beside their copies, leave it to those of dx.
     partials: float32 [blocks, segments, RANKS + 1, BLOCK_C] if there are several segments.
@@ -191,99 +194,105 @@ def backward_kernel(
         seed = tl.load(seed_pointer)
     else:
         seed = 0
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
-        if tile < dxa_end or tile >= da_end:
-            rest = tl.maximum(tile - da_end, 0)
-            REST: tl.constexpr = COLUMNS - FUSED if COLUMNS > FUSED else 1
-            panel, panel_column = grouped_tile(rest, panels, REST, GROUP)
-            panel = tl.where(tile < dxa_end, tile, panel)
-            panel_column = tl.where(tile < dxa_end, 0, panel_column + FUSED)
-            row = panel * BLOCK_M
-            column = panel_column * BLOCK_K
-            rows = row + tl.arange(0, BLOCK_M)
-            near_rows = tl.minimum(rows, M - 1)
-            dy_pointers = operand_pointers(dy, dy_descriptor, near_rows, stride_dy, 0, BLOCK_N)
-            if FUSED and tile < dxa_end:
-                acc, thin = _products(
-                    dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
-                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, True, MMA, PRECISION,
+    number = 0
+    while number < tiles:
+        number = take(flags + panels, tiles)
+        # Of one turn, or none: out of this loop nothing is hoisted, which would fill registers.
+        for tile in tl.range(number, tl.minimum(opaque(number + 1), tiles), disable_licm=True):
+            if tile < dxa_end or tile >= da_end:
+                rest = tl.maximum(tile - da_end, 0)
+                REST: tl.constexpr = COLUMNS - FUSED if COLUMNS > FUSED else 1
+                panel, panel_column = grouped_tile(rest, panels, REST, GROUP)
+                panel = tl.where(tile < dxa_end, tile, panel)
+                panel_column = tl.where(tile < dxa_end, 0, panel_column + FUSED)
+                row = panel * BLOCK_M
+                column = panel_column * BLOCK_K
+                rows = row + tl.arange(0, BLOCK_M)
+                near_rows = tl.minimum(rows, M - 1)
+                dy_pointers = operand_pointers(dy, dy_descriptor, near_rows, stride_dy, 0, BLOCK_N)
+                if FUSED and tile < dxa_end:
+                    acc, thin = _products(
+                        dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w,
+                        stride_b, N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, True, MMA,
+                        PRECISION,
+                    )  # fmt: skip
+                    thin = read(thin, MMA) * thin_scale
+                    if units is not None:
+                        unit = unit_of(thin)
+                        tl.store(units + panel, unit)
+                        thin *= inverse_of(unit)
+                    store_factor(dxa, thin, rows, M, R, BLOCK_R)
+                    publish(flags + panel)
+                else:
+                    acc, _ = _products(
+                        dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w,
+                        stride_b, N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, False, MMA,
+                        PRECISION,
+                    )  # fmt: skip
+                if NEED_DX:
+                    drawn = tile >= dxa_end
+                    if FUSED or DRAWN:
+                        wait(flags + panel, tl.where(drawn, before, 1))
+                    _finish_dx(
+                        acc, dxa, units, a, dx, mask, drawn, row, column, M, seed, threshold,
+                        stride_a, UNIT_ROWS, K, R, MASK_STRIDE, BLOCK_M, BLOCK_K, BLOCK_R,
+                        RANK_STEP, DROPOUT, WIDE, PACKED, MMA, PRECISION,
+                    )  # fmt: skip
+                    if FUSED or DRAWN:
+                        leave(flags + panel, last_out)
+            elif DY_SUMS and tile < db_end:
+                block = (tile - dxa_end) % DB_BLOCKS
+                part = (tile - dxa_end) // DB_BLOCKS
+                column = block // SLABS * BLOCK_C
+                rank = block % SLABS * RANKS
+                end = tl.minimum(part * segment + segment, M)
+                product, total = row_sums(
+                    xa, None, dy, None, stride_dy, part * segment, end, column, rank, M, seed,
+                    threshold, 1, N, R, 0, RANKS, BLOCK_C, BLOCK_S, False, WIDE, PACKED, NEED_DB,
+                    NEED_DBIAS, MMA, PRECISION,
                 )  # fmt: skip
-                thin = read(thin, MMA) * thin_scale
-                if units is not None:
-                    unit = unit_of(thin)
-                    tl.store(units + panel, unit)
-                    thin *= inverse_of(unit)
-                store_factor(dxa, thin, rows, M, R, BLOCK_R)
-                publish(flags + panel)
-            else:
-                acc, _ = _products(
-                    dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
-                    N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, False, MMA, PRECISION,
+                space = partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
+                product, total, last = sum_of_parts(
+                    product, total, space, counters + block, part, parts, RANKS, BLOCK_C, NEED_DB,
+                    NEED_DBIAS,
                 )  # fmt: skip
-            if NEED_DX:
-                drawn = tile >= dxa_end
+                if last:
+                    columns = column + tl.arange(0, BLOCK_C)
+                    if NEED_DB:
+                        ranks = rank + tl.arange(0, RANKS)
+                        inside = (columns < N)[:, None] & (ranks < R)[None, :]
+                        pointers = db + columns[:, None] * R + ranks[None, :]
+                        result = (product * scale).to(db.dtype.element_ty)
+                        tl.store(pointers, result.T, mask=inside)
+                    if NEED_DBIAS:
+                        # Every slab of ranks summed dy; the first one's sum is kept.
+                        inside = (columns < N) & (rank == 0)
+                        tl.store(dbias + columns, total.to(dbias.dtype.element_ty), mask=inside)
+            elif NEED_DA:
+                block = (tile - db_end) % DA_BLOCKS
+                part = (tile - db_end) // DA_BLOCKS
+                column = block // SLABS * BLOCK_C
+                rank = block % SLABS * RANKS
+                end = tl.minimum(part * segment + segment, M)
+                if FUSED:
+                    for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
+                        wait(flags + panel, 1)
+                product, total = row_sums(
+                    dxa, units, x, mask, stride_x, part * segment, end, column, rank, M, seed,
+                    threshold, UNIT_ROWS, K, R, MASK_STRIDE, RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE,
+                    PACKED, True, False, MMA, PRECISION,
+                )  # fmt: skip
                 if FUSED or DRAWN:
-                    wait(flags + panel, tl.where(drawn, before, 1))
-                _finish_dx(
-                    acc, dxa, units, a, dx, mask, drawn, row, column, M, seed, threshold, stride_a,
-                    UNIT_ROWS, K, R, MASK_STRIDE, BLOCK_M, BLOCK_K, BLOCK_R, RANK_STEP, DROPOUT,
-                    WIDE, PACKED, MMA, PRECISION,
-                )  # fmt: skip
-                if FUSED or DRAWN:
-                    leave(flags + panel, last_out)
-        elif DY_SUMS and tile < db_end:
-            block = (tile - dxa_end) % DB_BLOCKS
-            part = (tile - dxa_end) // DB_BLOCKS
-            column = block // SLABS * BLOCK_C
-            rank = block % SLABS * RANKS
-            end = tl.minimum(part * segment + segment, M)
-            product, total = row_sums(
-                xa, None, dy, None, stride_dy, part * segment, end, column, rank, M, seed,
-                threshold, 1, N, R, 0, RANKS, BLOCK_C, BLOCK_S, False, WIDE, PACKED, NEED_DB,
-                NEED_DBIAS, MMA, PRECISION,
-            )  # fmt: skip
-            space = partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
-            product, total, last = sum_of_parts(
-                product, total, space, counters + block, part, parts, RANKS, BLOCK_C, NEED_DB,
-                NEED_DBIAS,
-            )  # fmt: skip
-            if last:
-                columns = column + tl.arange(0, BLOCK_C)
-                if NEED_DB:
+                    for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
+                        leave(flags + panel, last_out)
+                slot = DB_BLOCKS + block
+                space = partials + wide(slot) * parts * (RANKS + 1) * BLOCK_C
+                product, total, last = sum_of_parts(
+                    product, total, space, counters + slot, part, parts, RANKS, BLOCK_C, True, False
+                )
+                if last:
+                    columns = column + tl.arange(0, BLOCK_C)
                     ranks = rank + tl.arange(0, RANKS)
-                    inside = (columns < N)[:, None] & (ranks < R)[None, :]
-                    pointers = db + columns[:, None] * R + ranks[None, :]
-                    result = (product * scale).to(db.dtype.element_ty)
-                    tl.store(pointers, result.T, mask=inside)
-                if NEED_DBIAS:
-                    # Every slab of ranks summed dy; the first one's sum is kept.
-                    inside = (columns < N) & (rank == 0)
-                    tl.store(dbias + columns, total.to(dbias.dtype.element_ty), mask=inside)
-        elif NEED_DA:
-            block = (tile - db_end) % DA_BLOCKS
-            part = (tile - db_end) // DA_BLOCKS
-            column = block // SLABS * BLOCK_C
-            rank = block % SLABS * RANKS
-            end = tl.minimum(part * segment + segment, M)
-            if FUSED:
-                for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
-                    wait(flags + panel, 1)
-            product, total = row_sums(
-                dxa, units, x, mask, stride_x, part * segment, end, column, rank, M, seed,
-                threshold, UNIT_ROWS, K, R, MASK_STRIDE, RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE,
-                PACKED, True, False, MMA, PRECISION,
-            )  # fmt: skip
-            if FUSED or DRAWN:
-                for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
-                    leave(flags + panel, last_out)
-            slot = DB_BLOCKS + block
-            space = partials + wide(slot) * parts * (RANKS + 1) * BLOCK_C
-            product, total, last = sum_of_parts(
-                product, total, space, counters + slot, part, parts, RANKS, BLOCK_C, True, False
-            )
-            if last:
-                columns = column + tl.arange(0, BLOCK_C)
-                ranks = rank + tl.arange(0, RANKS)
-                inside = (ranks < R)[:, None] & (columns < K)[None, :]
-                pointers = da + ranks[:, None] * K + columns[None, :]
-                tl.store(pointers, product.to(da.dtype.element_ty), mask=inside)
+                    inside = (ranks < R)[:, None] & (columns < K)[None, :]
+                    pointers = da + ranks[:, None] * K + columns[None, :]
+                    tl.store(pointers, product.to(da.dtype.element_ty), mask=inside)

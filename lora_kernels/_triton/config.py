@@ -184,7 +184,7 @@ def shared_bytes(config: Config, layer: Layer, device: Device) -> int:
     last = MIN_TILE if layer.bits == 32 else layer.block_r
     if layer.depth <= 2 * config.depth:  # unrolled: a step's operands may lie beside the last ones
         last += config.depth
-    return max(total, last * (config.rows + config.columns) * size) + 1024
+    return max(total, last * (config.rows + config.columns) * size) + 2048
 
 
 def illegal(config: Config, layer: Layer, device: Device) -> str | None:

@@ -12,6 +12,7 @@ from lora_kernels._triton.tiles import (
     leave,
     load_factor,
     load_operand,
+    opaque,
     operand_pointers,
     plus_product,
     publish,
@@ -20,6 +21,7 @@ from lora_kernels._triton.tiles import (
     settled,
     store_factor,
     store_tile,
+    take,
     wait,
     wide,
 )
@@ -231,11 +233,11 @@ def forward_kernel(
 
     Tiles of the first PRODUCERS columns come first. Each sums a part of K for xa, adds it to what
     the one before has handed on, and waits for no later tile before it has handed on its own; so
-    no tile waits for one that can't run. PRODUCERS = 0 reads an xa made by an earlier launch.
+    PRODUCERS running programs are enough. PRODUCERS = 0 reads an xa made by an earlier launch.
     high, low: int32, where sums are handed on, `high` in xa's own memory; None where xa is float32
     and holds them itself, or nothing is handed on.
     x_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], or both None.
-    flags: int32, one a row panel, zero before and after.
+    flags: int32, one a row panel and the ticket, zero before and after.
     """
     COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     panels = tl.cdiv(M, BLOCK_M)
@@ -243,64 +245,69 @@ def forward_kernel(
     seed = wide(0)
     if DROPOUT:
         seed = seed_of(seed_pointer)
-    # No stages: where K is one step Triton would pipeline this loop, its tiles' last operands too.
-    for tile in tl.range(
-        tl.program_id(0), panels * COLUMNS, tl.num_programs(0), num_stages=1, disable_licm=True
-    ):
-        panel, panel_column = fused_tile(tile, panels, COLUMNS, PRODUCERS, GROUP)
-        row = panel * BLOCK_M
-        column = panel_column * BLOCK_N
-        rows = row + tl.arange(0, BLOCK_M)
-        columns = column + tl.arange(0, BLOCK_N)
-        # Beyond the edge the last row is repeated: no mask in the loops, and it is not stored.
-        near_rows = tl.minimum(rows, M - 1)
-        near_columns = tl.minimum(columns, N - 1)
-        x_pointers = operand_pointers(x, x_descriptor, near_rows, stride_x, 0, BLOCK_K)
-        w_pointers = operand_pointers(w, w_descriptor, near_columns, stride_w, 0, BLOCK_K)
-        if PRODUCERS > 0 and panel_column < PRODUCERS:
-            part = panel_column
-            if PRODUCERS == 1:
-                part = 0
-            acc, made = _producing_tile(
-                x_descriptor, w_descriptor, x_pointers, w_pointers, panel, column, a, xa, high, low,
-                flags + panel, seed, threshold, M, stride_a, part, K, R, BLOCK_M, BLOCK_N,
-                BLOCK_K, BLOCK_R, PRODUCERS, DROPOUT, WIDE, PACKED, MMA, PRECISION,
-            )  # fmt: skip
-            if RANK_STEP == BLOCK_R:
-                # The last one needs no reading back of what it made.
-                if part < PRODUCERS - 1:
-                    wait(flags + panel, PRODUCERS)
-                    made = load_factor(xa, near_rows, R, 0, R, BLOCK_R, R == BLOCK_R)
-                acc = _plus_low_rank(
-                    acc, made, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
-                    RANK_STEP, MMA, PRECISION,
+    tiles = panels * COLUMNS
+    number = 0
+    while number < tiles:
+        number = take(flags + panels, tiles)
+        # Of one turn, or none: out of this loop nothing is hoisted, which would fill registers. No
+        # stages: where K is one step Triton would pipeline it, its tiles' last operands too.
+        for tile in tl.range(
+            number, tl.minimum(opaque(number + 1), tiles), num_stages=1, disable_licm=True
+        ):
+            panel, panel_column = fused_tile(tile, panels, COLUMNS, PRODUCERS, GROUP)
+            row = panel * BLOCK_M
+            column = panel_column * BLOCK_N
+            rows = row + tl.arange(0, BLOCK_M)
+            columns = column + tl.arange(0, BLOCK_N)
+            # Beyond the edge the last row is repeated: no mask in the loops, and it is not stored.
+            near_rows = tl.minimum(rows, M - 1)
+            near_columns = tl.minimum(columns, N - 1)
+            x_pointers = operand_pointers(x, x_descriptor, near_rows, stride_x, 0, BLOCK_K)
+            w_pointers = operand_pointers(w, w_descriptor, near_columns, stride_w, 0, BLOCK_K)
+            if PRODUCERS > 0 and panel_column < PRODUCERS:
+                part = panel_column
+                if PRODUCERS == 1:
+                    part = 0
+                acc, made = _producing_tile(
+                    x_descriptor, w_descriptor, x_pointers, w_pointers, panel, column, a, xa, high,
+                    low, flags + panel, seed, threshold, M, stride_a, part, K, R, BLOCK_M, BLOCK_N,
+                    BLOCK_K, BLOCK_R, PRODUCERS, DROPOUT, WIDE, PACKED, MMA, PRECISION,
                 )  # fmt: skip
+                if RANK_STEP == BLOCK_R:
+                    # The last one needs no reading back of what it made.
+                    if part < PRODUCERS - 1:
+                        wait(flags + panel, PRODUCERS)
+                        made = load_factor(xa, near_rows, R, 0, R, BLOCK_R, R == BLOCK_R)
+                    acc = _plus_low_rank(
+                        acc, made, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
+                        RANK_STEP, MMA, PRECISION,
+                    )  # fmt: skip
+                else:
+                    wait(flags + panel, PRODUCERS)
+                    acc = _plus_low_rank(
+                        acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
+                        RANK_STEP, MMA, PRECISION,
+                    )  # fmt: skip
             else:
-                wait(flags + panel, PRODUCERS)
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                acc = _plain_steps(
+                    acc, x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, 0, K, K,
+                    BLOCK_K, False, PRECISION,
+                )  # fmt: skip
+                if PRODUCERS > 0:
+                    wait(flags + panel, PRODUCERS)
                 acc = _plus_low_rank(
                     acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
                     RANK_STEP, MMA, PRECISION,
                 )  # fmt: skip
-        else:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            acc = _plain_steps(
-                acc, x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, 0, K, K,
-                BLOCK_K, False, PRECISION,
-            )  # fmt: skip
+            if bias is not None:
+                if N % BLOCK_N == 0:
+                    bias_row = tl.load(bias + columns)
+                else:
+                    bias_row = tl.load(bias + columns, mask=columns < N, other=0.0)
+            acc = read(acc, MMA)
             if PRODUCERS > 0:
-                wait(flags + panel, PRODUCERS)
-            acc = _plus_low_rank(
-                acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
-                RANK_STEP, MMA, PRECISION,
-            )  # fmt: skip
-        if bias is not None:
-            if N % BLOCK_N == 0:
-                bias_row = tl.load(bias + columns)
-            else:
-                bias_row = tl.load(bias + columns, mask=columns < N, other=0.0)
-        acc = read(acc, MMA)
-        if PRODUCERS > 0:
-            leave(flags + panel, PRODUCERS + COLUMNS - 1)
-        if bias is not None:
-            acc += bias_row.to(tl.float32)[None, :]
-        store_tile(y, acc, rows, columns, M, N, N % BLOCK_N == 0)
+                leave(flags + panel, PRODUCERS + COLUMNS - 1)
+            if bias is not None:
+                acc += bias_row.to(tl.float32)[None, :]
+            store_tile(y, acc, rows, columns, M, N, N % BLOCK_N == 0)

@@ -13,12 +13,12 @@ from lora_kernels._triton.device import Device, of_gpu
 class Options(NamedTuple):
     """How a kernel is compiled, beside its constants, and launched.
 
-    waits: whether programs wait for each other, so that all must be resident together.
+    together: how many programs must run at the same time for any to go on.
     """
 
     warps: int
     stages: int
-    waits: bool = False
+    together: int = 1
 
 
 class Executor(Protocol):
@@ -29,7 +29,7 @@ class Executor(Protocol):
         ...
 
     def programs(self, device: Device) -> int:
-        """Return how many programs are sure to run at the same time."""
+        """Return how many programs are of use: as many as run at the same time."""
         ...
 
     def run(
@@ -40,9 +40,8 @@ class Executor(Protocol):
 
 
 _WHAT_TO_TRY = (
-    "Programs wait for each other, at most half a minute: where a GPU leaves them fewer "
-    "multiprocessors than it has (MPS, green contexts), try impl='eager'. With "
-    "CUDA_LAUNCH_BLOCKING=1 the failing launch itself is named."
+    "Programs wait for each other, at most half a minute. If this call fails again, try "
+    "impl='eager'; with CUDA_LAUNCH_BLOCKING=1 the failing launch itself is named."
 )
 
 
@@ -60,7 +59,7 @@ class Gpu:
     def run(
         self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
     ) -> None:
-        """Launch on the current stream; cooperatively where programs wait for each other.
+        """Launch on the current stream, beside whatever runs there: no grid must be resident whole.
 
         Raises:
             RuntimeError: compilation or the driver fails; or a launch before has, by giving up a
@@ -72,14 +71,12 @@ class Gpu:
                 **constants,
                 num_warps=how.warps,
                 num_stages=how.stages,
-                launch_cooperative_grid=how.waits,
                 enable_fp_fusion=True,  # Triton's own default is said to change
             )
         except Exception as error:
-            together = ", all resident together," if how.waits else ""
             raise RuntimeError(
-                f"{kernel.__name__}: launch of {grid} programs of {32 * how.warps} threads"
-                f"{together} failed: {error}\n{_WHAT_TO_TRY}"
+                f"{kernel.__name__}: launch of {grid} programs of {32 * how.warps} threads "
+                f"failed: {error}\n{_WHAT_TO_TRY}"
             ) from error
 
 
@@ -111,17 +108,17 @@ def using(executor: Executor) -> Iterator[None]:
 
 
 def launch(
-    kernel: Any, grid: int, args: dict[str, Any], config: dict[str, Any], *, waits: bool
+    kernel: Any, grid: int, args: dict[str, Any], config: dict[str, Any], *, together: int = 1
 ) -> None:
     """Run a kernel: every launch of the package passes here.
 
     Args:
         kernel: a Triton kernel.
-        grid: number of programs, at most `current().programs(...)` if `waits`.
+        grid: number of programs.
         args: run-time arguments by name, in the kernel's order; None stands for an absent one.
         config: constants by name, with "warps" and "stages".
-        waits: whether programs wait for each other.
+        together: how many programs must run at the same time for any to go on.
     """
     constants = {name: value for name, value in config.items() if name not in ("warps", "stages")}
-    how = Options(config["warps"], config["stages"], waits)
+    how = Options(config["warps"], config["stages"], together)
     current().run(kernel, grid, args, constants, how)

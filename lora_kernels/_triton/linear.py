@@ -199,7 +199,7 @@ def _thin(v: Tensor, call: Call, factor: Tensor, out: Tensor | Dxa, chosen: Plan
         "BLOCK_M": config.rows, "BLOCK_L": config.depth,
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
-    launch(thin_kernel, grid, args, constants, waits=False)
+    launch(thin_kernel, grid, args, constants)
 
 
 def _forward(
@@ -213,7 +213,7 @@ def _forward(
     high, low = _handed(xa, panels, config)
     args = {
         "x": x, "w": call.weight, "a": call.a, "b": call.b, "bias": bias, **call.pointers(),
-        "y": y, "xa": xa, "high": high, "low": low, "flags": _WORKSPACE.zeros(panels, x.device),
+        "y": y, "xa": xa, "high": high, "low": low, "flags": _WORKSPACE.zeros(panels + 1, x.device),
         "x_descriptor": _descriptor(x, config.rows, config.depth, config.descriptors),
         "w_descriptor": _descriptor(call.weight, config.columns, config.depth, config.descriptors),
         "stride_x": x.stride(0), "stride_w": call.weight.stride(0), "stride_a": call.a.stride(0),
@@ -227,7 +227,7 @@ def _forward(
         "RANK_STEP": rank_step(call.sizes[2], x.dtype),
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
-    launch(forward_kernel, grid, args, constants, waits=config.producers > 0)
+    launch(forward_kernel, grid, args, constants, together=max(config.producers, 1))
 
 
 def _backward(
@@ -257,7 +257,7 @@ def _backward(
     # A step of dA's sums has one unit.
     sum_rows = config.sum_rows if units is None else min(config.sum_rows, unit_rows)
     mask_size = max(m, sum_rows), -(-k // _MASK_COLUMNS) * _MASK_COLUMNS // 32
-    counters = _WORKSPACE.zeros(sum(blocks) + panels, dy.device)
+    counters = _WORKSPACE.zeros(sum(blocks) + panels + 1, dy.device)
     args = {
         "dy": dy, "x": x, "xa": xa, "w": call.weight, "a": call.a, "b": call.b,
         **call.pointers(), "dxa": numbers, "units": units, **results,
@@ -280,7 +280,7 @@ def _backward(
         "DROPOUT": call.seed is not None, "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     grid = min(tiles, executor.programs(device))
-    launch(backward_kernel, grid, args, constants, waits=fused or shared_mask)
+    launch(backward_kernel, grid, args, constants)
 
 
 def _call(

@@ -27,7 +27,6 @@ class Machine:
 
     A race, an access out of bounds or a deadlock that the machine reports is an error.
     resident: programs at once; seed: of its scheduler, another one for each launch.
-    alone: the only program of each launch that runs; None for all. What it waits for must be there.
     weak: level of the machine's weak memory; None leaves it to its environment.
     stats: counts of each launch.
     """
@@ -35,7 +34,6 @@ class Machine:
     target: int
     resident: int = 4
     seed: int = 0
-    alone: int | None = None
     weak: int | None = None
     stats: list[Any] = field(default_factory=list)
 
@@ -53,19 +51,15 @@ class Machine:
         """Compile, execute, and check that nothing was reported.
 
         Raises:
-            RuntimeError: more programs wait for each other than are resident; a driver says so too.
+            RuntimeError: more programs must run at the same time than are resident.
         """
-        if how.waits and grid > self.resident:
+        if how.together > self.resident:
             raise RuntimeError(
-                f"grid: expected at most {self.resident} programs that wait for each other, the "
-                f"resident ones, got {grid}"
+                f"together: expected at most {self.resident} programs, the resident ones, "
+                f"got {how.together}"
             )
         compiled = compile_for(self.target, kernel, args, constants, how)
-        ptx = compiled.asm["ptx"]
-        if self.alone is not None:
-            ptx = ptx.replace("%ctaid.x", str(self.alone)).replace("%nctaid.x", str(grid))
-            grid = 1
-        stats = _ptxvm.load(ptx).launch(
+        stats = _ptxvm.load(compiled.asm["ptx"]).launch(
             compiled.metadata.name,
             (grid,),
             32 * compiled.metadata.num_warps,
