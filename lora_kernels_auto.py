@@ -8,8 +8,7 @@ torch, also where the switch is off: it costs next to nothing, and can't import 
 import os
 import sys
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -29,11 +28,8 @@ def autoload() -> None:
 class _AfterPeft(MetaPathFinder):
     """Runs the switch once PEFT's module has been executed, found and loaded as ever."""
 
-    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        if name != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+    def find_spec(self, name: str, path: Any = None, _: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name == _MODULE else None
         if spec is not None and spec.loader is not None:
             execute, loader = spec.loader.exec_module, vars(spec.loader)
 
