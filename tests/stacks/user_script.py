@@ -12,16 +12,13 @@ from peft import LoraConfig
 
 def train(folder, change=None, callbacks=None):
     """Train the model in `folder`, which `change` may see first; return the trainer, trained."""
-    torch.manual_seed(0)
     arguments = trl.SFTConfig(
         output_dir=str(folder / "out"), max_steps=4, per_device_train_batch_size=2, max_length=48,
         learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
         disable_tqdm=True, bf16=False,
     )  # fmt: skip
-    # Weights that aren't zero, and dropout, whose masks tell a patched model from PEFT's.
-    adapter = LoraConfig(
-        r=4, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False
-    )
+    # Dropout's masks tell a patched model from PEFT's.
+    adapter = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     trainer = trl.SFTTrainer(
         str(folder / "model"),
@@ -32,6 +29,11 @@ def train(folder, change=None, callbacks=None):
     )
     if change is not None:
         change(trainer.model)
+    # Here, since a process that is new draws other numbers until it has imported all.
+    torch.manual_seed(0)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
     trainer.train()
     return trainer
 
