@@ -29,7 +29,7 @@ def train(folder, change=None, callbacks=None):
     )
     if change is not None:
         change(trainer.model)
-    # Here, since a process that is new draws other numbers until it has imported all.
+    # Here, since more numbers are drawn before this point in a process that is new.
     torch.manual_seed(0)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
