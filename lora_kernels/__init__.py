@@ -1,11 +1,16 @@
 """LoRA layers at the cost of their frozen GEMM."""
 
+from typing import TYPE_CHECKING, Any
+
 from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.functional import Explanation, dropout_mask, explain, lora_linear
 from lora_kernels.nn import LoRALinear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
 from lora_kernels.usage import LayerUse, UsageReport
+
+if TYPE_CHECKING:
+    from lora_kernels.integrations.transformers import TrainerCallback as TrainerCallback
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,3 +31,17 @@ __all__ = [
     "unpatch_peft",
     "unprepack_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Its base class is transformers', which nothing else here needs. Not in __all__: `import *`
+    # would ask for it.
+    if name != "TrainerCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.util import find_spec
+
+    if find_spec("transformers") is None:
+        raise ImportError("lora_kernels.TrainerCallback: expected transformers, got no such module")
+    from lora_kernels.integrations.transformers import TrainerCallback
+
+    return TrainerCallback
