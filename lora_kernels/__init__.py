@@ -7,7 +7,7 @@ from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
 from lora_kernels.usage import LayerUse, UsageReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Explanation",
     "LayerUse",
