@@ -49,7 +49,7 @@ def lora_linear(
     seed: int | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Apply a linear layer with a LoRA adapter.
+    """Apply a linear layer with a LoRA adapter::
 
         y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ
 
@@ -92,6 +92,14 @@ def lora_linear(
     Raises:
         TypeError: an argument is not a dense tensor or number, or dtypes that can't be combined.
         ValueError: shapes, devices, ranges, or an `impl` that can't serve the call.
+
+    Source: Hu et al., LoRA, arXiv:2106.09685, equation 3; rsLoRA: arXiv:2312.03732.
+
+    Example:
+        >>> x, weight = torch.ones(1, 3), torch.eye(2, 3)
+        >>> lora_A, lora_B = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0], [0.5]])
+        >>> lk.lora_linear(x, weight, lora_A, lora_B, scaling=2.0)  # 1 + 2 · 6, 1 + 2 · 3
+        tensor([[13.,  7.]])
     """
     cast = autocast_dtype(x)
     check_lora_linear(x, weight, lora_A, lora_B, bias, cast=cast)
@@ -219,8 +227,17 @@ def _by_plain_torch(
 class Explanation:
     """What `explain` found: the implementation that "auto" takes, and why others do not serve.
 
-    plans: how Triton's kernels would run forward and backward, with the time predicted (or measured
-    by `tune`) and the floor, the frozen layer's own at the GPU's peak rates; empty for others.
+    Attributes:
+        choice: name of the implementation, or None where none serves the call.
+        reasons: for every other implementation the reason why it isn't taken.
+        plans: how Triton's kernels would run forward and backward, with the time predicted (or
+            measured by `tune`) and the floor, the frozen layer's own at the GPU's peak rates; empty
+            for others.
+
+    Example:
+        >>> print(lk.Explanation("eager", {"triton": "serves CUDA devices, got cpu"}))
+        auto -> eager
+          triton: serves CUDA devices, got cpu
     """
 
     choice: str | None
@@ -250,14 +267,22 @@ def explain(
     """Say which implementation `lora_linear` takes for the same arguments; nothing is computed.
 
     Args:
-        As `lora_linear`; `impl` is checked only, the choice reported is that of "auto".
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as `lora_linear`.
+        impl: checked only; the choice reported is that of "auto".
 
     Returns:
         An `Explanation`: `choice`, `reasons`, a sentence for every other implementation, and
         `plans`.
 
     Raises:
-        As `lora_linear` for bad arguments; an implementation's refusal is reported, not raised.
+        TypeError, ValueError: as `lora_linear` for bad arguments; an implementation's refusal is
+            reported, not raised.
+
+    Example:
+        >>> x, weight = torch.ones(1, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+        >>> lora_A, lora_B = torch.ones(1, 3), torch.ones(3, 1)
+        >>> lk.explain(x, weight, lora_A, lora_B).choice
+        'eager'
     """
     cast = autocast_dtype(x)
     check_lora_linear(x, weight, lora_A, lora_B, bias, cast=cast)
@@ -296,7 +321,7 @@ def dropout_mask(
     seed: int | Tensor,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return the keep mask that a `lora_linear` call with this seed uses.
+    """Return the keep mask that a `lora_linear` call with this seed uses::
 
         D(x) = x · mask · 65536 / (65536 - t),  t = min(round(65536 p), 65535)
 
@@ -309,10 +334,18 @@ def dropout_mask(
     Returns:
         bool tensor of `shape`, True where the element is kept.
 
-    Source: Philox-4x32-10; how elements map to its lanes is said in `reference.keep_mask`.
-
     Raises:
         TypeError, ValueError: an argument outside what is said above.
+
+    Source: Philox-4x32-10 of Salmon et al., Parallel random numbers, SC'11; how elements map to its
+    lanes is said in `reference.keep_mask`.
+
+    Example:
+        >>> lk.dropout_mask((1, 6), 0.5, seed=7)
+        tensor([[False,  True,  True,  True,  True, False]])
+        >>> x, a, b = torch.ones(1, 6), torch.ones(1, 6), torch.ones(1, 1)
+        >>> lk.lora_linear(x, torch.zeros(1, 6), a, b, dropout_p=0.5, training=True, seed=7)
+        tensor([[8.]])
     """
     dims = tuple(shape)
     if not dims or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in dims):

@@ -52,6 +52,12 @@ class LayerUse:
     state: why a call would be left now, by the layer itself; None where it would be fused.
     reason: why the last call that was left was.
     packed: "packed", "lost: ..." where packed copies are gone, or None where there were none.
+
+    Example:
+        >>> layer = lk.LoRALinear(8, 8)
+        >>> layer.merge()
+        >>> lk.report(layer).layers[""].state
+        'merged'
     """
 
     fused: int
@@ -63,7 +69,14 @@ class LayerUse:
 
 @dataclass(frozen=True)
 class UsageReport:
-    """What `report` found: adapted layers by path; `print` shows it, grouped by reason."""
+    """What `report` found: adapted layers by path; `print` shows it, grouped by reason.
+
+    Example:
+        >>> use = lk.LayerUse(fused=8, left=2, state=None, reason="merged", packed=None)
+        >>> print(lk.UsageReport({"q_proj": use}))
+        lora_kernels: 1 of 1 LoRA layers fused now; calls so far: 8 fused, 2 left
+          last left (merged): q_proj
+    """
 
     layers: dict[str, LayerUse] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ import lora_kernels
 
 ROOT = Path(__file__).parent.parent
 # Every public name, as a script of a user who runs `mypy --strict` has it.
-SCRIPT = '''
+SCRIPT = """
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ def adapt(folder: str) -> Tensor:
 
 
 STYLES = {"q_proj": ColwiseLoRA(), "o_proj": RowwiseLoRA(use_local_output=False)}
-'''
+"""
 WRONG = 'lk.lora_linear(1, 2, 3, 4, scale="2")'
 
 
@@ -117,7 +117,7 @@ def test_a_users_script_passes_strict_mypy(packed, tmp_path):
         archive.extractall(tmp_path / "site")
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "wrong.py").write_text(f"import lora_kernels as lk\n\n{WRONG}\n")
-    # Beside the installed package no other: mypy asks for the marker of what lies on this path only.
+    # First on the path, as if installed: mypy asks for the marker of what isn't on its own path.
     path = os.pathsep.join([str(tmp_path / "site"), *filter(None, sys.path[1:])])
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "script.py", "wrong.py"],
