@@ -27,6 +27,11 @@ class PatchReport:
     A layer that is left for its present state (merged, disabled, several active adapters, ...) is
     fused as soon as that state ends; one that is left for its type keeps PEFT's forward.
 
+    Attributes:
+        patched: paths of layers now fused.
+        left: paths of the others, with the reason.
+        prepack: the report of `prepack_` where it was asked for, else None.
+
     Example:
         >>> print(lk.PatchReport(["q_proj", "v_proj"], {"embed": "lora.layer.Embedding"}))
         lora_kernels: 2 LoRA layers patched, 1 left

@@ -48,10 +48,12 @@ class Calls:
 class LayerUse:
     """One layer of a `UsageReport`.
 
-    fused, left: calls so far that were fused, and that weren't.
-    state: why a call would be left now, by the layer itself; None where it would be fused.
-    reason: why the last call that was left was.
-    packed: "packed", "lost: ..." where packed copies are gone, or None where there were none.
+    Attributes:
+        fused: calls so far that were fused.
+        left: calls so far that weren't.
+        state: why a call would be left now, by the layer itself; None where it would be fused.
+        reason: why the last call that was left was.
+        packed: "packed", "lost: ..." where packed copies are gone, or None where there were none.
 
     Example:
         >>> layer = lk.LoRALinear(8, 8)
@@ -70,6 +72,9 @@ class LayerUse:
 @dataclass(frozen=True)
 class UsageReport:
     """What `report` found: adapted layers by path; `print` shows it, grouped by reason.
+
+    Attributes:
+        layers: what became of each layer's calls, by its path.
 
     Example:
         >>> use = lk.LayerUse(fused=8, left=2, state=None, reason="merged", packed=None)

@@ -1,6 +1,9 @@
 """The examples in the docstrings of public names run as they stand; so do the documents' rules."""
 
+import dataclasses
 import doctest
+import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,49 @@ def test_example_runs(example, process_group, tmp_path, monkeypatch):
 def test_every_public_name_has_an_example():
     assert set(PUBLIC) <= {test.name for test in EXAMPLES}
     assert all(len(test.examples) <= 8 for test in EXAMPLES)
+
+
+def _callables():
+    for name, public in PUBLIC.items():
+        if not inspect.isclass(public):
+            yield name, public
+        elif not dataclasses.is_dataclass(public):
+            yield name, public
+            own = inspect.getmembers(public, inspect.isroutine)
+            found = ((n, m) for n, m in own if n in vars(public) and not n.startswith("_"))
+            # What torch calls, and what a property-like helper says, has no arguments to document.
+            yield from ((f"{name}.{n}", m) for n, m in found if n not in ("forward", "extra_repr"))
+
+
+CALLABLES = dict(_callables())
+
+
+@pytest.mark.parametrize(("name", "public"), CALLABLES.items(), ids=CALLABLES)
+def test_docstring_names_what_is_passed_returned_and_raised(name, public):
+    text, signature = inspect.getdoc(public), inspect.signature(public)
+    documented, _, _ = text.partition("Args:")[2].partition("Raises:")
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"^    ([\w, ]+):", documented, re.M))))
+    assert set(signature.parameters) - {"self"} <= named
+    returns = signature.return_annotation
+    if not inspect.isclass(public) and returns not in (None, "LoRALinear", str | None):
+        assert "Returns:" in text
+    if signature.parameters.keys() - {"self"}:
+        assert "Raises:" in text
+
+
+@pytest.mark.parametrize("name", [n for n, c in PUBLIC.items() if dataclasses.is_dataclass(c)])
+def test_docstring_names_every_field(name):
+    text = inspect.getdoc(PUBLIC[name])
+    for field in dataclasses.fields(PUBLIC[name]):
+        assert re.search(rf"^    {field.name}: ", text, re.MULTILINE), field.name
+
+
+def test_reference_lists_every_public_name():
+    text = (ROOT / "docs" / "api.md").read_text()
+    listed = set(re.findall(r"^\.\. auto(?:function|class):: (\w+)", text, re.MULTILINE))
+    assert set(lk.__all__) == listed
+
+
+def test_documents_hold_no_marks_of_a_merge():
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        assert not re.search(r"^(<{7}|={7}|>{7})( |$)", path.read_text(), re.MULTILINE), path
