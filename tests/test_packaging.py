@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lora_kernels
+from lora_kernels._native import absence
 
 ROOT = Path(__file__).parent.parent
 # Every public name, as a script of a user who runs `mypy --strict` has it.
@@ -132,3 +133,14 @@ def test_a_users_script_passes_strict_mypy(packed, tmp_path):
 def test_the_script_has_every_public_name():
     names = {name for name in lora_kernels.__all__ if not re.search(rf"\blk\.{name}\b", SCRIPT)}
     assert not names
+
+
+def test_the_check_of_an_installed_package_passes():
+    if (reason := absence("cpu")) is not None:
+        pytest.skip(f"compiled CPU part {reason}")
+    done = subprocess.run(
+        [sys.executable, "tests/installed.py"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "24 cases within the budget" in done.stdout
