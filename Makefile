@@ -4,11 +4,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' requirements-dev.txt)
 
-# Tests of code for GPUs, most of which execute it on one thread of the CPU: JOBS at a time.
-# Those of the host path on a stub of a driver take minutes a case: `make test-host`.
-HOST := $(wildcard tests/test_*_host.py)
-EXECUTED := $(filter-out $(HOST),$(wildcard tests/test_cuda_*.py tests/test_triton_*.py))
+# Tests run JOBS at a time, each on one thread.
 JOBS ?= 2
+# Tests of the host path on a stub of a driver take minutes a case: `make test-host`.
+HOST := $(wildcard tests/test_*_host.py)
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
 INTERPRETED := $(addprefix tests/test_triton_,parity.py mutations.py handing.py)
 
@@ -33,8 +32,7 @@ OLDEST_TRITON := build/triton-3.6
 
 test: export LORA_KERNELS_TEST_NEEDS := $(NEEDS) $(LORA_KERNELS_TEST_NEEDS)
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS) $(addprefix --ignore=,$(EXECUTED) $(HOST))
-	$(BIN)/python -m pytest $(ARGS) --cov-append -n $(JOBS) --dist worksteal $(EXECUTED)
+	$(BIN)/python -m pytest $(ARGS) -n $(JOBS) --dist worksteal $(addprefix --ignore=,$(HOST))
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) $(INTERPRETED)
 
 test-host: $(READY) $(OLDEST_TRITON)

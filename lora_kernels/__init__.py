@@ -1,7 +1,8 @@
 """LoRA layers at the cost of their frozen GEMM."""
 
 from lora_kernels.adapter_files import load_adapter, save_adapter
-from lora_kernels.functional import Explanation, dropout_mask, explain, lora_linear
+from lora_kernels.explanation import Explanation, explain
+from lora_kernels.functional import dropout_mask, lora_linear
 from lora_kernels.nn import LoRALinear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_

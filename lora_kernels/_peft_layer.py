@@ -160,6 +160,8 @@ def fused_parts(layer: Linear) -> FusedParts | str:
         # y = x Wᵀ + (bias + scaling · lora_bias) + ...: autograd splits the gradient again.
         if lora_bias.dtype != b[0].dtype:
             return f"lora_B's bias is {lora_bias.dtype}, its weight {b[0].dtype}"
+        if lora_bias.device != weight.device:
+            return f"lora_B's bias is on {lora_bias.device}, the base layer on {weight.device}"
         factor = scaling if isinstance(scaling, Tensor) else None
         check_memory(bias=bias, lora_bias=lora_bias, scaling=factor)
         scaled = lora_bias * scaling

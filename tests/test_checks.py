@@ -128,3 +128,59 @@ def test_explain_names_the_choice_and_a_reason_for_each_other():
     others = {"triton", "cuda", "cpu", "eager", "reference"} - {explanation.choice}
     assert explanation.reasons.keys() == others
     assert str(explanation).startswith(f"auto -> {explanation.choice}\n  triton: ")
+
+
+class Wrapped(torch.Tensor):
+    """A wrapper whose own data is a size without memory."""
+
+    @staticmethod
+    def __new__(cls, shape):
+        return torch.Tensor._make_wrapper_subclass(cls, shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(function)
+
+
+def _without_memory(t, how):
+    """Return a parameter of t's shape whose memory is gone, as ZeRO-3, FSDP and wrappers do it."""
+    parameter = torch.nn.Parameter(t.clone())
+    if how == "wrapper":
+        parameter.data = Wrapped(t.shape)
+    else:
+        storage = parameter.untyped_storage()
+        storage.resize_({"emptied": 0, "halved": storage.nbytes() // 2}[how])
+    return parameter
+
+
+@pytest.mark.parametrize("how", ["emptied", "halved", "wrapper"])
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "bias"])
+@pytest.mark.parametrize("cast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("impl", ["cpu", "eager", "reference"])
+def test_tensors_without_memory_are_named(impl, cast, name, how):
+    if impl == "cpu" and absence("cpu"):
+        pytest.skip(absence("cpu"))
+    tensors = GOOD | {"bias": torch.randn(6)}
+    tensors[name] = _without_memory(tensors[name], how)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=cast),
+        pytest.raises((ValueError, RuntimeError), match=f"{name}: expected memory for shape"),
+    ):
+        lk.lora_linear(**tensors, impl=impl)
+
+
+@pytest.mark.parametrize("how", ["emptied", "halved", "wrapper"])
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+@pytest.mark.parametrize("impl", ["cpu", "eager", "reference"])
+def test_memory_that_goes_between_the_passes_is_missed(impl, name, how):
+    if impl == "cpu" and absence("cpu"):
+        pytest.skip(absence("cpu"))
+    tensors = {k: v if v is None else torch.nn.Parameter(v.clone()) for k, v in GOOD.items()}
+    y = lk.lora_linear(**tensors, impl=impl)
+    if how == "wrapper":
+        tensors[name].data = Wrapped(tensors[name].shape)
+    else:
+        storage = tensors[name].untyped_storage()
+        storage.resize_({"emptied": 0, "halved": storage.nbytes() // 2}[how])
+    with pytest.raises((ValueError, RuntimeError), match=f"{name}: expected memory for shape"):
+        y.sum().backward()

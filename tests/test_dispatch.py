@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+import lora_kernels as lk
 from lora_kernels import dispatch
 from lora_kernels.dispatch import Problem, choose, refusals, slower_than_peft
 
@@ -124,6 +126,20 @@ def test_nobody_gets_slower_by_dropout_without_a_kernel(gpu, capability, fields,
     assert slower_than_peft(problem) == said
     assert slower_than_peft(problem._replace(dropout=False)) is None
     assert choose("eager", *problem).name == "eager"  # by name it still serves
+
+
+def test_explain_says_where_a_patched_layer_keeps_pefts_forward(gpu, monkeypatch):
+    _triton(monkeypatch)
+    gpu(7, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shapes = ((4, 32), (16, 32), (8, 32), (16, 8))
+        tensors = [torch.empty(shape, device="cuda", dtype=torch.float16) for shape in shapes]
+        dropped = lk.explain(*tensors, dropout_p=0.1, training=True)
+        plain = lk.explain(*tensors)
+    assert dropped.choice == plain.choice == "eager"
+    assert "PEFT's forward: dropout without a kernel (triton needs " in str(dropped)
+    assert plain.peft is None
+    assert "PEFT" not in str(plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

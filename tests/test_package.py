@@ -14,7 +14,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom: a module may import what stands to the right of it, never to the left.
 FLOW = (
     "__main__", "info", "testing", "__init__", "adapter_files", "adapter_layout", "patching",
-    "prepack", "_peft_layer", "nn", "merging", "bypass", "functional", "tensor_parallel",
+    "prepack", "_peft_layer", "nn", "merging", "bypass", "explanation",
+    "functional", "tensor_parallel",
     "sharding", "packing", "usage", "dispatch", "ops", "autograd", "transforms",
     "_triton.inspect", "_triton.tune", "_triton.record", "_triton.linear", "_triton.machine",
     "_triton.compiler",

@@ -66,12 +66,14 @@ def test_float16_range(impl, leading, index):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_sizes_of_real_layers(impl, shape, dtype):
     m, n, k = shape
+    if dtype == BF16 and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        m = max(17, m // 16)  # torch's own products of bfloat16 would take minutes
     case = Case((m,), n, k, 16, dtype, dropout_p=0.05)
     assert_parity(case, make_inputs(case), impl)
 
 
 def test_two_threads(impl):
-    case = Case((1024,), 768, 768, 16, BF16, dropout_p=0.05)
+    case = Case((1024,), 768, 256, 16, BF16, dropout_p=0.05)
     torch.set_num_threads(2)
     try:
         assert_parity(case, make_inputs(case), impl)

@@ -1,4 +1,4 @@
-"""The Python blocks of pages that show whole programs run as they stand, but for the hub's files."""
+"""The Python blocks of pages with whole programs run as they stand, but for the hub's files."""
 
 import re
 from functools import partial

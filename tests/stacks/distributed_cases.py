@@ -5,8 +5,14 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -121,6 +127,33 @@ def fsdp_of_bfloat16():
             for key, grad in gradients(plain).items()
         )
     assert errors["ours"] <= 2 * errors["peft"], errors
+
+
+def fsdp1():
+    """Its parameters are plain views of a flat one while a layer runs."""
+    plain, rows = adapted_llama(), tokens(4)
+    model = FullyShardedDataParallel(
+        patched_copy(plain), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    with FusedCalls() as fused:
+        loss_of(model, local_rows(rows)).backward()
+    assert fused.count == LAYERS
+    loss_of(plain, rows).backward()
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        ours = {k.removeprefix("_fsdp_wrapped_module."): g for k, g in gradients(model).items()}
+    for name, grad in gradients(plain).items():
+        assert_close(ours[name], grad, 1e-4, name)
+
+
+def collectives_result():
+    """An x that its first reader waits for."""
+    layer = adapted_llama().base_model.model.model.layers[0].mlp.up_proj
+    ours, x = patched_copy(layer), torch.randn(3, layer.in_features)
+    with FusedCalls() as fused:
+        y = ours(all_reduce(x, "sum", dist.group.WORLD))
+    assert fused.count == 1
+    dist.all_reduce(x)
+    assert_close(y, layer(x), 1e-5, "y")
 
 
 def tensor_parallel(model, mesh):
@@ -298,6 +331,8 @@ CASES = {
     "FSDP2, adapters replicated": lambda: fsdp(adapters="replicated"),
     "FSDP2, mixed precision": fsdp_of_bfloat16,
     "FSDP2, CPU offload": lambda: fsdp(offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "FSDP1": fsdp1,
+    "input of a collective": collectives_result,
     "tensor parallel": tp,
     "tensor parallel, biases": lambda: tp(lora_bias=True, bias="lora_only"),
     "tensor parallel, columns, uneven": lambda: tp_of_uneven_sizes(ColwiseLoRA, dropout_p=0.3),

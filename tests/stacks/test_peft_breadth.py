@@ -167,6 +167,30 @@ def test_add_weighted_adapter(combination):
     assert all(torch.equal(value, expected[key]) for key, value in patched.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_an_adapter_is_loaded_on_meta_first(tmp_path):
+    plain = adapted_llama(lora_bias=True)
+    plain.save_pretrained(tmp_path)
+    patched = patched_copy(plain)
+    for model in (patched, plain):
+        model.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
+        model.set_adapter("second")
+    assert_same(patched, plain, LAYERS)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_an_adapter_left_on_meta_is_pefts_to_refuse():
+    plain = adapted_llama(lora_bias=True)
+    patched = patched_copy(plain)
+    for model in (patched, plain):
+        model.base_model.model.model.layers[0].mlp.up_proj.lora_B.to("meta")
+    reasons = {use.state for use in lk.report(patched).layers.values() if use.state}
+    assert reasons == {"lora_B's bias is on meta, the base layer on cpu"}
+    for model in (patched, plain):
+        with pytest.raises(RuntimeError, match="meta"):
+            loss_of(model, tokens())
+
+
 def test_nested_disable_adapter(pair):
     rows = tokens()
     for model in pair:
