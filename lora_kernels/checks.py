@@ -134,7 +134,8 @@ def misfit(
 
 def _not_a_float_tensor(name: str, t: Any, x: Any) -> TypeError | ValueError | None:
     if not isinstance(t, Tensor):
-        return TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        hint = " (scaling is a keyword)" if name == "bias" and isinstance(t, (int, float)) else ""
+        return TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}{hint}")
     if t.dtype not in FLOAT_DTYPES:
         return TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
     if t.is_nested or t.layout is not _STRIDED:
@@ -268,6 +269,14 @@ def scaling_for(scaling: Any, device: torch.device) -> Any:
         )
     # What is traced has no number yet.
     return scaling.to(device) if torch.compiler.is_compiling() else float(scaling)
+
+
+def check_keyword(name: str, misplaced: tuple[Any, ...]) -> None:
+    """Check that nothing came by position where keywords follow, the first of them `name`."""
+    if misplaced:
+        got = misplaced[0]
+        got = repr(got) if isinstance(got, (int, float)) else f"a {type(got).__name__}"
+        raise TypeError(f"{name}: expected as a keyword, {name}=..., got {got} by position")
 
 
 def check_finite(value: Any, *, name: str) -> None:

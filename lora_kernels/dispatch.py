@@ -19,6 +19,7 @@ from lora_kernels.ops import backward_op, forward_op
 # Generations of GPUs for which Triton's code is executed in tests, or is that of one which is.
 TRITON_GENERATIONS = (8, 9, 10, 12)
 OLDEST_TRITON = (3, 6)
+NO_TRITON = "triton is not installed"
 # 2026-11-24, Zen 5, 512x2048x2048: 0.99 of eager's time at rank 64, 1.07 at 256 (bfloat16, p = 0).
 MAX_CPU_RANK = 256
 
@@ -35,15 +36,12 @@ class Problem(NamedTuple):
 def _cpu_refusal(problem: Problem) -> str | None:
     if problem.device.type != "cpu":
         return f"needs a CPU, got {problem.device.type}"
-    # torch.compile can't trace the loading of a library.
-    reason = None if torch.compiler.is_compiling() and BUILT["cpu"] else absence("cpu")
-    if reason is not None:
-        return reason
     if problem.dtype not in (torch.bfloat16, torch.float32):
         return f"needs bfloat16 or float32, got {problem.dtype}"
     if problem.rank > MAX_CPU_RANK:
         return f"needs a rank of at most {MAX_CPU_RANK}, got {problem.rank}"
-    return None
+    # Last: a part that couldn't serve the call isn't missed. torch.compile can't trace the loading.
+    return None if torch.compiler.is_compiling() and BUILT["cpu"] else absence("cpu")
 
 
 def _needs_data(problem: Problem) -> str | None:
@@ -66,19 +64,32 @@ def _cached_capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    try:
+        return find_spec("triton") is not None
+    except ImportError:  # what stands in for finders in this process refuses the name
+        return False
 
 
-@cache
-def _launcher_refusal() -> str | None:
-    """Return why Triton can't compile and launch for a GPU in this process, or None."""
+def triton_absence() -> str | None:
+    """Return why there is no Triton that the kernels can be compiled with, or None."""
     if not _has_triton():
-        return "triton is not installed"
+        return NO_TRITON
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"needs triton {oldest} or newer, got {triton.__version__}"
+    return None
+
+
+@cache
+def _launcher_refusal() -> str | None:
+    """Return why Triton can't compile and launch for a GPU in this process, or None."""
+    reason = triton_absence()
+    if reason is not None:
+        return reason
+    import triton
+
     if triton.knobs.runtime.interpret:
         return "TRITON_INTERPRET is set: it runs one program after the other, and they wait"
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
@@ -98,10 +109,13 @@ def _gpu_refusal(problem: Problem) -> str | None:
 
 def _cuda_refusal(problem: Problem) -> str | None:
     reason = None if machine.active() else _gpu_refusal(problem)
-    if reason is None and not (torch.compiler.is_compiling() and BUILT["cuda"]):
-        reason = absence("cuda")
+    reason = reason or _unfit_for_a_gpu(problem)
     if reason is not None:
         return reason
+    return None if torch.compiler.is_compiling() and BUILT["cuda"] else absence("cuda")
+
+
+def _unfit_for_a_gpu(problem: Problem) -> str | None:
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"needs float16, bfloat16 or float32, got {problem.dtype}"
     if problem.rank > MAX_RANK:
@@ -120,16 +134,10 @@ def _triton_gpu_refusal(problem: Problem) -> str | None:
 
 def _triton_refusal(problem: Problem) -> str | None:
     if launch.replaced():
-        reason = None if _has_triton() else "triton is not installed"
+        reason = None if _has_triton() else NO_TRITON
     else:
         reason = _gpu_refusal(problem) or _triton_gpu_refusal(problem)
-    if reason is not None:
-        return reason
-    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"needs float16, bfloat16 or float32, got {problem.dtype}"
-    if problem.rank > MAX_RANK:
-        return f"needs a rank of at most {MAX_RANK}, got {problem.rank}"
-    return None
+    return reason or _unfit_for_a_gpu(problem)
 
 
 @dataclass(frozen=True)
@@ -200,11 +208,15 @@ def _choose(impl: str, problem: Problem) -> Implementation:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals(problem).items())
         raise ValueError(f"impl: no implementation serves this call ({reasons})")
     check_impl(impl)
-    implementation = _BY_NAME[impl]
-    reason = implementation.refuse(problem)
+    reason = refusal(impl, problem)
     if reason is not None:
         raise ValueError(f"impl: {impl!r} can't serve this call: {reason}")
-    return implementation
+    return _BY_NAME[impl]
+
+
+def refusal(impl: str, problem: Problem) -> str | None:
+    """Return why a named implementation can't serve the problem, or None."""
+    return _BY_NAME[impl].refuse(problem)
 
 
 def slower_than_peft(problem: Problem) -> str | None:

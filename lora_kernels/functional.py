@@ -42,7 +42,8 @@ def lora_linear(
     seed: int | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Apply a linear layer with a LoRA adapter::
+    """Apply a linear layer with a LoRA adapter; `dropout_p` does nothing without `training=True`::
+
 
         y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ
 
@@ -148,7 +149,7 @@ def checked_lora_linear(
         )
     chosen: Implementation | Packed
     chosen = choose(impl, x.device, x.dtype, lora_A.shape[0], threshold > 0)
-    if packed is not None and chosen.name == "cpu" and packed.dtype == weight.dtype:
+    if packed is not None and packed.serves(chosen.name, weight.dtype):
         chosen = packed
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, lora_A, lora_B, bias):
         params = CallParams(chosen.forward, chosen.backward, number, threshold, layer)

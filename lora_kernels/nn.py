@@ -1,7 +1,7 @@
 """The adapted linear layer as a module; it holds parameters and owns no mathematics."""
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lora_kernels.checks import (
     FLOAT_DTYPES,
     check_dropout_p,
     check_finite,
+    check_keyword,
     check_lora_linear,
     check_rank,
     is_dtensor,
@@ -74,7 +75,7 @@ class LoRALinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        *,
+        *misplaced: NoReturn,
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
@@ -86,6 +87,7 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         impl: str = "auto",
     ) -> None:
+        check_keyword("r", misplaced)
         check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
         base = nn.Linear(in_features, out_features, bias=base_bias, device=device, dtype=dtype)
         super().__init__()
@@ -95,7 +97,7 @@ class LoRALinear(nn.Module):
     def from_linear(
         cls,
         linear: nn.Linear,
-        *,
+        *misplaced: NoReturn,
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
@@ -121,6 +123,7 @@ class LoRALinear(nn.Module):
             >>> layer.base_layer is linear, linear.weight.requires_grad
             (True, False)
         """
+        check_keyword("r", misplaced)
         check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
         check_linear(linear, lora_dropout, bias)
         layer = cls.__new__(cls)

@@ -12,6 +12,7 @@ from lora_kernels.checks import is_dtensor
 from lora_kernels.ops import backward_op, forward_op
 
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
+_CHANGED = "the weight was replaced, moved or changed; call prepack_ again"
 
 
 class Packed:
@@ -26,6 +27,8 @@ class Packed:
         # The detached alias shares memory and version counter, and keeps that address from reuse.
         self._weight, self._version = weight.detach(), weight._version
         self.dtype, self.both_ways = weight.dtype, backward
+        # Implementation and dtype of the last call, if it read the weight itself.
+        self.unused: tuple[str, torch.dtype] | None = None
         copies = _packed(self._weight)
         self.forward: Any = partial(forward_op("cpu"), packed=copies)
         self.backward: Any = backward_op("cpu")
@@ -44,6 +47,12 @@ class Packed:
             and weight.stride() == mine.stride()  # `.data` may be the same memory read otherwise
             and weight.shape == mine.shape
         )
+
+    def serves(self, impl: str, dtype: torch.dtype) -> bool:
+        """Whether a call by this implementation, in this dtype, reads the copies."""
+        read = impl == "cpu" and dtype == self.dtype
+        self.unused = None if read else (impl, dtype)
+        return read
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -72,7 +81,7 @@ def current(layer: PackedLayer, weight: Tensor) -> Packed | None:
         return None
     if packed.holds(weight):
         return packed
-    forget(layer, "the weight was replaced, moved or changed; call prepack_ again")
+    forget(layer, _CHANGED)
     return None
 
 
@@ -97,6 +106,26 @@ def restore(layer: Any) -> None:
     calls.lost = reason_left(weight)
     if calls.lost is None:
         layer._lora_kernels_packed = Packed(weight, both_ways)
+
+
+def state_of_copies(layer: Any, impl: str | None) -> str | None:
+    """Return whether a layer's packed copies are "packed", "unused: ..." or "lost: ...", if any.
+
+    impl: what its calls run by, where that is known.
+    """
+    packed = getattr(layer, "_lora_kernels_packed", None)
+    if packed is None:
+        calls = vars(layer).get("_lora_kernels_calls")
+        return None if calls is None or calls.lost is None else f"lost: {calls.lost}"
+    weight = getattr(layer.base_layer, "weight", None)
+    if not isinstance(weight, Tensor) or not packed.holds(weight):
+        return f"lost: {_CHANGED}"
+    if packed.unused is not None:
+        name, dtype = packed.unused
+        return f"unused: the last call ran by {name} in {dtype}, the copies are {packed.dtype}"
+    if impl is not None and not impl.startswith("cpu"):
+        return f"unused: calls run by {impl}"
+    return "packed"
 
 
 def reason_left(weight: Tensor) -> str | None:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from lora_kernels.dispatch import check_impl
+from lora_kernels.dispatch import Problem, check_impl
 from lora_kernels.nn import LoRALinear
+from lora_kernels.packing import state_of_copies
 from lora_kernels.prepack import PrepackReport, prepack_
-from lora_kernels.usage import UsageReport, grouped, use_of
+from lora_kernels.serving import check_serves, missed_part, problem_of, served
+from lora_kernels.summary import Group, Summary, grouped
+from lora_kernels.usage import LOGGER, Calls, LayerUse, UsageReport, by_implementation, run_by
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
@@ -21,7 +24,7 @@ _OWN_ATTRIBUTES = ("_lora_kernels_impl", "_lora_kernels_calls", "_lora_kernels_p
 
 
 @dataclass(frozen=True)
-class PatchReport:
+class PatchReport(Summary):
     """What `patch_peft` did: paths of layers now fused, and of layers left with the reason.
 
     A layer that is left for its present state (merged, disabled, several active adapters, ...) is
@@ -31,6 +34,10 @@ class PatchReport:
         patched: paths of layers now fused.
         left: paths of the others, with the reason.
         prepack: the report of `prepack_` where it was asked for, else None.
+        implementations: what the patched layers run by, such as "cpu (avx2)", where they are now
+            and in their weights' dtype, or that of an autocast around it; a layer on meta, or
+            in shards of FSDP1 or ZeRO-3, doesn't say.
+        without_kernel: why that is none of the package's kernels, where it isn't.
 
     Example:
         >>> print(lk.PatchReport(["q_proj", "v_proj"], {"embed": "lora.layer.Embedding"}))
@@ -41,13 +48,28 @@ class PatchReport:
     patched: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     prepack: PrepackReport | None = None
+    # The model's part of the report is alike on any machine; the rest is the machine's.
+    implementations: dict[str, str] = field(default_factory=dict, compare=False)
+    without_kernel: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
-        lines = [f"lora_kernels: {len(self.patched)} LoRA layers patched, {len(self.left)} left"]
-        lines += grouped("left", self.left)
-        if self.prepack is not None:
-            lines.append(str(self.prepack))
-        return "\n".join(lines)
+        packing = "" if self.prepack is None else f"\n{self.prepack}"
+        return super().__str__() + packing
+
+    def _repr_html_(self) -> str:
+        packing = "" if self.prepack is None else self.prepack._repr_html_()
+        return super()._repr_html_() + packing
+
+    def _headline(self) -> str:
+        by = run_by(self.implementations.values())
+        return (
+            f"lora_kernels: {len(self.patched)} LoRA layers patched, {len(self.left)} left"
+            f"{by and f'; {by}'}"
+        )
+
+    def _groups(self) -> list[Group]:
+        run = by_implementation(self.implementations, self.without_kernel)
+        return run + grouped("left", self.left)
 
 
 def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -> PatchReport:
@@ -58,11 +80,14 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
     adapters are switched, merged and added after patching; otherwise PEFT's own forward runs, and
     the logger "lora_kernels" warns once of each reason. `report` tells later what became of calls.
     Layers of adapters that a PeftModel adds later are fused, too. A second call renews `impl` and
-    the report.
+    the report. The logger gets the report's first line at INFO, and a WARNING where no layer is
+    patched or a compiled part is missed.
 
     Args:
         model: a model with PEFT LoRA layers, or one such layer.
-        impl: as for `lora_linear`; a named one that can't serve a fused call raises there.
+        impl: as for `lora_linear`. A named one has to serve the layers where they are and in their
+            dtype: move and cast the model first. Layers on meta, and shards, are not asked: there,
+            and for what changes later, a fused call that it can't serve raises.
         prepack: also pack the frozen weights, as `prepack_` does; the report then has its report.
 
     Returns:
@@ -70,8 +95,8 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
 
     Raises:
         ImportError: peft is not installed, or older than 0.18.
-        TypeError, ValueError: `model` is no module or has no LoRA layer, or `impl` is unknown.
-            The model is as it was, after any failure.
+        TypeError, ValueError: `model` is no module or has no LoRA layer, or `impl` is unknown or
+            can't serve the layers. The model is as it was, after any failure.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -87,10 +112,9 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
 
     layers = _lora_layers(model)
     if not layers:
-        raise ValueError(
-            "model: expected a model with PEFT LoRA layers, got none in "
-            f"{type(model).__name__} (call peft.get_peft_model first)"
-        )
+        raise ValueError(f"model: expected a model with PEFT LoRA layers, got {_instead(model)}")
+    problems = _problems(layers)
+    check_serves(impl, problems)
     found = PatchReport()
     tuners = [m for m in model.modules() if type(m) in (ours.LoraModel, ours.FusedLoraModel)]
     before = [(m, type(m), dict(vars(m))) for m in (*tuners, *(layer for _, layer in layers))]
@@ -107,6 +131,7 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
                 found.left[path] = reason
         for tuner in tuners:
             ours.become(tuner, ours.FusedLoraModel, impl)
+        _tell(found, impl, problems)
     except BaseException:
         for module, kind, attributes in before:
             module.__class__ = kind
@@ -177,11 +202,9 @@ def report(model: nn.Module) -> UsageReport:
     layers = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LoRALinear) or _is_peft_layer(layer):
-            layers[path] = use_of(layer, _state_of(layer))
+            layers[path] = _use_of(layer)
     if not layers:
-        raise ValueError(
-            f"model: expected one with LoRA layers, got none in {type(model).__name__}"
-        )
+        raise ValueError(f"model: expected one with LoRA layers, got {_instead(model)}")
     return UsageReport(layers)
 
 
@@ -189,6 +212,20 @@ def _is_peft_layer(layer: nn.Module) -> bool:
     # Asked by name: without PEFT's classes in the process no layer is one of them.
     lora = sys.modules.get("peft.tuners.lora.layer")
     return lora is not None and isinstance(layer, lora.LoraLayer)
+
+
+def _use_of(layer: nn.Module) -> LayerUse:
+    """Return what a layer's own record says, and what serves its next call."""
+    calls, state = vars(layer).get("_lora_kernels_calls") or Calls(), _state_of(layer)
+    problem, by, without = None, None, None
+    if isinstance(layer, LoRALinear):
+        impl, problem = layer.impl, problem_of(layer.base_layer, layer.r, False)
+    elif state is None:
+        impl, problem = vars(layer)["_lora_kernels_impl"], _problem_of(cast(Any, layer))
+    if state is None and problem is not None:
+        by, without = served(impl, problem)
+    copies = state_of_copies(layer, by)
+    return LayerUse(calls.fused, calls.left, state, calls.reason, copies, by, without)
 
 
 def _state_of(layer: nn.Module) -> str | None:
@@ -200,6 +237,37 @@ def _state_of(layer: nn.Module) -> str | None:
     if isinstance(layer, FusedLinear):
         return left_reason(layer)
     return _left_for_its_type(cast(Any, layer)) or "not patched: call patch_peft again"
+
+
+def _problems(layers: list[tuple[str, "LoraLayer"]]) -> dict[str, Problem]:
+    """Return what calls of the layers will ask that can be fused, by path, where that is known."""
+    asked = {path: _problem_of(layer) for path, layer in layers if not _left_for_its_type(layer)}
+    return {path: problem for path, problem in asked.items() if problem is not None}
+
+
+def _problem_of(layer: "LoraLayer") -> Problem | None:
+    names = [name for name in layer.active_adapters if name in layer.lora_A] or [*layer.lora_A]
+    if not names:
+        return None
+    p = getattr(layer.lora_dropout[names[0]], "p", 0.0)
+    return problem_of(layer.get_base_layer(), layer.r[names[0]], p > 0.0)
+
+
+def _tell(found: PatchReport, impl: str, problems: dict[str, Problem]) -> None:
+    """Add to a report what the patched layers run by, and log what it says."""
+    asked = {path: problems[path] for path in found.patched if path in problems}
+    for path, problem in asked.items():
+        found.implementations[path], without = served(impl, problem)
+        if without is not None:
+            found.without_kernel[path] = without
+    if found.patched:
+        LOGGER.info(found._headline())
+    else:
+        reasons = (f"{group.reason} ({len(group.paths)})" for group in grouped("", found.left))
+        LOGGER.warning("0 of %d LoRA layers patched: %s", len(found.left), "; ".join(reasons))
+    missed = missed_part(asked.values()) if impl == "auto" else None
+    if missed is not None:
+        LOGGER.warning(missed)
 
 
 def _left_for_its_type(layer: "LoraLayer") -> str | None:
@@ -230,6 +298,22 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, "LoraLayer"]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer)]
+
+
+def _instead(model: nn.Module) -> str:
+    """Return what a model without LoRA layers is, and what to do about it."""
+    # PEFT keeps the configurations on its models, and on those whose layers it replaced.
+    kept = (getattr(module, "peft_config", None) for module in model.modules())
+    configs = next((found for found in kept if isinstance(found, dict)), {})
+    kinds = {getattr(config.peft_type, "value", config.peft_type) for config in configs.values()}
+    if not kinds:
+        return (
+            f"none in {type(model).__name__} (call peft.get_peft_model first; merge_and_unload "
+            "takes the layers away)"
+        )
+    if "LORA" in kinds:
+        return f"none in {type(model).__name__}: its LoRA layers were merged and unloaded"
+    return f"a PEFT model without LoRA layers ({', '.join(sorted(kinds))})"
 
 
 def _qualified_name(layer: "LoraLayer") -> str:

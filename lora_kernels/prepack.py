@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from lora_kernels.bypass import read_linear
 from lora_kernels.packing import Packed, reason_left
+from lora_kernels.summary import Group, Summary, grouped
 
 
 @dataclass(frozen=True)
-class PrepackReport:
+class PrepackReport(Summary):
     """What `prepack_` did: paths of layers now packed, of layers left with the reason, the memory.
 
     Attributes:
@@ -28,13 +29,12 @@ class PrepackReport:
     left: dict[str, str] = field(default_factory=dict)
     nbytes: int = 0
 
-    def __str__(self) -> str:
+    def _headline(self) -> str:
         size = f"{self.nbytes / 2**20:.1f} MiB"
-        lines = [
-            f"lora_kernels: {len(self.packed)} weights packed in {size}, {len(self.left)} left"
-        ]
-        lines += [f"  left ({reason}): {path}" for path, reason in self.left.items()]
-        return "\n".join(lines)
+        return f"lora_kernels: {len(self.packed)} weights packed in {size}, {len(self.left)} left"
+
+    def _groups(self) -> list[Group]:
+        return grouped("left", self.left)
 
 
 def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:

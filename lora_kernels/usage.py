@@ -1,12 +1,13 @@
 """What became of an adapted layer's calls: how many were fused, how many left, and why."""
 
 import logging
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import nn
+from lora_kernels.summary import Group, Summary, grouped
 
-_LOGGER = logging.getLogger("lora_kernels")
+LOGGER = logging.getLogger("lora_kernels")
 # States that a user asks for; leaving in them is no surprise.
 _ASKED_FOR = ("adapters disabled", "merged", "no active adapter")
 
@@ -38,7 +39,7 @@ class Calls:
         self.reason = reason
         if reason not in self.told and not reason.startswith(_ASKED_FOR):
             self.told.add(reason)
-            _LOGGER.warning(
+            LOGGER.warning(
                 "a patched layer isn't fused: %s (lora_kernels.report(model) names the layers)",
                 reason,
             )
@@ -53,7 +54,12 @@ class LayerUse:
         left: calls so far that weren't.
         state: why a call would be left now, by the layer itself; None where it would be fused.
         reason: why the last call that was left was.
-        packed: "packed", "lost: ..." where packed copies are gone, or None where there were none.
+        packed: "packed", "lost: ..." where packed copies are gone, "unused: ..." where calls read
+            the weight itself, or None where there were none.
+        impl: what a call that is fused now runs by, such as "cpu (avx2)", in the weights' dtype or
+            that of an autocast around `report`; None where it isn't fused, or where the weight
+            doesn't say.
+        without_kernel: why that is none of the package's kernels.
 
     Example:
         >>> layer = lk.LoRALinear(8, 8)
@@ -67,10 +73,12 @@ class LayerUse:
     state: str | None
     reason: str | None
     packed: str | None
+    impl: str | None = None
+    without_kernel: str | None = None
 
 
 @dataclass(frozen=True)
-class UsageReport:
+class UsageReport(Summary):
     """What `report` found: adapted layers by path; `print` shows it, grouped by reason.
 
     Attributes:
@@ -85,36 +93,45 @@ class UsageReport:
 
     layers: dict[str, LayerUse] = field(default_factory=dict)
 
-    def __str__(self) -> str:
+    def _headline(self) -> str:
         used = self.layers.values()
         fused, left = sum(use.fused for use in used), sum(use.left for use in used)
         now = sum(use.state is None for use in used)
-        lines = [
-            f"lora_kernels: {now} of {len(self.layers)} LoRA layers fused now; "
+        by = run_by(use.impl for use in used if use.impl)
+        return (
+            f"lora_kernels: {now} of {len(self.layers)} LoRA layers fused now{by and f', {by}'}; "
             f"calls so far: {fused} fused, {left} left"
+        )
+
+    def _groups(self) -> list[Group]:
+        used = self.layers.items()
+        impls = {path: use.impl for path, use in used if use.impl}
+        without = {path: use.without_kernel for path, use in used if use.without_kernel}
+        return [
+            *by_implementation(impls, without),
+            *grouped("not fused now", {path: use.state for path, use in used if use.state}),
+            *grouped("last left", {path: use.reason for path, use in used if use.reason}),
+            *grouped("weight copies", {path: use.packed for path, use in used if use.packed}),
         ]
-        lines += grouped("not fused now", {p: u.state for p, u in self.layers.items() if u.state})
-        lines += grouped("last left", {p: u.reason for p, u in self.layers.items() if u.reason})
-        packed = {path: use.packed for path, use in self.layers.items() if use.packed}
-        return "\n".join(lines + grouped("weight copies", packed))
 
 
-def grouped(what: str, reasons: dict[str, Any]) -> list[str]:
-    """Return a line for each reason, with the first three paths that have it."""
-    paths: dict[str, list[str]] = {}
-    for path, reason in reasons.items():
-        paths.setdefault(reason, []).append(path)
-    lines = []
-    for reason, found in paths.items():
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        lines.append(f"  {what} ({reason}): {', '.join(found[:3])}{more}")
-    return lines
+def run_by(impls: Iterable[str]) -> str:
+    """Return the part of a headline that names the implementations, each once; "" without any."""
+    counts = Counter(impls)
+    each = (f"{name} in {count}" if len(counts) > 1 else name for name, count in counts.items())
+    return f"run by {', '.join(each)}" if counts else ""
 
 
-def use_of(layer: nn.Module, state: str | None) -> LayerUse:
-    """Return what a layer's own record says; `state` as in `LayerUse`."""
-    calls = vars(layer).get("_lora_kernels_calls") or Calls()
-    packed = "packed" if getattr(layer, "_lora_kernels_packed", None) else None
-    if packed is None and calls.lost is not None:
-        packed = f"lost: {calls.lost}"
-    return LayerUse(calls.fused, calls.left, state, calls.reason, packed)
+def by_implementation(impls: dict[str, str], without_kernel: dict[str, str]) -> list[Group]:
+    """Return a group for each implementation, and reason why it is none of the kernels."""
+    pairs = {path: (impl, without_kernel.get(path)) for path, impl in impls.items()}
+    distinct = list(dict.fromkeys(pairs.values()))
+    return [
+        Group(
+            f"run by {impl}",
+            reason,
+            [path for path in pairs if pairs[path] == (impl, reason)],
+            in_headline=reason is None and len(distinct) == 1,
+        )
+        for impl, reason in distinct
+    ]

@@ -1,11 +1,14 @@
 """Bad input: the right error, naming the argument, what was expected and what came."""
 
+import re
+
 import pytest
 import torch
 
 import lora_kernels as lk
 from lora_kernels._native import absence
 from lora_kernels.checks import scaling_for
+from lora_kernels.dispatch import CHOICES
 
 X, W = torch.randn(4, 8), torch.randn(6, 8)
 A, B = torch.randn(2, 8), torch.randn(6, 2)
@@ -82,6 +85,33 @@ def test_bad_tensors(function, change, error, message):
 def test_bad_options(function, change, error, message):
     with pytest.raises(error, match=message):
         function(**GOOD, **change)
+
+
+@pytest.mark.parametrize("scaling", [2.0, 2])
+@pytest.mark.parametrize("function", [lk.lora_linear, lk.explain])
+def test_scaling_by_position_is_said_to_be_a_keyword(function, scaling):
+    with pytest.raises(TypeError, match=r"bias: expected .*, got .* \(scaling is a keyword\)$"):
+        function(X, W, A, B, scaling)
+    with pytest.raises(TypeError, match=r"bias: expected a torch.Tensor, got str$"):
+        function(X, W, A, B, "none")
+
+
+@pytest.mark.parametrize("given", [(16,), (16, 32)])
+def test_settings_by_position_are_said_to_be_keywords(given):
+    message = r"^r: expected as a keyword, r=\.\.\., got 16 by position$"
+    with pytest.raises(TypeError, match=message):
+        lk.LoRALinear(64, 128, *given)
+    linear = torch.nn.Linear(8, 8)
+    with pytest.raises(TypeError, match=message):
+        lk.LoRALinear.from_linear(linear, *given)
+    assert linear.weight.requires_grad
+
+
+def test_the_docstring_says_what_is_easily_missed():
+    first = lk.lora_linear.__doc__.splitlines()[0]
+    assert "`dropout_p` does nothing without `training=True`" in first
+    said = re.search(r"impl: (.*?)\. ", lk.lora_linear.__doc__, re.DOTALL)[1]
+    assert set(re.findall(r'"(\w+)"', said)) == set(CHOICES)
 
 
 def test_scaling_beside_another_device():

@@ -106,8 +106,8 @@ def test_patched_model_computes_what_peft_computes(fused):
 def test_report_is_readable():
     model = make_model(target_modules=["up", "down", "conv", "embedding"])
     up(model).base_layer.register_forward_hook(lambda *args: None)
-    assert str(lk.patch_peft(model)).splitlines() == [
-        "lora_kernels: 1 LoRA layers patched, 3 left",
+    assert str(lk.patch_peft(model, impl="eager")).splitlines() == [
+        "lora_kernels: 1 LoRA layers patched, 3 left; run by eager",
         "  left (base layer has hooks): base_model.model.up",
         "  left (lora.layer.Conv1d has no fused forward): base_model.model.conv",
         "  left (lora.layer.Embedding has no fused forward): base_model.model.embedding",

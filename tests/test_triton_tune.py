@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_kernels.__main__ import main
+from lora_kernels._progress import Progress
 
 pytest.importorskip("triton")
 
@@ -79,6 +80,38 @@ def test_how_many_are_timed_is_a_positive_number(most, capsys):
     with pytest.raises(SystemExit):
         main(["tune", "--shapes", "1x1x1x1", "--most", most])
     assert "argument --most: invalid" in capsys.readouterr().err
+
+
+def test_the_command_counts_what_it_times(folder, monkeypatch, capsys):
+    """On a stand-in for a GPU; a configuration that fails is counted, too."""
+    times = iter(range(1, 100))
+    counted = []
+
+    def timer(layer, config):
+        number = next(times)
+        if number % 2:
+            raise RuntimeError("out of resources")
+        return number * 1e-5
+
+    class Counter(Progress):
+        def __init__(self, total, unit):
+            super().__init__(total, unit)
+            counted.append(total)
+
+        def advance(self):
+            counted.append(1)
+
+    monkeypatch.setattr(tune, "Progress", Counter)
+    monkeypatch.setattr(tune, "gpu_timer", lambda dtype: timer)
+    monkeypatch.setattr(tune, "of_gpu", lambda index: DEVICE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert main(["tune", "--shapes", "64x64x64x8", "--most", "3"]) == 0
+    total, *steps = counted
+    assert total == len(steps) == 12  # both directions, with and without dropout, three each
+    assert "out of resources" in capsys.readouterr().out
+    assert tuned.path_of(DEVICE).exists()
 
 
 def test_later_runs_add_to_the_file(folder):

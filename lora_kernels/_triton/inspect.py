@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_kernels._progress import Progress
 from lora_kernels._triton.compiler import Resources, compile_for, resources, variant
 from lora_kernels._triton.config import Config, Layer, illegal, shipped
 from lora_kernels._triton.device import Device
@@ -282,13 +283,15 @@ def main(
     print(TABLE_HEAD)
     reports: list[Report] = []
     seen = set()
-    for found in inspect_jobs(jobs, dump):
-        for report in found:
-            row = table_row(report)
-            if row not in seen:
-                seen.add(row)
-                reports.append(report)
-                print(row, flush=True)
+    with Progress(len(jobs), "configuration") as progress:
+        for found in inspect_jobs(jobs, dump):
+            progress.advance()
+            for report in found:
+                row = table_row(report)
+                if row not in seen:
+                    seen.add(row)
+                    reports.append(report)
+                    progress.say(row)
     faulty = sum(bool(report.faults) for report in reports)
     print(f"{len(reports)} kernels, {faulty} with faults; compiled, not run on a GPU")
     if json_file is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from lora_kernels._progress import Progress
 from lora_kernels._triton.config import Config, Layer, illegal, shipped
 from lora_kernels._triton.cost import seconds
 from lora_kernels._triton.device import Device, of_gpu
@@ -43,6 +44,12 @@ def layers_of(shapes: Iterable[str], bits: int) -> list[Layer]:
     return layers
 
 
+def candidates(layer: Layer, device: Device, most: int | None = None) -> list[Config]:
+    """Return the legal configurations, or `most` of them, the fastest by the cost model first."""
+    legal = [config for config in shipped(layer) if illegal(config, layer, device) is None]
+    return sorted(legal, key=lambda config: (seconds(config, layer, device), config))[:most]
+
+
 def fastest(
     layer: Layer,
     device: Device,
@@ -63,10 +70,8 @@ def fastest(
         most: how many are timed, those that the cost model predicts to be fastest; None for all.
         keep: gets the best so far, whenever there is a better one.
     """
-    legal = [config for config in shipped(layer) if illegal(config, layer, device) is None]
-    legal.sort(key=lambda config: (seconds(config, layer, device), config))
     times: dict[Config, float] = {}
-    for config in legal[:most]:
+    for config in candidates(layer, device, most):
         try:
             time = timer(layer, config)
         except Exception as error:  # Triton and the driver raise many kinds
@@ -116,11 +121,23 @@ def main(shapes: list[str], dtype: str, out: Path | None, most: int | None = Non
         return 2
     device = of_gpu(torch.cuda.current_device())
     path, timer = out or path_of(device), gpu_timer(wanted)
-    for layer in layers:
-        keep = partial(_keep, path, device, key_of(layer))
-        fastest(layer, device, timer, print, most, keep)
+    total = sum(len(candidates(layer, device, most)) for layer in layers)
+    with Progress(total, "configuration") as progress:
+        for layer in layers:
+            keep = partial(_keep, path, device, key_of(layer))
+            fastest(layer, device, _counted(timer, progress), progress.say, most, keep)
     print(f"written to {path}")
     return 0
+
+
+def _counted(timer: Timer, progress: Progress) -> Timer:
+    def time(layer: Layer, config: Config) -> float:
+        try:
+            return timer(layer, config)
+        finally:
+            progress.advance()
+
+    return time
 
 
 def _keep(path: Path, device: Device, key: str, config: Config, time: float) -> None:

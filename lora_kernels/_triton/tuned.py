@@ -1,7 +1,7 @@
 """Plans measured by `python -m lora_kernels tune`; without its file the cost model decides.
 
 The file is `<device name>-<package version>.json`, in the folder that LORA_KERNELS_TUNED names or
-in ~/.cache/lora_kernels/tuned. It is read once per device and process.
+in lora_kernels/tuned of the user's cache. It is read once per device and process.
 """
 
 import json
@@ -25,9 +25,17 @@ def path_of(device: Device) -> Path:
     """Return the file that holds a device's measured plans, whether it exists or not."""
     import lora_kernels
 
-    home = os.environ.get(ENVIRONMENT) or Path.home() / ".cache" / "lora_kernels" / "tuned"
     name = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-")
-    return Path(home) / f"{name}-{lora_kernels.__version__}.json"
+    return _folder() / f"{name}-{lora_kernels.__version__}.json"
+
+
+def _folder() -> Path:
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        return Path(named)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("lora_kernels", appauthor=False) / "tuned"
 
 
 def key_of(layer: Layer) -> str:

@@ -1,0 +1,93 @@
+"""Which implementation will serve a layer's calls, as far as the layer says; nothing is computed.
+
+A call's dtype is that of the weights, or of an autocast that is on here: another one around the
+call may lead to another implementation.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from lora_kernels._native import LIBRARIES, absence
+from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
+from lora_kernels.dispatch import Problem, choose, refusal, refusals, slower_than_peft
+from lora_kernels.functional import autocast_dtype
+
+_KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+_CURES = {
+    "cpu": "install lora_kernels again where a C++ compiler is on PATH",
+    "cuda": "install triton, or lora_kernels again with --no-build-isolation beside a CUDA build "
+    "of torch",
+}
+
+
+class Served(NamedTuple):
+    """What serves a layer's calls, such as "cpu (avx2)"; and why none of the kernels does."""
+
+    by: str
+    without_kernel: str | None = None
+
+
+def problem_of(base: nn.Module, rank: int, dropout: bool) -> Problem | None:
+    """Return what a layer's calls ask of an implementation; None where its weight doesn't say.
+
+    On meta it is nowhere yet, a fake one may name a device that isn't there, and a shard of FSDP1
+    or ZeRO-3 isn't where calls are computed.
+    """
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOAT_DTYPES:
+        return None
+    if weight.is_meta or isinstance(weight, FakeTensor) or weight.ndim != 2 or not weight.numel():
+        return None
+    device = weight.device
+    if is_dtensor(weight):
+        # Offloaded shards lie on the CPU.
+        mesh = cast(Any, weight).device_mesh.device_type
+        device = device if device.type == mesh else torch.device(mesh)
+    return Problem(device, autocast_dtype(weight) or weight.dtype, rank, dropout)
+
+
+def served(impl: str, problem: Problem) -> Served:
+    """Return what serves the problem."""
+    reason = None if impl == "auto" else refusal(impl, problem)
+    if reason is not None:
+        return Served(f"{impl}, which raises", reason)
+    name = choose(impl, *problem).name
+    by = f"cpu ({torch.ops.lora_kernels.cpu_isa()})" if name == "cpu" else name
+    if impl != "auto" or name != "eager":
+        return Served(by)
+    if slower_than_peft(problem) is not None:
+        by = "eager, with dropout PEFT"
+    kernels, reasons = _KERNELS.get(problem.device.type, ()), refusals(problem)
+    said = "; ".join(f"{kernel}: {reasons[kernel]}" for kernel in kernels)
+    return Served(by, said or f"no kernels for {problem.device.type}")
+
+
+def check_serves(impl: str, problems: dict[str, Problem]) -> None:
+    """Raise ValueError where a named implementation can't serve each layer, by path."""
+    if impl == "auto":
+        return
+    reasons = {path: refusal(impl, problem) for path, problem in problems.items()}
+    refused = {path: reason for path, reason in reasons.items() if reason is not None}
+    if refused:
+        path, reason = next(iter(refused.items()))
+        more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+        raise ValueError(
+            f"impl: expected one that serves the layers as they are now, got {impl!r}: {reason} "
+            f"({path or 'the layer'}{more})"
+        )
+
+
+def missed_part(problems: Iterable[Problem]) -> str | None:
+    """Return which part, if it were there, would serve one of the problems, and the cure."""
+    for problem in set(problems):
+        part = problem.device.type
+        if part not in LIBRARIES or choose("auto", *problem).name != "eager":
+            continue
+        reason = absence(part)
+        if reason is not None and refusal(part, problem) == reason:
+            return f"the compiled {part.upper()} part is absent, {reason}; cure: {_CURES[part]}"
+    return None
