@@ -1,5 +1,7 @@
 """LoRA layers at the cost of their frozen GEMM."""
 
+from typing import TYPE_CHECKING, Any
+
 from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.explanation import Explanation, explain
 from lora_kernels.functional import dropout_mask, lora_linear
@@ -7,6 +9,9 @@ from lora_kernels.nn import LoRALinear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
 from lora_kernels.usage import LayerUse, UsageReport
+
+if TYPE_CHECKING:
+    from lora_kernels.integrations.transformers import TrainerCallback as TrainerCallback
 
 __version__ = "0.2.0"
 __all__ = [
@@ -27,3 +32,17 @@ __all__ = [
     "unpatch_peft",
     "unprepack_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Its base class is transformers', which nothing else here needs. Not in __all__: `import *`
+    # would ask for it.
+    if name != "TrainerCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.util import find_spec
+
+    if find_spec("transformers") is None:
+        raise ImportError("lora_kernels.TrainerCallback: expected transformers, got no such module")
+    from lora_kernels.integrations.transformers import TrainerCallback
+
+    return TrainerCallback

@@ -41,7 +41,7 @@ def source(tmp_path):
     left = shutil.ignore_patterns("*.so", "_left_out.json", "__pycache__")
     for name in ("csrc", "lora_kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=left)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "lora_kernels_auto.py"):
         shutil.copy(ROOT / name, copy)
 
     def build(**variables):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -15,6 +16,8 @@ from lora_kernels import tensor_parallel
 ROOT = Path(__file__).parent.parent
 PUBLIC = {name: getattr(lk, name) for name in lk.__all__}
 PUBLIC |= {name: getattr(tensor_parallel, name) for name in ("ColwiseLoRA", "RowwiseLoRA")}
+if importlib.util.find_spec("transformers"):
+    PUBLIC["TrainerCallback"] = lk.TrainerCallback
 # What docs/api.md says that an example finds.
 NAMES = {"torch": torch, "nn": torch.nn, "lk": lk}
 EXAMPLES = [
@@ -58,9 +61,10 @@ def _callables():
         elif not dataclasses.is_dataclass(public):
             yield name, public
             own = inspect.getmembers(public, inspect.isroutine)
-            found = ((n, m) for n, m in own if n in vars(public) and not n.startswith("_"))
-            # What torch calls, and what a property-like helper says, has no arguments to document.
-            yield from ((f"{name}.{n}", m) for n, m in found if n not in ("forward", "extra_repr"))
+            # Of what torch and transformers call the arguments are theirs.
+            theirs = ("_", "on_", "forward", "extra_repr")
+            found = ((n, m) for n, m in own if n in vars(public) and not n.startswith(theirs))
+            yield from ((f"{name}.{n}", m) for n, m in found)
 
 
 CALLABLES = dict(_callables())
@@ -91,7 +95,7 @@ def test_docstring_names_every_field(name):
 def test_reference_lists_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text()
     listed = set(re.findall(r"^\.\. auto(?:function|class):: (\w+)", text, re.MULTILINE))
-    assert set(lk.__all__) == listed
+    assert {*lk.__all__, "TrainerCallback"} == listed
 
 
 def test_documents_hold_no_marks_of_a_merge():

@@ -12,7 +12,9 @@ PACKAGE = ROOT / "lora_kernels"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom: a module may import what stands to the right of it, never to the left.
 FLOW = (
-    "__main__", "info", "testing", "__init__", "adapter_files", "adapter_layout", "patching",
+    "__main__", "info", "testing", "__init__",
+    "integrations.auto", "integrations.axolotl", "integrations.transformers", "integrations",
+    "adapter_files", "adapter_layout", "patching",
     "prepack", "serving", "_peft_layer", "nn", "merging", "bypass", "explanation",
     "functional", "tensor_parallel",
     "sharding", "packing", "usage", "summary", "dispatch", "ops", "autograd", "transforms",
