@@ -28,7 +28,7 @@ OLD_PEFT_AT := $(CURDIR)/build/peft-$(OLD_PEFT)-installed
 # The oldest Triton that is served, beside the pinned one.
 OLDEST_TRITON := build/triton-3.6
 
-.PHONY: test test-host test-old-peft lint format docs demo bench bench-compare bench-track peft-suite sanitize clean
+.PHONY: test test-host test-old-peft lint format docs demo bench bench-compare bench-track peft-suite census sanitize clean
 
 test: export LORA_KERNELS_TEST_NEEDS := $(NEEDS) $(LORA_KERNELS_TEST_NEEDS)
 test: $(READY)
@@ -79,6 +79,10 @@ peft-suite: $(READY)
 		--dest build peft==$(PEFT)
 	tar -xf build/peft-$(PEFT).tar.gz -C build
 	$(BIN)/python tests/peft_suite/run.py $(ARGS) build/peft-$(PEFT)
+
+# Which models and recipes are fused: docs/models.md is written anew.
+census: $(READY)
+	$(BIN)/python -W ignore -m tests.census $(ARGS)
 
 # The compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, by its Python tests; its
 # kernels under ThreadSanitizer by a program of their own, since in a process with torch, which isn't

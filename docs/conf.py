@@ -26,8 +26,6 @@ autodoc_typehints = "signature"
 python_use_unqualified_type_names = True
 napoleon_use_ivar = True
 myst_heading_anchors = 3
-# Pages that the census and the trainers' switches bring.
-suppress_warnings = ["toc.not_readable"]
 copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "furo"

@@ -14,7 +14,13 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, is_grad_enabled, nn
 
-from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
+from lora_kernels.bypass import (
+    PLAIN_TENSORS,
+    dropout_reason,
+    everywhere_reason,
+    read_linear,
+    refuses_strides,
+)
 from lora_kernels.checks import check_memory, is_dtensor, misfit, plainly_fit
 from lora_kernels.dispatch import Problem, slower_than_peft
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
@@ -43,7 +49,7 @@ class FusedLinear(Linear):
         elif args or kwargs:
             reason = "called with more than x"
         else:
-            reason = _call_reason(x, parts, cast, impl)
+            reason = _call_reason(x, parts, cast, impl, self._modules["base_layer"])
         # A counter would be one of the things that a compiled graph depends on.
         calls = None if torch.compiler.is_dynamo_compiling() else own.get("_lora_kernels_calls")
         if reason is not None or isinstance(parts, str):
@@ -68,7 +74,8 @@ class FusedLinear(Linear):
         """Unmerge as PEFT does."""
         super().unmerge()
         if not self.merged_adapters:
-            restore(self)
+            read = read_linear(self.base_layer)
+            restore(self, f"base layer {read}" if isinstance(read, str) else read[0])
 
 
 class FusedLoraModel(LoraModel):
@@ -193,7 +200,9 @@ def _scaling_reason(scaling: Any) -> str | None:
     return None
 
 
-def _call_reason(x: Any, parts: FusedParts, cast: torch.dtype | None, impl: str) -> str | None:
+def _call_reason(
+    x: Any, parts: FusedParts, cast: torch.dtype | None, impl: str, base: Any
+) -> str | None:
     """Return why a call with x is PEFT's to compute, or to refuse; None where it is fused."""
     weight, bias, lora_A, lora_B, dropout, scaling = parts
     if type(scaling) is not float or not plainly_fit(x, weight, lora_A, lora_B, bias, cast):
@@ -201,8 +210,11 @@ def _call_reason(x: Any, parts: FusedParts, cast: torch.dtype | None, impl: str)
         if reason is not None:
             return reason
     # dynamo asks the same by itself.
-    if not torch.compiler.is_dynamo_compiling() and x.is_inference() and is_grad_enabled():
-        return "x is an inference tensor, which can't be saved for backward"
+    if not torch.compiler.is_dynamo_compiling():
+        if x.is_inference() and is_grad_enabled():
+            return "x is an inference tensor, which can't be saved for backward"
+        if not x.is_contiguous() and refuses_strides(base, x):
+            return "x is no matrix as it lies, which its base layer asks for"
     if x.is_cpu or impl != "auto":
         return None
     dropped = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0

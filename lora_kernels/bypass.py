@@ -5,7 +5,8 @@ functions run at every call: they read `_parameters` and `__dict__` themselves, 
 of an nn.Module costs up to 1 µs.
 """
 
-from itertools import chain
+import sys
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ from lora_kernels.transforms import needs_plain_torch
 # Where torch.export traces, parameters and inputs are fake.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 _LINEAR_FORWARD = nn.Linear.forward
+# Linear layers with a forward of their own, by the module that defines it: none is imported here.
+_OTHER_LINEARS = {
+    "transformers.pytorch_utils": "Conv1D",  # x W + bias, for W [K, N]
+    "transformers.models.falcon.modeling_falcon": "FalconLinear",
+}
 _STRIDED = torch.strided
 _GLOBAL_HOOKS = (
     _global_forward_hooks,
@@ -55,10 +61,12 @@ def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | str:
     """Return the weight and bias of a module that computes x Wᵀ + bias, or why it isn't read.
 
     They lie in `_parameters`, as plain tensors too (torch.func.functional_call), or in `__dict__`
-    (views of a flat parameter during FSDP1's forward).
+    (views of a flat parameter during FSDP1's forward). W of transformers' Conv1D, which keeps it as
+    [K, N], is a view.
     """
     kind = type(module)
-    if kind is not nn.Linear and not _inherits_linear(kind):
+    formula = "Linear" if kind is nn.Linear else _formula(kind)
+    if formula is None:
         return f"is {kind.__name__}, not torch.nn.Linear"
     own = module.__dict__
     parameters = own["_parameters"]
@@ -85,7 +93,18 @@ def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | str:
         or "forward" in own
     ):
         return "has hooks"
-    return weight, bias
+    if formula == "Linear":
+        return weight, bias
+    return _read_other(formula, weight, bias, own)
+
+
+def refuses_strides(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module's own forward would raise for the strides of x, as Conv1D's view does."""
+    kind = type(module)
+    if kind is nn.Linear or _formula(kind) != "Conv1D":
+        return False
+    leading = [(n, by) for n, by in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+    return any(by != n * inner for (_, by), (n, inner) in pairwise(leading)) and x.numel() > 0
 
 
 def dropout_reason(module: nn.Module) -> str | None:
@@ -133,15 +152,45 @@ def _has_hooks(own: dict[str, Any]) -> bool:
     )
 
 
-def _inherits_linear(kind: type[nn.Module]) -> bool:
-    """Whether a subclass of nn.Linear computes and keeps its parameters as nn.Linear does."""
-    return (
-        kind.forward is _LINEAR_FORWARD
-        and kind.__call__ is nn.Module.__call__
+def _formula(kind: type[nn.Module]) -> str | None:
+    """Return the name of the linear layer whose forward a class has, or None.
+
+    A function put in that forward's place, by functools.wraps or not, has another module's globals.
+    """
+    forward: Any = kind.forward
+    name = "Linear"
+    if forward is not _LINEAR_FORWARD:
+        # Not by its __qualname__, which dynamo (torch 2.13) compares wrongly.
+        module = getattr(forward, "__globals__", {}).get("__name__")
+        name = _OTHER_LINEARS.get(module, "")
+        if not name or forward is not getattr(sys.modules[module], name).forward:
+            return None
+    plain = (
+        kind.__call__ is nn.Module.__call__
         and kind.__getattr__ is nn.Module.__getattr__
         and not hasattr(kind, "weight")  # a property would hide the parameter
         and not hasattr(kind, "bias")
     )
+    return name if plain else None
+
+
+def _read_other(
+    name: str, weight: Tensor, bias: Tensor | None, own: dict[str, Any]
+) -> tuple[Tensor, Tensor | None] | str:
+    """Return W and bias of a linear layer of transformers, or why its own forward is to run."""
+    if name == "FalconLinear":
+        if bias is not None and _autocasts(weight.device.type):
+            return "adds its bias outside autocast"
+        return weight, bias
+    if bias is None:
+        return "has no bias, which its forward adds"
+    if weight.ndim != 2 or weight.shape[1] != own.get("nf"):
+        return f"weight has shape {list(weight.shape)}, its nf is {own.get('nf')}"
+    return weight.t(), bias
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _tensor_reason(t: Any) -> str | None:

@@ -10,7 +10,7 @@ from lora_kernels._triton.tuned import planned
 from lora_kernels.checks import check_dropout_p, check_lora_linear, check_scaling, check_seed
 from lora_kernels.dispatch import IMPLEMENTATIONS, Problem, check_impl, refusals, slower_than_peft
 from lora_kernels.dropout import drop_threshold
-from lora_kernels.functional import autocast_dtype
+from lora_kernels.functional import autocast_dtype, preferred
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ def explain(
     dropout = training and drop_threshold(dropout_p) > 0
     problem = Problem(x.device, cast or x.dtype, lora_A.shape[0], dropout)
     reasons = refusals(problem)
-    choice = next((i.name for i in IMPLEMENTATIONS if i.name not in reasons), None)
+    first = preferred("auto", x, weight, dropout)
+    names = [first, *(i.name for i in IMPLEMENTATIONS)][first == "auto" :]
+    choice = next((name for name in names if name not in reasons), None)
     for implementation in IMPLEMENTATIONS:
         if implementation.name not in (choice, *reasons):
             reasons[implementation.name] = f"serves the call too; {choice} comes first"

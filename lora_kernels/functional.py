@@ -148,6 +148,7 @@ def checked_lora_linear(
             x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold, impl
         )
     chosen: Implementation | Packed
+    impl = preferred(impl, x, weight, threshold > 0)
     chosen = choose(impl, x.device, x.dtype, lora_A.shape[0], threshold > 0)
     if packed is not None and packed.serves(chosen.name, weight.dtype):
         chosen = packed
@@ -275,6 +276,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def preferred(impl: str, x: Tensor, weight: Tensor, dropout: bool) -> str:
+    """Return "eager" in place of "auto" where kernels would copy W at each call.
+
+    Those of GPUs read W by rows; torch's products read it as it lies. A mask drawn by torch's
+    operators costs more than the copy.
+    """
+    if impl != "auto" or dropout or x.is_cpu or x.is_meta:
+        return impl
+    return "eager" if weight.stride(0) == 1 != weight.stride(1) else impl
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -96,15 +96,14 @@ def forget(layer: PackedLayer, reason: str, until_unmerged: bool = False) -> Non
         calls.lost, calls.repack = reason, packed.both_ways if until_unmerged else None
 
 
-def restore(layer: Any) -> None:
-    """Pack the weight again that `forget` dropped until now."""
+def restore(layer: Any, weight: Tensor | str) -> None:
+    """Pack the weight again that `forget` dropped until now, or say why it isn't read."""
     calls = vars(layer).get("_lora_kernels_calls")
     if calls is None or calls.repack is None:
         return
     both_ways, calls.repack = calls.repack, None
-    weight = layer.base_layer.weight
-    calls.lost = reason_left(weight)
-    if calls.lost is None:
+    calls.lost = weight if isinstance(weight, str) else reason_left(weight)
+    if not isinstance(weight, str) and calls.lost is None:
         layer._lora_kernels_packed = Packed(weight, both_ways)
 
 

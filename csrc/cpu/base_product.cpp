@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
+#include <functional>
 
 #include "parallel.h"
 
@@ -32,6 +33,9 @@ struct Rows {
 // Xeon, whose matrix unit the library takes, bfloat16, one and two threads: forward 0.4 to 0.7 for 1
 // row, 0.6 to 0.9 for 4, 1.6 to 2.4 for 16; dy W 0.4 to 0.9 for 1, 0.5 to 0.8 for 16, 0.9 to 1.4 for 24.
 constexpr Rows kForwardBf16{1, 16, 4}, kForwardFloat{1, 4, 4}, kBackwardBf16{1, 32, 16}, kBackwardFloat{4, 64, 64};
+// x times a weight stored as [K, N]. 2026-11-29, Zen 3: 0.06 to 0.5 of the library's time in bfloat16, 0.95 to 1.5 in
+// float32.
+constexpr Rows kStoredBf16 = kBackwardBf16, kStoredFloat{1, 0, 0};
 
 constexpr int64_t kOnednnRows = 4, kOnednnWork = 1 << 20;
 // As lora_kernels/_onednn.py has them, with their reasons.
@@ -51,20 +55,21 @@ bool within(const Tensor& v, const Tensor& weight, Rows of_bf16, Rows of_float) 
   return rows.least <= v.size(0) && v.size(0) <= most && weight.size(0) >= kRowGroup;
 }
 
-bool is_amd() {
+bool is_amd_with_avx512() {
 #if defined(__x86_64__)
-  static const bool amd = __builtin_cpu_is("amd");
-  return amd;
+  static const bool is = __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
+  return is;
 #else
   return false;
 #endif
 }
 
-// Whether oneDNN's float32 product v wT is the faster one: on AMD processors, from some work on.
-// 2026-11: Zen 4, 0.6 to 0.9 of MKL's time from 1024 columns up, as much as it at 768; Zen 5, 0.4 to
-// 0.9 of it from 2^20 multiplications on, whatever the shape; for one row 0.9 forward, 2.2 backward.
+// Whether oneDNN's float32 product v wT is the faster one: on AMD processors with AVX-512, from some
+// work on. 2026-11: Zen 4, 0.6 to 0.9 of MKL's time from 1024 columns up, as much as it at 768; Zen 5,
+// 0.4 to 0.9 of it from 2^20 multiplications on, whatever the shape; for one row 0.9 forward, 2.2 backward.
+// Zen 3, which has AVX2 alone: 1.03 to 1.8.
 bool prefers_onednn(const Tensor& v, const Tensor& w) {
-  return is_amd() && has_onednn() && v.scalar_type() == ScalarType::Float &&
+  return is_amd_with_avx512() && has_onednn() && v.scalar_type() == ScalarType::Float &&
          v.size(0) >= (copied_in_parts(w) ? kRowsToCopyFor : kOnednnRows) &&
          v.size(0) * w.size(0) * w.size(1) >= kOnednnWork;
 }
@@ -121,6 +126,39 @@ Tensor product(const Tensor& v, const Tensor& factor, const OptionalTensor& bias
   return out;
 }
 
+// Whether the columns of w are what lies adjacent in memory, as in the view of a weight stored as [K, N].
+bool by_columns(const Tensor& w) { return w.size(1) > 1 && w.stride(1) != 1 && w.stride(0) == 1; }
+
+// v wT + bias, for w with adjacent rows.
+Tensor times_transposed(const Tensor& v, const Tensor& w, const OptionalTensor& bias) {
+  if (!within(v, w, kForwardBf16, kForwardFloat)) return product(v, transposed(w), bias);
+  const int64_t m = v.size(0), n = w.size(0);
+  const Tensor y = empty_matrix(m, n, v.scalar_type());
+  const OptionalTensor added = bias ? OptionalTensor(torch::stable::contiguous(*bias)) : std::nullopt;
+  const Matrix from = added ? row_matrix(*added) : Matrix{};
+  in_parallel(n, kRowGroup, m * w.size(1), [&](int64_t begin, int64_t end) {
+    kernels().few_rows(matrix(v), matrix(w), from, matrix(y), begin, end);
+  });
+  return y;
+}
+
+// v w + bias, for w with adjacent rows; by the package's own products for as many rows of v as are said.
+Tensor times(const Tensor& v, const Tensor& w, const OptionalTensor& bias, Rows of_bf16, Rows of_float) {
+  if (!within(v, w, of_bf16, of_float)) return product(v, w, bias);
+  const int64_t m = v.size(0), n = w.size(1), stride = round_up(m, kLanes);
+  const Buffer<float> columns = to_columns(v, stride);
+  const Sums sums(stride, n);
+  column_sums(w, columns.get(), stride, sums);
+  if (bias) {
+    const Buffer<float> added = padded_floats(torch::stable::reshape(*bias, {1, n}), n);
+    for (int64_t i = 0; i < m; ++i) {
+      float* const to = sums.data.get() + i * sums.pitch;
+      std::transform(to, to + n, added.get(), to, std::plus<>());
+    }
+  }
+  return sums.as_rows(m, v, 1);
+}
+
 }  // namespace
 
 void check_packed(const Packed& packed, int64_t rows, int64_t columns, const Tensor& like) {
@@ -137,32 +175,19 @@ void check_packed(const Packed& packed, int64_t rows, int64_t columns, const Ten
 
 Tensor base_forward(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Packed& packed) {
-  const bool few = within(x, weight, kForwardBf16, kForwardFloat);
   // Few rows of float32 take 0.6 to 0.8 of the time that they take with a packed weight, and err half
   // as much; of bfloat16 0.7 to 1.2. 2026-11-26, Xeon, three sizes. Not where W would be copied.
-  const bool beats_packed = few && x.scalar_type() == ScalarType::Float && weight.stride(1) == 1;
+  const bool beats_packed = within(x, weight, kForwardBf16, kForwardFloat) &&
+                            x.scalar_type() == ScalarType::Float && weight.stride(1) == 1;
   if (packed && x.size(0) > 0 && !beats_packed) return packed_linear(x, *packed, bias);
-  const Tensor w = as_matrix(weight);
-  if (!few) return product(x, transposed(w), bias);
-  const int64_t m = x.size(0), n = w.size(0);
-  const Tensor y = empty_matrix(m, n, x.scalar_type());
-  const OptionalTensor added = bias ? OptionalTensor(torch::stable::contiguous(*bias)) : std::nullopt;
-  const Matrix from = added ? row_matrix(*added) : Matrix{};
-  in_parallel(n, kRowGroup, m * w.size(1), [&](int64_t begin, int64_t end) {
-    kernels().few_rows(matrix(x), matrix(w), from, matrix(y), begin, end);
-  });
-  return y;
+  if (by_columns(weight)) return times(x, transposed(weight), bias, kStoredBf16, kStoredFloat);
+  return times_transposed(x, as_matrix(weight), bias);
 }
 
 Tensor base_backward(const Tensor& dy, const Tensor& weight, const Packed& packed) {
   if (packed && dy.size(0) > 0) return packed_linear(dy, *packed, std::nullopt);
-  const Tensor w = as_matrix(weight);
-  if (!within(dy, w, kBackwardBf16, kBackwardFloat)) return product(dy, w, std::nullopt);
-  const int64_t m = dy.size(0), stride = round_up(m, kLanes);
-  const Buffer<float> columns = to_columns(dy, stride);
-  const Sums sums(stride, w.size(1));
-  column_sums(w, columns.get(), stride, sums);
-  return sums.as_rows(m, dy, 1);
+  if (by_columns(weight)) return times_transposed(dy, transposed(weight), std::nullopt);
+  return times(dy, as_matrix(weight), std::nullopt, kBackwardBf16, kBackwardFloat);
 }
 
 }  // namespace lora_kernels
