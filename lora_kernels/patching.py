@@ -31,10 +31,19 @@ class PatchReport(Summary):
     A layer that is left for its present state (merged, disabled, several active adapters, ...) is
     fused as soon as that state ends; one that is left for its type keeps PEFT's forward.
 
-    implementations: what the patched layers run by, such as "cpu (avx2)", where they are now and in
-        their weights' dtype, or that of an autocast around `patch_peft`; a layer on meta, or in
-        shards of FSDP1 or ZeRO-3, doesn't say.
-    without_kernel: why that is none of the package's kernels, where it isn't.
+    Attributes:
+        patched: paths of layers now fused.
+        left: paths of the others, with the reason.
+        prepack: the report of `prepack_` where it was asked for, else None.
+        implementations: what the patched layers run by, such as "cpu (avx2)", where they are now
+            and in their weights' dtype, or that of an autocast around it; a layer on meta, or
+            in shards of FSDP1 or ZeRO-3, doesn't say.
+        without_kernel: why that is none of the package's kernels, where it isn't.
+
+    Example:
+        >>> print(lk.PatchReport(["q_proj", "v_proj"], {"embed": "lora.layer.Embedding"}))
+        lora_kernels: 2 LoRA layers patched, 1 left
+          left (lora.layer.Embedding): embed
     """
 
     patched: list[str] = field(default_factory=list)
@@ -89,6 +98,14 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
         ImportError: peft is not installed, or older than 0.18.
         TypeError, ValueError: `model` is no module or has no LoRA layer, or `impl` is unknown or
             can't serve the layers. The model is as it was, after any failure.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Embedding(4, 8))
+        >>> model = get_peft_model(base, LoraConfig(target_modules=["0", "2"]))
+        >>> found = lk.patch_peft(model)
+        >>> found.patched, list(found.left)
+        (['base_model.model.0'], ['base_model.model.2'])
     """
     check_impl(impl)
     _check_peft_version()
@@ -139,6 +156,12 @@ def unpatch_peft(model: nn.Module) -> int:
     Raises:
         ImportError: peft is not installed.
         TypeError: `model` is no module.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+        >>> len(lk.patch_peft(model).patched), lk.unpatch_peft(model), lk.unpatch_peft(model)
+        (1, 1, 0)
     """
     from lora_kernels import _peft_layer as ours
 
@@ -167,6 +190,13 @@ def report(model: nn.Module) -> UsageReport:
     Raises:
         TypeError: `model` is no module.
         ValueError: it has neither.
+
+    Example:
+        >>> model = nn.Sequential(lk.LoRALinear(8, 8))
+        >>> y = model(torch.ones(1, 8))
+        >>> use = lk.report(model).layers["0"]
+        >>> use.fused, use.left, use.state
+        (1, 0, None)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -14,7 +14,15 @@ from lora_kernels.summary import Group, Summary, grouped
 class PrepackReport(Summary):
     """What `prepack_` did: paths of layers now packed, of layers left with the reason, the memory.
 
-    nbytes: memory of the packed copies, in bytes, beside the weights themselves.
+    Attributes:
+        packed: paths of layers whose weights have a packed copy.
+        left: paths of the others, with the reason.
+        nbytes: memory of the packed copies, in bytes, beside the weights themselves.
+
+    Example:
+        >>> print(lk.PrepackReport(["0", "2"], {"4": "no product to pack for"}, 2**21))
+        lora_kernels: 2 weights packed in 2.0 MiB, 1 left
+          left (no product to pack for): 4
     """
 
     packed: list[str] = field(default_factory=list)
@@ -50,6 +58,12 @@ def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
     Raises:
         TypeError: `model` is no module.
         ValueError: it has no adapted layer. The model is as it was.
+
+    Example:
+        >>> model = nn.Sequential(lk.LoRALinear(64, 64), nn.Linear(64, 64))
+        >>> report = lk.prepack_(model)
+        >>> [*report.packed, *report.left]
+        ['0']
     """
     layers = _adapted_layers(model)
     if not layers:
@@ -84,6 +98,12 @@ def unprepack_(model: nn.Module) -> int:
 
     Raises:
         TypeError: `model` is no module.
+
+    Example:
+        >>> model = nn.Sequential(lk.LoRALinear(64, 64))
+        >>> packed = lk.prepack_(model).packed
+        >>> lk.unprepack_(model) == len(packed), lk.unprepack_(model)
+        (True, 0)
     """
     layers = [
         layer for _, layer in _adapted_layers(model) if layer._lora_kernels_packed is not None

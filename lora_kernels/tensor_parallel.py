@@ -68,7 +68,7 @@ class _LoRAStyle(ParallelStyle):
 
 
 class ColwiseLoRA(_LoRAStyle):
-    """Split a LoRA layer's out_features: each rank computes its columns of y.
+    """Split a LoRA layer's out_features: each rank computes its columns of y::
 
         y_i = x W_iᵀ + bias_i + scaling · D(x) Aᵀ B_iᵀ
 
@@ -83,6 +83,19 @@ class ColwiseLoRA(_LoRAStyle):
         TypeError: at `parallelize_module`, for a module that is no LoRA linear layer.
 
     With dropout the ranks' torch generators must agree, as for all replicated random numbers.
+
+    Precision: as `lora_linear`; each rank's columns of y are those of the whole layer.
+
+    Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
+
+    Example:
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from lora_kernels.tensor_parallel import ColwiseLoRA
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (1,))  # under torchrun
+        >>> layer = lk.LoRALinear(8, 4)
+        >>> layer = parallelize_module(layer, mesh, ColwiseLoRA())
+        >>> layer.lora_B.weight.placements, layer(torch.ones(2, 8)).shape
+        ((Shard(dim=0),), torch.Size([2, 4]))
     """
 
     splits: ClassVar = {
@@ -106,7 +119,7 @@ class ColwiseLoRA(_LoRAStyle):
 
 
 class RowwiseLoRA(_LoRAStyle):
-    """Split a LoRA layer's in_features: each rank adds its columns of x to y.
+    """Split a LoRA layer's in_features: each rank adds its columns of x to y::
 
         y = Σ_i (x_i W_iᵀ + scaling · D(x_i) A_iᵀ Bᵀ) + bias
 
@@ -121,6 +134,19 @@ class RowwiseLoRA(_LoRAStyle):
 
     Raises:
         TypeError: at `parallelize_module`, for a module that is no LoRA linear layer.
+
+    Precision: as `lora_linear` of each rank's columns; the ranks' parts are added in x's dtype.
+
+    Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
+
+    Example:
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from lora_kernels.tensor_parallel import RowwiseLoRA
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (1,))  # under torchrun
+        >>> layer = lk.LoRALinear(8, 4)
+        >>> layer = parallelize_module(layer, mesh, RowwiseLoRA())
+        >>> layer.lora_A.weight.placements, layer(torch.ones(2, 8)).shape
+        ((Shard(dim=1),), torch.Size([2, 4]))
     """
 
     splits: ClassVar = {("base_layer", "weight"): 1, ("lora_A", "weight"): 1}

@@ -49,14 +49,23 @@ class Calls:
 class LayerUse:
     """One layer of a `UsageReport`.
 
-    fused, left: calls so far that were fused, and that weren't.
-    state: why a call would be left now, by the layer itself; None where it would be fused.
-    reason: why the last call that was left was.
-    packed: "packed", "lost: ..." where packed copies are gone, "unused: ..." where calls read the
-        weight itself, or None where there were none.
-    impl: what a call that is fused now runs by, such as "cpu (avx2)", in the weights' dtype or that
-        of an autocast around `report`; None where it isn't fused, or where the weight doesn't say.
-    without_kernel: why that is none of the package's kernels.
+    Attributes:
+        fused: calls so far that were fused.
+        left: calls so far that weren't.
+        state: why a call would be left now, by the layer itself; None where it would be fused.
+        reason: why the last call that was left was.
+        packed: "packed", "lost: ..." where packed copies are gone, "unused: ..." where calls read
+            the weight itself, or None where there were none.
+        impl: what a call that is fused now runs by, such as "cpu (avx2)", in the weights' dtype or
+            that of an autocast around `report`; None where it isn't fused, or where the weight
+            doesn't say.
+        without_kernel: why that is none of the package's kernels.
+
+    Example:
+        >>> layer = lk.LoRALinear(8, 8)
+        >>> layer.merge()
+        >>> lk.report(layer).layers[""].state
+        'merged'
     """
 
     fused: int
@@ -70,7 +79,17 @@ class LayerUse:
 
 @dataclass(frozen=True)
 class UsageReport(Summary):
-    """What `report` found: adapted layers by path; `print` shows it, grouped by reason."""
+    """What `report` found: adapted layers by path; `print` shows it, grouped by reason.
+
+    Attributes:
+        layers: what became of each layer's calls, by its path.
+
+    Example:
+        >>> use = lk.LayerUse(fused=8, left=2, state=None, reason="merged", packed=None)
+        >>> print(lk.UsageReport({"q_proj": use}))
+        lora_kernels: 1 of 1 LoRA layers fused now; calls so far: 8 fused, 2 left
+          last left (merged): q_proj
+    """
 
     layers: dict[str, LayerUse] = field(default_factory=dict)
 

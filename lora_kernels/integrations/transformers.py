@@ -26,6 +26,11 @@ class TrainerCallback(transformers.TrainerCallback):
 
     Raises:
         ValueError: `impl` is unknown; in training, the model has no LoRA layer.
+
+    Example:
+        >>> callback = lk.TrainerCallback(prepack=True)
+        >>> callback.prepack, callback.report  # the report comes with a trainer's model
+        (True, None)
     """
 
     def __init__(self, *, impl: str = "auto", prepack: bool = False) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import lora_kernels as lk
-from lora_kernels.functional import _preferred
+from lora_kernels.functional import preferred
 from tests.census.measure import distance
 from tests.stacks.models import (
     FusedCalls,
@@ -348,7 +348,7 @@ def test_no_kernel_of_a_gpu_copies_a_transposed_weight():
     with torch._subclasses.FakeTensorMode():
         x, w = torch.empty(2, 3, device="cuda"), torch.empty(3, 4, device="cuda")
         here = torch.empty(2, 3)
-    assert _preferred("auto", x, w.t(), False) == "eager"
-    assert _preferred("auto", x, w.t(), True) == _preferred("auto", x, w, False) == "auto"
-    assert _preferred("auto", here, w.t(), False) == "auto"
-    assert _preferred("triton", x, w.t(), False) == "triton"
+    assert preferred("auto", x, w.t(), False) == "eager"
+    assert preferred("auto", x, w.t(), True) == preferred("auto", x, w, False) == "auto"
+    assert preferred("auto", here, w.t(), False) == "auto"
+    assert preferred("triton", x, w.t(), False) == "triton"

@@ -1,0 +1,112 @@
+"""Which implementation takes a call, and why not another: `explain`."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lora_kernels._triton import launch
+from lora_kernels._triton.config import Layer
+from lora_kernels._triton.tuned import planned
+from lora_kernels.checks import check_dropout_p, check_lora_linear, check_scaling, check_seed
+from lora_kernels.dispatch import IMPLEMENTATIONS, Problem, check_impl, refusals, slower_than_peft
+from lora_kernels.dropout import drop_threshold
+from lora_kernels.functional import autocast_dtype, preferred
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the implementation that "auto" takes, and why others do not serve.
+
+    Attributes:
+        choice: name of the implementation, or None where none serves the call.
+        reasons: for every other implementation the reason why it isn't taken.
+        plans: how Triton's kernels would run forward and backward, with the time predicted (or
+            measured by `tune`) and the floor, the frozen layer's own at the GPU's peak rates; empty
+            for others.
+        peft: why "auto" of a patched layer keeps PEFT's forward in such a call; None where it
+            doesn't.
+
+    Example:
+        >>> print(lk.Explanation("eager", {"triton": "serves CUDA devices, got cpu"}))
+        auto -> eager
+          triton: serves CUDA devices, got cpu
+    """
+
+    choice: str | None
+    reasons: dict[str, str]
+    plans: dict[str, str] = field(default_factory=dict)
+    peft: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"auto -> {self.choice or 'none'}"]
+        if self.peft is not None:
+            lines.append(f"  in a patched layer PEFT's forward: {self.peft}")
+        lines += [f"  {name}: {plan}" for name, plan in self.plans.items()]
+        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    impl: str = "auto",
+) -> Explanation:
+    """Say which implementation `lora_linear` takes for the same arguments; nothing is computed.
+
+    Args:
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as `lora_linear`.
+        impl: checked only; the choice reported is that of "auto".
+
+    Returns:
+        An `Explanation`: `choice`, `reasons`, a sentence for every other implementation, `plans`,
+        and `peft`.
+
+    Raises:
+        TypeError, ValueError: as `lora_linear` for bad arguments; an implementation's refusal is
+            reported, not raised.
+
+    Example:
+        >>> x, weight = torch.ones(1, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+        >>> lora_A, lora_B = torch.ones(1, 3), torch.ones(3, 1)
+        >>> lk.explain(x, weight, lora_A, lora_B).choice
+        'eager'
+    """
+    cast = autocast_dtype(x)
+    check_lora_linear(x, weight, lora_A, lora_B, bias, cast=cast)
+    check_scaling(scaling)
+    check_dropout_p(dropout_p)
+    check_seed(seed, x.device)
+    check_impl(impl)
+    dropout = training and drop_threshold(dropout_p) > 0
+    problem = Problem(x.device, cast or x.dtype, lora_A.shape[0], dropout)
+    reasons = refusals(problem)
+    first = preferred("auto", x, weight, dropout)
+    names = [first, *(i.name for i in IMPLEMENTATIONS)][first == "auto" :]
+    choice = next((name for name in names if name not in reasons), None)
+    for implementation in IMPLEMENTATIONS:
+        if implementation.name not in (choice, *reasons):
+            reasons[implementation.name] = f"serves the call too; {choice} comes first"
+    plans = _triton_plans(x, weight, problem) if choice == "triton" else {}
+    return Explanation(choice, reasons, plans, slower_than_peft(problem))
+
+
+def _triton_plans(x: Tensor, weight: Tensor, problem: Problem) -> dict[str, str]:
+    layer = Layer(
+        max(x.numel() // weight.shape[1], 1),
+        weight.shape[0],
+        weight.shape[1],
+        problem.rank,
+        problem.dtype.itemsize * 8,
+        problem.dropout,
+    )
+    device = launch.current().device(x)
+    both = {"forward": layer, "backward": layer._replace(backward=True)}
+    return {name: str(planned(each, device)) for name, each in both.items()}
