@@ -107,17 +107,17 @@ def restore(layer: Any, weight: Tensor | str) -> None:
         layer._lora_kernels_packed = Packed(weight, both_ways)
 
 
-def state_of_copies(layer: Any, impl: str | None) -> str | None:
+def state_of_copies(layer: Any, weight: Tensor | None, impl: str | None) -> str | None:
     """Return whether a layer's packed copies are "packed", "unused: ..." or "lost: ...", if any.
 
-    impl: what its calls run by, where that is known.
+    weight: the base layer's as a call reads it, if one can. impl: what its calls run by, where that
+    is known.
     """
     packed = getattr(layer, "_lora_kernels_packed", None)
     if packed is None:
         calls = vars(layer).get("_lora_kernels_calls")
         return None if calls is None or calls.lost is None else f"lost: {calls.lost}"
-    weight = getattr(layer.base_layer, "weight", None)
-    if not isinstance(weight, Tensor) or not packed.holds(weight):
+    if weight is None or not packed.holds(weight):
         return f"lost: {_CHANGED}"
     if packed.unused is not None:
         name, dtype = packed.unused

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from lora_kernels.bypass import read_linear
 from lora_kernels.dispatch import Problem, check_impl
 from lora_kernels.nn import LoRALinear
 from lora_kernels.packing import state_of_copies
@@ -233,7 +234,10 @@ def _use_of(layer: nn.Module, compiled: bool) -> LayerUse:
         impl, problem = vars(layer)["_lora_kernels_impl"], _problem_of(cast(Any, layer))
     if state is None and problem is not None:
         by, without = served(impl, problem)
-    copies = state_of_copies(layer, "compiled graphs" if compiled and not calls.fused else by)
+    read = read_linear(getattr(layer, "base_layer", layer))
+    weight = None if isinstance(read, str) else read[0]
+    by_graphs = compiled and not calls.fused
+    copies = state_of_copies(layer, weight, "compiled graphs" if by_graphs else by)
     return LayerUse(calls.fused, calls.left, state, calls.reason, copies, by, without)
 
 

@@ -43,6 +43,17 @@ from lora_kernels._triton.tiles import (
 
 
 @triton.jit
+def _dx_tile(
+    tile, panels, dxa_end, da_end, COLUMNS: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr
+):
+    """Return (row panel, column) of a tile of dx: those that make dxa come before `dxa_end`."""
+    REST: tl.constexpr = COLUMNS - FUSED if COLUMNS > FUSED else 1
+    panel, column = grouped_tile(tl.maximum(tile - da_end, 0), panels, REST, GROUP)
+    first = tile < dxa_end
+    return tl.where(first, tile, panel), tl.where(first, 0, column + FUSED)
+
+
+@triton.jit
 def _products(
     dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -190,21 +201,16 @@ def backward_kernel(
     scale = scaling_of(scaling, scaling_pointer)
     # dxa carries the factor of kept elements, so that neither dx nor dA is multiplied by it.
     thin_scale = scale * keep_scale(threshold)
+    seed = wide(0)
     if DROPOUT:
         seed = tl.load(seed_pointer)
-    else:
-        seed = 0
     number = 0
     while number < tiles:
         number = take(flags + panels, tiles)
         # Of one turn, or none: out of this loop nothing is hoisted, which would fill registers.
         for tile in tl.range(number, tl.minimum(opaque(number + 1), tiles), disable_licm=True):
             if tile < dxa_end or tile >= da_end:
-                rest = tl.maximum(tile - da_end, 0)
-                REST: tl.constexpr = COLUMNS - FUSED if COLUMNS > FUSED else 1
-                panel, panel_column = grouped_tile(rest, panels, REST, GROUP)
-                panel = tl.where(tile < dxa_end, tile, panel)
-                panel_column = tl.where(tile < dxa_end, 0, panel_column + FUSED)
+                panel, panel_column = _dx_tile(tile, panels, dxa_end, da_end, COLUMNS, FUSED, GROUP)
                 row = panel * BLOCK_M
                 column = panel_column * BLOCK_K
                 rows = row + tl.arange(0, BLOCK_M)
@@ -230,13 +236,12 @@ def backward_kernel(
                         PRECISION,
                     )  # fmt: skip
                 if NEED_DX:
-                    drawn = tile >= dxa_end
                     if FUSED or DRAWN:
-                        wait(flags + panel, tl.where(drawn, before, 1))
+                        wait(flags + panel, tl.where(tile < dxa_end, 1, before))
                     _finish_dx(
-                        acc, dxa, units, a, dx, mask, drawn, row, column, M, seed, threshold,
-                        stride_a, UNIT_ROWS, K, R, MASK_STRIDE, BLOCK_M, BLOCK_K, BLOCK_R,
-                        RANK_STEP, DROPOUT, WIDE, PACKED, MMA, PRECISION,
+                        acc, dxa, units, a, dx, mask, tile >= dxa_end, row, column, M, seed,
+                        threshold, stride_a, UNIT_ROWS, K, R, MASK_STRIDE, BLOCK_M, BLOCK_K,
+                        BLOCK_R, RANK_STEP, DROPOUT, WIDE, PACKED, MMA, PRECISION,
                     )  # fmt: skip
                     if FUSED or DRAWN:
                         leave(flags + panel, last_out)
