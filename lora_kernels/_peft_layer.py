@@ -232,6 +232,8 @@ def _misfit_reason(x: Any, parts: FusedParts, cast: torch.dtype | None) -> str |
         return f"x is a {type(x).__name__}"
     if x.is_meta:
         return "x is a meta tensor"
+    if cast is None and lora_A.dtype != lora_B.dtype:
+        return f"lora_A is {lora_A.dtype}, lora_B {lora_B.dtype}"
     misfitting = misfit(x, weight, lora_A, lora_B, bias, cast)
     return None if misfitting is None else str(misfitting)
 

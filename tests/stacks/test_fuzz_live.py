@@ -9,9 +9,8 @@ import contextlib
 import copy
 import random
 
-import hypothesis
+import pytest
 import torch
-from hypothesis import strategies as st
 from peft.tuners.lora import Linear
 from torch import nn
 
@@ -29,53 +28,49 @@ from tests.stacks.live_changes import (
     owners,
 )
 from tests.stacks.models import peft
-from tests.stacks.test_fuzz import CASES, settings
+from tests.stacks.test_fuzz import CASES
+
+SIZES = (1, 2, 8, 16, 17, 48, 64)
 
 
-def changes():
-    """Return a strategy of one change."""
-    parameter = st.tuples(
-        st.sampled_from(TARGETS),
-        st.sampled_from([*FORMS, "shape", "shape", "requires_grad", "none", "deleted"]),
+OTHERS = ("requires_grad", "none", "deleted", "shape", "shape")
+
+
+def random_change(rng):
+    """Return one change: of a parameter, of the rank, or of something else."""
+    kind = rng.choice(["parameter"] * 4 + ["rank", "other"])
+    if kind == "parameter":
+        return rng.choice(TARGETS), rng.choice([*FORMS, *OTHERS])
+    if kind == "rank":
+        return "rank", rng.choice(RANKS)
+    return rng.choice(["scaling", "dropout", "swap"]), ""
+
+
+def random_case(rng):
+    """Return a case; where backward would read beyond memory, nothing else is changed."""
+    torn = [(rng.choice(("weight", "lora_A", "lora_B")), rng.choice(TORN))]
+    between = rng.choice([[], [random_change(rng)], [random_change(rng)], torn])
+    changes = [rng.choice([random_change(rng)] * 4 + [("x", "")]) for _ in range(rng.randrange(3))]
+    torn_before = [(rng.choice(TARGETS), rng.choice(TORN))]
+    before = rng.choice([changes] * 6 + [torn_before, [("scaling", "emptied")]])
+    return Live(
+        rows=rng.choice([1, 3, 5, 64]),
+        n=rng.choice(SIZES),
+        k=rng.choice(SIZES),
+        r=rng.choice([1, 2, 8, 17]),
+        dims=rng.randint(1, 3),
+        dtype=rng.choice(DTYPES),
+        adapter_dtype=rng.choice([None, None, torch.float32]),
+        bias=rng.random() < 0.5,
+        lora_bias=rng.random() < 0.5,
+        impl=rng.choice(["auto", "auto", "auto", "auto", "eager", "reference"]),
+        prepacked=rng.random() < 0.5,
+        mode=rng.choice(["backward", "backward", "grad", "no_grad"]),
+        autocast=between is not torn and rng.random() < 0.25,
+        before=[] if between is torn else before,
+        between=between,
+        seed=rng.randrange(1 << 31),
     )
-    rank = st.tuples(st.just("rank"), st.sampled_from(RANKS))
-    other = st.sampled_from([(name, "") for name in ("scaling", "dropout", "swap")])
-    return st.one_of(parameter, parameter, parameter, parameter, rank, other)
-
-
-sizes = st.sampled_from([1, 2, 8, 16, 17, 48, 64])
-lives = st.builds(
-    Live,
-    rows=st.sampled_from([1, 3, 5, 64]),
-    n=sizes,
-    k=sizes,
-    r=st.sampled_from([1, 2, 8, 17]),
-    dims=st.integers(1, 3),
-    dtype=st.sampled_from(DTYPES),
-    adapter_dtype=st.sampled_from([None, None, torch.float32]),
-    bias=st.booleans(),
-    lora_bias=st.booleans(),
-    impl=st.sampled_from(["auto", "auto", "auto", "auto", "eager", "reference"]),
-    prepacked=st.booleans(),
-    mode=st.sampled_from(["backward", "backward", "grad", "no_grad"]),
-    autocast=st.sampled_from([False, False, False, True]),
-    before=st.one_of(
-        st.lists(
-            st.one_of(changes(), st.just(("x", ""))),
-            max_size=2,
-        ),
-        st.tuples(st.sampled_from(TARGETS), st.sampled_from(TORN)).map(lambda one: [one]),
-        st.just([("scaling", "emptied")]),
-    ),
-    between=st.one_of(
-        st.just([]),
-        st.lists(changes(), min_size=1, max_size=1),
-        st.tuples(st.sampled_from(["weight", "lora_A", "lora_B"]), st.sampled_from(TORN)).map(
-            lambda one: [one]
-        ),
-    ),
-    seed=st.integers(0, 2**31),
-)
 
 
 def models_of(case):
@@ -100,8 +95,22 @@ def models_of(case):
     return patched, model
 
 
+def memory_of(layer):
+    """Return where the numbers lie that backward reads, by name."""
+    found = {}
+    for name, (owner, which) in owners(layer).items():
+        parameter = owner._parameters.get(which)
+        if name in ("weight", "lora_A", "lora_B"):
+            with contextlib.suppress(RuntimeError):  # sparse ones and the like have none
+                found[name] = id(parameter), parameter.data_ptr(), parameter.stride()
+    return found
+
+
 def results_of(case, model):
-    """Return what a model gives after the case's changes: y and the gradients, or the exception."""
+    """Return what a model gives after the case's changes: y and the gradients, or the exception.
+
+    "moved" says whether a parameter looks at other memory since forward.
+    """
     rng, layer = random.Random(case.seed + 1), model[0]
     shape = {1: (case.k,), 2: (case.rows, case.k), 3: (case.rows, 2, case.k)}[case.dims]
     x = numbers(shape, rng, case.dtype).requires_grad_(rng.random() < 0.7)
@@ -114,9 +123,11 @@ def results_of(case, model):
         with grad, torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
             found["y"] = y = model(x)
         if case.mode == "backward":
+            memory = memory_of(layer)
             for what in case.between:
                 with contextlib.suppress(Exception):
                     change(case, layer, x, what, rng)
+            found["moved"] = memory_of(layer) != memory
             y.backward(numbers(y.shape, rng, y.dtype))
             found["x"] = x.grad
             for name, (owner, which) in owners(layer).items():
@@ -172,12 +183,19 @@ def tolerance(case):
     return 1e-5 if torch.float32 in dtypes or case.before else 1e-12
 
 
-@hypothesis.seed(SEED)
-@hypothesis.settings(settings, max_examples=CASES)
-@hypothesis.given(lives)
-def test_a_changed_layer_is_pefts_or_says_no(case):
-    if any(how in TORN for _, how in case.between):
-        case.before, case.autocast = [], False
+@pytest.mark.filterwarnings("ignore")
+def test_changed_layers_are_pefts_or_say_no():
+    # Drawn evenly: hypothesis mutates what it has drawn, and half of its cases changed nothing.
+    for index in range(CASES):
+        case = random_case(random.Random(f"{SEED}/{index}"))
+        try:
+            check(case)
+        except BaseException as error:
+            error.add_note(f"case {index}: {case}")
+            raise
+
+
+def check(case):
     patched, model = models_of(case)
     ours = results_of(case, patched)
     error = ours.get("error")
@@ -186,13 +204,13 @@ def test_a_changed_layer_is_pefts_or_says_no(case):
         assert error is not None, ours
         return
     theirs = results_of(case, model)
-    hypothesis.note(f"ours: {ours}\ntheirs: {theirs}")
     changed_since = case.mode == "backward" and case.between and "y" in ours
     if "error" in theirs or (error is not None and changed_since):
-        assert error is not None, "PEFT raises, ours doesn't"
+        assert error is not None, f"ours gives {ours}, PEFT raises {theirs['error']!r}"
         return
-    assert error is None, "ours raises, PEFT doesn't"
+    assert error is None, f"ours raises {error!r}, PEFT gives {theirs}"
     # Memory put in a saved tensor's place: views that PEFT saved keep the old, ours reads the new.
-    share = float("inf") if changed_since else tolerance(case)
+    share = float("inf") if ours.pop("moved", False) else tolerance(case)
+    theirs.pop("moved", None)
     for what, result in theirs.items():
         assert_alike(ours[what], result, share, what)
