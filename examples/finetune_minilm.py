@@ -350,7 +350,7 @@ def describe_machine(device: str) -> dict[str, str | int]:
 def print_results(results: dict) -> None:
     """Print the table and the sentences that say how to read it."""
     task, comparison, args = results["task"], results["comparison"], results["args"]
-    print(f"\n{results['patch_report']}\n\n{format_table(results['rows'])}\n\n{LEGEND}")
+    print(f"\n{format_table(results['rows'])}\n\n{LEGEND}")
     print(
         f"Held out: {task['held_out']} articles, trained on {task['train']}; "
         f"chance level {task['chance']:.1%} (always the largest of {task['topics']} topics)."
@@ -374,6 +374,7 @@ def main() -> None:
     task = load_task(model_dir, args.max_length, args.device)
     batches = sample_batches(task.train, args.batch_size, args.steps, args.seed)
     runs = [build_run(name, model_dir, len(task.topics), args) for name in LEARNING_RATES]
+    print(runs[-1].report, flush=True)
     for run in runs:
         train(run, batches, args.seed)
         evaluate(run, task.held_out, args.batch_size)

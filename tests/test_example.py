@@ -44,3 +44,4 @@ def test_example_writes_table_and_curves(tmp_path: Path) -> None:
     assert 0 < patched["saved_MiB"] <= patched["step_MiB"] < patched["peak_MiB"]
     assert (tmp_path / "finetune_minilm.png").read_bytes().startswith(b"\x89PNG")
     assert all(name in done.stdout for name in rows)
+    assert done.stdout.startswith("lora_kernels: 36 LoRA layers patched, 0 left; run by ")
