@@ -254,8 +254,8 @@ def _without_waiting(data: dict[str, Any]) -> int:
 def producing_ratio(arch: int, layer: Layer, config: Config) -> float:
     """Return `producing_ratio` of a `KernelRow`: of the longest of a row panel's producing tiles.
 
-    One program runs, with the flag that its tiles wait for already set. A tile's count is what it
-    adds to those after it; waiting for copies isn't counted.
+    One program runs, with the flag that its tiles wait for far above what they ask. A tile's count
+    is what it adds to those after it; waiting for copies isn't counted.
     """
     part = layer._replace(m=config.rows, needs=(True, False, False, False))
     tiles = -(-layer.out // config.columns)
@@ -263,7 +263,7 @@ def producing_ratio(arch: int, layer: Layer, config: Config) -> float:
 
     def count_from(tile: int) -> int:
         machine = Machine(arch, resident=max(config.producers, 1))
-        call.args["flags"][:2] = torch.tensor([config.producers, tile], dtype=torch.int32)
+        call.args["flags"][:2] = torch.tensor([1 << 20, tile], dtype=torch.int32)
         machine.run(*call._replace(grid=1))
         return _without_waiting(machine.stats[0].data)
 

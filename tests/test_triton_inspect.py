@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -122,14 +123,26 @@ def test_shared_memory_stays_below_its_bound(arch, steps, backward):
 
 
 @needs_machine
-def test_one_program_runs_alone():
-    """Its tile is written, what the others write isn't: how `bench` counts a tile by itself."""
+def test_tiles_from_one_on_are_made():
+    """A program makes those of the tickets that are left: how `bench` counts a tile by itself."""
     device = replace(inspect.GPUS[80], multiprocessors=4)
     layer, config = Layer(64, 256, 64, 16, 16), Config(64, 64, 64, 4, 3, producers=1)
     (call,) = launches(layer, config, device)
     call.args["y"].fill_(float("nan"))
-    Machine(80, alone=0).run(*call)
-    call.args["flags"].zero_()  # its consumers, of whom none ran, would have
+    call.args["xa"].zero_()
+    call.args["flags"][:2] = torch.tensor([9, 3])  # xa is made, three tiles are taken
+    Machine(80).run(*call._replace(grid=1))
+    assert call.args["flags"][1] == 0
+    call.args["flags"].zero_()  # the other consumers would have
     written = ~call.args["y"].isnan()
-    assert written[:, :64].all()
-    assert not written[:, 64:].any()
+    assert not written[:, :192].any()
+    assert written[:, 192:].all()
+
+
+@needs_machine
+def test_a_producing_tile_takes_more_instructions():
+    from bench.kernels import producing_ratio
+
+    config = Config(64, 64, 64, 4, 3, producers=2)
+    ratio = producing_ratio(80, Layer(64, 256, 256, 16, 16), config)
+    assert 1.05 < ratio < 3
