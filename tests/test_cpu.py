@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import functional
+from lora_kernels import dispatch
 from lora_kernels._native import absence
 from lora_kernels.dispatch import MAX_CPU_RANK
 from lora_kernels.ops import backward_op, forward_op
@@ -136,7 +136,7 @@ def test_one_crossing_of_the_dispatcher_a_direction(monkeypatch):
 
         return call
 
-    implementation = next(i for i in functional.IMPLEMENTATIONS if i.name == "cpu")
+    implementation = next(i for i in dispatch.IMPLEMENTATIONS if i.name == "cpu")
     forward, backward = implementation.forward, implementation.backward
     object.__setattr__(implementation, "forward", counted("forward", forward))
     object.__setattr__(implementation, "backward", counted("backward", backward))
