@@ -169,10 +169,13 @@ def fused_parts(layer: Linear) -> FusedParts | str:
             return f"lora_B's bias is {lora_bias.dtype}, its weight {b[0].dtype}"
         if lora_bias.device != weight.device:
             return f"lora_B's bias is on {lora_bias.device}, the base layer on {weight.device}"
+        if lora_bias.layout is not torch.strided:
+            return f"lora_B's bias has layout {lora_bias.layout}"
         factor = scaling if isinstance(scaling, Tensor) else None
         check_memory(bias=bias, lora_bias=lora_bias, scaling=factor)
         scaled = lora_bias * scaling
-        bias = (scaled if bias is None else bias + scaled).to(weight.dtype)
+        # In the base bias's own dtype: one that doesn't fit is PEFT's to refuse.
+        bias = scaled.to(weight.dtype) if bias is None else (bias + scaled).to(bias.dtype)
     return weight, bias, a[0], b[0], dropout, scaling
 
 
@@ -211,8 +214,13 @@ def _call_reason(
             return reason
     # dynamo asks the same by itself.
     if not torch.compiler.is_dynamo_compiling():
-        if x.is_inference() and is_grad_enabled():
-            return "x is an inference tensor, which can't be saved for backward"
+        if is_grad_enabled() and (
+            x.is_inference()
+            or weight.is_inference()
+            or lora_A.is_inference()
+            or lora_B.is_inference()
+        ):
+            return "an inference tensor can't be saved for backward"
         if not x.is_contiguous() and refuses_strides(base, x):
             return "x is no matrix as it lies, which its base layer asks for"
     if x.is_cpu or impl != "auto":
