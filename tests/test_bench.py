@@ -299,11 +299,13 @@ def test_rows_carry_what_the_suite_promises(run):
 
 
 def _changed(source, target, change):
+    """Write a run of its layers compared with PEFT alone, changed: others may be quiet, too."""
     data = json.loads(source.read_text())
-    for row in data["rows"]["layer"]:
-        if row["over_peft"] is not None:
-            change(row)
-    target.write_text(json.dumps(data))
+    rows = [row for row in data["rows"]["layer"] if row["over_peft"] is not None]
+    assert rows
+    for row in rows:
+        change(row)
+    target.write_text(json.dumps(data | {"rows": {"layer": rows}}))
     return str(target)
 
 
