@@ -185,6 +185,8 @@ def _with_lora_bias(
         return f"lora_B's bias is on {lora_bias.device}, the base layer on {weight.device}"
     if lora_bias.layout is not torch.strided:
         return f"lora_B's bias has layout {lora_bias.layout}"
+    if bias is not None and (bias.shape != lora_bias.shape or bias.device != lora_bias.device):
+        return f"bias has shape {list(bias.shape)} on {bias.device}, unlike lora_B's"
     factor = scaling if isinstance(scaling, Tensor) else None
     check_memory(bias=bias, lora_bias=lora_bias, scaling=factor)
     scaled = lora_bias * scaling

@@ -88,8 +88,10 @@ def explain(
     dropout = training and drop_threshold(dropout_p) > 0
     problem = Problem(x.device, cast or x.dtype, lora_A.shape[0], dropout)
     reasons = refusals(problem)
+    names = [i.name for i in IMPLEMENTATIONS]
     first = preferred("auto", x, weight, dropout)
-    names = [first, *(i.name for i in IMPLEMENTATIONS)][first == "auto" :]
+    if first != "auto":
+        names.insert(0, first)
     choice = next((name for name in names if name not in reasons), None)
     for implementation in IMPLEMENTATIONS:
         if implementation.name not in (choice, *reasons):

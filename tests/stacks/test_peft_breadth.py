@@ -191,6 +191,33 @@ def test_an_adapter_left_on_meta_is_pefts_to_refuse():
             loss_of(model, tokens())
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize(
+    ("change", "raises"),
+    [
+        (lambda bias: bias[:1], None),  # PEFT broadcasts it
+        (lambda bias: bias[:-1], "shape|size"),
+        (lambda bias: bias.to("meta"), "meta"),
+        (lambda bias: bias.int(), "dtype"),
+    ],
+    ids=["one element", "too short", "on meta", "integers"],
+)
+def test_a_base_bias_that_does_not_fit_beside_lora_bias(change, raises):
+    base, config = nn.Linear(8, 6), peft.LoraConfig(r=2, target_modules=["0"], lora_bias=True)
+    plain = randomize(peft.get_peft_model(nn.Sequential(base), config))
+    patched, x = patched_copy(plain), torch.randn(3, 8)
+    for model in (patched, plain):
+        layer = model.base_model.model[0].base_layer
+        layer.bias = nn.Parameter(change(layer.bias.detach()), requires_grad=False)
+    lk.report(patched)  # in any state
+    if raises is None:
+        assert_close(patched(x), plain(x), 1e-6, "y")
+        return
+    for model in (patched, plain):
+        with pytest.raises(RuntimeError, match=raises):
+            model(x)
+
+
 def test_nested_disable_adapter(pair):
     rows = tokens()
     for model in pair:
