@@ -54,6 +54,53 @@ def test_calls_are_counted_with_the_last_reason(caplog):
     assert "calls so far: 1 fused, 3 left" in str(lk.report(model))
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_adapters_of_two_dtypes_are_pefts_to_refuse(part, dtype):
+    """Under autocast, which casts both, they are fused."""
+    model, x = two(), torch.randn(2, 8)
+    plain = copy.deepcopy(model)
+    lk.patch_peft(model)
+    for each in (model, plain):
+        getattr(each.base_model.model[0], part)["default"].to(dtype)
+        with pytest.raises(RuntimeError, match="dtype"):
+            each(x)
+    assert use(model).reason.startswith("lora_A is torch.")
+    if dtype == torch.bfloat16:
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0.05)
+        assert use(model).fused == 1
+
+
+@pytest.mark.parametrize("part", ["x", "base_layer", "lora_A", "lora_B"])
+def test_inference_tensors_are_pefts_to_save_or_to_refuse(part):
+    model, x = two(), torch.randn(2, 8)
+    plain = copy.deepcopy(model)
+    lk.patch_peft(model)
+    found = []
+    for each in (model, plain):
+        layer, given = each.base_model.model[0], x
+        with torch.inference_mode():
+            if part == "x":
+                given = x.clone()
+            else:
+                module = getattr(layer, part)
+                module = module if part == "base_layer" else module["default"]
+                module._parameters["weight"] = module.weight.detach().clone()
+        try:
+            found.append(each(given).detach())
+        except RuntimeError as error:
+            found.append(str(error))
+    if isinstance(found[1], str):
+        assert found[0] == found[1]
+    else:
+        torch.testing.assert_close(found[0], found[1])
+    assert use(model).left == 1
+    with torch.no_grad():
+        model(x)
+    assert use(model).fused == 1
+
+
 def test_states_that_are_asked_for_warn_of_nothing(caplog):
     model, x = two(), torch.randn(2, 8)
     lk.patch_peft(model)
