@@ -72,6 +72,8 @@ class FusedLinear(Linear):
 
     def unmerge(self) -> None:
         """Unmerge as PEFT does."""
+        # A merged layer may have been packed; PEFT's write through .data leaves no trace.
+        forget(self, "unmerged", until_unmerged=True)
         super().unmerge()
         if not self.merged_adapters:
             read = read_linear(self.base_layer)

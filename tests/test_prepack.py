@@ -293,6 +293,21 @@ def test_patched_peft_layers():
 
 
 @needs_packing
+def test_a_peft_layer_packed_while_it_is_merged():
+    """PEFT's unmerge writes through .data: the copies made before would be the merged weight's."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(48, 64)), config)
+    x = torch.randn(9, 48)
+    expected = model(x)
+    model.merge_adapter()
+    lk.patch_peft(model, prepack=True)
+    model.unmerge_adapter()
+    assert all(m._lora_kernels_packed for m in model.modules() if hasattr(m, "_lora_kernels_calls"))
+    torch.testing.assert_close(model(x), expected)
+
+
+@needs_packing
 def test_a_processor_without_packed_bfloat16_is_said(monkeypatch):
     model = make_model(torch.bfloat16)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
