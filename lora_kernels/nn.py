@@ -17,6 +17,7 @@ from lora_kernels.checks import (
     check_lora_linear,
     check_rank,
     is_dtensor,
+    plainly_fit,
 )
 from lora_kernels.dispatch import check_impl
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
@@ -215,18 +216,19 @@ class LoRALinear(nn.Module):
         x = input if x is None else x
         if self._merged_update is not None:
             return self.base_layer(x)
-        parts = self._fused_parts(x)
-        # A counter would be one of the things that a compiled graph depends on.
-        calls = None if torch.compiler.is_dynamo_compiling() else self._lora_kernels_calls
+        parts = self._fused_parts()
         if isinstance(parts, str):
-            if calls is not None:
-                calls.leave(parts)
-            return self._composed(x)
-        if calls is not None:
-            calls.fused += 1
+            return self._left(x, parts)
         weight, bias, a, b = parts
         cast = autocast_dtype(x)
-        check_lora_linear(x, weight, a, b, bias, cast=cast)
+        if not plainly_fit(x, weight, a, b, bias, cast):
+            reason = input_reason(x)
+            if reason is not None:
+                return self._left(x, reason)
+            check_lora_linear(x, weight, a, b, bias, cast=cast)
+        # A counter would be one of the things that a compiled graph depends on.
+        if not torch.compiler.is_dynamo_compiling():
+            self._lora_kernels_calls.fused += 1
         p, packed = self.lora_dropout if self.training else 0.0, current(self, weight)
         return checked_lora_linear(
             x, weight, a, b, bias, self.scaling, p, None, self.impl, cast, packed
@@ -234,10 +236,10 @@ class LoRALinear(nn.Module):
 
     def left_reason(self) -> str | None:
         """Return why a call would be composed of the submodules' own; None where it is fused."""
-        parts = self._fused_parts(None)
+        parts = self._fused_parts()
         return parts if isinstance(parts, str) else None
 
-    def _fused_parts(self, x: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | str:
+    def _fused_parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | str:
         """Return W, bias, A and B for a fused call, or what it would bypass."""
         modules: dict[str, Any] = self._modules
         base = read_linear(modules["base_layer"])
@@ -250,11 +252,13 @@ class LoRALinear(nn.Module):
             return f"lora_B {b}"
         if a[1] is not None or b[1] is not None:
             return "lora_A or lora_B has a bias"
-        reason = everywhere_reason() or input_reason(x)
+        reason = everywhere_reason()
         return (*base, a[0], b[0]) if reason is None else reason
 
-    def _composed(self, x: Tensor) -> Tensor:
-        """Return y by the submodules' own calls, as PEFT computes it."""
+    def _left(self, x: Tensor, reason: str) -> Tensor:
+        """Return y by the submodules' own calls, as PEFT computes it, and note the reason."""
+        if not torch.compiler.is_dynamo_compiling():
+            self._lora_kernels_calls.leave(reason)
         y = self.base_layer(x)
         dtype = getattr(getattr(self.lora_A, "weight", None), "dtype", None)
         if isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES:
