@@ -185,8 +185,9 @@ def _with_lora_bias(
         return f"lora_B's bias is {lora_bias.dtype}, its weight {lora_B.dtype}"
     if lora_bias.device != weight.device:
         return f"lora_B's bias is on {lora_bias.device}, the base layer on {weight.device}"
-    if lora_bias.layout is not torch.strided:
-        return f"lora_B's bias has layout {lora_bias.layout}"
+    for name, t in (("lora_B's bias", lora_bias), ("bias", bias)):
+        if t is not None and (t.is_nested or t.layout is not torch.strided):
+            return f"{name} has layout {t.layout}" if not t.is_nested else f"{name} is nested"
     if bias is not None and (bias.shape != lora_bias.shape or bias.device != lora_bias.device):
         return f"bias has shape {list(bias.shape)} on {bias.device}, unlike lora_B's"
     factor = scaling if isinstance(scaling, Tensor) else None

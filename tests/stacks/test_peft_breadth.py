@@ -199,13 +199,14 @@ def test_an_adapter_left_on_meta_is_pefts_to_refuse():
         (lambda bias: bias[:-1], "shape|size"),
         (lambda bias: bias.to("meta"), "meta"),
         (lambda bias: bias.int(), "dtype"),
+        (lambda bias: bias.to_sparse(), None),
     ],
-    ids=["one element", "too short", "on meta", "integers"],
+    ids=["one element", "too short", "on meta", "integers", "sparse"],
 )
 def test_a_base_bias_that_does_not_fit_beside_lora_bias(change, raises):
     base, config = nn.Linear(8, 6), peft.LoraConfig(r=2, target_modules=["0"], lora_bias=True)
     plain = randomize(peft.get_peft_model(nn.Sequential(base), config))
-    patched, x = patched_copy(plain), torch.randn(3, 8)
+    patched, x = patched_copy(plain), torch.randn(8)  # torch adds a sparse bias to no more
     for model in (patched, plain):
         layer = model.base_model.model[0].base_layer
         layer.bias = nn.Parameter(change(layer.bias.detach()), requires_grad=False)
