@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from bench.timing import Spread
 from bench.watched import CASES, NAMES
-from lora_kernels._native import BUILT
+from lora_kernels.native import BUILT
 
 ROOT = Path(__file__).parents[1]
 NOISE = 0.05  # what two runs of one revision may be apart

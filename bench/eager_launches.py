@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels._triton import cost
-from lora_kernels._triton.config import Config, Layer
-from lora_kernels._triton.device import Device
-from lora_kernels._triton.launch import Options
-from lora_kernels._triton.record import Launch
+from lora_kernels.impl.triton.launch import Options
+from lora_kernels.impl.triton.plan import cost
+from lora_kernels.impl.triton.plan.config import Config, Layer
+from lora_kernels.impl.triton.plan.device import Device
+from lora_kernels.impl.triton.tools.record import Launch
 
 TILE = Config(128, 128, 64, 8, 3)
 THIN = 64  # a product of fewer rows or columns takes tiles of so many, and four warps

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.calls import Call, inputs_for
 from bench.providers import Provider
 from bench.shapes import SCALING, Case
-from lora_kernels import reference
+from lora_kernels.impl.reference import linear as reference
 from lora_kernels.testing import Inputs, assert_within_budget, make_inputs
 
 ROWS = 32

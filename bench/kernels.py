@@ -17,13 +17,13 @@ import torch
 
 from bench import eager_launches
 from bench.eager_launches import TILE, Step
-from lora_kernels._triton import cost
-from lora_kernels._triton.compiler import compile_for, resources
-from lora_kernels._triton.config import Config, Layer, illegal
-from lora_kernels._triton.inspect import code_of
-from lora_kernels._triton.machine import GPUS, Machine
-from lora_kernels._triton.plan import plan
-from lora_kernels._triton.record import Launch, launches
+from lora_kernels.impl.triton.plan import cost
+from lora_kernels.impl.triton.plan.config import Config, Layer, illegal
+from lora_kernels.impl.triton.plan.plan import plan
+from lora_kernels.impl.triton.tools.compiler import compile_for, resources
+from lora_kernels.impl.triton.tools.inspect import code_of
+from lora_kernels.impl.triton.tools.machine import GPUS, Machine
+from lora_kernels.impl.triton.tools.record import Launch, launches
 
 M, N, K, R = 512, 1024, 1024, 16
 QUICK_M, QUICK_SIZE = 256, 512

@@ -15,7 +15,7 @@ from bench.providers import BY_NAME, REFERENCE, Provider
 from bench.session import Session
 from bench.shapes import SCALING, Case
 from bench.timing import Meter, Spread, threads
-from lora_kernels._native import absence
+from lora_kernels.native import absence
 from lora_kernels.testing import make_inputs
 
 # Too small to take time: what is left is the cost of the call.

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lora_kernels._version import __version__ as __version__
 from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.explanation import Explanation, explain
 from lora_kernels.functional import dropout_mask, lora_linear
@@ -13,7 +14,6 @@ from lora_kernels.usage import LayerUse, UsageReport
 if TYPE_CHECKING:
     from lora_kernels.integrations.transformers import TrainerCallback as TrainerCallback
 
-__version__ = "0.2.0"
 __all__ = [
     "Explanation",
     "LayerUse",

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import lora_kernels
-from lora_kernels._native import absence
 from lora_kernels.dispatch import NO_TRITON, triton_absence
+from lora_kernels.native import absence
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def _inspect(options: argparse.Namespace) -> int:
         # What it holds is read by a program of Triton's.
         if absence("cuda") is None and _lacks_triton():
             return 2
-        from lora_kernels._cuda.inspect import main as inspect_built
+        from lora_kernels.impl.cuda.inspect import main as inspect_built
 
         return inspect_built(options.json)
     if _lacks_triton():
@@ -91,7 +91,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: unset it, since nothing is compiled then", file=sys.stderr)
         return 2
-    from lora_kernels._triton.inspect import main as inspect
+    from lora_kernels.impl.triton.tools.inspect import main as inspect
 
     return inspect(options.arch, options.rank, options.only, options.json, options.dump)
 
@@ -99,7 +99,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     if _lacks_triton():
         return 2
-    from lora_kernels._triton.tune import main as tune
+    from lora_kernels.impl.triton.tools.tune import main as tune
 
     return tune(options.shapes, options.dtype, options.out, options.most)
 

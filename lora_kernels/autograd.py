@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lora_kernels import reference
+from lora_kernels.impl.reference import linear as reference
+from lora_kernels.impl.reference.mask import dropout
 from lora_kernels.transforms import counts_flops, in_functorch
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -158,7 +159,7 @@ def _xa_with_graph(
         return None
     if x is not None:
         rows = x.reshape(-1, x.shape[-1])
-        return reference.dropout(rows, ctx.params.threshold, seed) @ lora_A.to(x.dtype).T
+        return dropout(rows, ctx.params.threshold, seed) @ lora_A.to(x.dtype).T
     if ctx.needs_input_grad[0]:
         raise RuntimeError(
             "lora_linear: expected lora_A to require grad for a second derivative through lora_B's "
@@ -173,10 +174,10 @@ def _with_gradient_of_xa(ctx, dxa, dx, dw, da):
     x, _, _, lora_A, _, seed, _ = ctx.saved_tensors
     threshold = ctx.params.threshold
     if need_x:
-        dx = dx + reference.dropout(dxa @ lora_A.to(dxa.dtype), threshold, seed).reshape(dx.shape)
+        dx = dx + dropout(dxa @ lora_A.to(dxa.dtype), threshold, seed).reshape(dx.shape)
     if need_a:
         rows = x.reshape(-1, x.shape[-1])
-        da = da + (dxa.T @ reference.dropout(rows, threshold, seed)).to(da.dtype)
+        da = da + (dxa.T @ dropout(rows, threshold, seed)).to(da.dtype)
     return dx, dw, da
 
 

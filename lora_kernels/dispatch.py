@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_kernels._cuda import machine
-from lora_kernels._native import BUILT, absence
-from lora_kernels._triton import launch
-from lora_kernels._triton.config import MAX_RANK
+from lora_kernels.impl.cuda import machine
+from lora_kernels.impl.triton import launch
+from lora_kernels.impl.triton.plan.config import MAX_RANK
+from lora_kernels.native import BUILT, absence
 from lora_kernels.ops import backward_op, forward_op
 
 # Generations of GPUs for which Triton's code is executed in tests, or is that of one which is.

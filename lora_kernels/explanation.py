@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lora_kernels._triton import launch
-from lora_kernels._triton.config import Layer
-from lora_kernels._triton.tuned import planned
 from lora_kernels.checks import check_dropout_p, check_lora_linear, check_scaling, check_seed
 from lora_kernels.dispatch import IMPLEMENTATIONS, Problem, check_impl, refusals, slower_than_peft
 from lora_kernels.dropout import drop_threshold
 from lora_kernels.functional import autocast_dtype, preferred
+from lora_kernels.impl.triton import launch
+from lora_kernels.impl.triton.plan.config import Layer
+from lora_kernels.impl.triton.plan.tuned import planned
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
-from lora_kernels import reference
 from lora_kernels.autograd import CallParams, LoraLinearFunction, below_autograd
 from lora_kernels.checks import (
     check_dropout_p,
@@ -24,6 +23,8 @@ from lora_kernels.dispatch import (
     choose,
 )
 from lora_kernels.dropout import LEVELS, drop_threshold
+from lora_kernels.impl.reference import linear as reference
+from lora_kernels.impl.reference.mask import keep_mask
 from lora_kernels.ops import implement
 from lora_kernels.packing import Packed
 from lora_kernels.transforms import needs_plain_torch
@@ -241,7 +242,7 @@ def dropout_mask(
         TypeError, ValueError: an argument outside what is said above.
 
     Source: Philox-4x32-10 of Salmon et al., Parallel random numbers, SC'11; how elements map to its
-    lanes is said in `reference.keep_mask`.
+    lanes is said in `impl/reference/mask.py`.
 
     Example:
         >>> lk.dropout_mask((1, 6), 0.5, seed=7)
@@ -260,7 +261,7 @@ def dropout_mask(
     rows = 1
     for d in dims[:-1]:
         rows *= d
-    mask = reference.keep_mask(rows, dims[-1], drop_threshold(dropout_p), seed, device)
+    mask = keep_mask(rows, dims[-1], drop_threshold(dropout_p), seed, device)
     return mask.reshape(dims)
 
 

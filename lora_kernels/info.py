@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lora_kernels._native import LIBRARIES, absence
 from lora_kernels.dispatch import IMPLEMENTATIONS, Implementation, Problem
+from lora_kernels.native import LIBRARIES, absence
 
 _COMPANIONS = ("triton", "peft", "safetensors", "transformers")
 # Of the calls for which it is said what is usable.

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import _pools, _tf32, reference
-from lora_kernels._native import absence
 from lora_kernels.autograd import CallParams, OperatorFunction, below_autograd
 from lora_kernels.checks import check_backward, check_lora_linear, check_memory
+from lora_kernels.impl import gpu
+from lora_kernels.impl.reference import linear as reference
+from lora_kernels.native import absence
 
 _FORWARD = (
     "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, "
@@ -31,11 +32,11 @@ _BACKWARD = (
     "-> (Tensor dx, Tensor da, Tensor db, Tensor dbias)"
 )
 _MODULES = {
-    "reference": "lora_kernels.reference",
-    "eager": "lora_kernels._eager",
-    "triton": "lora_kernels._triton.linear",
+    "reference": "lora_kernels.impl.reference.linear",
+    "eager": "lora_kernels.impl.eager.linear",
+    "triton": "lora_kernels.impl.triton.linear",
     # Where the compiled kernels are executed on tensors that are not a GPU's.
-    "cuda": "lora_kernels._cuda.machine",
+    "cuda": "lora_kernels.impl.cuda.machine",
 }
 
 _library = torch.library.Library("lora_kernels", "DEF")
@@ -211,7 +212,7 @@ def _plain_backward(
 for _name in ("reference", "eager", "triton"):
     _register(_name)
 # packed: the weight in oneDNN's own layout, that of W forward and of Wᵀ backward, in the parts that
-# `_onednn.parts` makes; None: it isn't packed.
+# `onednn.parts` makes; None: it isn't packed.
 _register_compiled("cpu", ", Tensor[]? packed=None")
 _register_compiled("cuda")
 # The layer as torch.export records it, whatever the implementation: it keeps its gradient, runs
@@ -223,10 +224,10 @@ _library.define(
 # Whether float32 products may be TF32's, by torch's own switch. The compiled CUDA part asks at each
 # call on float32 tensors, forward and backward: what is compiled around an operator doesn't fix it.
 _library.define("allows_tf32() -> bool")
-_library.impl("allows_tf32", _tf32.allowed, "CompositeExplicitAutograd")
+_library.impl("allows_tf32", gpu.tf32_allowed, "CompositeExplicitAutograd")
 # Whether t may be kept from call to call. It asks for each block of flags that it makes.
 _library.define("in_shared_pool(Tensor t) -> bool")
-_library.impl("in_shared_pool", _pools.in_shared_pool, "CompositeExplicitAutograd")
+_library.impl("in_shared_pool", gpu.in_shared_pool, "CompositeExplicitAutograd")
 
 # Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16
 # [count, 8], for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_kernels._native import absence
-from lora_kernels._onednn import parts
 from lora_kernels.checks import is_dtensor
+from lora_kernels.impl.eager.onednn import parts
+from lora_kernels.native import absence
 from lora_kernels.ops import backward_op, forward_op
 
 PACKED_DTYPES = (torch.bfloat16, torch.float32)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from lora_kernels._native import LIBRARIES, absence
 from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
 from lora_kernels.dispatch import Problem, choose, refusal, refusals, slower_than_peft
 from lora_kernels.functional import autocast_dtype
+from lora_kernels.native import LIBRARIES, absence
 
 _KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 _CURES = {

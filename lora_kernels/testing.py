@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import _tf32, functional, reference
+from lora_kernels import functional
 from lora_kernels.dropout import drop_threshold
+from lora_kernels.impl import gpu
+from lora_kernels.impl.reference import linear as reference
 
 FEW_ELEMENTS, MORE_DRAWS = 1 << 17, 7
 # Where xa has so few elements, one rounding of it decides the errors of y and db: against seven
@@ -213,7 +215,7 @@ def eager_results(case: Case, inputs: Inputs) -> dict[str, Tensor]:
 
     A CPU has none: there the operands of each product are rounded, as a GPU's tensor cores do.
     """
-    by_tf32 = case.dtype == torch.float32 and _tf32.allowed()
+    by_tf32 = case.dtype == torch.float32 and gpu.tf32_allowed()
     with _Tf32Products() if by_tf32 else nullcontext():
         return reference_results(case, inputs)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import _native
+from lora_kernels import native
 
 SEED = int(os.environ.get("LORA_KERNELS_TEST_SEED") or random.SystemRandom().randrange(1 << 31))
 
@@ -22,8 +22,8 @@ def _module(name):
 
 # Why something isn't there, or None.
 ABSENCES = {
-    "cpu": lambda: _native.absence("cpu"),
-    "cuda": lambda: _native.absence("cuda"),
+    "cpu": lambda: native.absence("cpu"),
+    "cuda": lambda: native.absence("cuda"),
     "triton": lambda: _module("triton"),
     "machine": lambda: _module("ptxvm"),
     "gpu": lambda: None if torch.cuda.is_available() else "torch finds no CUDA GPU",
@@ -41,7 +41,7 @@ def pytest_configure(config):
     torch.set_num_threads(1)
     # `make sanitize` tests an instrumented build of the compiled part.
     if library := os.environ.get("LORA_KERNELS_TEST_LIBRARY"):
-        _native.LIBRARIES["cpu"] = Path(library)
+        native.LIBRARIES["cpu"] = Path(library)
     needs = os.environ.get("LORA_KERNELS_TEST_NEEDS", "").split() + ["cpu"] * bool(library)
     for name in needs:
         if name not in ABSENCES:

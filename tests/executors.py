@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels._triton import launch
-from lora_kernels._triton.device import Device, known
+from lora_kernels.impl.triton import launch
+from lora_kernels.impl.triton.plan.device import Device, known
 from lora_kernels.testing import Case, assert_results, make_inputs, run
 from tests.serving import Place, needs_gpu
 
 pytest.importorskip("triton")
 
-from lora_kernels._triton.machine import Machine
+from lora_kernels.impl.triton.tools.machine import Machine
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_MACHINE = importlib.util.find_spec("ptxvm") is not None
@@ -56,10 +56,10 @@ def executors() -> list[Any]:
 
 def fix_plan(monkeypatch: Any, **fields: Any) -> None:
     """Let every call take one configuration: small tiles, one launch, unless `fields` differ."""
-    from lora_kernels._triton import linear
-    from lora_kernels._triton.config import Config
-    from lora_kernels._triton.cost import thin_config
-    from lora_kernels._triton.plan import Plan
+    from lora_kernels.impl.triton import linear
+    from lora_kernels.impl.triton.plan.config import Config
+    from lora_kernels.impl.triton.plan.cost import thin_config
+    from lora_kernels.impl.triton.plan.plan import Plan
 
     small = {"rows": 64, "columns": 64, "depth": 64, "warps": 4, "stages": 3}
     wanted = Config(**(small | fields))
@@ -78,7 +78,7 @@ def check_same_bits(case: Case, target: int, monkeypatch: Any) -> None:
     Sums over rows are of five segments or so: two would be the same in either order. xa is summed
     over three parts of K, and handed on by them.
     """
-    from lora_kernels._triton import linear
+    from lora_kernels.impl.triton import linear
 
     fix_plan(monkeypatch, descriptors=target > 80, producers=3)
     monkeypatch.setattr(linear, "segment_rows", lambda *_: 64)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import lora_kernels
-from lora_kernels._native import absence
+from lora_kernels.native import absence
 from lora_kernels.testing import Case, assert_parity, make_inputs
 
 SIZES = [(1, 64, 64, 1), (16, 96, 200, 8), (130, 257, 129, 16), (300, 320, 512, 64)]

@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
-from lora_kernels import _eager
 from lora_kernels.dropout import drop_threshold
-from lora_kernels.reference import lora_linear_backward, lora_linear_forward
+from lora_kernels.impl.eager import linear as eager
+from lora_kernels.impl.reference.linear import lora_linear_backward, lora_linear_forward
 from tests.serving import IMPLS, skip_if_refused
 
 
@@ -76,7 +76,7 @@ def counted(monkeypatch):
         return run
 
     for name in ("lora_linear_forward", "lora_linear_backward"):
-        monkeypatch.setattr(_eager, name, inside(getattr(_eager, name)))
+        monkeypatch.setattr(eager, name, inside(getattr(eager, name)))
     return mode
 
 
@@ -221,6 +221,6 @@ def test_autocast_leaves_float64_alone():
 def test_rows_are_copied_only_where_torch_may_read_beyond_them(columns, dtype, copied):
     """On a CPU with AMX; parity on tensors among NaN shows there that it must be so."""
     x = torch.zeros(20, 200, dtype=dtype)[:, :columns]
-    rows = _eager._left_operand(x)
+    rows = eager._left_operand(x)
     assert torch.equal(rows, x)
     assert (rows.data_ptr() != x.data_ptr()) == copied

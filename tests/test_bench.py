@@ -21,13 +21,13 @@ from bench.providers import BY_NAME, Provider, replace_forward
 from bench.rivals import addmm_lora
 from bench.shapes import Case, cases
 from bench.timing import Spread
-from lora_kernels import _native
-from lora_kernels._triton.config import Layer
+from lora_kernels import native
+from lora_kernels.impl.triton.plan.config import Layer
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case("minilm", "q+k+v+o", 96, 64, 128, 16, "fp32", "fp32", 0.25)
 BUILT = pytest.mark.skipif(
-    _native.absence("cpu") is not None, reason="the compiled part is not built"
+    native.absence("cpu") is not None, reason="the compiled part is not built"
 )
 
 

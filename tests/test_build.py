@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels import _native
+from lora_kernels import native
 
 ROOT = Path(__file__).parent.parent
 ABI = ROOT / "csrc" / "torch_abi"
@@ -238,13 +238,13 @@ def test_sources_of_sm_90a_are_compiled_for_9_0(tmp_path, monkeypatch):
 
 
 def test_absence_names_the_reason_of_the_build(tmp_path, monkeypatch):
-    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
-    assert _native._left_out("cpu") == "see README.md, Install"
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert native._left_out("cpu") == "see README.md, Install"
     (tmp_path / "_left_out.json").write_text('{"cpu": "no C++ compiler: c++ is not on PATH"}')
-    monkeypatch.setitem(_native.LIBRARIES, "cpu", tmp_path / "_cpu.abi3.so")
-    said = _native.absence.__wrapped__("cpu")
+    monkeypatch.setitem(native.LIBRARIES, "cpu", tmp_path / "_cpu.abi3.so")
+    said = native.absence.__wrapped__("cpu")
     assert said == "not built when the package was installed: no C++ compiler: c++ is not on PATH"
-    assert _native._left_out("cuda") == "see README.md, Install"
+    assert native._left_out("cuda") == "see README.md, Install"
 
 
 def test_libraries_have_the_names_that_setuptools_gives_them():
@@ -255,7 +255,7 @@ def test_libraries_have_the_names_that_setuptools_gives_them():
     command = build_ext(Distribution({"ext_modules": extensions}))
     command.ensure_finalized()
     name = Path(command.get_ext_filename("lora_kernels._cpu")).name
-    assert _native.LIBRARIES["cpu"].name in (name, os.environ.get("LORA_KERNELS_TEST_LIBRARY"))
+    assert native.LIBRARIES["cpu"].name in (name, os.environ.get("LORA_KERNELS_TEST_LIBRARY"))
 
 
 # ---- with real compilers ----

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels._native import absence
 from lora_kernels.checks import scaling_for
 from lora_kernels.dispatch import CHOICES
+from lora_kernels.native import absence
 
 X, W = torch.randn(4, 8), torch.randn(6, 8)
 A, B = torch.randn(2, 8), torch.randn(6, 2)

@@ -14,9 +14,9 @@ import lora_kernels
 from lora_kernels import _progress, dispatch
 from lora_kernels.__main__ import main
 from lora_kernels._progress import Progress
-from lora_kernels._triton import tuned
-from lora_kernels._triton.device import known
 from lora_kernels.dispatch import IMPLEMENTATIONS, NO_TRITON
+from lora_kernels.impl.triton.plan import tuned
+from lora_kernels.impl.triton.plan.device import known
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,7 +90,7 @@ def test_without_triton_one_line_says_so(command, without_triton, capsys):
 @pytest.mark.parametrize("absent", [None, "not built"])
 def test_the_built_part_is_read_by_tritons_program(absent, without_triton, monkeypatch, capsys):
     from lora_kernels import __main__
-    from lora_kernels._cuda import inspect
+    from lora_kernels.impl.cuda import inspect
 
     for module in (__main__, inspect):
         monkeypatch.setattr(module, "absence", lambda part: absent)

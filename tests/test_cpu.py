@@ -10,8 +10,8 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import dispatch
-from lora_kernels._native import absence
 from lora_kernels.dispatch import MAX_CPU_RANK
+from lora_kernels.native import absence
 from lora_kernels.ops import backward_op, forward_op
 from lora_kernels.testing import Case, assert_parity, make_inputs, run
 from tests.layouts import laid_out, row_apart, transposed
@@ -151,7 +151,7 @@ def test_one_crossing_of_the_dispatcher_a_direction(monkeypatch):
 
 def _isa(name):
     environment = os.environ | {"LORA_KERNELS_TEST_ISA": name}
-    code = "import lora_kernels; from lora_kernels._native import absence; absence('cpu')\n"
+    code = "import lora_kernels; from lora_kernels.native import absence; absence('cpu')\n"
     code += "import torch; print(torch.ops.lora_kernels.cpu_isa())"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels._cuda.inspect import Report, reports
-from lora_kernels._native import LIBRARIES, absence
+from lora_kernels.impl.cuda.inspect import Report, reports
+from lora_kernels.native import LIBRARIES, absence
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "csrc" / "cuda" / "build.py"

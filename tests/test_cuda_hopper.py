@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import _ptxvm
-from lora_kernels._cuda import machine
-from lora_kernels._cuda.machine import Machine, using
-from lora_kernels._native import absence
+from lora_kernels.impl import executor
+from lora_kernels.impl.cuda import machine
+from lora_kernels.impl.cuda.machine import Machine, using
+from lora_kernels.native import absence
 from lora_kernels.testing import (
     Case,
     assert_parity,
@@ -54,7 +54,7 @@ def compiled(tmp_path_factory):
 def hopper(compiled, monkeypatch):
     """A machine's sm_90a, beside the library's own code for sm_80."""
     code = cache(
-        lambda target: _ptxvm.load(compiled[0] if target == "sm_90a" else machine.ptx(target))
+        lambda target: executor.load(compiled[0] if target == "sm_90a" else machine.ptx(target))
     )
     monkeypatch.setattr(machine, "_code", code)
 

@@ -40,8 +40,8 @@ import pathlib, sys
 import torch, cudastub
 cudastub.install("H100,A100", sms=8, tensors=True, triton=False)
 cudastub.library().cudastub_set_sms(0, 5)
-from lora_kernels import _native, lora_linear
-_native.LIBRARIES["cuda"] = pathlib.Path(sys.argv[1])
+from lora_kernels import lora_linear, native
+native.LIBRARIES["cuda"] = pathlib.Path(sys.argv[1])
 from lora_kernels.testing import Case, assert_parity, make_inputs
 
 def launched():

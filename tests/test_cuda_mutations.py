@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import _ptxvm
-from lora_kernels._cuda import machine
-from lora_kernels._cuda.machine import Machine, using
-from lora_kernels._native import absence
+from lora_kernels.impl import executor
+from lora_kernels.impl.cuda import machine
+from lora_kernels.impl.cuda.machine import Machine, using
+from lora_kernels.native import absence
 from lora_kernels.testing import (
     Case,
     assert_parity,
@@ -210,7 +210,7 @@ def check(tmp_path, monkeypatch):
     """Runs the parity suite of a case on mutated kernels; all but "nothing" must turn it red."""
 
     def check_one(name, case, kernels, mutants, target="sm_80", **device):
-        code = _ptxvm.load(_ptx(tmp_path, kernels, mutants[name], target))
+        code = executor.load(_ptx(tmp_path, kernels, mutants[name], target))
         monkeypatch.setattr(machine, "_code", lambda target: code)
 
         # Where no tile of dA draws the mask, those of dx wait for dxa alone; without dx other tiles

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels._cuda.machine import Machine, using
-from lora_kernels._native import absence
+from lora_kernels.impl.cuda.machine import Machine, using
+from lora_kernels.native import absence
 from lora_kernels.ops import forward_op
 from lora_kernels.testing import (
     GRADIENTS,

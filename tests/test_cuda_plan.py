@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from lora_kernels._native import absence
 from lora_kernels.dispatch import MAX_RANK
+from lora_kernels.native import absence
 
 ABSENT = absence("cuda")
 pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"compiled CUDA part: {ABSENT}")

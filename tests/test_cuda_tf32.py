@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels._cuda.machine import Machine, using
+from lora_kernels.impl.cuda.machine import Machine, using
 from lora_kernels.testing import (
     Case,
     assert_parity,

@@ -13,10 +13,10 @@ from itertools import product
 import pytest
 import torch
 
-from lora_kernels import _ptxvm
-from lora_kernels._cuda import machine
-from lora_kernels._cuda.machine import Machine, using
-from lora_kernels._native import absence
+from lora_kernels.impl import executor
+from lora_kernels.impl.cuda import machine
+from lora_kernels.impl.cuda.machine import Machine, using
+from lora_kernels.native import absence
 from lora_kernels.testing import Case, assert_parity, make_inputs, run
 from tests.test_cuda_mutations import BF16_KERNELS, HOPPER_KERNELS, MUTANTS, _ptx
 
@@ -71,7 +71,7 @@ def _check(monkeypatch, code, target, seeds=(0,), **how):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_is_read_is_ordered(target, compiled, monkeypatch):
-    _check(monkeypatch, _ptxvm.load(compiled(target)), target, range(4))
+    _check(monkeypatch, executor.load(compiled(target)), target, range(4))
 
 
 @pytest.mark.parametrize(("target", "fault"), list(product(TARGETS, FAULTS)))
@@ -80,7 +80,7 @@ def test_a_missing_order_is_found(target, fault, compiled, monkeypatch):
     text = compiled(target)
     assert right in text
     with pytest.raises(AssertionError, match=r"race|budget|NaN|order"):
-        _check(monkeypatch, _ptxvm.load(text.replace(right, wrong)), target, range(4))
+        _check(monkeypatch, executor.load(text.replace(right, wrong)), target, range(4))
 
 
 def test_what_only_copies_arrive_for_is_found(compiled, monkeypatch):
@@ -90,7 +90,7 @@ def test_what_only_copies_arrive_for_is_found(compiled, monkeypatch):
         PASSED_ON,
         "if (one) arrive_after_copies(memory.factors_filled());",
     )
-    code = _ptxvm.load(compiled("sm_90a", fault))
+    code = executor.load(compiled("sm_90a", fault))
     with pytest.raises(AssertionError, match=r"race|budget|NaN|order"):
         _check(monkeypatch, code, "sm_90a", range(8))
 
@@ -98,11 +98,10 @@ def test_what_only_copies_arrive_for_is_found(compiled, monkeypatch):
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_wait_without_end_ends_by_an_error(target, compiled, monkeypatch):
     """Flags that a broken launch left behind are never reached; the clock counts instructions."""
-    import ptxvm
 
     text, limits = re.subn(r"(setp\.gt\.u32 late, %r\d+, )7;", r"\g<1>1000000;", compiled(target))
     assert limits
-    code = ptxvm.load(text.replace("%globaltimer_hi", "%globaltimer_lo"))
+    code = executor.load(text.replace("%globaltimer_hi", "%globaltimer_lo"))
     _check(monkeypatch, code, target, weak=0)
     _, case, device = TARGETS[target]
     flags = torch.full((4096,), -99, dtype=torch.int32)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import _philox, reference
-from lora_kernels._native import absence
 from lora_kernels.dropout import drop_threshold, keep_scale
+from lora_kernels.impl.eager import mask as eager_mask
+from lora_kernels.impl.reference import mask as reference_mask
+from lora_kernels.native import absence
 from tests.serving import IMPLS, skip_if_refused
 
 WORD = 0xFFFFFFFF
@@ -44,7 +45,7 @@ def test_reference_philox_equals_the_scalar_one():
     for _ in range(50):
         counter = int(torch.randint(-(1 << 63), (1 << 63) - 1, ()))
         seed = int(torch.randint(-(1 << 63), (1 << 63) - 1, ()))
-        words = reference.philox_4x32_10(torch.tensor([counter]), seed)[0].tolist()
+        words = reference_mask.philox_4x32_10(torch.tensor([counter]), seed)[0].tolist()
         unsigned = counter & (1 << 64) - 1
         key = [seed & WORD, (seed >> 32) & WORD]
         assert words == scalar_philox([unsigned & WORD, unsigned >> 32, 0, 0], key)
@@ -52,7 +53,7 @@ def test_reference_philox_equals_the_scalar_one():
 
 def test_mask_element_takes_its_lane():
     rows, columns, seed, threshold = 3, 21, 12345, 20000
-    mask = reference.keep_mask(rows, columns, threshold, seed, "cpu")
+    mask = reference_mask.keep_mask(rows, columns, threshold, seed, "cpu")
     for m in range(rows):
         for k in range(columns):
             words = scalar_philox([m * 3 + k // 8, 0, 0, 0], [seed, 0])
@@ -67,13 +68,13 @@ def test_eager_blocks_have_the_bits_of_the_reference(shape, block, compiled, mon
     if compiled and absence("cpu") is not None:
         pytest.skip(f"compiled CPU part: {absence('cpu')}")
     if not compiled:
-        monkeypatch.setattr(_philox, "absence", lambda part: "left out by this test")
-    monkeypatch.setattr(_philox, "BLOCK_COUNTERS", block)
+        monkeypatch.setattr(eager_mask, "absence", lambda part: "left out by this test")
+    monkeypatch.setattr(eager_mask, "BLOCK_COUNTERS", block)
     seed = torch.randint(-(1 << 63), (1 << 63) - 1, ())
     mask = torch.zeros(shape, dtype=torch.int16)
-    for rows, keep in _philox.keep_blocks(*shape, 6554, seed):
+    for rows, keep in eager_mask.keep_blocks(*shape, 6554, seed):
         mask[rows] = keep
-    assert torch.equal(mask.bool(), reference.keep_mask(*shape, 6554, seed, "cpu"))
+    assert torch.equal(mask.bool(), reference_mask.keep_mask(*shape, 6554, seed, "cpu"))
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "aten"])
@@ -82,9 +83,9 @@ def test_lanes_beyond_the_32_bit_counter(compiled):
         pytest.skip(f"compiled CPU part: {absence('cpu')}")
     start, count, seed, threshold = (1 << 32) - 100, 333, torch.tensor(-987654321), 6554
     lanes = torch.full((count, 8), 7, dtype=torch.int16)
-    fill = _philox._compiled_fill(seed) if compiled else _philox._aten_fill(seed, count)
+    fill = eager_mask._compiled_fill(seed) if compiled else eager_mask._aten_fill(seed, count)
     fill(lanes, start, threshold)
-    words = reference.philox_4x32_10(torch.arange(start, start + count), seed)
+    words = reference_mask.philox_4x32_10(torch.arange(start, start + count), seed)
     expected = torch.stack((words & 0xFFFF, words >> 16), -1).reshape(count, 8) >= threshold
     assert torch.equal(lanes, expected.to(torch.int16))
 
@@ -95,7 +96,7 @@ def test_compiled_lanes_do_not_depend_on_the_number_of_threads():
     masks, threads = [], torch.get_num_threads()
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        masks.append(next(_philox.keep_blocks(999, 1000, 6554, torch.tensor(5)))[1].clone())
+        masks.append(next(eager_mask.keep_blocks(999, 1000, 6554, torch.tensor(5)))[1].clone())
     torch.set_num_threads(threads)
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])

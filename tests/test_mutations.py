@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from lora_kernels import _eager
+from lora_kernels.impl.eager import linear as eager
 from lora_kernels.testing import Case, assert_parity, make_inputs
 
 CASE = Case((65,), 48, 40, 40, dropout_p=0.2)  # r = k, so that a transposed A has A's shape
-FORWARD, BACKWARD = _eager.lora_linear_forward, _eager.lora_linear_backward
+FORWARD, BACKWARD = eager.lora_linear_forward, eager.lora_linear_backward
 
 
 def scale_dropped(x, w, a, b, bias, seed, scaling, threshold):
@@ -68,6 +68,6 @@ def test_mutants_are_caught(name, mutant, dtype, monkeypatch):
     case = Case(**(vars(CASE) | {"dtype": dtype}))
     inputs = make_inputs(case)
     assert_parity(case, inputs, "eager")
-    monkeypatch.setattr(_eager, name, mutant)
+    monkeypatch.setattr(eager, name, mutant)
     with pytest.raises(AssertionError, match=r"budget|NaN"):
         assert_parity(case, inputs, "eager")

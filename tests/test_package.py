@@ -10,23 +10,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_kernels"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-# From top to bottom: a module may import what stands to the right of it, never to the left.
+# From top to bottom, folders and single modules: what is in one may import what stands in the same
+# or further on, never before. A module belongs to the longest name that begins its own.
 FLOW = (
-    "__main__", "info", "testing", "__init__",
-    "integrations.auto", "integrations.axolotl", "integrations.transformers", "integrations",
-    "adapter_files", "adapter_layout", "patching",
-    "prepack", "serving", "_peft_layer", "nn", "merging", "bypass", "explanation",
-    "functional", "tensor_parallel",
-    "sharding", "packing", "usage", "summary", "dispatch", "ops", "autograd", "transforms",
-    "_triton.inspect", "_triton.tune", "_triton.record", "_triton.linear", "_triton.machine",
-    "_triton.compiler",
-    "_triton.forward", "_triton.backward", "_triton.thin", "_triton.sums", "_triton.handing",
-    "_triton.philox", "_triton.tiles",
-    "_triton.tuned", "_triton.plan", "_triton.cost", "_triton.config", "_triton.launch",
-    "_triton.workspace", "_triton.device", "_triton",
-    "_cuda.inspect", "_cuda.machine", "_cuda", "_cuobjdump", "_ptxvm",
-    "_progress", "_eager", "_onednn", "_tf32", "_pools", "reference", "_philox", "_native",
-    "wrappers", "checks", "dropout",
+    "__main__", "info", "testing", "__init__", "integrations", "adapter_files", "adapter_layout",
+    "patching", "prepack", "serving", "_peft_layer", "nn", "merging", "bypass", "explanation",
+    "functional", "tensor_parallel", "sharding", "packing", "usage", "summary", "dispatch", "ops",
+    "autograd", "transforms",
+    "impl.cuda", "impl.triton.tools", "impl.triton", "impl.triton.kernels", "impl.triton.plan",
+    "impl.eager", "impl.reference", "impl",
+    "_progress", "_version", "native", "wrappers", "checks", "dropout",
 )  # fmt: skip
 
 FORBID = """
@@ -49,9 +42,9 @@ def test_import_and_use_with_torch_alone():
     code = FORBID + (
         "from pathlib import Path\n"
         "import torch, lora_kernels as lk\n"
-        "from lora_kernels import _native\n"
-        "assert _native.absence.cache_info().currsize == 0, 'loaded at import'\n"
-        "_native.LIBRARIES.update(cpu=Path('forbidden'), cuda=Path('forbidden'))\n"
+        "from lora_kernels import native\n"
+        "assert native.absence.cache_info().currsize == 0, 'loaded at import'\n"
+        "native.LIBRARIES.update(cpu=Path('forbidden'), cuda=Path('forbidden'))\n"
         "layer = lk.LoRALinear(8, 6, r=2, lora_dropout=0.1)\n"
         "layer(torch.randn(3, 8)).sum().backward()\n"
         "assert not torch.cuda.is_initialized()\n"
@@ -86,25 +79,51 @@ def _module(path):
 
 
 def _imports(path):
+    """Yield each name of the package that a module imports, by whichever form of import."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and "lora_kernels" in node.module:
-            package = node.module.removeprefix("lora_kernels").removeprefix(".")
-            if package in ("", "_triton", "_cuda"):
-                names = (alias.name for alias in node.names)
-                yield from (f"{package}.{name}".removeprefix(".") for name in names)
-            else:
-                yield package
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (
+            name.removeprefix("lora_kernels").removeprefix(".") or "__init__"
+            for name in names
+            if name.split(".")[0] == "lora_kernels"
+        )
+
+
+def _place(name):
+    """Return the entry of FLOW that a module, or a name in it, belongs to."""
+    while name and name not in FLOW:
+        name = name.rpartition(".")[0]
+    return name or "__init__"
 
 
 def test_every_module_has_its_place_in_the_flow():
-    assert sorted(map(_module, SOURCES)) == sorted(FLOW)
+    places = {_place(_module(path)) for path in SOURCES}
+    assert places == set(FLOW)
+    assert [path for path in SOURCES if _place(_module(path)) == "__init__"] == [
+        PACKAGE / "__init__.py"
+    ]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_module)
 def test_imports_point_downward(path):
-    own = _module(path)
+    own = _place(_module(path))
     for name in _imports(path):
-        assert FLOW.index(name) > FLOW.index(own), f"{own} imports {name}"
+        assert FLOW.index(_place(name)) >= FLOW.index(own), f"{_module(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "impl" in p.parts], ids=_module)
+def test_no_implementation_imports_another(path):
+    own = path.relative_to(PACKAGE / "impl").parts[0]
+    for name in _imports(path):
+        parts = name.split(".")
+        if parts[0] == "impl" and (PACKAGE / "impl" / parts[1]).is_dir():
+            assert parts[1] == own, f"{_module(path)} imports {name}"
 
 
 def _functions(path):

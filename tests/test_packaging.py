@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import lora_kernels
-from lora_kernels._native import absence
+from lora_kernels.native import absence
 
 ROOT = Path(__file__).parent.parent
 # Every public name, as a script of a user who runs `mypy --strict` has it.
@@ -84,7 +84,7 @@ def test_wheel_and_sdist_hold_what_they_should(packed):
     wheel, sdist = packed
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
-    assert {"lora_kernels/py.typed", "lora_kernels/_triton/spill_free.json"} <= files
+    assert {"lora_kernels/py.typed", "lora_kernels/impl/triton/plan/spill_free.json"} <= files
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"lora_kernels/py.typed", "CHANGELOG.md", "LICENSE", "README.md", "setup.py"}

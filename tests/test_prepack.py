@@ -11,8 +11,8 @@ from torch.nn.utils import prune
 
 import lora_kernels as lk
 from lora_kernels import packing
-from lora_kernels._native import absence
-from lora_kernels._onednn import CHAIN, parts
+from lora_kernels.impl.eager.onednn import CHAIN, parts
+from lora_kernels.native import absence
 from lora_kernels.testing import Case, assert_results, make_inputs
 
 needs_packing = pytest.mark.skipif(

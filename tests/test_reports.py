@@ -10,9 +10,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import lora_kernels as lk
-from lora_kernels import _native, dispatch, serving
-from lora_kernels._native import absence
+from lora_kernels import dispatch, native, serving
 from lora_kernels.dispatch import MAX_CPU_RANK, Problem
+from lora_kernels.native import absence
 from lora_kernels.packing import reason_left
 from lora_kernels.serving import missed_part, problem_of, served
 
@@ -287,7 +287,7 @@ def test_notebooks_show_what_was_packed():
     assert "2 weights packed" in html
 
 
-@pytest.mark.skipif(not _native.BUILT["cpu"], reason="needs the compiled CPU part")
+@pytest.mark.skipif(not native.BUILT["cpu"], reason="needs the compiled CPU part")
 def test_no_triton_is_imported_to_patch_a_cpus_model():
     code = (
         "import sys, torch, peft, lora_kernels as lk\n"

@@ -229,11 +229,10 @@ def test_another_revision_has_the_part_of_this_one(built, monkeypatch, tmp_path)
 
 def test_triton_tools_fail_where_nothing_is_compiled(monkeypatch, capsys, tmp_path):
     pytest.importorskip("triton")
-    from lora_kernels._triton import inspect
+    from lora_kernels.impl.triton.tools import inspect, spill_free
 
     assert inspect.main([80], [16], "no such configuration", None, None) == 1
     assert "0 kernels" in capsys.readouterr().out
-    spill_free = _script(ROOT / "bench" / "spill_free.py")
     table = tmp_path / "table.json"
     monkeypatch.setattr(spill_free, "TABLE", table)
     monkeypatch.setattr(sys, "argv", ["spill_free.py", "--only", "no such row"])
@@ -266,7 +265,7 @@ class _InThisProcess:
 
 
 def test_cuda_inspect_fails_where_it_reads_no_kernel(monkeypatch, capsys):
-    from lora_kernels._cuda import inspect
+    from lora_kernels.impl.cuda import inspect
 
     monkeypatch.setattr(inspect, "absence", lambda part: None)
     monkeypatch.setattr(inspect, "cuobjdump", lambda *arguments: "")

@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_kernels._triton.handing import by_ranks, by_threads, hand_on, handed
-from lora_kernels._triton.launch import launch
+from lora_kernels.impl.triton.kernels.split_k import by_ranks, by_threads, hand_on, handed
+from lora_kernels.impl.triton.launch import launch
 from tests.executors import executors, running
 
 PANELS = 3

@@ -65,7 +65,7 @@ import threading
 import torch, cudastub
 cudastub.install("H100,A100", sms=20, tensors=True)
 from lora_kernels import lora_linear
-from lora_kernels._triton import launch, linear
+from lora_kernels.impl.triton import launch, linear
 from lora_kernels.testing import Case, assert_parity, make_inputs
 case = Case((300,), 256, 136, 8, torch.bfloat16, torch.float32, 0.1)
 
@@ -142,16 +142,16 @@ refused(lambda: y.backward(inputs.dy), "backward_kernel")
 def test_more_rows_than_programs_in_two_launches(python):
     """Neither launch has to be resident whole."""
     python("-c", PREAMBLE + """
-from lora_kernels._triton.config import Config
-from lora_kernels._triton.cost import thin_config
-from lora_kernels._triton.plan import Plan
+from lora_kernels.impl.triton.plan.config import Config
+from lora_kernels.impl.triton.plan.cost import thin_config
+from lora_kernels.impl.triton.plan.plan import Plan
 tile = Config(64, 64, 64, 4, 3, producers=0)
 linear.planned = lambda layer, device: Plan(tile, thin_config(layer, device), 0.0, 0.0)
 cudastub.library().cudastub_set_sms(0, 1)
 case = Case((300,), 40, 72, 16, torch.bfloat16, dropout_p=0.1)
 assert_parity(case, make_inputs(case, "cuda:0"), "triton")
 assert launched() == [
-    ("thin_kernel", 0, False), ("forward_kernel", 0, False),
-    ("thin_kernel", 0, False), ("backward_kernel", 0, False),
+    ("shrink_kernel", 0, False), ("forward_kernel", 0, False),
+    ("shrink_kernel", 0, False), ("backward_kernel", 0, False),
 ]
 """)  # fmt: skip

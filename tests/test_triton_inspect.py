@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("triton")
 
 from lora_kernels.__main__ import main
-from lora_kernels._triton import inspect
-from lora_kernels._triton.compiler import Resources, compile_for
-from lora_kernels._triton.config import Config, Layer, shared_bytes
-from lora_kernels._triton.record import Launch, launches
+from lora_kernels.impl.triton.plan.config import Config, Layer, shared_bytes
+from lora_kernels.impl.triton.tools import inspect
+from lora_kernels.impl.triton.tools.compiler import Resources, compile_for
+from lora_kernels.impl.triton.tools.record import Launch, launches
 from tests.executors import Machine, needs_compiler, needs_machine
 
 TILE = "128x128x64 8 warps 3 stages"

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lora_kernels import lora_linear
-from lora_kernels._triton.config import Layer, shared_bytes
-from lora_kernels._triton.device import estimated, known, of_gpu
-from lora_kernels._triton.launch import Gpu, Options
-from lora_kernels._triton.plan import plan
+from lora_kernels.impl.triton.launch import Gpu, Options
+from lora_kernels.impl.triton.plan.config import Layer, shared_bytes
+from lora_kernels.impl.triton.plan.device import estimated, known, of_gpu
+from lora_kernels.impl.triton.plan.plan import plan
 from lora_kernels.testing import Case, assert_parity, make_inputs
 from tests.executors import Machine, fix_plan, needs_compiler, needs_machine, running
 
@@ -34,12 +34,12 @@ MOST_THREADS, MOST_REGISTERS = 1024, 255  # of a program; of a thread, where all
 
 def _launches(layer, device):
     """What a planned call launches, and bytes of shared memory that each program may need."""
-    from lora_kernels._triton.record import launches
+    from lora_kernels.impl.triton.tools.record import launches
 
     config = plan(layer, device).config
     dtype = BF16 if layer.bits == 16 else torch.float32
     for launch in launches(layer, config, device, dtype, "meta"):
-        if launch.kernel.__name__ == "thin_kernel":
+        if launch.kernel.__name__ == "shrink_kernel":
             c = launch.constants
             step = (c["BLOCK_M"] + c["BLOCK_R"]) * c["BLOCK_L"]
             yield launch, layer.bits // 8 * launch.how.stages * step
@@ -53,8 +53,8 @@ def _launches(layer, device):
 @pytest.mark.parametrize("device", GPUS, ids=lambda d: d.name)
 def test_no_planned_launch_is_refused(device, bits, dropout):
     """By blocks, threads, shared memory, registers; nor needs it more programs at once than run."""
-    from lora_kernels._triton.compiler import Resources
-    from lora_kernels._triton.inspect import resident
+    from lora_kernels.impl.triton.tools.compiler import Resources
+    from lora_kernels.impl.triton.tools.inspect import resident
 
     split = 0
     for m, r, backward in product(ROWS, RANKS, (False, True)):
@@ -66,7 +66,7 @@ def test_no_planned_launch_is_refused(device, bits, dropout):
             assert 32 * launch.how.warps <= MOST_THREADS, what
             assert shared <= device.shared_bytes, what
             assert fit >= 1, what
-            split += launch.kernel.__name__ == "thin_kernel"
+            split += launch.kernel.__name__ == "shrink_kernel"
             assert launch.grid <= 4 * device.multiprocessors, what
             assert launch.how.together <= device.multiprocessors, what
     assert split or (bits, dropout) == (16, False)  # for some rank xa is made by itself
@@ -76,8 +76,8 @@ def test_no_planned_launch_is_refused(device, bits, dropout):
 @pytest.mark.parametrize("producers", [0, 1, 2, 4])
 def test_programs_that_must_run_together(producers):
     """As many as columns of tiles make xa together; elsewhere one program goes on by itself."""
-    from lora_kernels._triton.config import Config
-    from lora_kernels._triton.record import launches
+    from lora_kernels.impl.triton.plan.config import Config
+    from lora_kernels.impl.triton.tools.record import launches
 
     config = Config(128, 128, 64, 8, 3, producers)
     layer = Layer(512, 512, 512, 16, 16, True, True)
@@ -95,7 +95,7 @@ def test_programs_that_must_run_together(producers):
 @pytest.mark.parametrize("target", [80, 90])
 def test_any_number_of_running_programs_makes_progress(target, resident, monkeypatch):
     """Of as many as the plan launches; on weak memory, by several schedules, on one workspace."""
-    from lora_kernels._triton import linear
+    from lora_kernels.impl.triton import linear
 
     class Fewer(Machine):
         def programs(self, device):
@@ -116,7 +116,7 @@ def test_any_number_of_running_programs_makes_progress(target, resident, monkeyp
 @needs_machine
 def test_more_rows_than_the_first_launch_of_two_has_programs(monkeypatch):
     """Of the thin product as many programs as are of use, each with several row panels."""
-    from lora_kernels._triton import cost
+    from lora_kernels.impl.triton.plan import cost
 
     fix_plan(monkeypatch, producers=0)
     machine = Machine(80, resident=1)
@@ -143,17 +143,16 @@ def test_the_machine_refuses_columns_that_it_can_not_run_together(monkeypatch):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_wait_without_end_ends_by_an_error(direction, monkeypatch):
     """A flag that a broken launch left behind is never reached; the clock counts instructions."""
-    import ptxvm
 
-    from lora_kernels import _ptxvm
-    from lora_kernels._triton import linear
+    from lora_kernels.impl import executor
+    from lora_kernels.impl.triton import linear
 
     def load(ptx):
         assert ptx.count("late, now, 7;") > 0
         clocked = ptx.replace("%globaltimer_hi", "%globaltimer_lo")
-        return ptxvm.load(clocked.replace("late, now, 7;", "late, now, 300000;"))
+        return executor.load(clocked.replace("late, now, 7;", "late, now, 300000;"))
 
-    monkeypatch.setattr(_ptxvm, "load", load)
+    monkeypatch.setattr(executor, "load", load)
     monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
     fix_plan(monkeypatch)
     inputs = make_inputs(Case((100,), 72, 72, 16, BF16))

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.executors import (
 )
 
 CASE = Case((130,), 200, 136, 5, torch.float16, dropout_p=0.2)
-SOURCES = ("tiles", "philox", "handing", "thin", "sums", "forward", "backward")
+SOURCES = ("tiles", "mask", "split_k", "shrink", "sums", "forward", "backward")
 
 # name: (file, text, replacement, whether only several programs at once show it)
 MUTANTS = {
@@ -64,15 +65,15 @@ MUTANTS = {
     "number read before it is there": ("tiles", "taken;\n            bar.sync 0;", "taken;", True),
     "a number for each thread": ("tiles", "@first atom.relaxed", "atom.relaxed", True),
     "mask missing on a ragged edge": ("tiles", "elif LIMIT % COLUMNS == 0:", "elif True:", False),
-    "wrong counter in the mask": ("philox", "(K + 7) // 8", "(K + 15) // 8", False),
+    "wrong counter in the mask": ("mask", "(K + 7) // 8", "(K + 15) // 8", False),
     "lanes in another order": (
-        "philox",
+        "mask",
         "[None, None, :] == 0, words,",
         "[None, None, :] == 1, words,",
         False,
     ),
     "bits in another order": (
-        "philox",
+        "mask",
         "words << (7 - place), words << (3 - place)",
         "words << (3 - place), words << (7 - place)",
         False,
@@ -80,7 +81,7 @@ MUTANTS = {
     "sums of another panel": ("forward", "handed(high, low, panel,", "handed(high, low, 0,", True),
     "sums of another part": ("forward", "begin = part * SHARE", "begin = 0 * part", True),
     "columns after K in another order": ("forward", "(step - LENGTH)", "(step - K)", True),
-    "sums of sixteen bits": ("handing", "pairs << (16 - LOW), MASK", "pairs, 0", True),
+    "sums of sixteen bits": ("split_k", "pairs << (16 - LOW), MASK", "pairs, 0", True),
     "bits of another row": ("sums", "wide(start) * (4 * MASK_STRIDE)", "0", False),
     "kept values not scaled": (
         "forward",
@@ -118,16 +119,18 @@ def _mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
     package = f"mutant_{tmp_path.name}"
     folder = tmp_path / package
     folder.mkdir()
-    from lora_kernels._triton import linear
+    from lora_kernels.impl.triton import linear
 
-    origin = __import__("pathlib").Path(linear.__file__).parent
+    origin = Path(linear.__file__).parent / "kernels"
     for name in SOURCES:
         source = (origin / f"{name}.py").read_text()
         if name == file:
             assert text in source, f"{file}.py no longer holds {text!r}"
             source = source.replace(text, replacement)
         for other in SOURCES:
-            source = source.replace(f"lora_kernels._triton.{other} ", f"{package}.{other} ")
+            source = source.replace(
+                f"lora_kernels.impl.triton.kernels.{other} ", f"{package}.{other} "
+            )
         (folder / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     for name in SOURCES:
@@ -192,7 +195,7 @@ def _run_schedules():
 
 
 def _check_flags():
-    from lora_kernels._triton import linear
+    from lora_kernels.impl.triton import linear
 
     zeros = linear._WORKSPACE.zeros(1, torch.device("cpu"))
     assert not zeros.any(), "flags not left as found"

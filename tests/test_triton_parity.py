@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 
-from lora_kernels._triton.config import TILES_16
+from lora_kernels.impl.triton.plan.config import TILES_16
 from lora_kernels.testing import (
     Case,
     assert_parity,
@@ -58,7 +58,7 @@ CASES = list(_cases())
 @pytest.fixture(autouse=True)
 def _own_workspace(monkeypatch):
     """Flags that a failing launch leaves behind don't fail the tests after it."""
-    from lora_kernels._triton import linear
+    from lora_kernels.impl.triton import linear
 
     monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
 
@@ -220,7 +220,7 @@ def test_same_bits_whatever_the_schedule(target, dropout_p, monkeypatch):
 @needs_machine
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_workspace_is_left_as_found(target):
-    from lora_kernels._triton import linear
+    from lora_kernels.impl.triton import linear
 
     case = Case((300,), 136, 200, 16, BF16, dropout_p=0.1)
     with running(Machine(target)):
@@ -232,7 +232,7 @@ def test_workspace_is_left_as_found(target):
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 def test_counters_beyond_32_bits(monkeypatch):
     """The variant for more than 2³² counters gives the same mask below them."""
-    from lora_kernels._triton import linear
+    from lora_kernels.impl.triton import linear
 
     monkeypatch.setattr(linear, "_WIDE_COUNTERS", 0)
     case = Case((65,), 40, 72, 8, FP32, dropout_p=0.3)
@@ -243,7 +243,7 @@ def test_counters_beyond_32_bits(monkeypatch):
 @needs_compiler
 def test_few_variants_in_a_training_run():
     """Batch shapes of a training run share one kernel a layer shape and mode."""
-    from lora_kernels._triton.launch import using
+    from lora_kernels.impl.triton.launch import using
 
     class Recorder:
         def __init__(self):
@@ -257,7 +257,7 @@ def test_few_variants_in_a_training_run():
             return device.multiprocessors
 
         def run(self, kernel, grid, args, constants, how):
-            from lora_kernels._triton.compiler import variant
+            from lora_kernels.impl.triton.tools.compiler import variant
 
             self.variants.add(variant(kernel, args, constants, how))
 

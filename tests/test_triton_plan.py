@@ -4,11 +4,18 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels._triton import launch
-from lora_kernels._triton.config import Config, Layer, illegal, layer_of, shared_bytes, shipped
-from lora_kernels._triton.cost import floor_seconds, seconds
-from lora_kernels._triton.device import KNOWN, estimated, known
-from lora_kernels._triton.plan import plan, segment_rows
+from lora_kernels.impl.triton import launch
+from lora_kernels.impl.triton.plan.config import (
+    Config,
+    Layer,
+    illegal,
+    layer_of,
+    shared_bytes,
+    shipped,
+)
+from lora_kernels.impl.triton.plan.cost import floor_seconds, seconds
+from lora_kernels.impl.triton.plan.device import KNOWN, estimated, known
+from lora_kernels.impl.triton.plan.plan import plan, segment_rows
 
 UNKNOWN = estimated("a GPU of tomorrow", (13, 1), 100)
 DEVICES = [*KNOWN, UNKNOWN, estimated("a small one", (8, 7), 16)]

@@ -10,10 +10,11 @@ from lora_kernels._progress import Progress
 
 pytest.importorskip("triton")
 
-from lora_kernels._triton import tune, tuned
-from lora_kernels._triton.config import Config, Layer, illegal, shipped
-from lora_kernels._triton.device import known
-from lora_kernels._triton.plan import plan
+from lora_kernels.impl.triton.plan import tuned
+from lora_kernels.impl.triton.plan.config import Config, Layer, illegal, shipped
+from lora_kernels.impl.triton.plan.device import known
+from lora_kernels.impl.triton.plan.plan import plan
+from lora_kernels.impl.triton.tools import tune
 
 DEVICE = known("NVIDIA H200")
 LAYER = Layer(3000, 1024, 1024, 16, 16)

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from lora_kernels import _ptxvm
+from lora_kernels.impl import executor
 from lora_kernels.testing import Case, assert_parity, make_inputs
 from tests.executors import Machine, fix_plan, needs_machine, running
 
@@ -29,7 +29,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_missing_order_is_found(name, monkeypatch):
-    from lora_kernels._triton import linear
+    from lora_kernels.impl.triton import linear
 
     target, right, wrong = FAULTS[name]
     changed = 0
@@ -40,8 +40,8 @@ def test_a_missing_order_is_found(name, monkeypatch):
         changed += count
         return plain(text)
 
-    plain = _ptxvm.load
-    monkeypatch.setattr(_ptxvm, "load", load)
+    plain = executor.load
+    monkeypatch.setattr(executor, "load", load)
     monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
     fix_plan(monkeypatch, producers=2, descriptors=target > 80)
 

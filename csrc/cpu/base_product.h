@@ -8,7 +8,7 @@
 
 namespace lora_kernels {
 
-// A weight in oneDNN's layout, in the parts of lora_kernels/_onednn.py, or none.
+// A weight in oneDNN's layout, in the parts of lora_kernels/impl/eager/onednn.py, or none.
 using Packed = std::optional<std::vector<Tensor>>;
 
 // Refuses packed parts that aren't those of a matrix [rows, columns] in the type of `like`.

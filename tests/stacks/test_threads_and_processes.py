@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels._pools import in_shared_pool
-from lora_kernels._triton import workspace
+from lora_kernels.impl.gpu import in_shared_pool
+from lora_kernels.impl.triton import workspace
 from tests.stacks.models import FusedCalls, adapted_llama, adapters, assert_close, tokens
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,1 @@
+"""impl="eager": few, in-place ATen calls on any device."""

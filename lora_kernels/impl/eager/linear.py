@@ -1,0 +1,226 @@
+"""The adapted linear layer in few, in-place ATen calls: any device, the default without a kernel.
+
+Same equations and arguments as `reference`. What differs is what passes over memory: the scale is
+applied to [M, R] tensors, products are added in place, and dropout works on blocks of rows with a
+regenerated mask, so that beyond its outputs a call holds [M, R] tensors and one block.
+
+Of float16 no product by the scale or dropout's factor is stored: it could leave the range. Forward
+leaves both to the matrix products; backward forms what follows from dy B in float32, by blocks.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lora_kernels.dropout import keep_scale
+from lora_kernels.impl.eager import onednn
+from lora_kernels.impl.eager.mask import keep_blocks
+
+# Up to here a scaling pass over [M, R] costs more (5 µs a call) than a scaled product does.
+SMALL_M = 32
+# 2026-11-24, Zen 4, bf16, 2 threads, dB of 2048x768: 0.19 ms transposed, 0.24 straight; at
+# 512x2048 0.16 and 0.20, but a copy of the result adds 0.035.
+TALL_M = 1024
+BLOCK_ELEMENTS = 1 << 21  # of rows in float32 (8 MB), where no mask is drawn
+_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+) -> tuple[Tensor, Tensor]:
+    """Return y [..., N] and xa [M, R]; see `reference.lora_linear_forward`.
+
+    Precision: products accumulate as torch's matmul does (float32 for 16-bit inputs); x Wᵀ, y and
+    xa are rounded to x's dtype, xa again after dropout's factor and after scaling (M > SMALL_M),
+    float16's by neither.
+    """
+    x2 = _left_operand(x)
+    a, b = _as_dtype(lora_A, x.dtype), _as_dtype(lora_B, x.dtype)
+    half = x.dtype == torch.float16
+    if seed is None:
+        xa = linear(x2, a)
+    else:
+        xa = x2.new_empty(x2.shape[0], a.shape[0])
+        factor = keep_scale(threshold)
+        for rows, keep in keep_blocks(x2.shape[0], x2.shape[1], threshold, seed):
+            kept, to = _masked(x2[rows], keep), xa[rows]
+            if half:
+                torch.addmm(to, kept, a.t(), beta=0, alpha=factor, out=to)
+            else:
+                torch.mm(kept, a.t(), out=to)
+        if not half:
+            xa.mul_(factor)
+    y = _base_linear(x2, weight, bias)
+    if (half or x2.shape[0] <= SMALL_M) and not isinstance(scaling, Tensor):
+        y.addmm_(xa, b.t(), alpha=scaling)
+    elif half:
+        for rows, _ in _blocks(y.shape[0], y.shape[1], 0, None):
+            y[rows].add_(torch.mm(xa[rows].float() * scaling, b.float().t()))
+    else:
+        y.addmm_(xa * scaling, b.t())
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0]), xa
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    xa: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, dA, dB, dbias; see `reference.lora_linear_backward`.
+
+    Precision: as forward; dA is summed over row blocks in float32 (float64 for float64). With
+    float16 dy lora_A and lora_B keep their own precision, and dy B, dA and dB are float32.
+    """
+    need_dx, need_da, need_db, need_dbias = needs
+    dy2 = _left_operand(dy)
+    x2 = _as_matrix(x) if need_da and x is not None else None
+    dx = _base_gradient(dy2, weight) if need_dx else None
+    da = db = None
+    if dy.dtype == torch.float16:
+        xa = xa if need_db else None
+        da, db = _wide_backward(dx, dy2, x2, xa, lora_A, lora_B, seed, scaling, threshold)
+    elif need_dx or need_da:
+        a = _as_dtype(lora_A, dy.dtype)
+        q = torch.mm(dy2, _as_dtype(lora_B, dy.dtype)).mul_(scaling)
+        if seed is None:
+            if dx is not None:
+                dx.addmm_(q, a)
+            if x2 is not None:
+                da = torch.mm(q.t(), x2)
+        else:
+            q.mul_(keep_scale(threshold))
+            da = _dropped_backward(dx, x2, q, a, seed, threshold)
+    if need_db and xa is not None and db is None:
+        db = _tall_product(dy2, xa * scaling)
+    return (
+        dx.view(*dy.shape[:-1], weight.shape[1]) if dx is not None else None,
+        _as_dtype(da, lora_A.dtype) if da is not None else None,
+        _as_dtype(db, lora_B.dtype) if db is not None else None,
+        dy2.sum(0) if need_dbias else None,
+    )
+
+
+def _dropped_backward(
+    dx: Tensor | None, x2: Tensor | None, q: Tensor, a: Tensor, seed: Tensor, threshold: int
+) -> Tensor | None:
+    """Add keep · (q A) to dx in place and return qᵀ (keep · x); q carries both scales."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    da = torch.zeros(a.shape, dtype=wide, device=a.device) if x2 is not None else None
+    for rows, keep in keep_blocks(q.shape[0], a.shape[1], threshold, seed):
+        if dx is not None:
+            t = torch.mm(q[rows], a)
+            dx[rows].add_(_masked(t, keep, out=t))
+        if x2 is not None and da is not None:
+            da.add_(torch.mm(q[rows].t(), _masked(x2[rows], keep)))
+    return da
+
+
+def _wide_backward(
+    dx: Tensor | None,
+    dy2: Tensor,
+    x2: Tensor | None,
+    xa: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Add D(dxa A) to dx in place and return dA and dB, float32, each None without its input."""
+    a, b = lora_A.float(), lora_B.float()
+    da = torch.zeros_like(a) if x2 is not None else None
+    db = torch.zeros_like(b) if xa is not None else None
+    scale = scaling if seed is None else scaling * keep_scale(threshold)
+    for rows, keep in _blocks(dy2.shape[0], a.shape[1], threshold, seed):
+        dy_rows = dy2[rows].float()
+        q = torch.mm(dy_rows, b).mul_(scale)
+        if dx is not None:
+            t = torch.mm(q, a)
+            dx[rows].add_(t if keep is None else _masked(t, keep, out=t))
+        if x2 is not None and da is not None:
+            kept = x2[rows] if keep is None else _masked(x2[rows], keep)
+            da.addmm_(q.t(), kept.float())
+        if xa is not None and db is not None:
+            db.addmm_(dy_rows.t(), xa[rows].float())
+    return da, db if db is None else db.mul_(scaling)
+
+
+def _blocks(
+    rows: int, columns: int, threshold: int, seed: Tensor | None
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """Yield slices of rows, from top to bottom, with their keep masks if there is a seed."""
+    if seed is not None:
+        yield from keep_blocks(rows, columns, threshold, seed)
+        return
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows)), None
+
+
+def _as_matrix(v: Tensor) -> Tensor:
+    """Return v [..., C] as [M, C]; v itself where it is one, since a view costs 1 µs."""
+    return v if v.ndim == 2 else v.reshape(-1, v.shape[-1])
+
+
+def _left_operand(v: Tensor) -> Tensor:
+    """Return v as [M, C], copied where torch would read beyond its rows; see `reference`.
+
+    It takes 32 columns at a time.
+    """
+    v = _as_matrix(v)
+    apart = v.stride(0) != v.shape[1]
+    if apart and v.shape[1] % 32 and v.dtype == torch.bfloat16 and v.device.type == "cpu":
+        return v.contiguous()
+    return v
+
+
+def _as_dtype(v: Tensor, dtype: torch.dtype) -> Tensor:
+    return v if v.dtype == dtype else v.to(dtype)
+
+
+def _masked(v: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return v where keep is 1 and +0 where it is 0.
+
+    Multiplying the bit patterns is six times cheaper than multiplying by a bool mask, and drops
+    NaN and infinity too.
+    """
+    integer = _INTEGER_OF_SIZE[v.element_size()]
+    target = torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
+    torch.mul(v.view(integer), keep.to(integer), out=target.view(integer))
+    return target
+
+
+def _tall_product(dy: Tensor, xs: Tensor) -> Tensor:
+    """Return dyᵀ xs, formed as (xsᵀ dy)ᵀ where M is large enough to pay for the copy to come."""
+    if dy.shape[0] >= TALL_M:
+        return torch.mm(xs.t(), dy).t()
+    return torch.mm(dy.t(), xs)
+
+
+def _base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ + bias."""
+    product = onednn.linear if onednn.preferred(x, weight) else linear
+    return product(x, weight, bias)
+
+
+def _base_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """Return dy W."""
+    if onednn.preferred(dy, weight.t()):
+        return onednn.linear(dy, weight.t(), None)
+    return torch.mm(dy, weight)

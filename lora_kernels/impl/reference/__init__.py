@@ -1,0 +1,1 @@
+"""impl="reference": the formulas in plain torch, the definition of right."""

@@ -1,0 +1,1 @@
+"""What runs on the GPU: forward, backward and shrink, and their device functions."""

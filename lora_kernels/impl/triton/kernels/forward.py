@@ -1,0 +1,313 @@
+"""The forward kernel: y = x Wᵀ + bias + scaling · xa Bᵀ and xa = D(x) Aᵀ in one launch."""
+
+import triton
+import triton.language as tl
+
+from lora_kernels.impl.triton.kernels.mask import keep_where, masks_by_element, seed_of
+from lora_kernels.impl.triton.kernels.split_k import by_ranks, by_threads, hand_on, handed
+from lora_kernels.impl.triton.kernels.tiles import (
+    block_pointers,
+    grouped_tile,
+    keep_scale,
+    leave,
+    load_factor,
+    load_operand,
+    opaque,
+    operand_pointers,
+    plus_product,
+    publish,
+    read,
+    scaling_of,
+    settled,
+    store_factor,
+    store_tile,
+    take,
+    wait,
+    wide,
+)
+
+
+@triton.jit
+def fused_tile(tile, rows, columns, PRODUCERS: tl.constexpr, GROUP: tl.constexpr):
+    """Return (row, column): the producing columns of every row panel first, then the rest."""
+    if PRODUCERS == 0:
+        return grouped_tile(tile, rows, columns, GROUP)
+    else:
+        rest = tl.maximum(tile - rows * PRODUCERS, 0)
+        row, column = grouped_tile(rest, rows, tl.maximum(columns - PRODUCERS, 1), GROUP)
+        producing = tile < rows * PRODUCERS
+        row = tl.where(producing, tile // PRODUCERS, row)
+        return row, tl.where(producing, tile % PRODUCERS, column + PRODUCERS)
+
+
+@triton.jit
+def _plain_steps(
+    acc, x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, begin, end,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, WRAPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return acc + x Wᵀ of the tile at (row, column), over columns of x from `begin` to `end`.
+
+    WRAPS: whether they go on with the first ones after K.
+    """
+    LENGTH: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+    for step in tl.range(begin, end, BLOCK_K):
+        k = step
+        if WRAPS:
+            # As unsigned numbers, where one of the two is far beyond.
+            k = tl.minimum(step.to(tl.uint32), (step - LENGTH).to(tl.uint32)).to(tl.int32)
+        x_tile = load_operand(x_descriptor, x_pointers, row, k, K, BLOCK_K)
+        w_tile = load_operand(w_descriptor, w_pointers, column, k, K, BLOCK_K)
+        acc = plus_product(acc, x_tile, w_tile.T, PRECISION)
+    return acc
+
+
+@triton.jit
+def _producing_steps(
+    x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, begin, end, a, seed,
+    threshold, stride_a, dtype: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return x Wᵀ of the tile and A xᵀ, with dropout of kept x alone, over the same columns."""
+    # Copies to shared memory serve one layout of reader without bank conflicts: with two, x is
+    # carried one step ahead in registers instead.
+    CARRIED: tl.constexpr = DROPOUT and x_descriptor is None
+    rows = row + tl.arange(0, BLOCK_M)
+    near_ranks = tl.minimum(tl.arange(0, BLOCK_R), R - 1)
+    a_pointers = block_pointers(a, near_ranks, stride_a, 0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if DROPOUT:
+        thin = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+    else:
+        thin = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if CARRIED:
+        inside = begin + tl.arange(0, BLOCK_K) < K
+        x_next = tl.load(x_pointers + begin, mask=inside[None, :], other=0.0)
+    for k in tl.range(begin, end, BLOCK_K):
+        if CARRIED:
+            x_tile = x_next
+            inside = k + BLOCK_K + tl.arange(0, BLOCK_K) < tl.minimum(end, K)
+            x_next = tl.load(x_pointers + k + BLOCK_K, mask=inside[None, :], other=0.0)
+        else:
+            x_tile = load_operand(x_descriptor, x_pointers, row, k, K, BLOCK_K)
+        w_tile = load_operand(w_descriptor, w_pointers, column, k, K, BLOCK_K)
+        a_tile = load_operand(None, a_pointers, 0, k, K, BLOCK_K).to(dtype)
+        acc = plus_product(acc, x_tile, w_tile.T, PRECISION)
+        if DROPOUT:
+            masks, _ = masks_by_element(rows, k, seed, threshold, K, BLOCK_K, WIDE, PACKED)
+            if MMA == "wgmma" and not CARRIED:
+                # Triton 3.8 leaves this product pending while the next copy overwrites x.
+                acc = settled(acc)
+            # As second operand it goes through shared memory: a register operand of an
+            # asynchronous product could change while it is read.
+            thin = plus_product(thin, a_tile, keep_where(masks, x_tile).T, PRECISION)
+        else:
+            thin = plus_product(thin, x_tile, a_tile.T, PRECISION)
+    thin = read(thin, MMA)
+    if DROPOUT:
+        return acc, thin
+    else:
+        return acc, thin.T
+
+
+@triton.jit
+def _summed(
+    thin, xa, high, low, flag, panel, part, M, threshold, R: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRODUCERS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Add what was handed on to thin [BLOCK_R, BLOCK_M]; hand it on, or store and return xa.
+
+    The last of PRODUCERS parts returns xa of the row panel, the others zeros.
+    """
+    dtype: tl.constexpr = xa.dtype.element_ty
+    LOW: tl.constexpr = 4 if dtype == tl.bfloat16 else 8
+    rows = panel * BLOCK_M + tl.arange(0, BLOCK_M)
+    if high is not None:
+        thin = by_threads(thin)
+    if part > 0:
+        wait(flag, part)
+        if high is None:
+            near_rows = tl.minimum(rows, M - 1)
+            thin += load_factor(xa, near_rows, R, 0, R, BLOCK_R, R == BLOCK_R).T
+        else:
+            thin += handed(high, low, panel, thin.shape[0], LOW)
+        # All have read before any writes to the same place.
+        tl.debug_barrier()
+    if part < PRODUCERS - 1:
+        if high is None:
+            store_factor(xa, thin.T, rows, M, R, BLOCK_R)
+        else:
+            hand_on(thin, high, low, panel, LOW)
+        made = tl.zeros((BLOCK_M, BLOCK_R), dtype)
+    else:
+        if high is None:
+            whole = thin
+        else:
+            whole = by_ranks(thin, BLOCK_R)
+        if DROPOUT:
+            whole *= keep_scale(threshold)
+        made = whole.T.to(dtype)
+        store_factor(xa, made, rows, M, R, BLOCK_R)
+    publish(flag)
+    return made
+
+
+@triton.jit
+def _producing_tile(
+    x_descriptor, w_descriptor, x_pointers, w_pointers, panel, column, a, xa, high, low, flag,
+    seed, threshold, M, stride_a, part, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRODUCERS: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return x Wᵀ of a tile and, if it is the last part, xa of its row panel, stored.
+
+    A part sums xa over its share of the columns of x, first of all, so that xa is soon complete.
+    """
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    SHARE: tl.constexpr = (STEPS + PRODUCERS - 1) // PRODUCERS
+    row = panel * BLOCK_M
+    begin = part * SHARE * BLOCK_K
+    end = begin + SHARE * BLOCK_K
+    if STEPS % PRODUCERS != 0:
+        begin = tl.minimum(begin, STEPS * BLOCK_K)
+        end = tl.minimum(end, STEPS * BLOCK_K)
+    acc, thin = _producing_steps(
+        x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, begin, end, a, seed,
+        threshold, stride_a, xa.dtype.element_ty, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+        DROPOUT, WIDE, PACKED, MMA, PRECISION,
+    )  # fmt: skip
+    made = _summed(
+        thin, xa, high, low, flag, panel, part, M, threshold, R, BLOCK_M, BLOCK_R, PRODUCERS,
+        DROPOUT,
+    )  # fmt: skip
+    if PRODUCERS > 1:
+        # What is left begins anew after K, for the last part at once.
+        start = tl.where(end < STEPS * BLOCK_K, end, 0)
+        acc = _plain_steps(
+            acc, x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, start,
+            start + STEPS * BLOCK_K - (end - begin), K, BLOCK_K, PRODUCERS > 2, PRECISION,
+        )  # fmt: skip
+    return acc, made
+
+
+@triton.jit
+def _plus_low_rank(
+    acc, made, xa, b, rows, columns, stride_b, scale, R: tl.constexpr, BLOCK_R: tl.constexpr,
+    RANK_STEP: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return acc + scale · xa Bᵀ of a tile's rows and columns; made: their xa, or None to load."""
+    dtype: tl.constexpr = xa.dtype.element_ty
+    # scale · B could leave float16's range.
+    SCALED_SUMS: tl.constexpr = dtype == tl.float16
+    if SCALED_SUMS:
+        # Of a smaller scale nothing is left beside it.
+        scale = tl.where(tl.abs(scale) < 2.0**-80, 2.0**-80, scale)
+        acc = read(acc, MMA) * (1.0 / scale)
+    for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
+        if made is None:
+            xa_tile = load_factor(xa, rows, R, rank, R, RANK_STEP, R == BLOCK_R)
+        else:
+            xa_tile = made
+        b_tile = load_factor(b, columns, stride_b, rank, R, RANK_STEP, R == BLOCK_R)
+        b_tile = b_tile.to(dtype)
+        if not SCALED_SUMS:
+            b_tile = (b_tile.to(tl.float32) * scale).to(dtype)
+        acc = plus_product(acc, xa_tile, b_tile.T, PRECISION)
+    if SCALED_SUMS:
+        acc = read(acc, MMA) * scale
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "scaling", "threshold"])
+def forward_kernel(
+    x, w, a, b, bias, seed_pointer, scaling_pointer, y, xa, high, low, flags, x_descriptor,
+    w_descriptor, stride_x, stride_w, stride_a, stride_b, M, scaling, threshold,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr,
+    GROUP: tl.constexpr, PRODUCERS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute y [M, N] and xa [M, R]; persistent, tiles in order.
+
+    Tiles of the first PRODUCERS columns come first. Each sums a part of K for xa, adds it to what
+    the one before has handed on, and waits for no later tile before it has handed on its own; so
+    PRODUCERS running programs are enough. PRODUCERS = 0 reads an xa made by an earlier launch.
+    high, low: int32, where sums are handed on, `high` in xa's own memory; None where xa is float32
+    and holds them itself, or nothing is handed on.
+    x_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], or both None.
+    flags: int32, one a row panel and the ticket, zero before and after.
+    """
+    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    panels = tl.cdiv(M, BLOCK_M)
+    scale = scaling_of(scaling, scaling_pointer)
+    seed = wide(0)
+    if DROPOUT:
+        seed = seed_of(seed_pointer)
+    tiles = panels * COLUMNS
+    number = 0
+    while number < tiles:
+        number = take(flags + panels, tiles)
+        # Of one turn, or none: out of this loop nothing is hoisted, which would fill registers. No
+        # stages: where K is one step Triton would pipeline it, its tiles' last operands too.
+        for tile in tl.range(
+            number, tl.minimum(opaque(number + 1), tiles), num_stages=1, disable_licm=True
+        ):
+            panel, panel_column = fused_tile(tile, panels, COLUMNS, PRODUCERS, GROUP)
+            row = panel * BLOCK_M
+            column = panel_column * BLOCK_N
+            rows = row + tl.arange(0, BLOCK_M)
+            columns = column + tl.arange(0, BLOCK_N)
+            # Beyond the edge the last row is repeated: no mask in the loops, and it is not stored.
+            near_rows = tl.minimum(rows, M - 1)
+            near_columns = tl.minimum(columns, N - 1)
+            x_pointers = operand_pointers(x, x_descriptor, near_rows, stride_x, 0, BLOCK_K)
+            w_pointers = operand_pointers(w, w_descriptor, near_columns, stride_w, 0, BLOCK_K)
+            if PRODUCERS > 0 and panel_column < PRODUCERS:
+                part = panel_column
+                if PRODUCERS == 1:
+                    part = 0
+                acc, made = _producing_tile(
+                    x_descriptor, w_descriptor, x_pointers, w_pointers, panel, column, a, xa, high,
+                    low, flags + panel, seed, threshold, M, stride_a, part, K, R, BLOCK_M, BLOCK_N,
+                    BLOCK_K, BLOCK_R, PRODUCERS, DROPOUT, WIDE, PACKED, MMA, PRECISION,
+                )  # fmt: skip
+                if RANK_STEP == BLOCK_R:
+                    # The last one needs no reading back of what it made.
+                    if part < PRODUCERS - 1:
+                        wait(flags + panel, PRODUCERS)
+                        made = load_factor(xa, near_rows, R, 0, R, BLOCK_R, R == BLOCK_R)
+                    acc = _plus_low_rank(
+                        acc, made, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
+                        RANK_STEP, MMA, PRECISION,
+                    )  # fmt: skip
+                else:
+                    wait(flags + panel, PRODUCERS)
+                    acc = _plus_low_rank(
+                        acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
+                        RANK_STEP, MMA, PRECISION,
+                    )  # fmt: skip
+            else:
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                acc = _plain_steps(
+                    acc, x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, 0, K, K,
+                    BLOCK_K, False, PRECISION,
+                )  # fmt: skip
+                if PRODUCERS > 0:
+                    wait(flags + panel, PRODUCERS)
+                acc = _plus_low_rank(
+                    acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
+                    RANK_STEP, MMA, PRECISION,
+                )  # fmt: skip
+            if bias is not None:
+                if N % BLOCK_N == 0:
+                    bias_row = tl.load(bias + columns)
+                else:
+                    bias_row = tl.load(bias + columns, mask=columns < N, other=0.0)
+            acc = read(acc, MMA)
+            if PRODUCERS > 0:
+                leave(flags + panel, PRODUCERS + COLUMNS - 1)
+            if bias is not None:
+                acc += bias_row.to(tl.float32)[None, :]
+            store_tile(y, acc, rows, columns, M, N, N % BLOCK_N == 0)

@@ -1,0 +1,124 @@
+"""The seam between launchers and whatever runs a kernel: GPU, interpreter or virtual machine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from lora_kernels.impl.triton.plan.device import Device, of_gpu
+
+
+class Options(NamedTuple):
+    """How a kernel is compiled, beside its constants, and launched.
+
+    together: how many programs must run at the same time for any to go on.
+    """
+
+    warps: int
+    stages: int
+    together: int = 1
+
+
+class Executor(Protocol):
+    """Runs kernels on tensors of one kind of device."""
+
+    def device(self, tensor: torch.Tensor) -> Device:
+        """Return the properties to plan for."""
+        ...
+
+    def programs(self, device: Device) -> int:
+        """Return how many programs are of use: as many as run at the same time."""
+        ...
+
+    def run(
+        self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
+    ) -> None:
+        """Run `grid` programs; args and constants by parameter name, in the kernel's order."""
+        ...
+
+
+_WHAT_TO_TRY = (
+    "Programs wait for each other, at most half a minute. If this call fails again, try "
+    "impl='eager'; with CUDA_LAUNCH_BLOCKING=1 the failing launch itself is named."
+)
+
+
+class Gpu:
+    """Runs kernels by Triton's own launcher, on the current stream of the tensors' device."""
+
+    def device(self, tensor: torch.Tensor) -> Device:
+        """Return the properties of the tensor's device, less what torch's carve-out spares."""
+        return of_gpu(tensor.device.index, torch._C._get_sm_carveout_experimental() or 0)
+
+    def programs(self, device: Device) -> int:
+        """Return one program a multiprocessor: every legal configuration fits at least once."""
+        return device.multiprocessors
+
+    def run(
+        self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
+    ) -> None:
+        """Launch on the current stream, beside whatever runs there: no grid must be resident whole.
+
+        Raises:
+            RuntimeError: compilation or the driver fails; or a launch before has, by giving up a
+                wait for instance, unless CUDA_LAUNCH_BLOCKING=1 makes each one tell by itself.
+        """
+        try:
+            kernel[(grid,)](
+                **args,
+                **constants,
+                num_warps=how.warps,
+                num_stages=how.stages,
+                enable_fp_fusion=True,  # Triton's own default is said to change
+            )
+        except Exception as error:
+            raise RuntimeError(
+                f"{kernel.__name__}: launch of {grid} programs of {32 * how.warps} threads "
+                f"failed: {error}\n{_WHAT_TO_TRY}"
+            ) from error
+
+
+_GPU = Gpu()
+_EXECUTOR: ContextVar[Executor | None] = ContextVar("executor", default=None)
+
+
+def current() -> Executor:
+    """Return the executor that `using` set, or the GPU's."""
+    return _EXECUTOR.get() or _GPU
+
+
+def replaced() -> bool:
+    """Whether an executor other than the GPU's serves calls, on tensors of any device.
+
+    Not under torch.compile, which can't trace the question.
+    """
+    return not torch.compiler.is_compiling() and _EXECUTOR.get() is not None
+
+
+@contextmanager
+def using(executor: Executor) -> Iterator[None]:
+    """Let another executor run the kernels of this context: for tests and counts."""
+    token = _EXECUTOR.set(executor)
+    try:
+        yield
+    finally:
+        _EXECUTOR.reset(token)
+
+
+def launch(
+    kernel: Any, grid: int, args: dict[str, Any], config: dict[str, Any], *, together: int = 1
+) -> None:
+    """Run a kernel: every launch of the package passes here.
+
+    Args:
+        kernel: a Triton kernel.
+        grid: number of programs.
+        args: run-time arguments by name, in the kernel's order; None stands for an absent one.
+        config: constants by name, with "warps" and "stages".
+        together: how many programs must run at the same time for any to go on.
+    """
+    constants = {name: value for name, value in config.items() if name not in ("warps", "stages")}
+    how = Options(config["warps"], config["stages"], together)
+    current().run(kernel, grid, args, constants, how)

@@ -1,0 +1,323 @@
+"""The launchers: from tensors to plans, grids and arguments. Same signatures as `reference`."""
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_kernels.dropout import LANES
+from lora_kernels.impl import gpu
+from lora_kernels.impl.triton.kernels.backward import backward_kernel
+from lora_kernels.impl.triton.kernels.forward import forward_kernel
+from lora_kernels.impl.triton.kernels.mask import PACKED_THRESHOLDS
+from lora_kernels.impl.triton.kernels.shrink import shrink_kernel
+from lora_kernels.impl.triton.launch import current, launch
+from lora_kernels.impl.triton.plan.config import Config, layer_of, padded_rank, rank_step, sum_ranks
+from lora_kernels.impl.triton.plan.plan import Plan, segment_rows
+from lora_kernels.impl.triton.plan.tuned import planned
+from lora_kernels.impl.triton.workspace import Workspace
+
+_WORKSPACE = Workspace()
+_MASK_COLUMNS = 256  # the widest tile of dx or dA: rows of the mask's bits hold whole tiles
+_THIN_PROGRAMS = 4  # a multiprocessor: few enough to be resident, enough to stream by
+_WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
+
+
+class Call(NamedTuple):
+    """What forward and backward share: parameters as matrices, and how dropout and scale go."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    seed: Tensor | None
+    scaling: float | Tensor
+    threshold: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, K and R."""
+        return self.weight.shape[0], self.weight.shape[1], self.a.shape[0]
+
+    def numbers(self, m: int) -> dict[str, Any]:
+        """The run-time scalars every kernel takes."""
+        number = 1.0 if isinstance(self.scaling, Tensor) else float(self.scaling)
+        return {"M": m, "scaling": number, "threshold": self.threshold}
+
+    def pointers(self) -> dict[str, Tensor | None]:
+        """The scalars that live in memory; None where absent."""
+        scaling = self.scaling if isinstance(self.scaling, Tensor) else None
+        return {"seed_pointer": self.seed, "scaling_pointer": scaling}
+
+    def constants(self, m: int, mma: str) -> dict[str, Any]:
+        """The constants every kernel takes."""
+        _, k, r = self.sizes
+        # float32's sums lack a register for it.
+        packed = self.seed is not None and self.weight.element_size() == 2
+        packed &= mma != "mma" and self.threshold <= PACKED_THRESHOLDS.value
+        return {
+            "R": r,
+            "BLOCK_R": padded_rank(r),
+            "WIDE": m * -(-k // LANES) >= _WIDE_COUNTERS,
+            "PACKED": packed,
+            "MMA": mma,
+            "PRECISION": _precision(self.weight.dtype),
+        }
+
+
+class Dxa(NamedTuple):
+    """dxa [M, R], of float16 in units, float32, one for each `rows` rows: its range is short."""
+
+    numbers: Tensor
+    units: Tensor | None
+    rows: int
+
+
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+) -> tuple[Tensor, Tensor]:
+    """Return y [..., N] and xa [M, R]; see `reference.lora_linear_forward`.
+
+    Precision: products accumulate in float32 (IEEE, or TF32 for float32 inputs where torch's
+    switch allows it); A, B and scaling · B are rounded to x's dtype on load (of float16, whose sums
+    are scaled instead, A and B), xa and y once. Parts of xa that one column of tiles hands to the
+    next are rounded to 12 significant bits (bfloat16; 16 for float16, none for float32), four to
+    five more than xa keeps.
+    """
+    call = _call(weight, lora_A, lora_B, seed, scaling, threshold)
+    rows = _unit_rows(_as_matrix(x))
+    m, (n, _, r) = rows.shape[0], call.sizes
+    y = x.new_empty(*x.shape[:-1], n)
+    if m == 0:
+        return y, x.new_empty(m, r)
+    layer = layer_of(rows, *call[:2], call.seed is not None)
+    chosen = planned(layer, current().device(x))
+    xa = new_xa(rows, r, chosen.config)
+    with _on_device(x):
+        if chosen.thin is not None:
+            _thin(rows, call._replace(scaling=1.0), call.a, xa, chosen)
+        _forward(rows, call, bias, y.view(m, n), xa, chosen)
+    return y, xa
+
+
+def new_xa(x: Tensor, r: int, config: Config) -> Tensor:
+    """Return an uninitialised xa [M, R], in memory for the rows of whole tiles."""
+    m = x.shape[0]
+    return x.new_empty(-(-m // config.rows) * config.rows, r).resize_(m, r)
+
+
+def _handed(xa: Tensor, panels: int, config: Config) -> tuple[Tensor | None, Tensor | None]:
+    """Return where parts of xa are handed on: words of 32 bits for two sums, and what is left.
+
+    The words lie in xa's own memory where each row panel's fit its part of that. float32 sums are
+    handed on as xa itself.
+    """
+    if config.producers < 2 or xa.element_size() == 4:
+        return None, None
+    r = xa.shape[1]
+    size = panels * config.rows * padded_rank(r)
+    whole = xa.as_strided((size,), (1,)) if r == padded_rank(r) else xa.new_empty(size)
+    # Four bits beside a bfloat16, eight beside a float16.
+    left = size // (8 if xa.dtype == torch.bfloat16 else 4)
+    return whole.view(torch.int32), xa.new_empty(left, dtype=torch.int32)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    xa: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, dA, dB, dbias; see `reference.lora_linear_backward`.
+
+    Precision: all sums in float32, in an order that doesn't depend on timing; dxa is rounded once
+    to dy's dtype (float16: in a unit of its row panel, so that nothing vanishes or overflows),
+    results once to their parameters' dtypes.
+    """
+    call = _call(weight, lora_A, lora_B, seed, scaling, threshold)
+    rows = _unit_rows(_as_matrix(dy))
+    x2 = _unit_rows(_as_matrix(x)) if needs[1] and x is not None else None
+    m, (n, k, r) = rows.shape[0], call.sizes
+    dx = dy.new_empty(*dy.shape[:-1], k) if needs[0] else None
+    results = {
+        "dx": dx if dx is None else dx.view(m, k),
+        "da": lora_A.new_empty(r, k) if needs[1] else None,
+        "db": lora_B.new_empty(n, r) if needs[2] else None,
+        "dbias": dy.new_empty(n) if needs[3] else None,
+    }
+    if m == 0:
+        for t in results.values():
+            if t is not None:
+                t.zero_()
+    elif any(needs):
+        layer = layer_of(rows, *call[:2], call.seed is not None, needs)
+        chosen = planned(layer, current().device(dy))
+        with _on_device(dy):
+            dxa = new_dxa(rows, r, chosen) if needs[0] or needs[1] else None
+            if chosen.thin is not None and dxa is not None:
+                bare = call._replace(seed=None)  # no mask; its factor goes with dxa
+                _thin(rows, bare, call.b, dxa, chosen)
+            _backward(rows, x2, xa, call, dxa, results, chosen)
+    return dx, results["da"], results["db"], results["dbias"]
+
+
+def new_dxa(dy: Tensor, r: int, chosen: Plan) -> Dxa:
+    """Return an uninitialised dxa with units for the row panels that make it."""
+    m, rows = dy.shape[0], (chosen.thin or chosen.config).rows
+    units = _floats(dy, -(-m // rows)) if dy.dtype == torch.float16 else None
+    return Dxa(dy.new_empty(m, r), units, rows)
+
+
+def _thin(v: Tensor, call: Call, factor: Tensor, out: Tensor | Dxa, chosen: Plan) -> None:
+    """Launch xa = scaling · D(v) fᵀ or, into a `Dxa`, dxa = scaling · D(v) f."""
+    config, (m, length), executor = chosen.thin, v.shape, current()
+    assert config is not None
+    device = executor.device(v)
+    grid = min(-(-m // config.rows), _THIN_PROGRAMS * executor.programs(device))
+    transposed = isinstance(out, Tensor)
+    numbers, units = (out, None) if isinstance(out, Tensor) else out[:2]
+    args = {
+        "v": v, "f": factor, **call.pointers(), "out": numbers, "units": units,
+        "stride_v": v.stride(0), "stride_f": factor.stride(0), **call.numbers(m),
+    }  # fmt: skip
+    constants = call.constants(m, device.mma) | {
+        "L": length, "TRANSPOSED": transposed, "DROPOUT": call.seed is not None,
+        "BLOCK_M": config.rows, "BLOCK_L": config.depth,
+        "warps": config.warps, "stages": config.stages,
+    }  # fmt: skip
+    launch(shrink_kernel, grid, args, constants)
+
+
+def _forward(
+    x: Tensor, call: Call, bias: Tensor | None, y: Tensor, xa: Tensor, chosen: Plan
+) -> None:
+    """Launch the forward kernel; xa is read, not written, on the split path."""
+    config, (m, k), n = chosen.config, x.shape, y.shape[1]
+    panels, executor = -(-m // config.rows), current()
+    device = executor.device(x)
+    grid = min(panels * -(-n // config.columns), executor.programs(device))
+    high, low = _handed(xa, panels, config)
+    args = {
+        "x": x, "w": call.weight, "a": call.a, "b": call.b, "bias": bias, **call.pointers(),
+        "y": y, "xa": xa, "high": high, "low": low, "flags": _WORKSPACE.zeros(panels + 1, x.device),
+        "x_descriptor": _descriptor(x, config.rows, config.depth, config.descriptors),
+        "w_descriptor": _descriptor(call.weight, config.columns, config.depth, config.descriptors),
+        "stride_x": x.stride(0), "stride_w": call.weight.stride(0), "stride_a": call.a.stride(0),
+        "stride_b": call.b.stride(0),
+        **call.numbers(m),
+    }  # fmt: skip
+    constants = call.constants(m, device.mma) | {
+        "N": n, "K": k, "DROPOUT": call.seed is not None,
+        "BLOCK_M": config.rows, "BLOCK_N": config.columns,
+        "BLOCK_K": config.depth, "GROUP": config.group, "PRODUCERS": config.producers,
+        "RANK_STEP": rank_step(call.sizes[2], x.dtype),
+        "warps": config.warps, "stages": config.stages,
+    }  # fmt: skip
+    launch(forward_kernel, grid, args, constants, together=max(config.producers, 1))
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    xa: Tensor | None,
+    call: Call,
+    dxa: Dxa | None,
+    results: dict[str, Tensor | None],
+    chosen: Plan,
+) -> None:
+    """Launch the backward kernel; dxa is read, not written, on the split path."""
+    config, m, (n, k, r) = chosen.config, dy.shape[0], call.sizes
+    needed = [t is not None for t in results.values()]
+    need = {f"NEED_{name.upper()}": wanted for name, wanted in zip(results, needed, strict=True)}
+    fused = config.producers > 0 and dxa is not None
+    panels, segment = -(-m // config.rows), segment_rows(m, n, r, config)
+    parts, ranks = -(-m // segment), sum_ranks(r)
+    blocks = [-(-size // config.sum_columns) * (padded_rank(r) // ranks) for size in (n, k)]
+    tiles = panels * fused + need["NEED_DX"] * panels * (-(-k // config.columns) - fused)
+    tiles += parts * blocks[0] * (need["NEED_DB"] or need["NEED_DBIAS"])
+    tiles += parts * blocks[1] * need["NEED_DA"]
+    space = sum(blocks) * parts * (ranks + 1) * config.sum_columns if parts > 1 else 0
+    # float32's products outweigh a second drawing, and need the registers.
+    shared_mask = call.seed is not None and dy.element_size() == 2 and all(needed[:2])
+    numbers, units, unit_rows = dxa or (None, None, 1)
+    # A step of dA's sums has one unit.
+    sum_rows = config.sum_rows if units is None else min(config.sum_rows, unit_rows)
+    mask_size = max(m, sum_rows), -(-k // _MASK_COLUMNS) * _MASK_COLUMNS // 32
+    counters = _WORKSPACE.zeros(sum(blocks) + panels + 1, dy.device)
+    args = {
+        "dy": dy, "x": x, "xa": xa, "w": call.weight, "a": call.a, "b": call.b,
+        **call.pointers(), "dxa": numbers, "units": units, **results,
+        "mask": dy.new_empty(mask_size, dtype=torch.int32) if shared_mask else None,
+        "partials": _floats(dy, space) if space else counters.view(torch.float32),
+        "counters": counters, "flags": counters[sum(blocks) :],
+        "dy_descriptor": _descriptor(dy, config.rows, config.depth, config.descriptors),
+        "w_descriptor": _descriptor(call.weight, config.depth, config.columns, config.descriptors),
+        "stride_dy": dy.stride(0), "stride_x": 0 if x is None else x.stride(0),
+        "stride_w": call.weight.stride(0), "stride_a": call.a.stride(0),
+        "stride_b": call.b.stride(0), "segment": segment, **call.numbers(m),
+    }  # fmt: skip
+    executor = current()
+    device = executor.device(dy)
+    constants = call.constants(m, device.mma) | need | {
+        "N": n, "K": k, "MASK_STRIDE": mask_size[1], "BLOCK_M": config.rows,
+        "BLOCK_N": config.depth, "BLOCK_K": config.columns, "RANK_STEP": rank_step(r, dy.dtype),
+        "RANKS": ranks, "BLOCK_C": config.sum_columns, "BLOCK_S": sum_rows, "GROUP": config.group,
+        "UNIT_ROWS": 1 if units is None else unit_rows, "FUSED": fused,
+        "DROPOUT": call.seed is not None, "warps": config.warps, "stages": config.stages,
+    }  # fmt: skip
+    grid = min(tiles, executor.programs(device))
+    launch(backward_kernel, grid, args, constants)
+
+
+def _call(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    seed: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+) -> Call:
+    if seed is None:
+        threshold = 0
+    return Call(_unit_rows(weight), _unit_rows(a), _unit_rows(b), seed, scaling, threshold)
+
+
+def _floats(like: Tensor, count: int) -> Tensor:
+    return like.new_empty(count, dtype=torch.float32)
+
+
+def _descriptor(t: Tensor, rows: int, columns: int, wanted: bool) -> TensorDescriptor | None:
+    return TensorDescriptor.from_tensor(t, [rows, columns]) if wanted else None
+
+
+def _as_matrix(v: Tensor) -> Tensor:
+    return v if v.ndim == 2 else v.reshape(-1, v.shape[-1])
+
+
+def _unit_rows(t: Tensor) -> Tensor:
+    """Return a matrix whose elements along a row are adjacent: itself, or a copy."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Return how float32 products are formed, as torch's own switch says."""
+    return "tf32" if dtype == torch.float32 and gpu.tf32_allowed() else "ieee"
+
+
+def _on_device(t: Tensor) -> Any:
+    """Make the tensor's GPU the current one: Triton launches there."""
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()

@@ -1,0 +1,1 @@
+"""Which tiles a launch takes, in plain Python."""

@@ -1,0 +1,247 @@
+"""Tile configurations: what ships, and the one predicate that says which are legal where."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.impl.triton.plan.device import Device
+
+MAX_RANK = 256
+MIN_TILE = 16  # the smallest side of a matrix product
+TABLE = "spill_free.json"
+TENSOR_MEMORY_COLUMNS = 512
+DESCRIPTOR_ALIGNMENT = 16  # bytes, of addresses and row strides
+DESCRIPTOR_STRIDE = 1 << 40  # bytes, beyond every row stride
+MAX_SUM_RANKS = 64
+
+
+def padded_rank(r: int) -> int:
+    """Return the rank padded to a size that a tile may have."""
+    return max(MIN_TILE, 1 << (r - 1).bit_length())
+
+
+def sum_ranks(r: int) -> int:
+    """Return how many ranks a tile of dA or dB sums; more would not fit its registers."""
+    return min(padded_rank(r), MAX_SUM_RANKS)
+
+
+def rank_step(r: int, dtype: torch.dtype) -> int:
+    """Return how many ranks the last product of a tile takes at a time.
+
+    All of them through tensor cores; float32 operands lie in registers, so few.
+    """
+    return MIN_TILE if dtype == torch.float32 else padded_rank(r)
+
+
+class Layer(NamedTuple):
+    """One call as the picker sees it: sizes as in y [M, N] = x [M, K] Wᵀ and rank R."""
+
+    m: int
+    n: int
+    k: int
+    r: int
+    bits: int  # of x, W, y: 16 or 32
+    dropout: bool = False
+    aligned: bool = True  # whether tensor descriptors may describe x (or dy) and W
+    backward: bool = False
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, False)  # dx, dA, dB, dbias
+
+    @property
+    def block_r(self) -> int:
+        """The rank padded to a size that a tile may have."""
+        return padded_rank(self.r)
+
+    @property
+    def out(self) -> int:
+        """Columns of the large result: N of y, or K of dx."""
+        return self.k if self.backward else self.n
+
+    @property
+    def depth(self) -> int:
+        """What the large product sums over: K forward, N backward."""
+        return self.n if self.backward else self.k
+
+
+def layer_of(
+    rows: Tensor, weight: Tensor, a: Tensor, dropout: bool, needs: Sequence[bool] | None = None
+) -> Layer:
+    """Describe a call by its matrices: rows are x, or with backward's `needs` dy."""
+    (n, k), bits = weight.shape, rows.element_size() * 8
+    aligned = all(map(_describable, (rows, weight)))
+    layer = Layer(rows.shape[0], n, k, a.shape[0], bits, dropout, aligned)
+    if needs is None:
+        return layer
+    dx, da, db, dbias = needs
+    return layer._replace(backward=True, needs=(dx, da, db, dbias))
+
+
+def _describable(t: Tensor) -> bool:
+    """Whether a tensor descriptor can describe the matrix: rows may not overlap, a driver says.
+
+    Source: NVIDIA's documentation of cuTensorMapEncodeTiled, globalStrides.
+    """
+    stride = t.stride(0) * t.element_size()
+    return (
+        t.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
+        and stride % DESCRIPTOR_ALIGNMENT == 0
+        and t.shape[1] * t.element_size() <= stride < DESCRIPTOR_STRIDE
+    )
+
+
+@dataclass(frozen=True, order=True)
+class Config:
+    """Tiles of the large product: `rows` tokens by `columns` of y or dx, `depth` a step.
+
+    producers: columns of tiles that also make xa (dxa), each over a part of K; 0 is the split path,
+        in two launches.
+    sum_columns, sum_rows: tiles of dA and dB, columns by rows a step, of the backward kernel only.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    producers: int = 1
+    descriptors: bool = False
+    group: int = 8
+    sum_columns: int = 128
+    sum_rows: int = 64
+
+
+@dataclass(frozen=True)
+class ThinConfig:
+    """Tiles of the split path's thin product: `rows` tokens, `depth` a step."""
+
+    rows: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Largest first. Which of them serve a rank, in one launch or two, `spill_free` says.
+TILES_16 = (
+    Config(128, 256, 64, 8, 3),
+    Config(128, 128, 64, 8, 3),
+    Config(128, 128, 32, 8, 3),
+    Config(64, 128, 64, 8, 3),
+    Config(128, 64, 64, 8, 3),
+    Config(64, 64, 64, 8, 3),
+    Config(64, 64, 64, 4, 3),
+    Config(32, 64, 64, 4, 4),
+    Config(16, 64, 64, 2, 4, sum_columns=64),
+    Config(16, 32, 128, 2, 4, sum_columns=64),
+)
+TILES_32 = (
+    Config(64, 64, 32, 8, 3, sum_columns=64, sum_rows=32),
+    Config(32, 32, 32, 4, 3, sum_columns=64, sum_rows=32),
+    Config(16, 32, 32, 2, 3, sum_columns=64, sum_rows=32),
+)
+
+
+def shipped(layer: Layer) -> list[Config]:
+    """Return every configuration that ships for a layer's kind, legal or not on a given device."""
+    found = []
+    for tile in TILES_16 if layer.bits == 16 else TILES_32:
+        for producers in _producers(layer):
+            for descriptors in (False, True):
+                found.append(replace(tile, producers=producers, descriptors=descriptors))
+    return found
+
+
+def _producers(layer: Layer) -> tuple[int, ...]:
+    """Return how many columns may make xa: more with dropout, which a producing tile draws."""
+    if layer.backward:
+        return 0, 1
+    return (0, 1, 2, 4) if layer.dropout else (0, 1, 2)
+
+
+def shared_bytes(config: Config, layer: Layer, device: Device) -> int:
+    """Return an upper bound of the shared memory that a program needs.
+
+    A buffer holds the operands of one step: both tiles of the large product, and of the thin one
+    the factor. Copies alone need stages - 1 buffers, asynchronous products, which still read the
+    last one, all of them. A thin product fed by registers puts x there once more.
+    """
+    size = layer.bits // 8
+    asynchronous = device.wgmma or device.tensor_memory
+    buffers = config.stages if asynchronous else config.stages - 1
+    step = (config.rows + config.columns) * config.depth
+    if config.producers:
+        step += layer.block_r * config.depth
+    total = buffers * step * size
+    if not layer.backward and config.producers and layer.dropout:
+        total += config.rows * config.depth * size
+    if layer.backward:
+        sums = (sum_ranks(layer.r) + config.sum_columns) * config.sum_rows * (buffers + 1)
+        total = max(total, sums * size)
+    last = MIN_TILE if layer.bits == 32 else layer.block_r
+    if layer.depth <= 2 * config.depth:  # unrolled: a step's operands may lie beside the last ones
+        last += config.depth
+    return max(total, last * (config.rows + config.columns) * size) + 2048
+
+
+def illegal(config: Config, layer: Layer, device: Device) -> str | None:
+    """Return why a configuration can't serve the layer on the device, or None if it can."""
+    if not 1 <= layer.r <= MAX_RANK:
+        return f"rank {layer.r} is outside 1 to {MAX_RANK}"
+    if config.descriptors and not (layer.aligned and layer.bits == 16 and device.descriptors):
+        return "tensor descriptors need 16-bit operands, aligned rows and sm_90 or sm_100"
+    if config.columns > 128 and not device.wgmma:
+        # Elsewhere they spill or leave no room for the thin product; 128 reach as much of the peak.
+        return "tiles of 256 columns need asynchronous products with sums in registers (sm_90)"
+    columns = -(-layer.out // config.columns)
+    if config.producers > columns:
+        return f"{config.producers} producing columns of {columns}"
+    if config.producers > device.multiprocessors:
+        return "producers of one row panel wait for each other and must run together"
+    if layer.backward and config.producers > 1:
+        return "one column makes dxa"
+    steps = -(-layer.depth // config.depth)
+    if config.producers > steps:
+        return f"{config.producers} parts of {steps} steps"
+    needed = shared_bytes(config, layer, device)
+    if needed > device.shared_bytes:
+        return f"{needed} bytes of shared memory of {device.shared_bytes}"
+    return _registers_exceeded(config, layer, device)
+
+
+def _registers_exceeded(config: Config, layer: Layer, device: Device) -> str | None:
+    if device.tensor_memory and layer.bits == 16:
+        # Twice the tile: Triton 3.6 gives the last product sums of its own.
+        used = 2 * config.columns + (layer.block_r if config.producers else 0)
+        if used > TENSOR_MEMORY_COLUMNS:
+            return f"{used} columns of tensor memory of {TENSOR_MEMORY_COLUMNS}"
+    ranks = spill_free().get(compiled_as(config, layer, device), ())
+    if layer.block_r not in ranks:
+        return f"registers would spill for a padded rank of {layer.block_r}"
+    return None
+
+
+def compiled_as(config: Config, layer: Layer, device: Device) -> str:
+    """Return the key of `spill_free` that a configuration has on a device."""
+    target = device.target if device.capability[0] in (9, 10) else 80
+    return (
+        f"sm_{target // 10 * 10} {'descriptors' if config.descriptors else 'pointers'} "
+        f"{'backward' if layer.backward else 'forward'} {layer.bits}-bit "
+        f"{config.rows}x{config.columns}x{config.depth} {config.warps} warps "
+        f"{config.producers} producers {'dropout' if layer.dropout else 'no dropout'}"
+    )
+
+
+@cache
+def spill_free() -> dict[str, list[int]]:
+    """Return the padded ranks for which each configuration compiles without spilling registers.
+
+    Written by tools/spill_free.py from what ptxas reports: at most 64 bytes on sm_80, none on
+    sm_90 and sm_100, whose rows serve the other architectures of their generation; what is
+    neither is taken as sm_80.
+    """
+    table: dict[str, list[int]] = json.loads(files(__package__).joinpath(TABLE).read_text())
+    return table

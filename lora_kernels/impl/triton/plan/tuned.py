@@ -1,0 +1,95 @@
+"""Plans measured by `python -m lora_kernels tune`; without its file the cost model decides.
+
+The file is `<device name>-<package version>.json`, in the folder that LORA_KERNELS_TUNED names or
+in lora_kernels/tuned of the user's cache. It is read once per device and process.
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict
+from functools import cache, lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lora_kernels._version import __version__
+from lora_kernels.impl.triton.plan.config import Config, Layer, illegal
+from lora_kernels.impl.triton.plan.cost import floor_seconds
+from lora_kernels.impl.triton.plan.device import Device
+from lora_kernels.impl.triton.plan.plan import Plan, plan, rounded, thin_of
+
+ENVIRONMENT = "LORA_KERNELS_TUNED"
+
+
+def path_of(device: Device) -> Path:
+    """Return the file that holds a device's measured plans, whether it exists or not."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-")
+    return _folder() / f"{name}-{__version__}.json"
+
+
+def _folder() -> Path:
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        return Path(named)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("lora_kernels", appauthor=False) / "tuned"
+
+
+def key_of(layer: Layer) -> str:
+    """Return the name of a layer in the file; M counts as the next power of two."""
+    m, n, k, r, bits, dropout, aligned, backward, _ = rounded(layer)
+    return (
+        f"{'backward' if backward else 'forward'} {m}x{n}x{k}x{r} {bits}-bit "
+        f"{'dropout' if dropout else 'no dropout'} {'aligned' if aligned else 'unaligned'}"
+    )
+
+
+@lru_cache(maxsize=4096)
+def planned(layer: Layer, device: Device) -> Plan:
+    """Return the measured plan of a layer if there is one and it is legal, else the predicted one.
+
+    Raises:
+        ValueError: the file is not what `tune` writes; or as `plan`.
+    """
+    entry = _read(path_of(device)).get(key_of(layer))
+    if entry is None:
+        return plan(layer, device)
+    config, seconds = entry
+    if illegal(config, layer, device) is not None:
+        return plan(layer, device)
+    return Plan(config, thin_of(config, layer, device), seconds, floor_seconds(layer, device), True)
+
+
+def write(path: Path, device: Device, found: dict[str, tuple[Config, float]]) -> None:
+    """Add measured plans to a file; it is replaced as a whole, so no reader sees half of it."""
+    plans = {**_read(path), **found}
+    text = {
+        "device": device.name,
+        "triton": metadata.version("triton"),
+        "plans": {
+            key: {"config": asdict(config), "seconds": seconds}
+            for key, (config, seconds) in sorted(plans.items())
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(text, indent=1) + "\n")
+    temporary.replace(path)
+    _read.cache_clear()
+    planned.cache_clear()
+
+
+@cache
+def _read(path: Path) -> dict[str, tuple[Config, float]]:
+    if not path.exists():
+        return {}
+    try:
+        plans: dict[str, Any] = json.loads(path.read_text())["plans"]
+        return {key: (Config(**e["config"]), float(e["seconds"])) for key, e in plans.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected plans as `python -m lora_kernels tune` writes them, got {error!r}; "
+            "delete the file or tune again"
+        ) from error

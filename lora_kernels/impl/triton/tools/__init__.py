@@ -1,0 +1,1 @@
+"""Compiling, inspecting, measuring and executing kernels, with or without a GPU."""
