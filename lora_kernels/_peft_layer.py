@@ -260,6 +260,8 @@ def _misfit_reason(x: Any, parts: FusedParts, cast: torch.dtype | None) -> str |
         return "x is a meta tensor"
     if cast is None and lora_A.dtype != lora_B.dtype:
         return f"lora_A is {lora_A.dtype}, lora_B {lora_B.dtype}"
+    if cast is not None and torch.float64 in (lora_A.dtype, lora_B.dtype):
+        return "lora_A or lora_B is float64, which autocast leaves as it is"
     misfitting = misfit(x, weight, lora_A, lora_B, bias, cast)
     return None if misfitting is None else str(misfitting)
 

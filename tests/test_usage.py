@@ -72,6 +72,28 @@ def test_adapters_of_two_dtypes_are_pefts_to_refuse(part, dtype):
         assert use(model).fused == 1
 
 
+@pytest.mark.parametrize("parts", [["lora_A"], ["lora_B"], ["lora_A", "lora_B"]])
+def test_autocast_leaves_float64_adapters_to_peft(parts):
+    """PEFT refuses one beside another dtype, and computes with two."""
+    model, x = two(), torch.randn(2, 8)
+    plain = copy.deepcopy(model)
+    lk.patch_peft(model)
+    found = []
+    for each in (model, plain):
+        for part in parts:
+            getattr(each.base_model.model[0], part)["default"].double()
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                found.append(each(x))
+        except RuntimeError as error:
+            found.append(str(error))
+    if len(parts) == 2:
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+    else:
+        assert found[0] == found[1]
+    assert use(model).fused == 0
+
+
 @pytest.mark.parametrize("part", ["x", "base_layer", "lora_A", "lora_B"])
 def test_inference_tensors_are_pefts_to_save_or_to_refuse(part):
     model, x = two(), torch.randn(2, 8)
