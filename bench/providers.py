@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import lora_kernels as lk
 from bench.rivals import addmm_lora, liger_model, lorafusion_lora, unsloth_lora
 from bench.shapes import DTYPES, GROWTH, SCALING, Case
-from lora_kernels.dispatch import Problem, refusals
+from lora_kernels.dispatch import refusals
+from lora_kernels.operands.request import Request
 from lora_kernels.packing import reason_left
 from lora_kernels.testing import Inputs
 
@@ -134,8 +135,8 @@ def _packed(module: nn.Module) -> nn.Module:
 def _our_refusal(impl: str) -> Callable[[Case], str | None]:
     def refuse(case: Case) -> str | None:
         device = "cuda" if impl in ("triton", "cuda") else "cpu"
-        problem = Problem(torch.device(device), DTYPES[case.dtype], case.r, case.p > 0)
-        return refusals(problem).get(impl)
+        request = Request(torch.device(device), DTYPES[case.dtype], case.r, case.p > 0)
+        return refusals(request).get(impl)
 
     return refuse
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import lora_kernels
-from lora_kernels.dispatch import NO_TRITON, triton_absence
+from lora_kernels.impl.triton.support import NO_TRITON
+from lora_kernels.impl.triton.support import absence as triton_absence
 from lora_kernels.native import absence
 
 

@@ -22,8 +22,9 @@ from lora_kernels.bypass import (
     refuses_strides,
 )
 from lora_kernels.checks import check_memory, is_dtensor, misfit, plainly_fit
-from lora_kernels.dispatch import Problem, slower_than_peft
+from lora_kernels.dispatch import slower_than_peft
 from lora_kernels.functional import autocast_dtype, checked_lora_linear
+from lora_kernels.operands.request import Request
 from lora_kernels.packing import Packed, current, forget, restore
 from lora_kernels.usage import Calls
 
@@ -244,7 +245,7 @@ def _call_reason(
     if x.is_cpu or impl != "auto":
         return None
     dropped = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0
-    return slower_than_peft(Problem(x.device, cast or x.dtype, lora_A.shape[0], dropped))
+    return slower_than_peft(Request(x.device, cast or x.dtype, lora_A.shape[0], dropped))
 
 
 def _misfit_reason(x: Any, parts: FusedParts, cast: torch.dtype | None) -> str | None:

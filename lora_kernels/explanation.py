@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lora_kernels.checks import check_dropout_p, check_lora_linear, check_scaling, check_seed
-from lora_kernels.dispatch import IMPLEMENTATIONS, Problem, check_impl, refusals, slower_than_peft
-from lora_kernels.dropout import drop_threshold
+from lora_kernels.dispatch import IMPLEMENTATIONS, check_impl, refusals, slower_than_peft
 from lora_kernels.functional import autocast_dtype, preferred
 from lora_kernels.impl.triton import launch
 from lora_kernels.impl.triton.plan.config import Layer
 from lora_kernels.impl.triton.plan.tuned import planned
+from lora_kernels.operands.dropout import drop_threshold
+from lora_kernels.operands.request import Request
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def explain(
     check_seed(seed, x.device)
     check_impl(impl)
     dropout = training and drop_threshold(dropout_p) > 0
-    problem = Problem(x.device, cast or x.dtype, lora_A.shape[0], dropout)
-    reasons = refusals(problem)
+    request = Request(x.device, cast or x.dtype, lora_A.shape[0], dropout)
+    reasons = refusals(request)
     names = [i.name for i in IMPLEMENTATIONS]
     first = preferred("auto", x, weight, dropout)
     if first != "auto":
@@ -96,18 +97,18 @@ def explain(
     for implementation in IMPLEMENTATIONS:
         if implementation.name not in (choice, *reasons):
             reasons[implementation.name] = f"serves the call too; {choice} comes first"
-    plans = _triton_plans(x, weight, problem) if choice == "triton" else {}
-    return Explanation(choice, reasons, plans, slower_than_peft(problem))
+    plans = _triton_plans(x, weight, request) if choice == "triton" else {}
+    return Explanation(choice, reasons, plans, slower_than_peft(request))
 
 
-def _triton_plans(x: Tensor, weight: Tensor, problem: Problem) -> dict[str, str]:
+def _triton_plans(x: Tensor, weight: Tensor, request: Request) -> dict[str, str]:
     layer = Layer(
         max(x.numel() // weight.shape[1], 1),
         weight.shape[0],
         weight.shape[1],
-        problem.rank,
-        problem.dtype.itemsize * 8,
-        problem.dropout,
+        request.rank,
+        request.dtype.itemsize * 8,
+        request.dropout,
     )
     device = launch.current().device(x)
     both = {"forward": layer, "backward": layer._replace(backward=True)}

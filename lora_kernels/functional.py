@@ -22,9 +22,9 @@ from lora_kernels.dispatch import (
     check_impl,
     choose,
 )
-from lora_kernels.dropout import LEVELS, drop_threshold
 from lora_kernels.impl.reference import linear as reference
 from lora_kernels.impl.reference.mask import keep_mask
+from lora_kernels.operands.dropout import LEVELS, drop_threshold
 from lora_kernels.ops import implement
 from lora_kernels.packing import Packed
 from lora_kernels.transforms import needs_plain_torch

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from lora_kernels.dispatch import IMPLEMENTATIONS, Implementation, Problem
+from lora_kernels.dispatch import IMPLEMENTATIONS, Implementation
 from lora_kernels.native import LIBRARIES, absence
+from lora_kernels.operands.request import Request
 
 _COMPANIONS = ("triton", "peft", "safetensors", "transformers")
 # Of the calls for which it is said what is usable.
@@ -68,7 +69,7 @@ def facts() -> dict[str, Any]:
 
 
 def _refusal(implementation: Implementation, device: str) -> str | None:
-    return implementation.refuse(Problem(torch.device(device), _DTYPE, _RANK, False))
+    return implementation.refuse(Request(torch.device(device), _DTYPE, _RANK, False))
 
 
 def _version(package: str) -> str | None:

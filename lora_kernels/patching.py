@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from lora_kernels.bypass import read_linear
-from lora_kernels.dispatch import Problem, check_impl
+from lora_kernels.dispatch import check_impl
 from lora_kernels.nn import LoRALinear
+from lora_kernels.operands.request import Request
 from lora_kernels.packing import state_of_copies
 from lora_kernels.prepack import PrepackReport, prepack_
-from lora_kernels.serving import check_serves, missed_part, problem_of, served
+from lora_kernels.serving import check_serves, missed_part, request_of, served
 from lora_kernels.summary import Group, Summary, grouped
 from lora_kernels.usage import LOGGER, Calls, LayerUse, UsageReport, by_implementation, run_by
 from lora_kernels.wrappers import loaded
@@ -115,8 +116,8 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
     layers = _lora_layers(model)
     if not layers:
         raise ValueError(f"model: expected a model with PEFT LoRA layers, got {_instead(model)}")
-    problems = _problems(layers)
-    check_serves(impl, problems)
+    requests = _requests(layers)
+    check_serves(impl, requests)
     found = PatchReport()
     tuners = [m for m in model.modules() if type(m) in (ours.LoraModel, ours.FusedLoraModel)]
     before = [(m, type(m), dict(vars(m))) for m in (*tuners, *(layer for _, layer in layers))]
@@ -133,7 +134,7 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
                 found.left[path] = reason
         for tuner in tuners:
             ours.become(tuner, ours.FusedLoraModel, impl)
-        _tell(found, impl, problems)
+        _tell(found, impl, requests)
     except BaseException:
         for module, kind, attributes in before:
             module.__class__ = kind
@@ -227,13 +228,13 @@ def _use_of(layer: nn.Module, compiled: bool) -> LayerUse:
     compiled: whether a call may be part of a graph, which takes no packed copies.
     """
     calls, state = vars(layer).get("_lora_kernels_calls") or Calls(), _state_of(layer)
-    problem, by, without = None, None, None
+    request, by, without = None, None, None
     if isinstance(layer, LoRALinear):
-        impl, problem = layer.impl, problem_of(layer.base_layer, layer.r, False)
+        impl, request = layer.impl, request_of(layer.base_layer, layer.r, False)
     elif state is None:
-        impl, problem = vars(layer)["_lora_kernels_impl"], _problem_of(cast(Any, layer))
-    if state is None and problem is not None:
-        by, without = served(impl, problem)
+        impl, request = vars(layer)["_lora_kernels_impl"], _request_of(cast(Any, layer))
+    if state is None and request is not None:
+        by, without = served(impl, request)
     read = read_linear(getattr(layer, "base_layer", layer))
     weight = None if isinstance(read, str) else read[0]
     by_graphs = compiled and not calls.fused
@@ -252,25 +253,25 @@ def _state_of(layer: nn.Module) -> str | None:
     return _left_for_its_type(cast(Any, layer)) or "not patched: call patch_peft again"
 
 
-def _problems(layers: list[tuple[str, "LoraLayer"]]) -> dict[str, Problem]:
+def _requests(layers: list[tuple[str, "LoraLayer"]]) -> dict[str, Request]:
     """Return what calls of the layers will ask that can be fused, by path, where that is known."""
-    asked = {path: _problem_of(layer) for path, layer in layers if not _left_for_its_type(layer)}
-    return {path: problem for path, problem in asked.items() if problem is not None}
+    asked = {path: _request_of(layer) for path, layer in layers if not _left_for_its_type(layer)}
+    return {path: request for path, request in asked.items() if request is not None}
 
 
-def _problem_of(layer: "LoraLayer") -> Problem | None:
+def _request_of(layer: "LoraLayer") -> Request | None:
     names = [name for name in layer.active_adapters if name in layer.lora_A] or [*layer.lora_A]
     if not names:
         return None
     p = getattr(layer.lora_dropout[names[0]], "p", 0.0)
-    return problem_of(layer.get_base_layer(), layer.r[names[0]], p > 0.0)
+    return request_of(layer.get_base_layer(), layer.r[names[0]], p > 0.0)
 
 
-def _tell(found: PatchReport, impl: str, problems: dict[str, Problem]) -> None:
+def _tell(found: PatchReport, impl: str, requests: dict[str, Request]) -> None:
     """Add to a report what the patched layers run by, and log what it says."""
-    asked = {path: problems[path] for path in found.patched if path in problems}
-    for path, problem in asked.items():
-        found.implementations[path], without = served(impl, problem)
+    asked = {path: requests[path] for path in found.patched if path in requests}
+    for path, request in asked.items():
+        found.implementations[path], without = served(impl, request)
         if without is not None:
             found.without_kernel[path] = without
     if found.patched:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
-from lora_kernels.dispatch import Problem, choose, refusal, refusals, slower_than_peft
+from lora_kernels.dispatch import choose, refusal, refusals, slower_than_peft
 from lora_kernels.functional import autocast_dtype
 from lora_kernels.native import LIBRARIES, absence
+from lora_kernels.operands.request import Request
 
 _KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 _CURES = {
@@ -31,7 +32,7 @@ class Served(NamedTuple):
     without_kernel: str | None = None
 
 
-def problem_of(base: nn.Module, rank: int, dropout: bool) -> Problem | None:
+def request_of(base: nn.Module, rank: int, dropout: bool) -> Request | None:
     """Return what a layer's calls ask of an implementation; None where its weight doesn't say.
 
     On meta it is nowhere yet, a fake one may name a device that isn't there, and a shard of FSDP1
@@ -47,30 +48,30 @@ def problem_of(base: nn.Module, rank: int, dropout: bool) -> Problem | None:
         # Offloaded shards lie on the CPU.
         mesh = cast(Any, weight).device_mesh.device_type
         device = device if device.type == mesh else torch.device(mesh)
-    return Problem(device, autocast_dtype(weight) or weight.dtype, rank, dropout)
+    return Request(device, autocast_dtype(weight) or weight.dtype, rank, dropout)
 
 
-def served(impl: str, problem: Problem) -> Served:
-    """Return what serves the problem."""
-    reason = None if impl == "auto" else refusal(impl, problem)
+def served(impl: str, request: Request) -> Served:
+    """Return what serves the request."""
+    reason = None if impl == "auto" else refusal(impl, request)
     if reason is not None:
         return Served(f"{impl}, which raises", reason)
-    name = choose(impl, *problem).name
+    name = choose(impl, *request).name
     by = f"cpu ({torch.ops.lora_kernels.cpu_isa()})" if name == "cpu" else name
     if impl != "auto" or name != "eager":
         return Served(by)
-    if slower_than_peft(problem) is not None:
+    if slower_than_peft(request) is not None:
         by = "eager, with dropout PEFT"
-    kernels, reasons = _KERNELS.get(problem.device.type, ()), refusals(problem)
+    kernels, reasons = _KERNELS.get(request.device.type, ()), refusals(request)
     said = "; ".join(f"{kernel}: {reasons[kernel]}" for kernel in kernels)
-    return Served(by, said or f"no kernels for {problem.device.type}")
+    return Served(by, said or f"no kernels for {request.device.type}")
 
 
-def check_serves(impl: str, problems: dict[str, Problem]) -> None:
+def check_serves(impl: str, requests: dict[str, Request]) -> None:
     """Raise ValueError where a named implementation can't serve each layer, by path."""
     if impl == "auto":
         return
-    reasons = {path: refusal(impl, problem) for path, problem in problems.items()}
+    reasons = {path: refusal(impl, request) for path, request in requests.items()}
     refused = {path: reason for path, reason in reasons.items() if reason is not None}
     if refused:
         path, reason = next(iter(refused.items()))
@@ -81,13 +82,13 @@ def check_serves(impl: str, problems: dict[str, Problem]) -> None:
         )
 
 
-def missed_part(problems: Iterable[Problem]) -> str | None:
-    """Return which part, if it were there, would serve one of the problems, and the cure."""
-    for problem in set(problems):
-        part = problem.device.type
-        if part not in LIBRARIES or choose("auto", *problem).name != "eager":
+def missed_part(requests: Iterable[Request]) -> str | None:
+    """Return which part, if it were there, would serve one of the requests, and the cure."""
+    for request in set(requests):
+        part = request.device.type
+        if part not in LIBRARIES or choose("auto", *request).name != "eager":
             continue
         reason = absence(part)
-        if reason is not None and refusal(part, problem) == reason:
+        if reason is not None and refusal(part, request) == reason:
             return f"the compiled {part.upper()} part is absent, {reason}; cure: {_CURES[part]}"
     return None

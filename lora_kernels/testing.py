@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import functional
-from lora_kernels.dropout import drop_threshold
 from lora_kernels.impl import gpu
 from lora_kernels.impl.reference import linear as reference
+from lora_kernels.operands.dropout import drop_threshold
 
 FEW_ELEMENTS, MORE_DRAWS = 1 << 17, 7
 # Where xa has so few elements, one rounding of it decides the errors of y and db: against seven

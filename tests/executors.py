@@ -2,14 +2,13 @@
 
 import importlib.util
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
-from lora_kernels.impl.triton import launch
+from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton.plan.device import Device, known
 from lora_kernels.testing import Case, assert_results, make_inputs, run
 from tests.serving import Place, needs_gpu
@@ -32,6 +31,8 @@ needs_machine = pytest.mark.skipif(
 @dataclass
 class Interpreter:
     """Triton's interpreter: programs run one after the other, so there may be only one."""
+
+    impl = "triton"
 
     def device(self, tensor: torch.Tensor) -> Device:
         return replace(known("NVIDIA A100-SXM4-80GB"), multiprocessors=1)
@@ -95,4 +96,4 @@ def check_same_bits(case: Case, target: int, monkeypatch: Any) -> None:
 
 def running(executor: Any) -> Any:
     """Return a context in which calls use the executor; None stands for the GPU's own."""
-    return nullcontext() if executor is None else launch.using(executor)
+    return using(executor)

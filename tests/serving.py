@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lora_kernels.dispatch import IMPLEMENTATIONS, Problem, refusals
+from lora_kernels.dispatch import IMPLEMENTATIONS, refusals
+from lora_kernels.operands.request import Request
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 # A GPU's kernels have parity tests of their own, where something can run them.
@@ -25,6 +26,6 @@ class Place(NamedTuple):
 
 def skip_if_refused(impl, dtype=torch.float32, r=16, device="cpu"):
     """Skip what an implementation says it doesn't serve; "auto" goes on to the next."""
-    reason = refusals(Problem(torch.device(device), dtype, r, True)).get(impl)
+    reason = refusals(Request(torch.device(device), dtype, r, True)).get(impl)
     if reason is not None:
         pytest.skip(f"{impl}: {reason}")

@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
-from lora_kernels.dropout import drop_threshold
 from lora_kernels.impl.eager import linear as eager
 from lora_kernels.impl.reference.linear import lora_linear_backward, lora_linear_forward
+from lora_kernels.operands.dropout import drop_threshold
 from tests.serving import IMPLS, skip_if_refused
 
 

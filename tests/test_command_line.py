@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import lora_kernels
-from lora_kernels import _progress, dispatch
+from lora_kernels import _progress
 from lora_kernels.__main__ import main
 from lora_kernels._progress import Progress
-from lora_kernels.dispatch import IMPLEMENTATIONS, NO_TRITON
+from lora_kernels.dispatch import IMPLEMENTATIONS
+from lora_kernels.impl.triton import support
 from lora_kernels.impl.triton.plan import tuned
 from lora_kernels.impl.triton.plan.device import known
 
@@ -29,10 +30,10 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    dispatch._has_triton.cache_clear()
+    support._has_triton.cache_clear()
     yield
     monkeypatch.undo()
-    dispatch._has_triton.cache_clear()
+    support._has_triton.cache_clear()
 
 
 def test_info_names_versions_and_implementations():
@@ -99,15 +100,15 @@ def test_the_built_part_is_read_by_tritons_program(absent, without_triton, monke
     if absent:
         assert said.out == "compiled CUDA part: not built\n"
     else:
-        assert said.err == f"{NO_TRITON}: pip install triton\n"
+        assert said.err == f"{support.NO_TRITON}: pip install triton\n"
 
 
 def test_a_finder_may_refuse_triton(monkeypatch):
     def refuse(name):
         raise ImportError(f"{name} is forbidden here")
 
-    monkeypatch.setattr(dispatch, "find_spec", refuse)
-    assert dispatch._has_triton.__wrapped__() is False
+    monkeypatch.setattr(support, "find_spec", refuse)
+    assert support._has_triton.__wrapped__() is False
 
 
 def test_a_triton_that_is_too_old_or_interprets(monkeypatch, capsys):

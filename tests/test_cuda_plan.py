@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from lora_kernels.dispatch import MAX_RANK
+from lora_kernels.impl.gpu import MAX_RANK
 from lora_kernels.native import absence
 
 ABSENT = absence("cuda")

@@ -15,7 +15,8 @@ import torch
 
 from lora_kernels.impl import executor
 from lora_kernels.impl.cuda import machine
-from lora_kernels.impl.cuda.machine import Machine, using
+from lora_kernels.impl.cuda.machine import Machine
+from lora_kernels.impl.executor import using
 from lora_kernels.native import absence
 from lora_kernels.testing import Case, assert_parity, make_inputs, run
 from tests.test_cuda_mutations import BF16_KERNELS, HOPPER_KERNELS, MUTANTS, _ptx

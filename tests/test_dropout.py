@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.dropout import drop_threshold, keep_scale
 from lora_kernels.impl.eager import mask as eager_mask
 from lora_kernels.impl.reference import mask as reference_mask
 from lora_kernels.native import absence
+from lora_kernels.operands.dropout import drop_threshold, keep_scale
 from tests.serving import IMPLS, skip_if_refused
 
 WORD = 0xFFFFFFFF

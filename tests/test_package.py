@@ -18,8 +18,8 @@ FLOW = (
     "functional", "tensor_parallel", "sharding", "packing", "usage", "summary", "dispatch", "ops",
     "autograd", "transforms",
     "impl.cuda", "impl.triton.tools", "impl.triton", "impl.triton.kernels", "impl.triton.plan",
-    "impl.eager", "impl.reference", "impl",
-    "_progress", "_version", "native", "wrappers", "checks", "dropout",
+    "impl.cpu", "impl.eager", "impl.reference", "impl",
+    "_progress", "_version", "native", "wrappers", "checks", "operands",
 )  # fmt: skip
 
 FORBID = """

@@ -11,10 +11,14 @@ from torch._subclasses import FakeTensorMode
 
 import lora_kernels as lk
 from lora_kernels import dispatch, native, serving
-from lora_kernels.dispatch import MAX_CPU_RANK, Problem
+from lora_kernels.impl import gpu as gpus
+from lora_kernels.impl.cpu import support as cpu
+from lora_kernels.impl.cuda import support as cuda
+from lora_kernels.impl.triton import support as triton
 from lora_kernels.native import absence
+from lora_kernels.operands.request import Request
 from lora_kernels.packing import reason_left
-from lora_kernels.serving import missed_part, problem_of, served
+from lora_kernels.serving import missed_part, request_of, served
 
 peft = pytest.importorskip("peft")
 
@@ -48,7 +52,7 @@ def without_the_part(monkeypatch):
         dispatch._cached_choice.cache_clear()
 
     forget()
-    for module in (dispatch, serving):
+    for module in (cpu, cuda, serving):
         monkeypatch.setattr(module, "absence", lambda part: ABSENT)
     yield
     monkeypatch.undo()
@@ -73,8 +77,8 @@ def test_the_report_names_what_runs_the_layers(caplog):
 
 @needs_part
 def test_layers_that_differ_are_grouped():
-    model = two(rank_pattern={"1": MAX_CPU_RANK + 1})
-    reason = f"cpu: needs a rank of at most {MAX_CPU_RANK}, got {MAX_CPU_RANK + 1}"
+    model = two(rank_pattern={"1": cpu.MAX_RANK + 1})
+    reason = f"cpu: needs a rank of at most {cpu.MAX_RANK}, got {cpu.MAX_RANK + 1}"
     report = lk.patch_peft(model)
     assert report.without_kernel == {SECOND: reason}
     groups = [f"  run by {by_cpu()}: {FIRST}", f"  run by eager ({reason}): {SECOND}"]
@@ -134,24 +138,24 @@ def test_a_part_that_is_not_missed_is_no_matter(dtype, options, without_the_part
 
 
 def test_a_gpu_misses_its_part_where_no_triton_serves(without_the_part, monkeypatch):
-    gpu = Problem(torch.device("cuda", 0), torch.bfloat16, 16, False)
-    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(dispatch, "triton_absence", lambda: dispatch.NO_TRITON)
-    dispatch._launcher_refusal.cache_clear()
+    gpu = Request(torch.device("cuda", 0), torch.bfloat16, 16, False)
+    monkeypatch.setattr(gpus, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton, "absence", lambda: triton.NO_TRITON)
+    triton._launcher_refusal.cache_clear()
     assert served("auto", gpu) == ("eager", f"triton: triton is not installed; cuda: {ABSENT}")
     assert "cure: install triton, or" in missed_part([gpu])
     assert missed_part([gpu._replace(rank=300)]) is None
     assert served("auto", gpu._replace(dropout=True)).by == "eager, with dropout PEFT"
-    monkeypatch.setattr(dispatch, "_launcher_refusal", lambda: None)
+    monkeypatch.setattr(triton, "_launcher_refusal", lambda: None)
     dispatch._cached_choice.cache_clear()
     assert served("auto", gpu) == ("triton", None)
     assert missed_part([gpu]) is None
 
 
 def test_a_device_of_which_nobody_has_kernels():
-    problem = Problem(torch.device("mps"), torch.float16, 16, False)
-    assert served("auto", problem) == ("eager", "no kernels for mps")
-    assert missed_part([problem]) is None
+    request = Request(torch.device("mps"), torch.float16, 16, False)
+    assert served("auto", request) == ("eager", "no kernels for mps")
+    assert missed_part([request]) is None
 
 
 def classes(model):
@@ -194,7 +198,7 @@ def test_what_lies_nowhere_yet_is_not_asked():
     for weight in (torch.empty(0), torch.empty(32), fake):
         layer = nn.Linear(8, 8)
         layer.weight = nn.Parameter(weight)
-        assert problem_of(layer, 2, False) is None
+        assert request_of(layer, 2, False) is None
 
 
 def test_a_layer_that_moved_away_from_its_implementation_is_said():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels import dispatch
+from lora_kernels.impl.triton import support
 
 ROOT = Path(__file__).parent.parent
 OLDEST = ROOT / "build" / "triton-3.6"
@@ -53,7 +53,7 @@ def test_cases_of_a_gpu_by_the_oldest_triton(python):
     """A dozen, as torch 2.10 and 2.11 have it."""
     path = os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")])
     said = python("-c", "import triton; print(triton.__version__)", PYTHONPATH=path)
-    assert said.startswith(".".join(map(str, dispatch.OLDEST_TRITON)))
+    assert said.startswith(".".join(map(str, support.OLDEST_TRITON)))
     options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu", "--share", "5/8"]
     suite = "tests/test_triton_parity.py"
     said = python("-m", "pytest", *options, suite, CUDASTUB_GPU="H100", PYTHONPATH=path)

@@ -243,9 +243,11 @@ def test_counters_beyond_32_bits(monkeypatch):
 @needs_compiler
 def test_few_variants_in_a_training_run():
     """Batch shapes of a training run share one kernel a layer shape and mode."""
-    from lora_kernels.impl.triton.launch import using
+    from lora_kernels.impl.executor import using
 
     class Recorder:
+        impl = "triton"
+
         def __init__(self):
             self.variants = set()
             self.machine = Machine(90, resident=132)

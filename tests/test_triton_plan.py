@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.impl.triton import launch
+from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton.plan.config import (
     Config,
     Layer,
@@ -155,11 +155,13 @@ def test_partial_sums_stay_small():
 
 def test_explain_prints_plan_prediction_and_floor():
     class Planner:
+        impl = "triton"
+
         def device(self, tensor):
             return known("NVIDIA H200")
 
     tensors = [torch.empty(s, dtype=torch.bfloat16) for s in ((512, 256), (128, 256), (8, 256))]
-    with launch.using(Planner()):
+    with using(Planner()):
         said = lk.explain(*tensors, torch.empty(128, 8, dtype=torch.bfloat16))
     if said.choice == "triton":  # not where triton isn't installed
         assert said.plans.keys() == {"forward", "backward"}

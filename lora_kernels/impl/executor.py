@@ -1,14 +1,55 @@
-"""Code for the virtual machine `ptxvm`, an optional tool that executes PTX on a CPU."""
+"""What runs kernels in a GPU's stead: an interpreter or a machine, for tests and counts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+
+class Executor(Protocol):
+    """Runs the kernels of one implementation, `impl`, on tensors of any device."""
+
+    impl: str
+
+
+_EXECUTOR: ContextVar[Any] = ContextVar("executor", default=None)
+AnyExecutor = TypeVar("AnyExecutor", bound=Executor | None)
+
+
+def of(impl: str) -> Any:
+    """Return the executor of this context if it runs the kernels of `impl`, else None.
+
+    Not under torch.compile, which can't trace the question.
+    """
+    executor = None if torch.compiler.is_compiling() else _EXECUTOR.get()
+    return executor if executor is not None and executor.impl == impl else None
+
+
+def replaced() -> str | None:
+    """Return whose kernels are run in a GPU's stead in this context, if any's are."""
+    executor = None if torch.compiler.is_compiling() else _EXECUTOR.get()
+    return None if executor is None else executor.impl
+
+
+@contextmanager
+def using(executor: AnyExecutor) -> Iterator[AnyExecutor]:
+    """Let an executor, which is yielded, run the kernels of this context; None is the GPU's own."""
+    token = _EXECUTOR.set(executor)
+    try:
+        yield executor
+    finally:
+        _EXECUTOR.reset(token)
 
 
 @cache
 def load(ptx: str) -> Any:
-    """Load PTX with a clock that stands still, so that waits for other programs have no limit.
+    """Load PTX in the virtual machine `ptxvm`, an optional tool that executes it on a CPU.
 
-    The machine proves that a wait has no end by its state, in which no clock may run.
+    Its clock stands still, so that waits for other programs have no limit: the machine proves that
+    a wait has no end by its state, in which no clock may run.
     """
     import ptxvm
 

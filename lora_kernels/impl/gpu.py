@@ -1,7 +1,45 @@
-"""What torch says of a GPU: its switch of float32 products, its allocator's pools."""
+"""What implementations for GPUs ask of a device, a call, torch's switches and its allocator."""
+
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from lora_kernels.operands.request import Request
+
+MAX_RANK = 256
+
+
+def refusal(device: torch.device) -> str | None:
+    """Return why no kernel runs on a device, or None."""
+    if device.type != "cuda" or torch.version.hip:
+        return f"needs a CUDA device, got {device.type}"
+    major, minor = capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    return None
+
+
+def unfit(request: Request) -> str | None:
+    """Return why no kernel takes a call, on whatever device, or None."""
+    if request.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"needs float16, bfloat16 or float32, got {request.dtype}"
+    if request.rank > MAX_RANK:
+        return f"needs a rank of at most {MAX_RANK}, got {request.rank}"
+    return None
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return a GPU's compute capability."""
+    if torch.compiler.is_compiling():  # folds this call, but can't call a cached function
+        properties = torch.cuda.get_device_properties(device)
+        return properties.major, properties.minor
+    return _cached_capability(device)
+
+
+@cache
+def _cached_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def tf32_allowed() -> bool:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels.dispatch import IMPLEMENTATIONS, Problem
+from lora_kernels.dispatch import IMPLEMENTATIONS
+from lora_kernels.operands.request import Request
 from lora_kernels.testing import Case, make_inputs, reference_results, run
 from tests.conftest import SEED
 from tests.stacks.models import assert_close, gradients, peft, randomize
@@ -77,9 +78,9 @@ def test_the_function_computes_what_its_oracle_does(case, seed, data):
     oracle = reference_results(case, inputs, torch.float64)
     positive = replace(case, scaling=abs(case.scaling))
     largest = reference_results(positive, absolute, torch.float64)
-    problem = Problem(inputs.x.device, case.dtype, case.r, case.dropout_p > 0)
+    request = Request(inputs.x.device, case.dtype, case.r, case.dropout_p > 0)
     for implementation in IMPLEMENTATIONS:
-        if implementation.refuse(problem) is None:
+        if implementation.refuse(request) is None:
             for what, result in run(case, inputs, implementation.name).items():
                 coarser = torch.finfo(
                     max(case.dtype, result.dtype, key=lambda d: torch.finfo(d).eps)

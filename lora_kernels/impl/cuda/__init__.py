@@ -1,1 +1,1 @@
-"""The compiled CUDA kernels beside a GPU: a machine that executes their code, what they take."""
+"""impl="cuda": compiled CUDA C++, in csrc/cuda; a machine that executes it, what it takes."""

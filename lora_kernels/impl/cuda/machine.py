@@ -5,9 +5,6 @@ tensors; only the launches are made here.
 """
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -34,6 +31,8 @@ class Machine:
     weak: level of the machine's weak memory; None leaves it to its environment.
     stats: counts of each launch, with its kernel's name.
     """
+
+    impl = "cuda"
 
     arch: int = 80
     resident: int = 4
@@ -111,26 +110,8 @@ def ptx(target: str) -> str:
     )
 
 
-_MACHINE: ContextVar[Machine | None] = ContextVar("machine", default=None)
-
-
-def active() -> bool:
-    """Whether a machine serves calls instead of a GPU, on CPU tensors; not under torch.compile."""
-    return not torch.compiler.is_compiling() and _MACHINE.get() is not None
-
-
-@contextmanager
-def using(machine: Machine | None) -> Iterator[Machine | None]:
-    """Let a machine, which is yielded, run the compiled kernels of this context."""
-    token = _MACHINE.set(machine)
-    try:
-        yield machine
-    finally:
-        _MACHINE.reset(token)
-
-
 def _machine() -> Machine:
-    machine = _MACHINE.get()
+    machine: Machine | None = executor.of("cuda")
     reason = absence("cuda")
     if machine is None or reason is not None:
         raise RuntimeError(f"impl: 'cuda' can't serve this call: {reason or 'needs a CUDA device'}")

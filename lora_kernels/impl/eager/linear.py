@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_kernels.dropout import keep_scale
 from lora_kernels.impl.eager import onednn
 from lora_kernels.impl.eager.mask import keep_blocks
+from lora_kernels.operands.dropout import keep_scale
 
 # Up to here a scaling pass over [M, R] costs more (5 µs a call) than a scaled product does.
 SMALL_M = 32

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.dropout import LANES, LEVELS
 from lora_kernels.native import absence
+from lora_kernels.operands.dropout import LANES, LEVELS
 
 # (lanes int16 [count, 8], first counter, threshold): writes 1 or 0 to every lane.
 Fill = Callable[[Tensor, int, int], None]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_kernels.dropout import LANES, keep_scale
+from lora_kernels.operands.dropout import LANES, keep_scale
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)

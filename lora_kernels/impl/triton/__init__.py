@@ -1,1 +1,1 @@
-"""Triton kernels: plan (pure Python) -> linear.py (launcher) -> launch.py (seam) -> kernels."""
+"""impl="triton": linear.py launches by a plan, through launch.py, the kernels."""

@@ -1,12 +1,10 @@
 """The seam between launchers and whatever runs a kernel: GPU, interpreter or virtual machine."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from lora_kernels.impl import executor
 from lora_kernels.impl.triton.plan.device import Device, of_gpu
 
 
@@ -23,6 +21,8 @@ class Options(NamedTuple):
 
 class Executor(Protocol):
     """Runs kernels on tensors of one kind of device."""
+
+    impl: str  # "triton"
 
     def device(self, tensor: torch.Tensor) -> Device:
         """Return the properties to plan for."""
@@ -47,6 +47,8 @@ _WHAT_TO_TRY = (
 
 class Gpu:
     """Runs kernels by Triton's own launcher, on the current stream of the tensors' device."""
+
+    impl = "triton"
 
     def device(self, tensor: torch.Tensor) -> Device:
         """Return the properties of the tensor's device, less what torch's carve-out spares."""
@@ -81,30 +83,11 @@ class Gpu:
 
 
 _GPU = Gpu()
-_EXECUTOR: ContextVar[Executor | None] = ContextVar("executor", default=None)
 
 
 def current() -> Executor:
-    """Return the executor that `using` set, or the GPU's."""
-    return _EXECUTOR.get() or _GPU
-
-
-def replaced() -> bool:
-    """Whether an executor other than the GPU's serves calls, on tensors of any device.
-
-    Not under torch.compile, which can't trace the question.
-    """
-    return not torch.compiler.is_compiling() and _EXECUTOR.get() is not None
-
-
-@contextmanager
-def using(executor: Executor) -> Iterator[None]:
-    """Let another executor run the kernels of this context: for tests and counts."""
-    token = _EXECUTOR.set(executor)
-    try:
-        yield
-    finally:
-        _EXECUTOR.reset(token)
+    """Return the executor of this context, or the GPU's."""
+    return executor.of("triton") or _GPU
 
 
 def launch(

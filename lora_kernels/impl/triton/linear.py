@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.dropout import LANES
 from lora_kernels.impl import gpu
 from lora_kernels.impl.triton.kernels.backward import backward_kernel
 from lora_kernels.impl.triton.kernels.forward import forward_kernel
@@ -18,6 +17,7 @@ from lora_kernels.impl.triton.plan.config import Config, layer_of, padded_rank, 
 from lora_kernels.impl.triton.plan.plan import Plan, segment_rows
 from lora_kernels.impl.triton.plan.tuned import planned
 from lora_kernels.impl.triton.workspace import Workspace
+from lora_kernels.operands.dropout import LANES
 
 _WORKSPACE = Workspace()
 _MASK_COLUMNS = 256  # the widest tile of dx or dA: rows of the mask's bits hold whole tiles

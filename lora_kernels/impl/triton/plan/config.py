@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.impl.gpu import MAX_RANK
 from lora_kernels.impl.triton.plan.device import Device
 
-MAX_RANK = 256
 MIN_TILE = 16  # the smallest side of a matrix product
 TABLE = "spill_free.json"
 TENSOR_MEMORY_COLUMNS = 512

@@ -31,6 +31,8 @@ class Machine:
     stats: counts of each launch.
     """
 
+    impl = "triton"
+
     target: int
     resident: int = 4
     seed: int = 0

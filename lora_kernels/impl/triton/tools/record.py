@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton import linear
-from lora_kernels.impl.triton.launch import Options, using
+from lora_kernels.impl.triton.launch import Options
 from lora_kernels.impl.triton.plan.config import Config, Layer
 from lora_kernels.impl.triton.plan.cost import thin_config
 from lora_kernels.impl.triton.plan.device import Device
@@ -25,6 +26,8 @@ class Launch(NamedTuple):
 
 class Recorder:
     """An executor that keeps launches instead of running them."""
+
+    impl = "triton"
 
     def __init__(self, device: Device) -> None:
         self._device = device

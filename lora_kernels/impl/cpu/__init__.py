@@ -1,0 +1,1 @@
+"""impl="cpu": compiled C++, in csrc/cpu, beside the library's GEMMs."""

@@ -1,0 +1,12 @@
+"""What this implementation serves, or why not."""
+
+from lora_kernels.operands.request import Request
+
+SUMMARY = "few, in-place ATen calls, any device"
+
+
+def refuse(request: Request) -> str | None:
+    """Return why a call can't be served, or None."""
+    if request.device.type == "meta":
+        return "a meta tensor holds no data to compute with"
+    return None

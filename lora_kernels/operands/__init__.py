@@ -1,0 +1,1 @@
+"""The nouns of a call; torch only, nothing of the package but each other."""
