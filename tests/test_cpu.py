@@ -10,7 +10,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels import dispatch
-from lora_kernels.dispatch import MAX_CPU_RANK
+from lora_kernels.impl.cpu.support import MAX_RANK
 from lora_kernels.native import absence
 from lora_kernels.ops import backward_op, forward_op
 from lora_kernels.testing import Case, assert_parity, make_inputs, run
@@ -114,9 +114,9 @@ def test_what_it_refuses():
     a, b = torch.randn(2, 8), torch.randn(6, 2)
     with pytest.raises(ValueError, match="'cpu' can't serve this call: needs bfloat16 or float32"):
         lk.lora_linear(x.double(), w.double(), a, b, impl="cpu")
-    rank = MAX_CPU_RANK + 1
+    rank = MAX_RANK + 1
     a, b = torch.randn(rank, 8), torch.randn(6, rank)
-    with pytest.raises(ValueError, match=f"needs a rank of at most {MAX_CPU_RANK}, got {rank}"):
+    with pytest.raises(ValueError, match=f"needs a rank of at most {MAX_RANK}, got {rank}"):
         lk.lora_linear(x, w, a, b, impl="cpu")
     assert lk.lora_linear(x, w, a, b).shape == (3, 6)
 

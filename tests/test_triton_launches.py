@@ -143,6 +143,7 @@ def test_the_machine_refuses_columns_that_it_can_not_run_together(monkeypatch):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_wait_without_end_ends_by_an_error(direction, monkeypatch):
     """A flag that a broken launch left behind is never reached; the clock counts instructions."""
+    import ptxvm
 
     from lora_kernels.impl import executor
     from lora_kernels.impl.triton import linear
@@ -150,7 +151,7 @@ def test_a_wait_without_end_ends_by_an_error(direction, monkeypatch):
     def load(ptx):
         assert ptx.count("late, now, 7;") > 0
         clocked = ptx.replace("%globaltimer_hi", "%globaltimer_lo")
-        return executor.load(clocked.replace("late, now, 7;", "late, now, 300000;"))
+        return ptxvm.load(clocked.replace("late, now, 7;", "late, now, 300000;"))
 
     monkeypatch.setattr(executor, "load", load)
     monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
