@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import lora_kernels as lk
 from tests.stacks.models import FusedCalls, llama, texts, tokenizer
@@ -117,9 +118,10 @@ def test_trl_sft_from_the_command_line(folder, run):
     done = run(trl_command, *command.split(), LORA_KERNELS_AUTO="1", **cache)
     assert f"lora_kernels: {LAYERS} LoRA layers patched, 0 left" in done.stderr
     state = json.loads((folder / "sft" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
-    found = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    assert len(found) == STEPS
-    assert found[-1] < found[0]
+    assert sum("loss" in entry for entry in state["log_history"]) == STEPS
+    # Of other batches each: which is larger says nothing. What was trained is in the file.
+    saved = load_file(folder / "sft" / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
+    assert all(t.any() for name, t in saved.items() if "lora_B" in name)
     assert (folder / "sft" / "adapter_model.safetensors").exists()
 
 
