@@ -24,7 +24,7 @@ from lora_kernels.adapter_layout import (
     read_adapter,
     tensors_of,
 )
-from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
+from lora_kernels.checks import FLOAT_DTYPES, check_memory, is_dtensor
 from lora_kernels.nn import LoRALinear, check_linear, check_settings
 from lora_kernels.wrappers import (
     Place,
@@ -328,6 +328,7 @@ def _plan_tensor(module: nn.Module, name: str, value: Tensor) -> _Change:
     """Return what gives a module's parameter or buffer a value, and its undoing."""
     old = getattr(module, name)
     if not old.is_meta:
+        check_memory(**{f"{type(module).__name__}.{name}": old})
         # Not under no_grad: an interrupt at the end of such a block would leave gradients disabled.
         target, saved = old.detach(), old.detach().clone()
         return _Change(lambda: target.copy_(share(value, target)), lambda: target.copy_(saved))

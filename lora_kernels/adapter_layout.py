@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lora_kernels.checks import check_memory
 from lora_kernels.nn import LoRALinear
 from lora_kernels.wrappers import bare_modules, whole
 
@@ -145,6 +146,7 @@ def tensors_of(
                 f"{key}: expected values{f' of shape {shape}' if shape else ''}, got a tensor "
                 f"{where} (gather a sharded or offloaded model first)"
             )
+        check_memory(**{key: value})
         # Cloned, since safetensors refuses tensors that share memory.
         tensors[_PREFIX + key] = value.cpu().contiguous().clone()
     return tensors

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.nn import functional
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -25,6 +26,9 @@ from lora_kernels.transforms import needs_plain_torch
 # Where torch.export traces, parameters and inputs are fake.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 _LINEAR_FORWARD = nn.Linear.forward
+# What a call of a submodule goes through, too; profilers and quantisers put their own there.
+_LINEAR, _CALL, _CALL_IMPL = functional.linear, nn.Linear.__call__, nn.Linear._call_impl
+_DROPOUT, _DROPOUT_FORWARD = functional.dropout, nn.Dropout.forward
 # Linear layers with a forward of their own, by the module that defines it: none is imported here.
 _OTHER_LINEARS = {
     "transformers.pytorch_utils": "Conv1D",  # x W + bias, for W [K, N]
@@ -52,8 +56,10 @@ def everywhere_reason() -> str | None:
         or _global_backward_pre_hooks
     ) and not all(map(_of_torch, chain(*map(dict.values, _GLOBAL_HOOKS)))):
         return "there are hooks for all modules"
-    if nn.Linear.forward is not _LINEAR_FORWARD:
-        return "torch.nn.Linear.forward was replaced"
+    if nn.Linear.forward is not _LINEAR_FORWARD or functional.linear is not _LINEAR:
+        return "torch.nn.Linear.forward or torch.nn.functional.linear was replaced"
+    if nn.Linear.__call__ is not _CALL or nn.Linear._call_impl is not _CALL_IMPL:
+        return "torch.nn.Module.__call__ was replaced"
     return None
 
 
@@ -114,6 +120,8 @@ def dropout_reason(module: nn.Module) -> str | None:
             return f"dropout's p is {module.p}"
         if module.inplace:
             return "dropout works in place"
+        if nn.Dropout.forward is not _DROPOUT_FORWARD or functional.dropout is not _DROPOUT:
+            return "torch.nn.Dropout.forward or torch.nn.functional.dropout was replaced"
     elif type(module) is not nn.Identity:
         return f"dropout is {type(module).__name__}"
     return "dropout has hooks" if _has_hooks(module.__dict__) else None

@@ -221,16 +221,21 @@ def check_memory(**tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     for name, t in tensors.items():
-        if t is None or type(t) not in _PLAIN or t.is_meta or t.numel() == 0:
-            continue
-        last = sum((size - 1) * by for size, by in zip(t.shape, t.stride(), strict=True))
-        # A wrapper's data that replaced a parameter's says a size and has no memory.
-        nbytes = t.untyped_storage().nbytes() if t.data_ptr() else 0
-        if nbytes < (t.storage_offset() + last + 1) * t.itemsize:
-            raise ValueError(
-                f"{name}: expected memory for shape {list(t.shape)}, got a storage of {nbytes} "
-                "bytes"
-            )
+        lack = None if t is None else lack_of_memory(t)
+        if lack is not None:
+            raise ValueError(f"{name}: expected {lack}")
+
+
+def lack_of_memory(t: Tensor) -> str | None:
+    """Return what memory a tensor spans and what it has, where that is less; else None."""
+    if type(t) not in _PLAIN or t.is_meta or t.layout is not _STRIDED or t.numel() == 0:
+        return None
+    last = sum((size - 1) * by for size, by in zip(t.shape, t.stride(), strict=True))
+    # A wrapper's data that replaced a parameter's says a size and has no memory.
+    nbytes = t.untyped_storage().nbytes() if t.data_ptr() else 0
+    if nbytes >= (t.storage_offset() + last + 1) * t.itemsize:
+        return None
+    return f"memory for shape {list(t.shape)}, got a storage of {nbytes} bytes"
 
 
 def _matrix_shape(name: str, t: Tensor) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
+from lora_kernels.checks import FLOAT_DTYPES, check_memory, is_dtensor
 
 _RECORD = "_lora_kernels_merged"  # in the base layer's __dict__: copied and pickled with it
 
@@ -94,6 +94,7 @@ def own_weight(module: nn.Module, name: str) -> Tensor:
     if weight.is_meta or weight.ndim != 2:
         where = "on meta" if weight.is_meta else f"of shape {list(weight.shape)}"
         raise ValueError(f"{expected}, got one {where}")
+    check_memory(**{f"{name}.weight": weight})
     return weight
 
 

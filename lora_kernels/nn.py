@@ -17,6 +17,7 @@ from lora_kernels.checks import (
     check_lora_linear,
     check_rank,
     is_dtensor,
+    lack_of_memory,
     plainly_fit,
 )
 from lora_kernels.dispatch import check_impl
@@ -206,12 +207,12 @@ class LoRALinear(nn.Module):
     def forward(
         self,
         x: Tensor = None,  # type: ignore[assignment]
-        *,
         input: Tensor = None,  # type: ignore[assignment]  # noqa: A002
     ) -> Tensor:
         """Return y [..., out_features] for x [..., in_features]; see `lora_linear`.
 
-        input: x, under the name that nn.Linear has for it.
+        input: x, under the name that nn.Linear has for it; by name (the ONNX exporter of traces
+            passes defaults by position).
         """
         x = input if x is None else x
         if self._merged_update is not None:
@@ -358,7 +359,7 @@ def _has_plain_matrix(module: nn.Module) -> bool:
     weight: Any = module.weight
     if type(weight) not in PLAIN_TENSORS and not is_dtensor(weight):
         return False
-    return weight.dtype in FLOAT_DTYPES and weight.ndim == 2
+    return weight.dtype in FLOAT_DTYPES and weight.ndim == 2 and lack_of_memory(weight) is None
 
 
 def check_settings(

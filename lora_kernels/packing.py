@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.checks import is_dtensor
+from lora_kernels.checks import is_dtensor, lack_of_memory
 from lora_kernels.impl.eager.onednn import parts
 from lora_kernels.native import absence
 from lora_kernels.ops import backward_op, forward_op
@@ -19,8 +19,8 @@ class Packed:
     """A weight's packed copies, and the operators that take them.
 
     The copies are those of one version of one memory: a weight that was replaced, moved or written
-    to since is not held any more (writes through `.data` leave no trace). A copied or unpickled
-    module starts without them.
+    to since is not held any more (writes through `.data` leave no trace), nor one that is trained.
+    A copied or unpickled module starts without them.
     """
 
     def __init__(self, weight: Tensor, backward: bool) -> None:
@@ -42,7 +42,8 @@ class Packed:
         """Whether `weight` is still what was packed."""
         mine = self._weight
         return (
-            weight._version == self._version
+            not weight.requires_grad  # fused optimizers leave no trace in the version
+            and weight._version == self._version
             and weight.data_ptr() == mine.data_ptr()
             and weight.stride() == mine.stride()  # `.data` may be the same memory read otherwise
             and weight.shape == mine.shape
@@ -148,6 +149,9 @@ def reason_left(weight: Tensor) -> str | None:
         return f"the weight has shape {list(weight.shape)}"
     if weight.requires_grad:
         return "the weight is not frozen"
+    lack = lack_of_memory(weight)
+    if lack is not None:
+        return f"expected {lack}"
     if weight.is_inference():
         return "the weight is an inference tensor, whose changes can't be seen"
     return None

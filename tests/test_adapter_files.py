@@ -354,3 +354,16 @@ def test_what_the_layout_can_not_hold_is_not_saved(model, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         lk.save_adapter(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_weights_without_memory_are_named(name, tmp_path):
+    """FSDP and ZeRO-3 empty storages; torch itself would read beyond them."""
+    model = lk.LoRALinear(24, 40, r=4)
+    lk.save_adapter(model, tmp_path / "whole")
+    getattr(model, name).weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=rf"^{name}.weight: expected memory for shape"):
+        lk.save_adapter(model, tmp_path / "emptied")
+    assert not (tmp_path / "emptied").exists()
+    with pytest.raises(ValueError, match=r"weight: expected memory for shape"):
+        lk.load_adapter(model, tmp_path / "whole")

@@ -208,6 +208,14 @@ def emptied(layer):
     layer.base_layer.weight.data = torch.empty(0)
 
 
+def without_memory(layer):
+    layer.base_layer.weight.untyped_storage().resize_(0)
+
+
+def adapter_without_memory(layer):
+    layer.lora_A.weight.untyped_storage().resize_(0)
+
+
 def on_meta(layer):
     layer.to("meta")
 
@@ -224,6 +232,8 @@ REFUSED = [
     (swapped, "base_layer: expected torch.nn.Linear's own forward to merge, got one of OwnForward"),
     (forward_replaced, "base_layer: expected torch.nn.Linear's own forward to merge"),
     (emptied, r"base_layer.weight: expected a float parameter to merge, got one of shape \[0\]"),
+    (without_memory, "base_layer.weight: expected memory for shape"),
+    (adapter_without_memory, "lora_A.weight: expected memory for shape"),
     (on_meta, "lora_A.weight: expected a float parameter to merge, got one on meta"),
     (adapter_biased, "lora_A, lora_B: expected no bias to merge, got one"),
     (adapter_pruned, "lora_A.weight: expected .* got one that is computed from weight_orig"),

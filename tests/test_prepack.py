@@ -215,6 +215,10 @@ def _emptied(base):
     base.weight.data = torch.empty(0)
 
 
+def _without_memory(base):
+    base.weight.untyped_storage().resize_(0)
+
+
 def _sparse(base):
     base.weight = nn.Parameter(base.weight.detach().to_sparse_csr(), requires_grad=False)
 
@@ -229,6 +233,7 @@ def _dynamically_quantised(base):
     ("change", "reason"),
     [
         (_emptied, "the weight has shape [0]"),
+        (_without_memory, "expected memory for shape [64, 48], got a storage of 0 bytes"),
         (_sparse, "base layer weight is torch.float32, torch.sparse_csr"),
         (lambda base: base.to("meta") and None, "the weight is on meta, not a CPU"),
         (_dynamically_quantised, "base layer is Linear, not torch.nn.Linear"),
@@ -305,6 +310,25 @@ def test_a_peft_layer_packed_while_it_is_merged():
     model.unmerge_adapter()
     assert all(m._lora_kernels_packed for m in model.modules() if hasattr(m, "_lora_kernels_calls"))
     torch.testing.assert_close(model(x), expected)
+
+
+@needs_packing
+def test_a_weight_that_is_trained_is_not_held():
+    """Fused optimizers don't move its version."""
+    results = []
+    for pack in (True, False):
+        torch.manual_seed(0)
+        layer, x = lk.LoRALinear(24, 24, r=4), torch.randn(6, 24)
+        if pack:
+            lk.prepack_(layer)
+        layer.base_layer.weight.requires_grad_()
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, fused=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(x).square().sum().backward()
+            optimizer.step()
+        results.append(layer(x))
+    torch.testing.assert_close(*results)
 
 
 @needs_packing

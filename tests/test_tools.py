@@ -60,13 +60,18 @@ def test_flops_of_each_module_are_counted():
 
 
 @pytest.mark.parametrize("dynamo", [True, False], ids=["torch.export", "TorchScript"])
-@pytest.mark.parametrize("kind", ["patched", "LoRALinear", "exported"])
+@pytest.mark.parametrize("kind", ["patched", "LoRALinear", "LoRALinear alone", "exported"])
 def test_onnx(kind, dynamo, tmp_path):
     if kind == "exported" and not dynamo:
         pytest.skip("TorchScript's exporter takes modules alone")
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, x = model_of("patched" if kind == "exported" else kind).eval(), torch.randn(5, 6)
+    model, x = (
+        model_of("patched" if kind == "exported" else kind.split()[0]).eval(),
+        torch.randn(5, 6),
+    )
+    if kind == "LoRALinear alone":
+        model = next(m for m in model.modules() if isinstance(m, lk.LoRALinear))
     expected, path = model(x), tmp_path / "model.onnx"
     if kind == "exported":
         model = torch.export.export(model, (x,))

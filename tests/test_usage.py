@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import lora_kernels as lk
 
@@ -211,3 +212,40 @@ def test_an_input_changed_in_place_is_named_with_the_cure(kind, name):
     y = lora_layer(kind)(torch.randn(2, 8)).sum()
     with pytest.raises(RuntimeError, match=rf"^{name}: expected its input .* change a copy"):
         y.backward()
+
+
+def twice(function):
+    return lambda *given, **named: 2 * function(*given, **named)
+
+
+REPLACED = {
+    "functional.linear": (functional, "linear"),
+    "Linear.forward": (nn.Linear, "forward"),
+    "Linear.__call__": (nn.Linear, "__call__"),
+    "Module.__call__": (nn.Module, "__call__"),
+    "Module._call_impl": (nn.Module, "_call_impl"),
+    "Dropout.forward": (nn.Dropout, "forward"),
+    "functional.dropout": (functional, "dropout"),
+    "PEFT's Linear.forward": (peft.tuners.lora.Linear, "forward"),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_a_call_of_a_submodule_goes_through_may_be_replaced(name, monkeypatch):
+    """As profilers, quantisers and tests do: a fused call would go past it."""
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)),
+        peft.LoraConfig(r=2, target_modules=["0"], lora_dropout=0.5, init_lora_weights=False),
+    )
+    plain, x = copy.deepcopy(model), torch.randn(2, 8)
+    lk.patch_peft(model)
+    owner, attribute = REPLACED[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, attribute, twice(getattr(owner, attribute)))
+        torch.manual_seed(5)
+        expected = plain(x)
+        torch.manual_seed(5)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert use(model).reason.endswith("replaced")
+    model(x)
+    assert use(model).fused == 1
