@@ -5,8 +5,6 @@ name: so deep copies, pickles, hooks, isinstance checks and every other method o
 working, and a call that the fused path does not cover is `super().forward`, PEFT's own.
 """
 
-import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from lora_kernels.bypass import (
     everywhere_reason,
     read_linear,
     refuses_strides,
+    scaling_reason,
 )
 from lora_kernels.checks import check_memory, is_dtensor, misfit, plainly_fit
 from lora_kernels.dispatch import slower_than_peft
@@ -173,7 +172,7 @@ def fused_parts(layer: Linear) -> FusedParts | str:
         return reason
     scaling = layer.scaling[name]
     if type(scaling) is not float or scaling - scaling != 0.0:
-        reason = _scaling_reason(scaling)
+        reason = scaling_reason(scaling)
         if reason is not None:
             return reason
     weight, bias = own
@@ -213,24 +212,6 @@ def left_reason(layer: Linear) -> str | None:
     """Return why a layer keeps PEFT's forward in its present state; None where it is fused."""
     parts = fused_parts(layer)
     return parts if isinstance(parts, str) else None
-
-
-def _scaling_reason(scaling: Any) -> str | None:
-    """Return why a scaling that isn't a finite float keeps PEFT's forward, which broadcasts it."""
-    if isinstance(scaling, Tensor):
-        if scaling.requires_grad:
-            return "scaling requires grad"
-        if scaling.ndim != 0 or not scaling.is_floating_point():
-            return f"scaling is a {scaling.dtype} tensor of shape {list(scaling.shape)}"
-        if type(scaling) is Tensor and scaling.is_cpu and not torch.compiler.is_compiling():
-            check_memory(scaling=scaling)
-            if not math.isfinite(scaling):
-                return f"scaling is {float(scaling)}"
-    elif not isinstance(scaling, Real):
-        return f"scaling is a {type(scaling).__name__}"
-    elif not math.isfinite(scaling):
-        return f"scaling is {scaling}"
-    return None
 
 
 def _call_reason(

@@ -5,8 +5,10 @@ functions run at every call: they read `_parameters` and `__dict__` themselves, 
 of an nn.Module costs up to 1 µs.
 """
 
+import math
 import sys
 from itertools import chain, pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,8 +21,9 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
+from torch.overrides import _get_current_function_mode_stack
 
-from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
+from lora_kernels.checks import FLOAT_DTYPES, check_memory, is_dtensor
 from lora_kernels.transforms import needs_plain_torch
 
 # Where torch.export traces, parameters and inputs are fake.
@@ -28,6 +31,7 @@ PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 _LINEAR_FORWARD = nn.Linear.forward
 # What a call of a submodule goes through, too; profilers and quantisers put their own there.
 _LINEAR, _CALL, _CALL_IMPL = functional.linear, nn.Linear.__call__, nn.Linear._call_impl
+_SAME_LINEAR = "deepspeed.runtime.zero.linear"  # of ZeRO-3: the same product, differentiated anew
 _DROPOUT, _DROPOUT_FORWARD = functional.dropout, nn.Dropout.forward
 # Linear layers with a forward of their own, by the module that defines it: none is imported here.
 _OTHER_LINEARS = {
@@ -35,6 +39,7 @@ _OTHER_LINEARS = {
     "transformers.models.falcon.modeling_falcon": "FalconLinear",
 }
 _STRIDED = torch.strided
+_count_function_modes = torch._C._len_torch_function_stack
 _GLOBAL_HOOKS = (
     _global_forward_hooks,
     _global_forward_pre_hooks,
@@ -56,11 +61,19 @@ def everywhere_reason() -> str | None:
         or _global_backward_pre_hooks
     ) and not all(map(_of_torch, chain(*map(dict.values, _GLOBAL_HOOKS)))):
         return "there are hooks for all modules"
-    if nn.Linear.forward is not _LINEAR_FORWARD or functional.linear is not _LINEAR:
+    if nn.Linear.forward is not _LINEAR_FORWARD or (
+        functional.linear is not _LINEAR and functional.linear.__module__ != _SAME_LINEAR
+    ):
         return "torch.nn.Linear.forward or torch.nn.functional.linear was replaced"
-    if nn.Linear.__call__ is not _CALL or nn.Linear._call_impl is not _CALL_IMPL:
+    call, implementation = nn.Linear.__call__, nn.Linear._call_impl
+    if (call is not _CALL and not _defined_in_torch(call)) or (
+        implementation is not _CALL_IMPL and not _defined_in_torch(implementation)
+    ):
         return "torch.nn.Module.__call__ was replaced"
-    return None
+    if torch.compiler.is_dynamo_compiling() or not _count_function_modes():
+        return None
+    modes = _get_current_function_mode_stack()
+    return None if all(map(_of_torch, map(type, modes))) else "a torch function mode is active"
 
 
 def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | str:
@@ -127,6 +140,24 @@ def dropout_reason(module: nn.Module) -> str | None:
     return "dropout has hooks" if _has_hooks(module.__dict__) else None
 
 
+def scaling_reason(scaling: Any) -> str | None:
+    """Return why a scaling that isn't a float is the submodules' own to multiply by, or None."""
+    if isinstance(scaling, Tensor):
+        if scaling.requires_grad:
+            return "scaling requires grad"
+        if scaling.ndim != 0 or not scaling.is_floating_point():
+            return f"scaling is a {scaling.dtype} tensor of shape {list(scaling.shape)}"
+        if type(scaling) is Tensor and scaling.is_cpu and not torch.compiler.is_compiling():
+            check_memory(scaling=scaling)
+            if not math.isfinite(scaling):
+                return f"scaling is {float(scaling)}"
+    elif not isinstance(scaling, Real):
+        return f"scaling is a {type(scaling).__name__}"
+    elif not math.isfinite(scaling):
+        return f"scaling is {scaling}"
+    return None
+
+
 def input_reason(x: Any) -> str | None:
     """Return why an input is the submodules' own to compute with; None where it isn't.
 
@@ -143,11 +174,16 @@ def input_reason(x: Any) -> str | None:
 
 
 def _of_torch(hook: Any) -> bool:
-    """Whether a hook is torch's own: its trackers only note in which module an operator runs.
+    """Whether a hook, or a mode's class, is torch's own: these change no result of a layer.
 
     CommDebugMode and MemTracker set such hooks, to measure what else would run.
     """
     return str(getattr(hook, "__module__", None)).startswith("torch.")
+
+
+def _defined_in_torch(function: Any) -> bool:
+    """Whether a function is torch's own, such as its tracers put in a module's call's place."""
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("torch.")
 
 
 def _has_hooks(own: dict[str, Any]) -> bool:

@@ -230,6 +230,8 @@ def lack_of_memory(t: Tensor) -> str | None:
     """Return what memory a tensor spans and what it has, where that is less; else None."""
     if type(t) not in _PLAIN or t.is_meta or t.layout is not _STRIDED or t.numel() == 0:
         return None
+    if t._is_zerotensor():
+        return None
     last = sum((size - 1) * by for size, by in zip(t.shape, t.stride(), strict=True))
     # A wrapper's data that replaced a parameter's says a size and has no memory.
     nbytes = t.untyped_storage().nbytes() if t.data_ptr() else 0

@@ -171,6 +171,8 @@ def _exported(
     scale = scaling if scaling_tensor is None else scaling_tensor
     if not torch.compiler.is_exporting():
         p = threshold / LEVELS
+        if needs_plain_torch():
+            return _by_plain_torch(x, weight, lora_A, lora_B, bias, scale, p, seed, impl)
         return checked_lora_linear(x, weight, lora_A, lora_B, bias, scale, p, seed, impl, None)
     if _compiles_ahead():
         chosen = choose(impl, x.device, x.dtype, lora_A.shape[0], threshold > 0)

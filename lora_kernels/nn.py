@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_kernels import merging
-from lora_kernels.bypass import PLAIN_TENSORS, everywhere_reason, input_reason, read_linear
+from lora_kernels.bypass import (
+    PLAIN_TENSORS,
+    everywhere_reason,
+    input_reason,
+    read_linear,
+    scaling_reason,
+)
 from lora_kernels.checks import (
     FLOAT_DTYPES,
     check_dropout_p,
@@ -227,13 +233,18 @@ class LoRALinear(nn.Module):
             if reason is not None:
                 return self._left(x, reason)
             check_lora_linear(x, weight, a, b, bias, cast=cast)
+        scaling, p = self.scaling, self.lora_dropout if self.training else 0.0
+        if type(scaling) is not float or scaling - scaling != 0.0:
+            reason = scaling_reason(scaling)
+            if reason is not None:
+                return self._left(x, reason)
+        if type(p) is not float or not 0.0 <= p < 1.0:
+            check_dropout_p(p, name="lora_dropout")
         # A counter would be one of the things that a compiled graph depends on.
         if not torch.compiler.is_dynamo_compiling():
             self._lora_kernels_calls.fused += 1
-        p, packed = self.lora_dropout if self.training else 0.0, current(self, weight)
-        return checked_lora_linear(
-            x, weight, a, b, bias, self.scaling, p, None, self.impl, cast, packed
-        )
+        packed = current(self, weight)
+        return checked_lora_linear(x, weight, a, b, bias, scaling, p, None, self.impl, cast, packed)
 
     def left_reason(self) -> str | None:
         """Return why a call would be composed of the submodules' own; None where it is fused."""

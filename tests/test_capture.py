@@ -9,8 +9,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.func import grad, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
 from lora_kernels import ops
@@ -213,3 +215,22 @@ def test_compiled_calls_are_fused_and_not_counted():
             torch.testing.assert_close(compiled(X), model(X))
     assert len(graphs) == 1
     assert sum("lora_linear_forward" in name for name in graphs[0]) == 2
+
+
+@pytest.mark.parametrize("kind", ["patched", "LoRALinear"])
+def test_an_exported_model_under_transforms_and_flop_counts(kind):
+    """Its operator's body is asked there, not the layer."""
+    model = net(kind == "patched")
+    if kind == "LoRALinear":
+        model = nn.Sequential(lk.LoRALinear(16, 16, r=4), nn.Tanh(), lk.LoRALinear(16, 16, r=4))
+        for layer in (model[0], model[2]):
+            nn.init.normal_(layer.lora_B.weight)
+    captured = exported(model).module()
+    for transform in (jvp, lambda f, x, v: (grad(lambda x: f(x).square().sum())(*x),)):
+        torch.testing.assert_close(transform(captured, (X,), (X,)), transform(model, (X,), (X,)))
+    counts = []
+    for each in (captured, model):
+        with FlopCounterMode(display=False) as counter:
+            each(X)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

@@ -1,6 +1,7 @@
 """LoRALinear among other modules: what hangs on submodules' calls, swaps them, or reads weights."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -365,3 +366,29 @@ def test_a_computed_bias_is_trained_by_nobody():
         lk.LoRALinear.from_linear(linear, bias="all")
     assert all(p.requires_grad for p in linear.parameters())
     assert not lk.LoRALinear.from_linear(linear).base_layer.bias_orig.requires_grad
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [lambda: nn.Parameter(torch.tensor(2.0)), lambda: torch.arange(6.0)[:, None], lambda: math.inf],
+    ids=["trained", "a factor a row", "infinite"],
+)
+def test_lora_alpha_may_be_what_only_the_submodules_multiply_by(alpha):
+    layer, x = lk.LoRALinear(8, 5, r=2), torch.randn(6, 8)
+    nn.init.normal_(layer.lora_B.weight)
+    layer.lora_alpha = alpha()
+    expected = layer.base_layer(x) + layer.lora_B(layer.lora_A(x)) * layer.scaling
+    y = layer(x)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    if isinstance(layer.lora_alpha, nn.Parameter):
+        y.sum().backward()
+        assert layer.lora_alpha.grad is not None
+
+
+@pytest.mark.parametrize("p", [2.0, -0.5, math.nan, None])
+def test_lora_dropout_that_is_none_is_named(p):
+    layer = lk.LoRALinear(8, 5, r=2)
+    layer.lora_dropout = p
+    with pytest.raises((TypeError, ValueError), match=r"^lora_dropout: expected a "):
+        layer(torch.randn(6, 8))
+    layer.eval()(torch.randn(6, 8))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import lora_kernels as lk
 
@@ -248,4 +249,21 @@ def test_what_a_call_of_a_submodule_goes_through_may_be_replaced(name, monkeypat
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     assert use(model).reason.endswith("replaced")
     model(x)
+    assert use(model).fused == 1
+
+
+def test_a_function_mode_of_somebody_elses_is_seen():
+    class Twice(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            y = function(*args, **(kwargs or {}))
+            return 2 * y if function is functional.linear else y
+
+    model, x = two(), torch.randn(2, 8)
+    plain = copy.deepcopy(model)
+    lk.patch_peft(model)
+    with Twice():
+        torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+    assert use(model).reason == "a torch function mode is active"
+    with torch.device("cpu"):  # a mode of torch's own
+        model(x)
     assert use(model).fused == 1
