@@ -247,9 +247,15 @@ def _parse(
 
 
 def check_complete(model: nn.Module, adapter: Adapter) -> None:
-    """Raise ValueError for the first layer of the model that the file should have and has not."""
+    """Raise ValueError for the first layer that the file should have and hasn't, or has."""
+    excluded = adapter.config.get("exclude_modules") or []
     for path, module in bare_modules(model, LoRALinear):
         if path in adapter.layers:
+            if _named(excluded, path):
+                raise ValueError(
+                    f"{WEIGHTS_NAME}: expected no weights of layer {path!r}, which exclude_modules "
+                    f"of {CONFIG_NAME} name, got some"
+                )
             continue
         if isinstance(module, LoRALinear):
             raise ValueError(f"{WEIGHTS_NAME}: expected weights of layer {path!r}, got none")

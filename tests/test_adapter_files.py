@@ -232,6 +232,7 @@ SPOILERS = {
     "lora_bias": (field(lora_bias=True), "lora_bias has no counterpart"),
     "modules_to_save": (field(modules_to_save=["norm"]), "modules_to_save has no counterpart"),
     "PiSSA": (field(init_lora_weights="pissa_niter_4"), "unchanged base weights"),
+    "excluded": (field(exclude_modules=["k"]), r"expected no weights of layer 'z\.k'"),
     "OLoRA": (field(init_lora_weights="olora"), "unchanged base weights"),
 }
 
