@@ -32,17 +32,11 @@ html_theme = "furo"
 html_title = f"lora_kernels {release}"
 
 
-def relink(_app, _path, _parent, content):
-    """Make the links of included files, which start at the root, start at docs/."""
-    text = re.sub(r"\]\((?!\w+:|#)", "](../", content[0])
-    content[0] = text.replace("](../docs/", "](").replace(
-        "](../CONTRIBUTING.md", "](contributing.md"
-    )
-
-
 def draw(_app):
-    """Draw the figures of the results that README's tables are from."""
-    [measured] = re.findall(r"<!-- measured: (\S+) -->", (ROOT / "README.md").read_text())
+    """Draw the figures of the results that the tables of benchmarks.md are from."""
+    [measured] = re.findall(
+        r"<!-- measured: (\S+) -->", (ROOT / "docs" / "benchmarks.md").read_text()
+    )
     data, folder = load(ROOT / measured), ROOT / "docs" / "figures"
     folder.mkdir(exist_ok=True)
     for name, figure in figures(data["rows"], data["ceilings"]).items():
@@ -50,6 +44,5 @@ def draw(_app):
 
 
 def setup(app):
-    """Register both with Sphinx."""
-    app.connect("include-read", relink)
+    """Have figures drawn before pages are read."""
     app.connect("builder-inited", draw)

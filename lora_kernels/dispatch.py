@@ -19,10 +19,14 @@ from lora_kernels.ops import backward_op, forward_op
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute the layer: its operators, and `refuse`, a reason or None for a request."""
+    """One way to compute the layer: its operators, and `refuse`, a reason or None for a request.
+
+    ops: what it has, with the formats of W.
+    """
 
     name: str
     summary: str
+    ops: dict[str, tuple[str, ...]]
     refuse: Callable[[Request], str | None]
     forward: Any = field(init=False, repr=False)
     backward: Any = field(init=False, repr=False)
@@ -34,7 +38,7 @@ class Implementation:
 
 # In the order in which "auto" tries them.
 IMPLEMENTATIONS = tuple(
-    Implementation(name, support.SUMMARY, support.refuse)
+    Implementation(name, support.SUMMARY, support.OPS, support.refuse)
     for name, support in (
         ("triton", triton),
         ("cuda", cuda),

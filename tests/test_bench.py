@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import bench.__main__ as program
-from bench import agree, eager_launches, growth, layer, readme, report, results, shapes, timing
+from bench import agree, eager_launches, growth, layer, published, report, results, shapes, timing
 from bench.calls import make_slots
 from bench.footprint import footprint
 from bench.gate import RIGHT, WRONG, verdicts
@@ -338,10 +338,10 @@ def test_runs_agree_where_quiet_ratios_do(run, tmp_path, capsys):
         assert ("0.500, then 0.600" in capsys.readouterr().out) == (status == agree.FAILED)
 
 
-def test_readme_shows_the_results_that_it_names():
-    text = readme.README.read_text()
-    [named] = readme.BLOCK.findall(text)
-    assert readme.with_block(text, ROOT / named) == text
+def test_the_page_shows_the_results_that_it_names():
+    text = published.PAGE.read_text()
+    [named] = published.BLOCK.findall(text)
+    assert published.with_block(text, ROOT / named) == text
 
 
 def test_quick_runs_ask_for_little():

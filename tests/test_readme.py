@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_kernels.dispatch import IMPLEMENTATIONS
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "scale-out.md"]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("quickstart", "scale-out")),
+]
 BLOCKS = {
     f"{page.name}-{index}": block
     for page in PAGES
@@ -64,5 +69,20 @@ def test_block_runs(block, one_process, tmp_path, monkeypatch, capsys, request):
 
 
 def test_there_are_blocks():
-    assert sum(name.startswith("README") for name in BLOCKS) >= 3
-    assert len(BLOCKS) >= 4
+    counts = [sum(name.startswith(page.name) for name in BLOCKS) for page in PAGES]
+    assert counts[0] >= 2
+    assert counts[1] >= 3
+    assert counts[2] >= 1
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_table_of_ops_is_that_of_the_implementations():
+    heads = " | ".join(f'`"{each.name}"`' for each in IMPLEMENTATIONS)
+    lines = [f"| op, formats of W | {heads} |", "|---" * (1 + len(IMPLEMENTATIONS)) + "|"]
+    for op in dict.fromkeys(op for each in IMPLEMENTATIONS for op in each.ops):
+        formats = (", ".join(each.ops.get(op, ("-",))) for each in IMPLEMENTATIONS)
+        lines.append(f"| `{op}` | {' | '.join(formats)} |")
+    assert "\n".join(lines) in (ROOT / "README.md").read_text()

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import bench.__main__ as program
-from bench import agree, compare, findings, readme
+from bench import agree, compare, findings, published
 from bench.gate import WRONG
 from bench.providers import PROVIDERS
 from bench.results import FILE, Results
@@ -182,16 +182,16 @@ def test_files_without_common_ratios_do_not_agree(tmp_path, capsys):
     assert "no ratio is quiet in both files" in capsys.readouterr().err
 
 
-def test_readme_is_not_emptied():
-    text = readme.README.read_text()
-    name = readme.BLOCK.findall(text)[0]
+def test_the_published_tables_are_not_emptied():
+    text = published.PAGE.read_text()
+    name = published.BLOCK.findall(text)[0]
     data = json.loads((ROOT / name).read_text())
     empty = ROOT / "build" / "empty-results.json"
     empty.parent.mkdir(exist_ok=True)
     empty.write_text(json.dumps({**data, "rows": {}}))
     try:
         with pytest.raises(ValueError, match="expected rows for the tables, got none"):
-            readme.with_block(text, empty)
+            published.with_block(text, empty)
     finally:
         empty.unlink()
 

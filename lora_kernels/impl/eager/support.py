@@ -3,6 +3,7 @@
 from lora_kernels.operands.request import Request
 
 SUMMARY = "few, in-place ATen calls, any device"
+OPS = {"lora_linear": ("dense",)}  # and the formats of W
 
 
 def refuse(request: Request) -> str | None:

@@ -3,6 +3,7 @@
 from lora_kernels.operands.request import Request
 
 SUMMARY = "plain torch, the definition of right, any device"
+OPS = {"lora_linear": ("dense",)}  # and the formats of W
 
 
 def refuse(request: Request) -> str | None:

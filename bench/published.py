@@ -1,6 +1,6 @@
-"""The measured tables of README.md, written from a file of results.
+"""The measured tables of docs/benchmarks.md, written from a file of results.
 
-    python -m bench.readme bench/results/<file>.json
+    python -m bench.published bench/results/<file>.json
 
 The tables stand between two comments, of which the first names the file.
 """
@@ -21,7 +21,7 @@ from bench.shapes import TARGETS
 from bench.timing import LOUD_MARK, TIMED, Spread
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BLOCK = re.compile(r"<!-- measured: (\S+) -->\n.*?<!-- measured ends -->", re.DOTALL)
 # What may be a column of the tables: a provider's time over PEFT's.
 COLUMNS = {
@@ -35,25 +35,25 @@ COLUMNS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the block anew and return an exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.published", description=__doc__)
     parser.add_argument("results", type=Path, help="a file below the repository's root")
     given = parser.parse_args(arguments)
     try:
-        README.write_text(with_block(README.read_text(), given.results))
+        PAGE.write_text(with_block(PAGE.read_text(), given.results))
     except (OSError, ValueError) as error:
-        print(f"python -m bench.readme: error: {error}", file=sys.stderr)
+        print(f"python -m bench.published: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def with_block(text: str, results: Path) -> str:
-    """Return the README's text with the block of a results file.
+    """Return the page's text with the block of a results file.
 
     Raises:
         ValueError: the text has no such block, or the file has no results for it.
     """
     if not BLOCK.search(text):
-        raise ValueError(f"README.md: expected a block like {BLOCK.pattern!r}, got none")
+        raise ValueError(f"docs/benchmarks.md: expected a block like {BLOCK.pattern!r}, got none")
     name = results.resolve().relative_to(ROOT).as_posix()
     heading, *tables = block(load(results), name)
     if not tables:
@@ -67,7 +67,7 @@ def block(data: dict[str, Any], name: str) -> Iterator[str]:
     """Yield the block's lines: where it was measured, and a table of each suite."""
     run, rows = data["run"], data["rows"]
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "peft"))
-    yield f"{machine_name(run)}, {versions}, {run['date'][:10]} ([all figures]({name}))."
+    yield f"{machine_name(run)}, {versions}, {run['date'][:10]} ([all figures](../{name}))."
     layers = [row for row in rows.get("layer", []) if row.state == TIMED]
     targets = [row for row in layers if row.case.model == TARGETS]
     if targets:
