@@ -208,6 +208,10 @@ def _plain_backward(
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
+def _spared_multiprocessors() -> int:
+    return torch._C._get_sm_carveout_experimental() or 0
+
+
 for _name in ("reference", "eager", "triton"):
     _register(_name)
 # packed: the weight in oneDNN's own layout, that of W forward and of Wᵀ backward, in the parts that
@@ -227,6 +231,9 @@ _library.impl("allows_tf32", _tf32.allowed, "CompositeExplicitAutograd")
 # Whether t may be kept from call to call. It asks for each block of flags that it makes.
 _library.define("in_shared_pool(Tensor t) -> bool")
 _library.impl("in_shared_pool", _pools.in_shared_pool, "CompositeExplicitAutograd")
+# How many multiprocessors torch leaves to others, as its switch is now: asked at each call.
+_library.define("spared_multiprocessors() -> int")
+_library.impl("spared_multiprocessors", _spared_multiprocessors, "CompositeExplicitAutograd")
 
 # Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16
 # [count, 8], for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.

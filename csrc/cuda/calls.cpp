@@ -127,7 +127,7 @@ void decode_call(const Target& target, const Problem& problem, DecodeParams para
   target.scratch(partials);
   params.partials = static_cast<float*>(data(partials));
   params.counters = static_cast<int*>(data(zeros));
-  params.flag = params.counters + plan.counters - 1;
+  params.flag = params.counters + plan.counters - 2;
   params.parts = plan.parts;
   launch(target, plan.launch, params);
 }

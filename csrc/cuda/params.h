@@ -38,8 +38,8 @@ struct Thin {
   int producers, alone;     // one of both is 0
 };
 
-// Dropout's bits for the tiles that make xa, which all programs draw before they wait for anything: for each 16 rows
-// and kWordColumns columns of x, one after the other, 32 words for the lanes of a warp.
+// Dropout's bits for the tiles that make xa, drawn before these: for each 16 rows and kWordColumns columns of x, one after
+// the other, 32 words for the lanes of a warp.
 struct DrawnWords {
   uint32_t* words;
   int draws, share;         // of a row panel: shares, and how many times kDrawnColumns each has; no draws: no bits
@@ -51,7 +51,7 @@ struct ForwardParams {
   DrawnWords mask;
   Rows x;                   // [m, k]
   void *bias, *y, *xa;      // [n] or null, [m, n], [m, r]; contiguous
-  int* flags;               // one a row panel, zero before and after
+  int* flags;               // one a row panel and the ticket, zero before and after
   Thin thin;                // xa's
 };
 
@@ -79,7 +79,7 @@ struct BackwardParams {
   int adapter_gradients_are_float;
   DrawnMask mask;
   float* partials;          // [blocks, segments, ranks + 1, columns] if there are several segments
-  int *counters, *flags;    // one a block of sums, one a row panel; zero before and after
+  int *counters, *flags;    // one a block of sums; one a row panel and the ticket; zero before and after
   int segment;              // rows that a tile of da or db sums
   Thin thin;                // dxa's
   float* units;             // of float16's dxa, for each row panel one a slice; else null
@@ -112,7 +112,7 @@ struct DecodeParams {
   Rows x;                   // [m, k]
   void *bias, *y, *xa;      // as in forward
   float* partials;          // [tiles, parts, 16, columns] if there are several parts
-  int *counters, *flag;     // one a tile, one in all; zero before and after
+  int *counters, *flag;     // one a tile; one in all and the ticket; zero before and after
   int parts;                // of the columns of x and W that programs sum by themselves
 };
 

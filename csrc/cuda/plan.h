@@ -27,10 +27,11 @@ struct Problem {
   bool dx, da, db, dbias;
 };
 
-// One launch: the kernel's name, programs, threads of each, bytes of shared memory.
+// One launch: the kernel's name, programs, threads of each, bytes of shared memory; how many programs must run at the same
+// time for any to go on.
 struct Launch {
   std::string kernel;
-  int grid, threads, shared_bytes;
+  int grid, threads, shared_bytes, together;
 };
 
 struct Plan {
@@ -55,7 +56,7 @@ bool is_decoding(const Problem& problem);
 struct DecodePlan {
   Launch launch;
   int parts;           // of the columns of x and W
-  int counters;        // int32 zeros that the call needs, the last one its flag
+  int counters;        // int32 zeros that the call needs, the last ones its flag and the ticket
   int64_t partials;    // float32 numbers that the call needs
 };
 
