@@ -86,16 +86,20 @@ driver.cudastub_set_sms(1, 1)  # the others have something else to run
 assert grids(small, "cuda:1") == [6, 8]
 assert torch.equal(lora_linear(given.x, *adapter, impl="cuda"), decoded)
 cudastub.history().clear()
-for spared, left in ((3, 5), (500, 1), (None, 6)):
+for spared, left in ((3, [5, 5]), (4, [4, 4]), (None, [6, 8])):
     torch._C._set_sm_carveout_experimental(spared)
-    assert grids(small, "cuda:1")[0] == left
+    assert grids(small, "cuda:1") == left
+torch._C._set_sm_carveout_experimental(500)
+lora_linear(given.x, *adapter, impl="cuda")
+assert cudastub.history()[-1].grid[0] == 1
 """
 
 
 def test_calls_of_two_gpus(tmp_path):
     """torch's CUDA library is loaded locally, as torch loads it: the stream is found there."""
     checkout = tmp_path / "checkout"
-    shutil.copytree(ROOT / "csrc" / "cuda", checkout / "csrc" / "cuda")
+    for folder in ("cuda", "common"):
+        shutil.copytree(ROOT / "csrc" / folder, checkout / "csrc" / folder)
     for name, text in SOURCES.items():
         (checkout / "csrc" / "cuda" / name).write_text(text)
     library = tmp_path / "_cuda.so"

@@ -127,7 +127,8 @@ struct Record {
             },
             [this](const Launch& how, const void* bytes, size_t size) {
               names += how.kernel + "\n";
-              numbers.insert(numbers.end(), {how.grid, how.threads, how.shared_bytes, how.together, static_cast<int64_t>(size)});
+              numbers.insert(
+                  numbers.end(), {how.grid, how.threads, how.shared_bytes, how.together, static_cast<int64_t>(size)});
               const auto* first = static_cast<const uint8_t*>(bytes);
               params.insert(params.end(), first, first + size);
             },
