@@ -61,12 +61,13 @@ DRAWN_FIRST = """
       draw_words<S>(p.mask, layer, number, p.flags);
     }
   }
-  for (; number < numbers.count; number = numbers.next()) {
+  for (; number < p.ticket.count; number = numbers.next()) {
     const int tile = number - draws;
 """
 DRAWN_LAST = """
   }
-  for (; number < numbers.count; number = numbers.next()) {
+  const int tiles = p.ticket.count - draws;
+  for (; number < p.ticket.count; number = numbers.next()) {
     const int tile = number;
     if (tile >= tiles) {
       numbers.take();
@@ -100,13 +101,13 @@ MUTANTS = {
     **TICKET_MUTANTS,
     "number told before it is there": (
         "order.cuh",
-        "threadIdx.x == 0);\n    __syncthreads();\n    return handed",
-        "threadIdx.x == 0);\n    return handed",
+        "== 0);\n    __syncthreads();\n    return handed",
+        "== 0);\n    return handed",
     ),
     "a number for each thread": (
         "order.cuh",
-        "take_number(ticket, threadIdx.x == 0)",
-        "take_number(ticket, true)",
+        "take_number(ticket.next, kept_in_register(threadIdx.x) == 0)",
+        "take_number(ticket.next, true)",
     ),
     "drawn after the tiles": ("forward.cuh", DRAWN_FIRST, DRAWN_LAST),
     "step not waited for": ("mainloop.cuh", "wait_for_copies<S::kStages - 2>()", "(void)0"),

@@ -133,7 +133,6 @@ __device__ inline void sum_tile(const BackwardParams& p, int index, Numbers& num
   const Layer& layer = p.layer;
   const SumTile tile = SumTile::at<S, kRanks>(p, index);
   if (tile.of_da) tile.for_each_panel<S>([&](int panel) { wait(p.flags + panel, p.thin.slices); });
-  numbers.take();
   const void* factor = tile.of_da ? p.dxa : p.xa;
   const Source left = from_column(matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r), tile.rank);
   const Source right = tile.of_da ? matrix<T>(p.x, tile.end, layer.k) : matrix<T>(p.dy, tile.end, layer.n);
@@ -145,6 +144,7 @@ __device__ inline void sum_tile(const BackwardParams& p, int index, Numbers& num
     row_sums<T, S, kRanks, false, kInChunks>(
         sums, layer, {}, left, NoUnits{}, right, tile.row, tile.column, tile.rank, p.db, p.dbias && tile.rank == 0, shared);
   }
+  numbers.take();
   if (tile.of_da) tile.for_each_panel<S>([&](int panel) { leave(p.flags + panel, last_to_leave(p)); });
   finish_sums<T>(p, tile, sums, shared);
 }
@@ -155,7 +155,7 @@ __device__ inline void backward(const BackwardParams& p) {
   extern __shared__ __align__(128) char memory[];
   const uint32_t shared = shared_address(memory);
   const Kinds& kinds = p.kinds;
-  Numbers numbers{p.flags + p.grid.panels, kinds.all, shared + backward_bytes<S>(kRanks)};
+  Numbers numbers{p.ticket, shared + backward_bytes<S>(kRanks)};
   numbers.take();
   for (int tile; (tile = numbers.next()) < kinds.all;) {
     if (is_of_dx(kinds, tile)) {

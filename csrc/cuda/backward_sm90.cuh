@@ -13,8 +13,8 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
   const BackwardParams& p = params.backward;
   const Layer& layer = p.layer;
   const Source a = adapter<T>(layer, layer.a, layer.r, layer.k), b = adapter<T>(layer, layer.b, layer.n, layer.r);
-  CopyingSide<T, S, kRanks, true> side(memory, p.flags + p.grid.panels, p.kinds.all);
-  for (int index; (index = side.next()) < p.kinds.all;) {
+  CopyingSide<T, S, kRanks, true> side(memory, p.ticket);
+  for (int index; (index = side.next()) < p.ticket.count;) {
     if (is_of_dx(p.kinds, index)) {
       const LargeTile tile = dx_tile_at<S, kRanks>(p, index);
       for (int depth = 0; depth < layer.n; depth += S::kDepth) {
@@ -83,7 +83,7 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
   const Layer& layer = p.layer;
   const int steps = (layer.n + S::kDepth - 1) / S::kDepth;
   MultiplyingSide<T, S, kRanks, true> side(memory);
-  for (int index; (index = side.next()) < p.kinds.all;) {
+  for (int index; (index = side.next()) < p.ticket.count;) {
     if (is_of_dx(p.kinds, index)) {
       const LargeTile tile = dx_tile_at<S, kRanks>(p, index);
       Sums<S> sums;

@@ -224,9 +224,9 @@ __device__ inline void decode(const DecodeParams& p) {
   static_assert(kDecodeRows * 256 * 4 <= kDecodeBytes, "xa of all ranks");
   const int thin_tiles = (layer.r + kDecodeColumns - 1) / kDecodeColumns;
   const int tiles = thin_tiles + (layer.n + kDecodeColumns - 1) / kDecodeColumns;
-  Numbers numbers{p.flag + 1, tiles * p.parts, shared_address(memory) + kDecodeBytes};
+  Numbers numbers{p.ticket, shared_address(memory) + kDecodeBytes};
   numbers.take();
-  for (int index; (index = numbers.next()) < numbers.count;) {
+  for (int index; (index = numbers.next()) < p.ticket.count;) {
     numbers.take();
     const int tile = index / p.parts, part = index % p.parts;
     const bool thin = tile < thin_tiles;

@@ -32,9 +32,8 @@ __device__ inline void forward(const ForwardParams& p) {
   const uint32_t shared = shared_address(memory);
   const Layer& layer = p.layer;
   const Grid& grid = p.grid;
-  const int draws = grid.panels * p.mask.draws, tiles = p.thin.alone + grid.panels * grid.columns;
-  const int arrivals = p.mask.draws + p.thin.slices;
-  Numbers numbers{p.flags + grid.panels, draws + tiles, shared + forward_bytes<S>(kRanks)};
+  const int draws = grid.panels * p.mask.draws, arrivals = p.mask.draws + p.thin.slices;
+  Numbers numbers{p.ticket, shared + forward_bytes<S>(kRanks)};
   numbers.take();
   int number = numbers.next();
   if constexpr (kDropout && sizeof(T) == 2) {
@@ -43,7 +42,7 @@ __device__ inline void forward(const ForwardParams& p) {
       draw_words<S>(p.mask, layer, number, p.flags);
     }
   }
-  for (; number < numbers.count; number = numbers.next()) {
+  for (; number < p.ticket.count; number = numbers.next()) {
     const int tile = number - draws;
     const bool alone = tile < p.thin.alone;
     const auto [row, column, panel, rank, producing] =

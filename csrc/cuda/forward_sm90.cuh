@@ -14,13 +14,13 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
   const Source a = adapter<T>(layer, layer.a, layer.r, layer.k), b = adapter<T>(layer, layer.b, layer.n, layer.r);
   const Source xa = matrix<T>({p.xa, layer.r}, layer.m, layer.r);
   const int draws = p.grid.panels * p.mask.draws;
-  CopyingSide<T, S, kRanks, false> side(memory, p.flags + p.grid.panels, draws + p.grid.panels * p.grid.columns);
+  CopyingSide<T, S, kRanks, false> side(memory, p.ticket);
   int number = side.next();
   for (; number < draws; number = side.next()) {
     side.take();
     side.pass();
   }
-  for (; number < side.count; number = side.next()) {
+  for (; number < p.ticket.count; number = side.next()) {
     const LargeTile tile = large_tile<S, kRanks>(p.grid, p.thin, number - draws, 0);
     // For the threads that multiply, which see what this one has seen as soon as the first step is there.
     if (tile.producing && p.mask.draws) side.wait(p.flags + tile.panel, p.mask.draws);
@@ -39,7 +39,7 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
 template <class T, class S, int kRanks, bool kDropout>
 __device__ inline void multiply_forward(const ForwardParams& p, const HopperMemory<T, S, kRanks, false>& memory) {
   const Layer& layer = p.layer;
-  const int draws = p.grid.panels * p.mask.draws, tiles = p.grid.panels * p.grid.columns;
+  const int draws = p.grid.panels * p.mask.draws;
   const int steps = (layer.k + S::kDepth - 1) / S::kDepth;
   MultiplyingSide<T, S, kRanks, false> side(memory);
   int number = side.next();
@@ -49,7 +49,7 @@ __device__ inline void multiply_forward(const ForwardParams& p, const HopperMemo
       draw_words<S>(p.mask, layer, number, p.flags);
     }
   }
-  for (; number < draws + tiles; number = side.next()) {
+  for (; number < p.ticket.count; number = side.next()) {
     const LargeTile tile = large_tile<S, kRanks>(p.grid, p.thin, number - draws, 0);
     Sums<S> sums;
     ThinSums<kRanks> thin;

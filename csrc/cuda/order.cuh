@@ -86,9 +86,6 @@ __device__ inline bool last_to_arrive(int* counter, int parts, uint32_t shared) 
   return before == parts - 1;
 }
 
-// The number of a launch that is the last to be taken: every program finds once that there is no tile left.
-__device__ inline int last_number(int count) { return count + static_cast<int>(gridDim.x) - 1; }
-
 // Numbers of tiles, and of what comes before them, as a program takes them one by one. The ticket is zero before and after.
 //
 // Any number of running programs makes progress. Numbers go out in order, each to a program that runs and works on its own
@@ -97,16 +94,16 @@ __device__ inline int last_number(int count) { return count + static_cast<int>(g
 // so if none goes on, each has one of these neighbours; all of them are taken if there are as many programs as columns,
 // and whoever has one publishes before it waits.
 struct Numbers {
-  int* ticket;
-  int count;
+  const Ticket ticket;
   uint32_t shared;  // where a number is left for all threads
   int ahead = 0;    // thread 0's
 
-  // Takes the next number ahead: the tile at hand has waited for all that it waits for.
-  __device__ void take() { ahead = take_number(ticket, threadIdx.x == 0); }
+  // Takes the next number ahead: the tile at hand has waited for all that it waits for. Nothing is kept over a tile for it:
+  // the ticket is a kernel's parameter, and the thread is asked for anew.
+  __device__ void take() { ahead = take_number(ticket.next, kept_in_register(threadIdx.x) == 0); }
   // Tells it to all threads; from `count` on there is nothing left to do.
   __device__ int next() const {
-    hand_number(ticket, ahead, last_number(count), shared, threadIdx.x == 0);
+    hand_number(ticket.next, ahead, ticket.last, shared, kept_in_register(threadIdx.x) == 0);
     __syncthreads();
     return handed_number(shared);
   }

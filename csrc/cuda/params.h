@@ -45,14 +45,21 @@ struct DrawnWords {
   int draws, share;         // of a row panel: shares, and how many times kDrawnColumns each has; no draws: no bits
 };
 
+// What programs take the numbers of their tiles from; see Numbers in order.cuh.
+struct Ticket {
+  int* next;                // zero before and after
+  int count, last;          // of numbers; the last one that is taken: every program finds once that there are no more
+};
+
 struct ForwardParams {
   Layer layer;
   Grid grid;
   DrawnWords mask;
   Rows x;                   // [m, k]
   void *bias, *y, *xa;      // [n] or null, [m, n], [m, r]; contiguous
-  int* flags;               // one a row panel and the ticket, zero before and after
+  int* flags;               // one a row panel, zero before and after
   Thin thin;                // xa's
+  Ticket ticket;
 };
 
 // How the tiles of backward are numbered: kinds one after the other, each from the end of the one before.
@@ -79,10 +86,11 @@ struct BackwardParams {
   int adapter_gradients_are_float;
   DrawnMask mask;
   float* partials;          // [blocks, segments, ranks + 1, columns] if there are several segments
-  int *counters, *flags;    // one a block of sums; one a row panel and the ticket; zero before and after
+  int *counters, *flags;    // one a block of sums, one a row panel; zero before and after
   int segment;              // rows that a tile of da or db sums
   Thin thin;                // dxa's
   float* units;             // of float16's dxa, for each row panel one a slice; else null
+  Ticket ticket;
 };
 
 // Where a matrix lies that copies take boxes of, as sm_90's hardware has it encoded.
@@ -112,8 +120,9 @@ struct DecodeParams {
   Rows x;                   // [m, k]
   void *bias, *y, *xa;      // as in forward
   float* partials;          // [tiles, parts, 16, columns] if there are several parts
-  int *counters, *flag;     // one a tile; one in all and the ticket; zero before and after
+  int *counters, *flag;     // one a tile, one in all; zero before and after
   int parts;                // of the columns of x and W that programs sum by themselves
+  Ticket ticket;
 };
 
 }  // namespace lora_kernels

@@ -67,20 +67,19 @@ template <class T, class S, int kRanks, bool kByDepth>
 struct CopyingSide {
   using M = HopperMemory<T, S, kRanks, kByDepth>;
   M memory;
-  int* ticket;
-  int count;
+  const Ticket& ticket;
   bool one;
   RingPosition<S> at{0, 1};
   int slices = 0, ahead = 0;
 
-  __device__ CopyingSide(M memory, int* ticket, int count)
-      : memory(memory), ticket(ticket), count(count), one(threadIdx.x == S::kThreads) {
+  __device__ CopyingSide(M memory, const Ticket& ticket)
+      : memory(memory), ticket(ticket), one(threadIdx.x == S::kThreads) {
     take();
   }
-  __device__ void take() { ahead = take_number(ticket, one); }
+  __device__ void take() { ahead = take_number(ticket.next, one); }
   __device__ int next() const {
     wait_for_phase(memory.read(at.stage), at.parity);
-    hand_number(ticket, ahead, last_number(count), memory.number(at.stage), one);
+    hand_number(ticket.next, ahead, ticket.last, memory.number(at.stage), one);
     synchronize<2, kHopperCopying>();
     return handed_number(memory.number(at.stage));
   }

@@ -164,7 +164,7 @@ DecodePlan decode_plan(const Problem& p, const Device& d) {
   const int64_t all = static_cast<int64_t>(tiles) * parts;
   const int grid = static_cast<int>(std::min<int64_t>(all, d.multiprocessors));
   return {{std::string("lora_decode_") + name_of(p.type), grid, kDecodeThreads, kDecodeBytes + kNumberBytes, 1},
-          parts, tiles + 2, parts > 1 ? all * kDecodeTile : 0};
+          parts, tiles + 2, static_cast<int>(all), parts > 1 ? all * kDecodeTile : 0};
 }
 
 Plan plan(const Problem& p, const Device& d) {
@@ -197,6 +197,7 @@ Plan plan(const Problem& p, const Device& d) {
                 c.shared_bytes, std::max(plan.thin.producers, 1)};
   // float32's products outweigh the mask, and its fragments take other bits.
   if (p.dropout && !p.backward && is_16_bit(p.type)) share_mask(plan, p);
+  plan.numbers = tiles + plan.grid.panels * plan.draws;
   plan.sm90a = c.sm90a;
   return plan;
 }
