@@ -228,6 +228,9 @@ _library.impl("allows_tf32", gpu.tf32_allowed, "CompositeExplicitAutograd")
 # Whether t may be kept from call to call. It asks for each block of flags that it makes.
 _library.define("in_shared_pool(Tensor t) -> bool")
 _library.impl("in_shared_pool", gpu.in_shared_pool, "CompositeExplicitAutograd")
+# How many multiprocessors torch leaves to others, as its switch is now: asked at each call.
+_library.define("spared_multiprocessors() -> int")
+_library.impl("spared_multiprocessors", gpu.spared_multiprocessors, "CompositeExplicitAutograd")
 
 # Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16
 # [count, 8], for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.

@@ -129,6 +129,21 @@ def test_ranks_in_slices(hopper, case, resident):
     ] * 2
 
 
+@pytest.mark.parametrize("resident", [1, 2, 3, 9])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
+def test_any_number_of_running_programs_makes_progress(hopper, dropout_p, resident):
+    """Of nine that are launched; on weak memory, by several schedules, on the same flags."""
+    flags = torch.zeros(1024, dtype=torch.int32)
+    how = {"multiprocessors": 9, "zeros": flags, "weak": 2}
+    for rank in (16, 100):
+        case = Case((400,), 256, 520, rank, BF16, dropout_p=dropout_p, bias=True)
+        # Two columns of tiles make a thin product of two slices of ranks together.
+        with using(made := hopper(resident=max(resident, rank // 50), seed=resident, **how)):
+            assert_parity(case, make_inputs(case), "cuda")
+        assert all("_Hopper_" in name for name, _ in made.stats)
+    assert not flags.any()
+
+
 @pytest.mark.parametrize("index", range(len(float16_range_cases((), 1, 1, 1))))
 def test_float16_range(hopper, index):
     """Three row panels of dxa, of one slice of ranks or, every third time, of two."""

@@ -39,7 +39,8 @@ PROGRAM = """
 import pathlib, sys
 import torch, cudastub
 cudastub.install("H100,A100", sms=8, tensors=True, triton=False)
-cudastub.library().cudastub_set_sms(0, 5)
+driver = cudastub.library()
+driver.cudastub_set_sms(0, 5)
 from lora_kernels import lora_linear, native
 native.LIBRARIES["cuda"] = pathlib.Path(sys.argv[1])
 from lora_kernels.testing import Case, assert_parity, make_inputs
@@ -49,37 +50,56 @@ def launched():
     cudastub.history().clear()
     return made
 
+def grids(case, device):
+    assert_parity(case, make_inputs(case, device), "cuda")
+    made = [call.grid[0] for call in cudastub.history()]
+    cudastub.history().clear()
+    return made
+
 hopper = Case((400,), 256, 520, 8, torch.bfloat16, dropout_p=0.1)
 assert_parity(hopper, make_inputs(hopper, "cuda:0"), "cuda")
-assert launched() == [(f"lora_{kind}_Hopper_bf16_r16_d1_c1", 0, True)
+assert launched() == [(f"lora_{kind}_Hopper_bf16_r16_d1_c1", 0, False)
                       for kind in ("forward", "backward")]
 small = Case((130,), 72, 360, 8, torch.bfloat16, dropout_p=0.1)
 assert_parity(small, make_inputs(small, "cuda:1"), "cuda")  # not the current device
-assert launched() == [(f"lora_{kind}_Small_bf16_r16_d1_c1", 1, True)
+assert launched() == [(f"lora_{kind}_Small_bf16_r16_d1_c1", 1, False)
                       for kind in ("forward", "backward")]
 assert torch.cuda.current_device() == 0
 
 given = make_inputs(Case((8,), 512, 2048, 16, torch.bfloat16, scaling=1.0), "cuda:1")
 adapter = given.weight, given.lora_A, given.lora_B
 decoded = lora_linear(given.x, *adapter, impl="cuda")
-cudastub.library().cudastub_set_sms(1, 1)
 inputs = make_inputs(small, "cuda:1")
+driver.cudastub_set_runner(None)
 try:
     assert_parity(small, inputs, "cuda")
     raise SystemExit("was not refused")
 except RuntimeError as error:
     said = str(error)
 assert "lora_forward_Small_bf16_r16_d1_c1: launch of " in said and "impl='eager'" in said, said
-cudastub.library().cudastub_set_sms(1, 8)
+driver.cudastub_set_runner(driver._runner)
 assert_parity(small, inputs, "cuda")
 assert torch.equal(lora_linear(given.x, *adapter, impl="cuda"), decoded)
+
+cudastub.history().clear()
+driver.cudastub_set_sms(1, 1)  # the others have something else to run
+assert grids(small, "cuda:1") == [6, 8]
+assert torch.equal(lora_linear(given.x, *adapter, impl="cuda"), decoded)
+cudastub.history().clear()
+for spared, left in ((3, [5, 5]), (4, [4, 4]), (None, [6, 8])):
+    torch._C._set_sm_carveout_experimental(spared)
+    assert grids(small, "cuda:1") == left
+torch._C._set_sm_carveout_experimental(500)
+lora_linear(given.x, *adapter, impl="cuda")
+assert cudastub.history()[-1].grid[0] == 1
 """
 
 
 def test_calls_of_two_gpus(tmp_path):
     """torch's CUDA library is loaded locally, as torch loads it: the stream is found there."""
     checkout = tmp_path / "checkout"
-    shutil.copytree(ROOT / "csrc" / "cuda", checkout / "csrc" / "cuda")
+    for folder in ("cuda", "common"):
+        shutil.copytree(ROOT / "csrc" / folder, checkout / "csrc" / folder)
     for name, text in SOURCES.items():
         (checkout / "csrc" / "cuda" / name).write_text(text)
     library = tmp_path / "_cuda.so"

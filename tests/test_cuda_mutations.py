@@ -56,7 +56,40 @@ SLICED_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Sma
 LONE_KERNELS = SLICED_KERNELS.replace("LORA_BACKWARD(X)", "LORA_BACKWARD(X) X(Tall, 64, 1, 1)")
 HALF_KERNELS = KERNELS.format(type="half", element="__half", shape="Small", ranks=16)
 TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat", ranks=16)
+DRAWN_FIRST = """
+    for (; number < draws; number = numbers.next()) {
+      numbers.take();
+      draw_words<S>(p.mask, layer, number, p.flags);
+    }
+  }
+  for (; number < p.ticket.count; number = numbers.next()) {
+    const int tile = number - draws;
+"""
+DRAWN_LAST = """
+  }
+  const int tiles = p.ticket.count - draws;
+  for (; number < p.ticket.count; number = numbers.next()) {
+    const int tile = number;
+    if (tile >= tiles) {
+      numbers.take();
+      draw_words<S>(p.mask, layer, tile - tiles, p.flags);
+      continue;
+    }
+"""
 # name: (file, text, what stands there instead)
+TICKET_MUTANTS = {
+    "ticket not taken at once": (
+        "ptx.cuh",
+        "@p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }",
+        ".reg .s32 next; @p ld.relaxed.gpu.global.s32 %0, [%1]; add.s32 next, %0, 1; "
+        "@p st.relaxed.gpu.global.s32 [%1], next; }",
+    ),
+    "ticket not reset": (
+        "ptx.cuh",
+        '%1; "\n      "@q st.relaxed.gpu.global.s32 [%0], 0; }',
+        '%1; "\n      "}',
+    ),
+}
 MUTANTS = {
     "nothing": ("forward.cuh", "layer.m, rank, layer.r", "layer.m, rank, layer.r"),
     "dxa published before the store": (
@@ -66,6 +99,18 @@ MUTANTS = {
     ),
     "flag not waited for": ("order.cuh", "(acquire_load(flag) < arrivals)", "(false)"),
     "flag not reset": ("order.cuh", "count_out(flag, last, threadIdx.x == 0);", ""),
+    **TICKET_MUTANTS,
+    "number told before it is there": (
+        "order.cuh",
+        "== 0);\n    __syncthreads();\n    return handed",
+        "== 0);\n    return handed",
+    ),
+    "a number for each thread": (
+        "order.cuh",
+        "take_number(ticket.next, kept_in_register(threadIdx.x) == 0)",
+        "take_number(ticket.next, true)",
+    ),
+    "drawn after the tiles": ("forward.cuh", DRAWN_FIRST, DRAWN_LAST),
     "step not waited for": ("mainloop.cuh", "wait_for_copies<S::kStages - 2>()", "(void)0"),
     "stage refilled while it is read": (
         "mainloop.cuh",
@@ -108,6 +153,11 @@ SLICED_MUTANTS = {
         "forward.cuh",
         "arrivals = p.mask.draws + p.thin.slices;",
         "arrivals = p.mask.draws + 1;",
+    ),
+    "number taken ahead of a wait": (
+        "forward.cuh",
+        "    if (!alone) wait(p.flags + panel, arrivals);\n    numbers.take();",
+        "    numbers.take();\n    if (!alone) wait(p.flags + panel, arrivals);",
     ),
     "slices of a row panel far apart": (
         "order.cuh",
@@ -162,6 +212,17 @@ HOPPER_MUTANTS = {
         "if (false)",
     ),
     "words of another step": ("pipeline_sm90.cuh", "words + 32 * step", "words"),
+    **TICKET_MUTANTS,
+    "number of another step": (
+        "pipeline_sm90.cuh",
+        "parity);\n    return handed_number(memory.number(at.stage))",
+        "parity);\n    return handed_number(memory.number(0))",
+    ),
+    "number told before it is there": (
+        "pipeline_sm90.cuh",
+        "    synchronize<2, kHopperCopying>();\n    return handed_number",
+        "    return handed_number",
+    ),
     "dxa published before the store": (
         "backward_sm90.cuh",
         "        store_dxa<T>(p,",
@@ -247,7 +308,9 @@ def test_planted_fault_is_found(name, check):
 @pytest.mark.parametrize("name", SLICED_MUTANTS)
 def test_planted_fault_is_found_of_slices(name, check):
     case = Case((130,), 136, 360, 72, torch.bfloat16, dropout_p=0.1)
-    check(name, case, SLICED_KERNELS, SLICED_MUTANTS, resident=2)
+    # Two programs take the tiles of a row panel in turn.
+    resident = 3 if name == "number taken ahead of a wait" else 2
+    check(name, case, SLICED_KERNELS, SLICED_MUTANTS, resident=resident)
 
 
 @pytest.mark.parametrize("name", LONE_MUTANTS)

@@ -257,6 +257,47 @@ def test_flags_are_left_as_found(rank, wanted):
 
 
 @needs_machine
+@pytest.mark.parametrize("resident", [1, 2, 3, 17])
+@pytest.mark.parametrize(("dtype", "dropout_p"), [(BF16, 0.0), (BF16, 0.1), (FP32, 0.1)], ids=str)
+def test_any_number_of_running_programs_makes_progress(dtype, dropout_p, resident):
+    """Of 17 that are launched; on weak memory, by several schedules, on the same flags.
+
+    Thin products by tiles of one column, of several, and alone.
+    """
+    flags = torch.zeros(1024, dtype=torch.int32)
+    how = {"multiprocessors": 17, "zeros": flags, "weak": 1}
+    for n, k, rank, together in ((264, 72, 8, 1), (264, 136, 100, 4), (72, 40, 130, 1)):
+        case = Case((300,), n, k, rank, dtype, dropout_p=dropout_p, bias=True)
+        with using(Machine(resident=max(resident, together), seed=rank + resident, **how)):
+            assert_parity(case, make_inputs(case), "cuda")
+    assert not flags.any()
+
+
+@needs_machine
+@pytest.mark.parametrize("resident", [1, 2, 3, 17])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_any_number_of_running_programs_decodes(dtype, resident):
+    case = Case((5,), 520, 2048, 24, dtype, bias=True)
+    flags = torch.zeros(1024, dtype=torch.int32)
+    how = {"multiprocessors": 17, "zeros": flags, "weak": 1}
+    for seed in range(2):
+        with using(machine := Machine(resident=resident, seed=seed, **how)):
+            assert_parity(case, make_inputs(case), "cuda")
+        assert machine.stats[0][0].startswith("lora_decode_")
+    assert not flags.any()
+
+
+@needs_machine
+def test_the_machine_refuses_columns_that_it_can_not_run_together():
+    case = Case((150,), 264, 136, 100, BF16)
+    with (
+        using(Machine(resident=1, multiprocessors=17)),
+        pytest.raises(RuntimeError, match="together: expected at most 1 programs, the resident"),
+    ):
+        run(case, make_inputs(case), "cuda")
+
+
+@needs_machine
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

@@ -38,15 +38,16 @@ def plan(device, m, n, k, r, kind=BF16, dropout=0, chunks=1, wanted=None):
 def test_launch_fits_the_device(device, wanted):
     _, multiprocessors, most = DEVICES[device]
     for m, (n, k, r), kind, dropout, chunks in product(ROWS, LAYERS, KINDS, (0, 1), (0, 1)):
-        name, (grid, threads, shared) = plan(
+        name, (grid, threads, shared, together) = plan(
             DEVICES[device], m, n, k, r, kind, dropout, chunks, wanted
         )
         direction = "forward" if wanted is None else "backward"
         if wanted is None and m <= 16 and not dropout and chunks:
             direction = "decode"
         assert direction in name
-        # Programs wait for others: all must be resident, one a multiprocessor.
-        assert 1 <= grid <= multiprocessors
+        # Enough to fill the device; more would only wait for their turn.
+        assert 1 <= together <= grid <= multiprocessors
+        assert together <= 16
         assert threads in (128, 256, 384)
         assert 0 < shared <= most
         assert TYPES[kind] in name.split("_")
@@ -62,7 +63,17 @@ def test_ranks_that_no_columns_can_take_have_tiles_of_their_own():
         name, (grid, *_) = plan(device, 4096, 4096, 128, 128, wanted=DA)
         assert (name, grid) == ("lora_backward_Small_bf16_r64_d0_c1", 64 * 2 + 2)
     # Fewer programs than slices: these would wait for each other for ever.
-    assert plan([90, 3, 232448], 4096, 4096, 4096, 256)[0] == "lora_forward_Large_bf16_r64_d0_c1"
+    name, (*_, together) = plan([90, 3, 232448], 4096, 4096, 4096, 256)
+    assert (name, together) == ("lora_forward_Large_bf16_r64_d0_c1", 1)
+
+
+def test_programs_that_must_run_together():
+    """As many as columns of tiles make the thin product together; elsewhere one goes on alone."""
+    for device, kind, wanted in product(DEVICES.values(), (BF16, FP16), (None, ALL, DX)):
+        for r, columns in ((16, 1), (64, 1), (65, 2), (256, 4)):
+            assert plan(device, 8192, 4096, 4096, r, kind, wanted=wanted)[1][-1] == columns
+    assert plan(DEVICES["H100"], 8192, 4096, 4096, 256, wanted=DA)[1][-1] == 1
+    assert plan(DEVICES["H100"], 1, 4096, 4096, 256)[1][-1] == 1  # decoding
 
 
 def test_tiles_grow_with_the_call():

@@ -65,7 +65,7 @@ __device__ inline auto mask_of(const BackwardParams& p, const LargeTile& tile, c
 
 // A tile of dx, of dxa, or of both.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
-__device__ inline void dx_tile(const BackwardParams& p, int tile, uint32_t shared) {
+__device__ inline void dx_tile(const BackwardParams& p, int tile, Numbers& numbers, uint32_t shared) {
   const Layer& layer = p.layer;
   const bool alone = tile < p.thin.alone;
   const LargeTile of = alone ? thin_tile<S, kRanks>(p.thin, tile) : dx_tile_at<S, kRanks>(p, tile);
@@ -79,9 +79,10 @@ __device__ inline void dx_tile(const BackwardParams& p, int tile, uint32_t share
   if (producing) {
     store_dxa<T>(p, thin, of, place, shared);
     publish(p.flags + panel);
-    if (alone) return;
   }
-  wait(p.flags + panel, arrivals_before(p, of));
+  if (!alone) wait(p.flags + panel, arrivals_before(p, of));
+  numbers.take();
+  if (alone) return;
   const Operands low_rank{layer, matrix<T>({const_cast<void*>(p.dxa), layer.r}, layer.m, layer.r),
                           adapter<T>(layer, layer.a, layer.r, layer.k), {}, row, column, layer.r};
   const auto unit_at = [&](int rank) { return units_of<T, S, kRanks>(p).at(of.row, rank); };
@@ -128,7 +129,7 @@ __device__ inline void finish_sums(const BackwardParams& p, const SumTile& tile,
 }
 
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
-__device__ inline void sum_tile(const BackwardParams& p, int index, uint32_t shared) {
+__device__ inline void sum_tile(const BackwardParams& p, int index, Numbers& numbers, uint32_t shared) {
   const Layer& layer = p.layer;
   const SumTile tile = SumTile::at<S, kRanks>(p, index);
   if (tile.of_da) tile.for_each_panel<S>([&](int panel) { wait(p.flags + panel, p.thin.slices); });
@@ -143,22 +144,24 @@ __device__ inline void sum_tile(const BackwardParams& p, int index, uint32_t sha
     row_sums<T, S, kRanks, false, kInChunks>(
         sums, layer, {}, left, NoUnits{}, right, tile.row, tile.column, tile.rank, p.db, p.dbias && tile.rank == 0, shared);
   }
+  numbers.take();
   if (tile.of_da) tile.for_each_panel<S>([&](int panel) { leave(p.flags + panel, last_to_leave(p)); });
   finish_sums<T>(p, tile, sums, shared);
 }
 
-// The first tiles make dxa [m, r], each a slice of ranks, and publish it before they wait for anything: no tile waits for
-// one that can't run. Persistent; the grid is resident as a whole.
+// The first tiles make dxa [m, r], each a slice of ranks, and publish it before they wait for anything. Persistent.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void backward(const BackwardParams& p) {
   extern __shared__ __align__(128) char memory[];
   const uint32_t shared = shared_address(memory);
   const Kinds& kinds = p.kinds;
-  for (int tile = blockIdx.x; tile < kinds.all; tile += gridDim.x) {
+  Numbers numbers{p.ticket, shared + backward_bytes<S>(kRanks)};
+  numbers.take();
+  for (int tile; (tile = numbers.next()) < kinds.all;) {
     if (is_of_dx(kinds, tile)) {
-      dx_tile<T, S, kRanks, kDropout, kInChunks>(p, tile, shared);
+      dx_tile<T, S, kRanks, kDropout, kInChunks>(p, tile, numbers, shared);
     } else {
-      sum_tile<T, S, kRanks, kDropout, kInChunks>(p, tile, shared);
+      sum_tile<T, S, kRanks, kDropout, kInChunks>(p, tile, numbers, shared);
     }
   }
 }

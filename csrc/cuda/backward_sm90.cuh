@@ -13,8 +13,8 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
   const BackwardParams& p = params.backward;
   const Layer& layer = p.layer;
   const Source a = adapter<T>(layer, layer.a, layer.r, layer.k), b = adapter<T>(layer, layer.b, layer.n, layer.r);
-  CopyingSide<T, S, kRanks, true> side(memory);
-  for (int index = blockIdx.x; index < p.kinds.all; index += gridDim.x) {
+  CopyingSide<T, S, kRanks, true> side(memory, p.ticket);
+  for (int index; (index = side.next()) < p.ticket.count;) {
     if (is_of_dx(p.kinds, index)) {
       const LargeTile tile = dx_tile_at<S, kRanks>(p, index);
       for (int depth = 0; depth < layer.n; depth += S::kDepth) {
@@ -29,6 +29,7 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
     }
     const SumTile tile = SumTile::at<S, kRanks>(p, index);
     if (tile.of_da) tile.for_each_panel<S>([&](int panel) { side.wait(p.flags + panel, p.thin.slices); });
+    side.take();
     const void* factor = tile.of_da ? p.dxa : p.xa;
     const Source thin = matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r);
     for (int row = tile.row; row < tile.end; row += S::kDepth) {
@@ -39,6 +40,7 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
     // Where the mask is drawn the side that draws it leaves, afterwards.
     if (tile.of_da && !p.mask.bits) tile.for_each_panel<S>([&](int panel) { side.leave(p.flags + panel, last_to_leave(p)); });
   }
+  side.pass();
 }
 
 // The sums of a tile and the totals of its columns.
@@ -81,7 +83,7 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
   const Layer& layer = p.layer;
   const int steps = (layer.n + S::kDepth - 1) / S::kDepth;
   MultiplyingSide<T, S, kRanks, true> side(memory);
-  for (int index = blockIdx.x; index < p.kinds.all; index += gridDim.x) {
+  for (int index; (index = side.next()) < p.ticket.count;) {
     if (is_of_dx(p.kinds, index)) {
       const LargeTile tile = dx_tile_at<S, kRanks>(p, index);
       Sums<S> sums;

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -30,6 +31,16 @@ bool in_shared_pool(const Tensor& t) {
   StableIValue stack[1] = {torch::stable::detail::from(t)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("lora_kernels::in_shared_pool", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<bool>(stack[0]);
+}
+
+// A GPU less the multiprocessors that torch spares for others, communication for instance, as its switch is now: Python knows.
+Device device_left(int index) {
+  StableIValue answer[1];
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("lora_kernels::spared_multiprocessors", "", answer, TORCH_ABI_VERSION));
+  Device device = device_of(index);
+  device.multiprocessors -= static_cast<int>(torch::stable::detail::to<int64_t>(answer[0]));
+  device.multiprocessors = std::max(device.multiprocessors, 1);
+  return device;
 }
 
 // Zeros of a device and stream, made once: two streams never share flags. Under capture a call has its own, in the
@@ -62,7 +73,7 @@ struct Gpu {
 
   explicit Gpu(const Tensor& t) : index(t.get_device_index()), guard(index), stream(current_stream(index)) {}
   Target target() {
-    return {device_of(index), empty, [this](const Tensor& like, int count) { return zeros_of(like, count, index, stream); },
+    return {device_left(index), empty, [this](const Tensor& like, int count) { return zeros_of(like, count, index, stream); },
             [this](const Launch& how, const void* params, size_t) { launch(how, params, stream); }, encoded,
             [](const Tensor&) {}};
   }
@@ -94,8 +105,8 @@ Device device_of(const std::vector<int64_t>& numbers) {
   return {static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2]), numbers[0] == 90};
 }
 
-// The launches of a call, written down: names one a line, numbers [launches, 4] (programs, threads, bytes of shared
-// memory, bytes of parameters), the parameters one after the other, and memory used beyond inputs and outputs.
+// The launches of a call, written down: names one a line, numbers [launches, 5] (programs, threads, bytes of shared
+// memory, programs that must run together, bytes of parameters), the parameters one after the other, and memory used beyond inputs and outputs.
 struct Record {
   std::string names;
   std::vector<int64_t> numbers;
@@ -116,7 +127,8 @@ struct Record {
             },
             [this](const Launch& how, const void* bytes, size_t size) {
               names += how.kernel + "\n";
-              numbers.insert(numbers.end(), {how.grid, how.threads, how.shared_bytes, static_cast<int64_t>(size)});
+              numbers.insert(
+                  numbers.end(), {how.grid, how.threads, how.shared_bytes, how.together, static_cast<int64_t>(size)});
               const auto* first = static_cast<const uint8_t*>(bytes);
               params.insert(params.end(), first, first + size);
             },
@@ -159,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::string, Tensor, Tensor, std::vec
   return {dx, da, db, dbias, names, numbers, params, record.scratch};
 }
 
-// The launch that a plan asks for: its kernel; programs, threads and bytes of shared memory.
+// The launch that a plan asks for: its kernel; programs, threads, bytes of shared memory, programs that must run together.
 std::tuple<std::string, std::vector<int64_t>> planned(std::vector<int64_t> problem, std::vector<int64_t> device) {
   STD_TORCH_CHECK(problem.size() == 12 && device.size() == 3, "problem: expected 12 numbers, and 3 of device");
   const auto number = [&](int which) { return static_cast<int>(problem[which]); };
@@ -167,7 +179,7 @@ std::tuple<std::string, std::vector<int64_t>> planned(std::vector<int64_t> probl
   const Problem p{number(0), number(1), number(2), number(3), static_cast<Type>(problem[4]), flag(5),
                   flag(6),   flag(6),   flag(7),   flag(8),   flag(9),                       flag(10), flag(11)};
   const Launch how = is_decoding(p) ? decode_plan(p, device_of(device)).launch : plan(p, device_of(device)).large;
-  return {how.kernel, {how.grid, how.threads, how.shared_bytes}};
+  return {how.kernel, {how.grid, how.threads, how.shared_bytes, how.together}};
 }
 
 }  // namespace

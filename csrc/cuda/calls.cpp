@@ -115,6 +115,11 @@ Problem backward_problem(const Described& d, const Tensor& dy, const OptionalTen
   return p;
 }
 
+// The last of a call's zeros.
+Ticket ticket(const Tensor& zeros, int counters, int numbers, const Launch& how) {
+  return {static_cast<int*>(data(zeros)) + counters - 1, numbers, numbers + how.grid - 1};
+}
+
 template <class Params>
 void launch(const Target& target, const Launch& how, const Params& params) {
   target.launch(how, &params, sizeof params);
@@ -127,8 +132,9 @@ void decode_call(const Target& target, const Problem& problem, DecodeParams para
   target.scratch(partials);
   params.partials = static_cast<float*>(data(partials));
   params.counters = static_cast<int*>(data(zeros));
-  params.flag = params.counters + plan.counters - 1;
+  params.flag = params.counters + plan.counters - 2;
   params.parts = plan.parts;
+  params.ticket = ticket(zeros, plan.counters, plan.numbers, plan.launch);
   launch(target, plan.launch, params);
 }
 
@@ -169,7 +175,8 @@ std::tuple<Tensor, Tensor> forward_call(
   const Tensor mask = target.empty(x, {plan.words}, ScalarType::Float);  // 32 bits each
   target.scratch(mask);
   const DrawnWords words{static_cast<uint32_t*>(data(mask)), plan.draws, plan.share};
-  ForwardParams params{layer, plan.grid, words, rows(x_rows), nullptr, data(y), data(xa), static_cast<int*>(data(flags)), plan.thin};
+  ForwardParams params{layer, plan.grid, words, rows(x_rows), nullptr, data(y), data(xa), static_cast<int*>(data(flags)), plan.thin,
+                       ticket(flags, plan.counters, plan.numbers, plan.large)};
   if (added) params.bias = data(*added);
   if (plan.sm90a) {
     launch(target, plan.large, HopperForwardParams{target.map(boxes(x_rows)), target.map(boxes(d.weight)), params});
@@ -219,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
       wanted(needs[3], dbias), layer.adapters_are_float,
       {plan.mask_rows ? static_cast<uint8_t*>(data(mask)) : nullptr, plan.mask_rows},
       static_cast<float*>(data(partials)), zeros, zeros + plan.kinds.db_blocks + plan.kinds.da_blocks, plan.segment, plan.thin,
-      in_units ? static_cast<float*>(data(units)) : nullptr};
+      in_units ? static_cast<float*>(data(units)) : nullptr, ticket(counters, plan.counters, plan.numbers, plan.large)};
   for (const Tensor& t : {dy_rows, d.weight, d.a, d.b, dxa, units, partials, mask}) target.scratch(t);
   if (x_rows) target.scratch(*x_rows);
   if (xa_rows) target.scratch(*xa_rows);

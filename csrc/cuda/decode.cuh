@@ -224,7 +224,10 @@ __device__ inline void decode(const DecodeParams& p) {
   static_assert(kDecodeRows * 256 * 4 <= kDecodeBytes, "xa of all ranks");
   const int thin_tiles = (layer.r + kDecodeColumns - 1) / kDecodeColumns;
   const int tiles = thin_tiles + (layer.n + kDecodeColumns - 1) / kDecodeColumns;
-  for (int index = blockIdx.x; index < tiles * p.parts; index += gridDim.x) {
+  Numbers numbers{p.ticket, shared_address(memory) + kDecodeBytes};
+  numbers.take();
+  for (int index; (index = numbers.next()) < p.ticket.count;) {
+    numbers.take();
     const int tile = index / p.parts, part = index % p.parts;
     const bool thin = tile < thin_tiles;
     const int row = (thin ? tile : tile - thin_tiles) * kDecodeColumns;

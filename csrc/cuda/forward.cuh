@@ -8,35 +8,42 @@
 
 namespace lora_kernels {
 
-// Draws the mask of a call's x for its producing tiles: a warp has 16 rows of each row panel.
+// Draws a share of the mask of x for its producing tiles: a warp has 16 rows of a row panel.
 template <class S>
-__device__ inline void draw_words(const DrawnWords& drawn, const Layer& layer, int panels, int* flags) {
+__device__ inline void draw_words(const DrawnWords& drawn, const Layer& layer, int draw, int* flags) {
   static_assert(16 * S::kThreads / 32 == S::kRows, "16 rows a warp");
   const Mask mask(layer);
   const int lane = threadIdx.x % 32, end = (layer.k + kDrawnColumns - 1) / kDrawnColumns * kDrawnColumns;
-  for (int draw = blockIdx.x; draw < panels * drawn.draws; draw += gridDim.x) {
-    const int panel = draw / drawn.draws, row = panel * S::kRows + threadIdx.x / 32 * 16;
-    const int first = draw % drawn.draws * drawn.share * kDrawnColumns;
-    for (int column = first; column < min(first + drawn.share * kDrawnColumns, end); column += kDrawnColumns) {
-      const int own = column + lane % 4 * kWordColumns;
-      uint32_t* const to = words_of(drawn, layer, row, own) + lane / 4 * 4;
-      store_words(to, mask.fragment_words(row + lane / 4, own / 8));
-    }
-    publish<S>(flags + panel);
+  const int panel = draw / drawn.draws, row = panel * S::kRows + threadIdx.x / 32 * 16;
+  const int first = draw % drawn.draws * drawn.share * kDrawnColumns;
+  for (int column = first; column < min(first + drawn.share * kDrawnColumns, end); column += kDrawnColumns) {
+    const int own = column + lane % 4 * kWordColumns;
+    uint32_t* const to = words_of(drawn, layer, row, own) + lane / 4 * 4;
+    store_words(to, mask.fragment_words(row + lane / 4, own / 8));
   }
+  publish<S>(flags + panel);
 }
 
-// Programs draw the mask first; tiles that make xa, a slice of ranks each, come next and wait for nothing else before they
-// publish: no tile waits for one that can't run. Persistent; the grid is resident as a whole.
+// Shares of the mask come first; tiles that make xa, a slice of ranks each, come next and wait for nothing else before they
+// publish. Persistent.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void forward(const ForwardParams& p) {
   extern __shared__ __align__(128) char memory[];
   const uint32_t shared = shared_address(memory);
   const Layer& layer = p.layer;
   const Grid& grid = p.grid;
-  const int tiles = p.thin.alone + grid.panels * grid.columns, arrivals = p.mask.draws + p.thin.slices;
-  if (kDropout && sizeof(T) == 2) draw_words<S>(p.mask, layer, grid.panels, p.flags);
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  const int draws = grid.panels * p.mask.draws, arrivals = p.mask.draws + p.thin.slices;
+  Numbers numbers{p.ticket, shared + forward_bytes<S>(kRanks)};
+  numbers.take();
+  int number = numbers.next();
+  if constexpr (kDropout && sizeof(T) == 2) {
+    for (; number < draws; number = numbers.next()) {
+      numbers.take();
+      draw_words<S>(p.mask, layer, number, p.flags);
+    }
+  }
+  for (; number < p.ticket.count; number = numbers.next()) {
+    const int tile = number - draws;
     const bool alone = tile < p.thin.alone;
     const auto [row, column, panel, rank, producing] =
         alone ? thin_tile<S, kRanks>(p.thin, tile) : large_tile<S, kRanks>(grid, p.thin, tile, 0);
@@ -50,9 +57,10 @@ __device__ inline void forward(const ForwardParams& p) {
     if (producing) {
       store_thin<T>(thin, keep_scale(layer), p.xa, row + Place<S>().thin_row, layer.m, rank, layer.r);
       publish(p.flags + panel);
-      if (alone) continue;
     }
-    wait(p.flags + panel, arrivals);
+    if (!alone) wait(p.flags + panel, arrivals);
+    numbers.take();
+    if (alone) continue;
     const Place<S> place;
     const Operands low_rank{layer, matrix<T>({p.xa, layer.r}, layer.m, layer.r), adapter<T>(layer, layer.b, layer.n, layer.r), {},
                             row, column, layer.r};

@@ -13,9 +13,15 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
   const Layer& layer = p.layer;
   const Source a = adapter<T>(layer, layer.a, layer.r, layer.k), b = adapter<T>(layer, layer.b, layer.n, layer.r);
   const Source xa = matrix<T>({p.xa, layer.r}, layer.m, layer.r);
-  CopyingSide<T, S, kRanks, false> side(memory);
-  for (int index = blockIdx.x; index < p.grid.panels * p.grid.columns; index += gridDim.x) {
-    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.thin, index, 0);
+  const int draws = p.grid.panels * p.mask.draws;
+  CopyingSide<T, S, kRanks, false> side(memory, p.ticket);
+  int number = side.next();
+  for (; number < draws; number = side.next()) {
+    side.take();
+    side.pass();
+  }
+  for (; number < p.ticket.count; number = side.next()) {
+    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.thin, number - draws, 0);
     // For the threads that multiply, which see what this one has seen as soon as the first step is there.
     if (tile.producing && p.mask.draws) side.wait(p.flags + tile.panel, p.mask.draws);
     for (int depth = 0; depth < layer.k; depth += S::kDepth) {
@@ -27,16 +33,24 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
     const int arrivals = p.mask.draws + p.thin.slices;
     side.factors(p.flags + tile.panel, arrivals, arrivals + p.grid.columns - 1, xa, tile.row, b, tile.column, layer.r);
   }
+  side.pass();
 }
 
 template <class T, class S, int kRanks, bool kDropout>
 __device__ inline void multiply_forward(const ForwardParams& p, const HopperMemory<T, S, kRanks, false>& memory) {
   const Layer& layer = p.layer;
-  if (kDropout) draw_words<S>(p.mask, layer, p.grid.panels, p.flags);
+  const int draws = p.grid.panels * p.mask.draws;
   const int steps = (layer.k + S::kDepth - 1) / S::kDepth;
   MultiplyingSide<T, S, kRanks, false> side(memory);
-  for (int index = blockIdx.x; index < p.grid.panels * p.grid.columns; index += gridDim.x) {
-    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.thin, index, 0);
+  int number = side.next();
+  if constexpr (kDropout) {
+    for (; number < draws; number = side.next()) {
+      side.pass();
+      draw_words<S>(p.mask, layer, number, p.flags);
+    }
+  }
+  for (; number < p.ticket.count; number = side.next()) {
+    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.thin, number - draws, 0);
     Sums<S> sums;
     ThinSums<kRanks> thin;
     side.template product<kDropout>(sums, thin, layer, p.mask, tile.row, steps, tile.producing);
@@ -44,10 +58,12 @@ __device__ inline void multiply_forward(const ForwardParams& p, const HopperMemo
       store_thin<T>(thin, keep_scale(layer), p.xa, tile.row + side.place.thin_row, layer.m, tile.rank, layer.r);
       publish<S>(p.flags + tile.panel);
     }
-    const Operands at{layer, {}, {}, {}, tile.row, tile.column, layer.r};
+    // Kept: left to itself the compiler computes it anew at each of a tile's stores.
+    const int column = kept_in_register(tile.column);
+    const Operands at{layer, {}, {}, {}, tile.row, column, layer.r};
     side.add_factors(sums, [] { return NoMask{}; }, at, [scale = scaling_of(layer)](int) { return scale; });
-    if (p.bias) add_bias<T, S>(sums, side.place, static_cast<const Bits<T>*>(p.bias), tile.column, layer.n);
-    store_sums<T, S>(sums, side.place, p.y, tile.row, tile.column, layer.m, layer.n, memory.out());
+    if (p.bias) add_bias<T, S>(sums, side.place, static_cast<const Bits<T>*>(p.bias), column, layer.n);
+    store_sums<T, S>(sums, side.place, p.y, tile.row, column, layer.m, layer.n, memory.out());
   }
 }
 

@@ -33,8 +33,7 @@ __device__ inline LargeTile thin_tile(const Thin& thin, int index) {
 }
 
 // The index-th tile, of the large product: first those of producing columns, then, after as many others, the rest.
-// Producing tiles of a row panel wait for each other once they have published. So they are neighbours, and no more than
-// programs: what one waits for is then under way, or next to tiles of earlier panels only.
+// Producing tiles of a row panel wait for each other once they have published; so they are neighbours.
 template <class S, int kRanks>
 __device__ inline LargeTile large_tile(const Grid& grid, const Thin& thin, int index, int others) {
   const int producers = thin.producers, makers = grid.panels * producers;
@@ -86,5 +85,28 @@ __device__ inline bool last_to_arrive(int* counter, int parts, uint32_t shared) 
   synchronize<S>();
   return before == parts - 1;
 }
+
+// Numbers of tiles, and of what comes before them, as a program takes them one by one. The ticket is zero before and after.
+//
+// Any number of running programs makes progress. Numbers go out in order, each to a program that runs and works on its own
+// in order. So the lowest that isn't finished is worked on, and where tiles wait for lower numbers alone it waits for
+// nothing. Of several producing columns it may wait for neighbours after it. A program has no number ahead while it waits,
+// so if none goes on, each has one of these neighbours; all of them are taken if there are as many programs as columns,
+// and whoever has one publishes before it waits.
+struct Numbers {
+  const Ticket ticket;
+  uint32_t shared;  // where a number is left for all threads
+  int ahead = 0;    // thread 0's
+
+  // Takes the next number ahead: the tile at hand has waited for all that it waits for. Nothing is kept over a tile for it:
+  // the ticket is a kernel's parameter, and the thread is asked for anew.
+  __device__ void take() { ahead = take_number(ticket.next, kept_in_register(threadIdx.x) == 0); }
+  // Tells it to all threads; from `count` on there is nothing left to do.
+  __device__ int next() const {
+    hand_number(ticket.next, ahead, ticket.last, shared, kept_in_register(threadIdx.x) == 0);
+    __syncthreads();
+    return handed_number(shared);
+  }
+};
 
 }  // namespace lora_kernels

@@ -38,11 +38,17 @@ struct Thin {
   int producers, alone;     // one of both is 0
 };
 
-// Dropout's bits for the tiles that make xa, which all programs draw before they wait for anything: for each 16 rows
-// and kWordColumns columns of x, one after the other, 32 words for the lanes of a warp.
+// Dropout's bits for the tiles that make xa, drawn before these: for each 16 rows and kWordColumns columns of x, one after
+// the other, 32 words for the lanes of a warp.
 struct DrawnWords {
   uint32_t* words;
   int draws, share;         // of a row panel: shares, and how many times kDrawnColumns each has; no draws: no bits
+};
+
+// What programs take the numbers of their tiles from; see Numbers in order.cuh.
+struct Ticket {
+  int* next;                // zero before and after
+  int count, last;          // of numbers; the last one that is taken: every program finds once that there are no more
 };
 
 struct ForwardParams {
@@ -53,6 +59,7 @@ struct ForwardParams {
   void *bias, *y, *xa;      // [n] or null, [m, n], [m, r]; contiguous
   int* flags;               // one a row panel, zero before and after
   Thin thin;                // xa's
+  Ticket ticket;
 };
 
 // How the tiles of backward are numbered: kinds one after the other, each from the end of the one before.
@@ -83,6 +90,7 @@ struct BackwardParams {
   int segment;              // rows that a tile of da or db sums
   Thin thin;                // dxa's
   float* units;             // of float16's dxa, for each row panel one a slice; else null
+  Ticket ticket;
 };
 
 // Where a matrix lies that copies take boxes of, as sm_90's hardware has it encoded.
@@ -114,6 +122,7 @@ struct DecodeParams {
   float* partials;          // [tiles, parts, 16, columns] if there are several parts
   int *counters, *flag;     // one a tile, one in all; zero before and after
   int parts;                // of the columns of x and W that programs sum by themselves
+  Ticket ticket;
 };
 
 }  // namespace lora_kernels

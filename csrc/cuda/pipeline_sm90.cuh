@@ -24,7 +24,8 @@ struct HopperMemory {
   static constexpr int kThin = S::kStages * kStageBytes, kLeftFactor = kThin + S::kStages * Thin::kBytes;
   static constexpr int kRightFactor = kLeftFactor + LeftFactor::kBytes, kOut = kRightFactor + RightFactor::kBytes;
   static constexpr int kBarriers = kOut + hopper_out_bytes(kRanks);
-  static_assert(kBarriers + 8 * (2 * S::kStages + 2) == hopper_bytes(kRanks), "what the host asks for");
+  static constexpr int kNumbers = kBarriers + 8 * (2 * S::kStages + 2);
+  static_assert(kNumbers + kNumberBytes * S::kStages == hopper_bytes(kRanks), "what the host asks for");
 
   uint32_t first;
   __device__ uint32_t left(int stage) const { return first + stage * kStageBytes; }
@@ -37,6 +38,7 @@ struct HopperMemory {
   __device__ uint32_t read(int stage) const { return filled(S::kStages + stage); }
   __device__ uint32_t factors_filled() const { return filled(2 * S::kStages); }
   __device__ uint32_t factors_read() const { return filled(2 * S::kStages + 1); }
+  __device__ uint32_t number(int stage) const { return first + kNumbers + kNumberBytes * stage; }
 
   __device__ void init() const {
     for (int stage = 0; stage < S::kStages; ++stage) {
@@ -59,16 +61,34 @@ struct RingPosition {
   }
 };
 
-// The warpgroup that copies; one of its threads starts the copies of boxes.
+// The warpgroup that copies; one of its threads starts the copies of boxes, and takes the numbers of tiles: see Numbers.
+// A number lies beside the first step of its tile.
 template <class T, class S, int kRanks, bool kByDepth>
 struct CopyingSide {
   using M = HopperMemory<T, S, kRanks, kByDepth>;
   M memory;
+  const Ticket& ticket;
   bool one;
   RingPosition<S> at{0, 1};
-  int slices = 0;
+  int slices = 0, ahead = 0;
 
-  __device__ explicit CopyingSide(M memory) : memory(memory), one(threadIdx.x == S::kThreads) {}
+  __device__ CopyingSide(M memory, const Ticket& ticket)
+      : memory(memory), ticket(ticket), one(threadIdx.x == S::kThreads) {
+    take();
+  }
+  __device__ void take() { ahead = take_number(ticket.next, one); }
+  __device__ int next() const {
+    wait_for_phase(memory.read(at.stage), at.parity);
+    hand_number(ticket.next, ahead, ticket.last, memory.number(at.stage), one);
+    synchronize<2, kHopperCopying>();
+    return handed_number(memory.number(at.stage));
+  }
+  // A step without copies, for a number without any.
+  __device__ void pass() {
+    arrive(memory.filled(at.stage), one);
+    arrive(memory.filled(at.stage));
+    at.advance();
+  }
 
   // Starts a step of one or two operands, as soon as nobody reads the stage any more.
   __device__ void begin(int operands) const {
@@ -111,6 +131,7 @@ struct CopyingSide {
   __device__ void factors(int* flag, int arrivals, int last, const Source& left, int row, const Source& right, int column,
                           int ranks) {
     wait(flag, arrivals);
+    take();
     for (int rank = 0; rank < ranks; rank += kRanks) {
       wait_for_phase(memory.factors_read(), ~slices++ & 1);
       copy_tile<T, typename M::LeftFactor, kHopperCopying, S::kThreads>(memory.left_factor(), left, row, rank);
@@ -143,6 +164,17 @@ struct MultiplyingSide {
 
   __device__ explicit MultiplyingSide(M memory) : memory(memory) {}
   __device__ void arrive_by_warp(uint32_t barrier, bool does = true) const { arrive(barrier, does && threadIdx.x % 32 == 0); }
+
+  // The number of the next tile, or of what else there is to do; for that it is a step to pass.
+  __device__ int next() const {
+    wait_for_phase_in_time(memory.filled(at.stage), at.parity);
+    return handed_number(memory.number(at.stage));
+  }
+  __device__ void pass() {
+    __syncwarp();
+    arrive_by_warp(memory.read(at.stage));
+    at.advance();
+  }
 
   // sums = left right over all steps of a tile whose first row is `row`; a producing tile: thin_sums = D(left) thin.
   template <bool kDropout>

@@ -29,7 +29,7 @@ struct Choice {
 
 template <class S>
 Choice choice(const char* shape, int ranks, bool dropout, bool in_chunks, int shared_bytes) {
-  return {shape, S::kRows, S::kColumns, S::kDepth, S::kThreads, ranks, shared_bytes, dropout, in_chunks, false};
+  return {shape, S::kRows, S::kColumns, S::kDepth, S::kThreads, ranks, shared_bytes + kNumberBytes, dropout, in_chunks, false};
 }
 
 Choice hopper_choice(int ranks, bool dropout) {
@@ -63,7 +63,7 @@ const char* name_of(Type type) {
 int over(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // Columns of tiles that make the thin product beside the large one, each a slice of ranks; 0: tiles of its own make it,
-// or nobody needs it. The tiles of a row panel wait for each other, so that each has a program of its own.
+// or nobody needs it. The tiles of a row panel wait for each other, so that as many programs have to run together.
 int producers(const Choice& c, const Problem& p, const Device& d) {
   const int slices = over(p.r, c.ranks), columns = over(p.backward ? p.k : p.n, c.columns);
   return slices > std::min(columns, d.multiprocessors) || (p.backward && !p.dx) ? 0 : slices;
@@ -125,7 +125,7 @@ void number_tiles(Plan& plan, const Problem& p, const Choice& c) {
   k.da = k.db + (p.da ? k.da_blocks * k.parts : 0);
   k.all = k.da + (p.dx ? plan.grid.panels * (plan.grid.columns - plan.thin.producers) : 0);
   plan.partials = k.parts > 1 ? int64_t{k.db_blocks + k.da_blocks} * k.parts * (c.ranks + 1) * kSumColumns : 0;
-  plan.counters = k.db_blocks + k.da_blocks + plan.grid.panels;
+  plan.counters += k.db_blocks + k.da_blocks;
   plan.mask_rows = p.dropout && p.dx && p.da ? over(p.m, kSumRows) * kSumRows : 0;
 }
 
@@ -163,8 +163,8 @@ DecodePlan decode_plan(const Problem& p, const Device& d) {
   }
   const int64_t all = static_cast<int64_t>(tiles) * parts;
   const int grid = static_cast<int>(std::min<int64_t>(all, d.multiprocessors));
-  return {{std::string("lora_decode_") + name_of(p.type), grid, kDecodeThreads, kDecodeBytes},
-          parts, tiles + 1, parts > 1 ? all * kDecodeTile : 0};
+  return {{std::string("lora_decode_") + name_of(p.type), grid, kDecodeThreads, kDecodeBytes + kNumberBytes, 1},
+          parts, tiles + 2, static_cast<int>(all), parts > 1 ? all * kDecodeTile : 0};
 }
 
 Plan plan(const Problem& p, const Device& d) {
@@ -188,15 +188,16 @@ Plan plan(const Problem& p, const Device& d) {
     throw std::invalid_argument("x: expected fewer rows: their tiles are numbered by 31 bits");
   plan.thin.alone = plan.thin.producers ? 0 : plan.grid.panels * plan.thin.slices;
   int tiles = plan.grid.panels * plan.grid.columns + plan.thin.alone;
-  plan.counters = plan.grid.panels;
+  plan.counters = plan.grid.panels + 1;
   if (p.backward) {
     number_tiles(plan, p, c);
     tiles = plan.kinds.all;
   }
   plan.large = {name_of(p.backward ? "backward" : "forward", c, p), std::min(tiles, d.multiprocessors), c.threads,
-                c.shared_bytes};
+                c.shared_bytes, std::max(plan.thin.producers, 1)};
   // float32's products outweigh the mask, and its fragments take other bits.
   if (p.dropout && !p.backward && is_16_bit(p.type)) share_mask(plan, p);
+  plan.numbers = tiles + plan.grid.panels * plan.draws;
   plan.sm90a = c.sm90a;
   return plan;
 }

@@ -27,10 +27,11 @@ struct Problem {
   bool dx, da, db, dbias;
 };
 
-// One launch: the kernel's name, programs, threads of each, bytes of shared memory.
+// One launch: the kernel's name, programs, threads of each, bytes of shared memory; how many programs must run at the same
+// time for any to go on.
 struct Launch {
   std::string kernel;
-  int grid, threads, shared_bytes;
+  int grid, threads, shared_bytes, together;
 };
 
 struct Plan {
@@ -42,7 +43,8 @@ struct Plan {
   Grid grid;
   Thin thin;
   int segment;         // rows that a tile of da or db sums
-  int counters;        // int32 zeros that the call needs
+  int counters;        // int32 zeros that the call needs, the last one its ticket
+  int numbers;         // that programs take from it: of tiles, and of shares of forward's mask
   int64_t partials;    // float32 numbers that the call needs
   int mask_rows;       // that tiles of da leave the mask of to those of dx; 0: each draws its own
   int draws, share;    // of forward's mask, as in DrawnWords
@@ -55,7 +57,8 @@ bool is_decoding(const Problem& problem);
 struct DecodePlan {
   Launch launch;
   int parts;           // of the columns of x and W
-  int counters;        // int32 zeros that the call needs, the last one its flag
+  int counters;        // int32 zeros that the call needs, the last ones its flag and its ticket
+  int numbers;         // that programs take from it: of parts of tiles
   int64_t partials;    // float32 numbers that the call needs
 };
 

@@ -203,6 +203,29 @@ struct Wait {
   }
 };
 
+// Adds one to a ticket and returns what was there: a number that nobody else has. `does`: as above.
+__device__ inline int take_number(int* ticket, bool does) {
+  int number;
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }"
+               : "=r"(number)
+               : "l"(ticket), "r"(static_cast<int>(does))
+               : "memory");
+  return number;
+}
+// Leaves a number in shared memory; the last of a launch leaves a zero behind. `does`: as above.
+__device__ inline void hand_number(int* ticket, int number, int last, uint32_t to, bool does) {
+  asm volatile(
+      "{ .reg .pred p, q; setp.ne.b32 p, %4, 0; setp.eq.and.s32 q, %1, %2, p; @p st.shared.b32 [%3], %1; "
+      "@q st.relaxed.gpu.global.s32 [%0], 0; }" ::"l"(ticket),
+      "r"(number), "r"(last), "r"(to), "r"(static_cast<int>(does))
+      : "memory");
+}
+__device__ inline int handed_number(uint32_t at) {
+  int number;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(number) : "r"(at) : "memory");
+  return number;
+}
+
 // Adds one and returns what was there; both releases and acquires.
 __device__ inline int count_up(int* flag) {
   int before;

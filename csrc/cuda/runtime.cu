@@ -87,23 +87,13 @@ void launch(const Launch& how, const void* params, void* stream) {
   // Cheap, and per device: so it is asked for anew each time.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes),
         how.kernel + ": cudaFuncSetAttribute of " + std::to_string(how.shared_bytes) + " bytes of shared memory");
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  // Programs that wait for others must be resident together.
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(how.grid);
-  config.blockDim = dim3(how.threads);
-  config.dynamicSmemBytes = how.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cooperative;
-  config.numAttrs = 1;
   void* arguments[] = {const_cast<void*>(params)};
-  check(cudaLaunchKernelExC(&config, kernel, arguments),
+  // An ordinary one: see Numbers in order.cuh.
+  check(cudaLaunchKernel(kernel, dim3(how.grid), dim3(how.threads), arguments, how.shared_bytes, static_cast<cudaStream_t>(stream)),
         how.kernel + ": launch of " + std::to_string(how.grid) + " programs of " + std::to_string(how.threads) +
-            " threads and " + std::to_string(how.shared_bytes) +
-            " bytes of shared memory, all resident together (where the GPU leaves fewer multiprocessors than it has, as "
-            "under MPS, or a wait for another program gave up after half a minute, try impl='eager')");
+            " threads and " + std::to_string(how.shared_bytes) + " bytes of shared memory, of which " +
+            std::to_string(how.together) + " must run together (where it fails again, or a wait for another program gave up "
+            "after half a minute, try impl='eager')");
 }
 
 bool is_capturing(void* stream) {

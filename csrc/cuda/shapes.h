@@ -81,6 +81,8 @@ template <class S>
 constexpr int forward_bytes(int ranks) {
   return larger(larger(ring_bytes<S>(ranks), low_rank_bytes<S>(ranks)), S::kSize * S::kRows * S::kColumns);
 }
+constexpr int kNumberBytes = 4;  // after these: a tile's number
+
 // Rows of a step of sums are those of 16-bit elements; half of float32's.
 constexpr int kSumColumns = 128, kSumRows = 64, kSumStages = 3;
 constexpr int in_order_bytes(int ranks) { return 4 * larger(kSumColumns * (ranks + 1), ranks * (kSumColumns + 1)); }
@@ -96,8 +98,8 @@ constexpr int hopper_out_bytes(int ranks) {
   return larger(2 * Hopper::kRows * Hopper::kColumns, in_order_bytes(ranks));
 }
 constexpr int hopper_bytes(int ranks) {
-  const int barriers = 8 * (2 * Hopper::kStages + 2);
-  return ring_bytes<Hopper>(ranks) + low_rank_bytes<Hopper>(ranks) + hopper_out_bytes(ranks) + barriers;
+  const int barriers = 8 * (2 * Hopper::kStages + 2), numbers = kNumberBytes * Hopper::kStages;
+  return ring_bytes<Hopper>(ranks) + low_rank_bytes<Hopper>(ranks) + hopper_out_bytes(ranks) + barriers + numbers;
 }
 // Decoding: tiles of 16 rows of x by as many rows of W, a program's warps sharing its columns.
 constexpr int kDecodeRows = 16, kDecodeColumns = 32, kDecodeTile = kDecodeRows * kDecodeColumns, kDecodeWarps = 8;

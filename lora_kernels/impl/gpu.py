@@ -51,6 +51,11 @@ def tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def spared_multiprocessors() -> int:
+    """Return how many multiprocessors torch leaves to others, as its switch is now."""
+    return torch._C._get_sm_carveout_experimental() or 0
+
+
 def in_shared_pool(t: Tensor) -> bool:
     """Whether t lies where all calls allocate, and not in a pool of somebody's own.
 

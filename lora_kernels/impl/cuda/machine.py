@@ -25,7 +25,8 @@ _MAPS = {"forward": 2, "backward": 3}  # that a kernel for sm_90a takes
 class Machine:
     """Executes the library's PTX; a race, an access out of bounds or a deadlock raises.
 
-    arch, multiprocessors, shared_bytes: of the GPU that is planned for.
+    arch, multiprocessors, shared_bytes: of the GPU that is planned for; as many multiprocessors as
+    programs run at once where none are given.
     resident: programs at once; seed: of the scheduler, another one for each launch.
     zeros: flags that calls share; None gives each call its own.
     weak: level of the machine's weak memory; None leaves it to its environment.
@@ -40,18 +41,28 @@ class Machine:
     shared_bytes: int = 166912
     zeros: Tensor | None = None
     weak: int | None = None
+    multiprocessors: int | None = None
     stats: list[tuple[str, Any]] = field(default_factory=list)
 
     @property
     def device(self) -> list[int]:
         """The GPU in the form that the library takes."""
-        return [self.arch, self.resident, self.shared_bytes]
+        return [self.arch, self.multiprocessors or self.resident, self.shared_bytes]
 
     def run(self, names: str, numbers: Tensor, params: Tensor, memory: list[Tensor]) -> None:
-        """Execute recorded launches in order; `memory` is all that they may touch."""
+        """Execute recorded launches in order; `memory` is all that they may touch.
+
+        Raises:
+            RuntimeError: more programs must run at the same time than are resident.
+        """
         first = 0
-        for name, launch in zip(names.split(), numbers.view(-1, 4).tolist(), strict=True):
-            grid, threads, shared, size = launch
+        for name, launch in zip(names.split(), numbers.view(-1, 5).tolist(), strict=True):
+            grid, threads, shared, together, size = launch
+            if together > self.resident:
+                raise RuntimeError(
+                    f"together: expected at most {self.resident} programs, the resident ones, "
+                    f"got {together}"
+                )
             sm_90a = "_Hopper_" in name
             maps = _MAPS[name.split("_")[1]] if sm_90a else 0
             given = bytes(params[first : first + size].tolist())

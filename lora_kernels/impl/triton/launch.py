@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from lora_kernels.impl import executor
+from lora_kernels.impl import executor, gpu
 from lora_kernels.impl.triton.plan.device import Device, of_gpu
 
 
@@ -52,7 +52,7 @@ class Gpu:
 
     def device(self, tensor: torch.Tensor) -> Device:
         """Return the properties of the tensor's device, less what torch's carve-out spares."""
-        return of_gpu(tensor.device.index, torch._C._get_sm_carveout_experimental() or 0)
+        return of_gpu(tensor.device.index, gpu.spared_multiprocessors())
 
     def programs(self, device: Device) -> int:
         """Return one program a multiprocessor: every legal configuration fits at least once."""
