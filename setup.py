@@ -1,7 +1,7 @@
 """Says which extensions a build has; everything static stands in pyproject.toml.
 
 LORA_KERNELS_CPU=0 and LORA_KERNELS_CUDA=0 leave a compiled part out, =1 makes its absence an error;
-otherwise what can't be built is left out, with its reason. The other variables stand in README.md.
+otherwise what can't be built is left out, with its reason. The others stand in docs/environment.md.
 """
 
 import json

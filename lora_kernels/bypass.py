@@ -28,11 +28,6 @@ from lora_kernels.transforms import needs_plain_torch
 
 # Where torch.export traces, parameters and inputs are fake.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
-_LINEAR_FORWARD = nn.Linear.forward
-# What a call of a submodule goes through, too; profilers and quantisers put their own there.
-_LINEAR, _CALL, _CALL_IMPL = functional.linear, nn.Linear.__call__, nn.Linear._call_impl
-_SAME_LINEAR = "deepspeed.runtime.zero.linear"  # of ZeRO-3: the same product, differentiated anew
-_DROPOUT, _DROPOUT_FORWARD = functional.dropout, nn.Dropout.forward
 # Linear layers with a forward of their own, by the module that defines it: none is imported here.
 _OTHER_LINEARS = {
     "transformers.pytorch_utils": "Conv1D",  # x W + bias, for W [K, N]
@@ -48,6 +43,31 @@ _GLOBAL_HOOKS = (
 )
 
 
+# Torch's tracers call what they replace; ZeRO-3's product is the same, differentiated anew.
+_SAME_RESULTS = ("torch.", "deepspeed.runtime.zero.linear")
+
+
+def origin(function: Any) -> str:
+    """Return the module whose code a function is, whatever functools.wraps made it say."""
+    names = getattr(function, "__globals__", None)
+    return str(getattr(function, "__module__", "") if names is None else names.get("__name__"))
+
+
+def _gives_the_same(function: Any) -> bool:
+    return origin(function).startswith(_SAME_RESULTS)
+
+
+def _if_the_same(function: Any) -> Any:
+    return function if _gives_the_same(function) else None
+
+
+# What a call of a submodule goes through: profilers, quantisers and tests put their own there, even
+# before this module is imported. What is found again as it was needn't be asked for its origin.
+_LINEAR, _LINEAR_FORWARD = map(_if_the_same, (functional.linear, nn.Linear.forward))
+_CALL, _CALL_IMPL = map(_if_the_same, (nn.Linear.__call__, nn.Linear._call_impl))
+_DROPOUT, _DROPOUT_FORWARD = map(_if_the_same, (functional.dropout, nn.Dropout.forward))
+
+
 def everywhere_reason() -> str | None:
     """Return what would be bypassed in every layer; None where nothing would."""
     if needs_plain_torch():
@@ -61,15 +81,15 @@ def everywhere_reason() -> str | None:
         or _global_backward_pre_hooks
     ) and not all(map(_of_torch, chain(*map(dict.values, _GLOBAL_HOOKS)))):
         return "there are hooks for all modules"
-    if nn.Linear.forward is not _LINEAR_FORWARD or (
-        functional.linear is not _LINEAR and functional.linear.__module__ != _SAME_LINEAR
+    if not (
+        nn.Linear.forward is _LINEAR_FORWARD
+        and functional.linear is _LINEAR
+        and nn.Linear.__call__ is _CALL
+        and nn.Linear._call_impl is _CALL_IMPL
     ):
-        return "torch.nn.Linear.forward or torch.nn.functional.linear was replaced"
-    call, implementation = nn.Linear.__call__, nn.Linear._call_impl
-    if (call is not _CALL and not _defined_in_torch(call)) or (
-        implementation is not _CALL_IMPL and not _defined_in_torch(implementation)
-    ):
-        return "torch.nn.Module.__call__ was replaced"
+        calls = nn.Linear.forward, functional.linear, nn.Linear.__call__, nn.Linear._call_impl
+        if not all(map(_gives_the_same, calls)):
+            return "torch.nn.Linear's forward, its product or its call was replaced"
     if torch.compiler.is_dynamo_compiling() or not _count_function_modes():
         return None
     modes = _get_current_function_mode_stack()
@@ -133,7 +153,9 @@ def dropout_reason(module: nn.Module) -> str | None:
             return f"dropout's p is {module.p}"
         if module.inplace:
             return "dropout works in place"
-        if nn.Dropout.forward is not _DROPOUT_FORWARD or functional.dropout is not _DROPOUT:
+        if not (
+            nn.Dropout.forward is _DROPOUT_FORWARD and functional.dropout is _DROPOUT
+        ) and not all(map(_gives_the_same, (nn.Dropout.forward, functional.dropout))):
             return "torch.nn.Dropout.forward or torch.nn.functional.dropout was replaced"
     elif type(module) is not nn.Identity:
         return f"dropout is {type(module).__name__}"
@@ -181,11 +203,6 @@ def _of_torch(hook: Any) -> bool:
     return str(getattr(hook, "__module__", None)).startswith("torch.")
 
 
-def _defined_in_torch(function: Any) -> bool:
-    """Whether a function is torch's own, such as its tracers put in a module's call's place."""
-    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("torch.")
-
-
 def _has_hooks(own: dict[str, Any]) -> bool:
     return bool(
         own["_forward_hooks"]
@@ -205,7 +222,7 @@ def _formula(kind: type[nn.Module]) -> str | None:
     name = "Linear"
     if forward is not _LINEAR_FORWARD:
         # Not by its __qualname__, which dynamo (torch 2.13) compares wrongly.
-        module = getattr(forward, "__globals__", {}).get("__name__", "")
+        module = origin(forward)
         name = _OTHER_LINEARS.get(module, "")
         if not name or forward is not getattr(sys.modules[module], name).forward:
             return None

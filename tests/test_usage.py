@@ -3,6 +3,8 @@
 import copy
 import logging
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -247,7 +249,7 @@ def test_what_a_call_of_a_submodule_goes_through_may_be_replaced(name, monkeypat
         expected = plain(x)
         torch.manual_seed(5)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
-    assert use(model).reason.endswith("replaced")
+    assert use(model).reason.endswith("was replaced")
     model(x)
     assert use(model).fused == 1
 
@@ -267,3 +269,48 @@ def test_a_function_mode_of_somebody_elses_is_seen():
     with torch.device("cpu"):  # a mode of torch's own
         model(x)
     assert use(model).fused == 1
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_was_replaced_before_the_import(name):
+    """And is put back afterwards; deepspeed.zero.Init and profilers are entered in any order."""
+    owner, attribute = {"functional": "functional", "Linear": "nn.Linear", "Module": "nn.Module",
+                        "Dropout": "nn.Dropout", "PEFT's Linear": "peft.tuners.lora.Linear"}[
+        name.rpartition(".")[0]], name.rpartition(".")[2]  # fmt: skip
+    code = f"""
+import torch, peft
+from torch import nn
+from torch.nn import functional
+had, own = {attribute!r} in vars({owner}), {owner}.{attribute}
+{owner}.{attribute} = lambda *given, **named: own(*given, **named)
+import lora_kernels as lk
+settings = peft.LoraConfig(r=2, target_modules=["0"], lora_dropout=0.5)
+model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), settings)
+lk.patch_peft(model)
+model(torch.randn(2, 8))
+(layer,) = lk.report(model).layers.values()
+assert (layer.fused, layer.left) == (0, 1) and layer.reason.endswith("was replaced"), layer
+if had:
+    {owner}.{attribute} = own
+else:
+    del {owner}.{attribute}
+model(torch.randn(2, 8))
+assert lk.report(model).layers.popitem()[1].fused == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("what", ["x under autocast", "scaling"])
+def test_tensors_of_zeros_without_memory(what):
+    """torch's own, such as forward differentiation makes; operators see them with memory."""
+    model, x = two(), torch.randn(2, 8)
+    plain = copy.deepcopy(model)
+    lk.patch_peft(model)
+    if what == "scaling":
+        for each in (model, plain):
+            each.base_model.model[0].scaling["default"] = torch._efficientzerotensor(())
+    else:
+        x = torch._efficientzerotensor((2, 8))
+    with torch.autocast("cpu", torch.bfloat16, enabled=what != "scaling"):
+        torch.testing.assert_close(model(x), plain(x))

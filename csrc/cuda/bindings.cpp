@@ -106,7 +106,8 @@ Device device_of(const std::vector<int64_t>& numbers) {
 }
 
 // The launches of a call, written down: names one a line, numbers [launches, 5] (programs, threads, bytes of shared
-// memory, programs that must run together, bytes of parameters), the parameters one after the other, and memory used beyond inputs and outputs.
+// memory, programs that must run together, bytes of parameters), the parameters one after the other, and memory used
+// beyond inputs and outputs.
 struct Record {
   std::string names;
   std::vector<int64_t> numbers;

@@ -19,19 +19,18 @@ _EXECUTOR: ContextVar[Any] = ContextVar("executor", default=None)
 AnyExecutor = TypeVar("AnyExecutor", bound=Executor | None)
 
 
-def of(impl: str) -> Any:
-    """Return the executor of this context if it runs the kernels of `impl`, else None.
+def replaced() -> str | None:
+    """Return whose kernels are run in a GPU's stead in this context, if any's are.
 
-    Not under torch.compile, which can't trace the question.
+    None's under torch.compile, which can't trace the question.
     """
     executor = None if torch.compiler.is_compiling() else _EXECUTOR.get()
-    return executor if executor is not None and executor.impl == impl else None
-
-
-def replaced() -> str | None:
-    """Return whose kernels are run in a GPU's stead in this context, if any's are."""
-    executor = None if torch.compiler.is_compiling() else _EXECUTOR.get()
     return None if executor is None else executor.impl
+
+
+def of(impl: str) -> Any:
+    """Return the executor of this context if it runs the kernels of `impl`, else None."""
+    return _EXECUTOR.get() if replaced() == impl else None
 
 
 @contextmanager

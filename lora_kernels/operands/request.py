@@ -12,3 +12,10 @@ class Request(NamedTuple):
     dtype: torch.dtype  # of x, W, y
     rank: int
     dropout: bool
+
+
+def without_data(request: Request) -> str | None:
+    """Return why torch's own operators can't compute the request, or None."""
+    if request.device.type == "meta":
+        return "a meta tensor holds no data to compute with"
+    return None

@@ -141,7 +141,7 @@ def results_of(case, model):
 def assert_alike(ours, theirs, share, what, least):
     """Compare two results: kind, dtype, shape, device, and numbers by the dtype's tolerance.
 
-    least: what numbers are relative to, at least: roundings of a sum stay where its terms cancel.
+    least: what numbers are relative to, at least.
     """
     assert (ours is None) == (theirs is None), what
     if ours is None:
@@ -208,7 +208,7 @@ def check(case):
         assert error is not None, ours
         return
     theirs = results_of(case, model)
-    if case.dims == 1 and ("bias", "shape") in case.between and error is None:
+    if "error" in theirs and case.dims == 1 and ("bias", "shape") in case.between:
         # AccumulateGrad looks at the shape of a gradient that somebody else holds: of one row the
         # bias's is dy itself where PEFT computes.
         return
@@ -220,5 +220,7 @@ def check(case):
     # Memory put in a saved tensor's place: views that PEFT saved keep the old, ours reads the new.
     share = float("inf") if ours.pop("moved", False) else tolerance(case)
     theirs.pop("moved", None)
+    # What 16 bits round of a sum's terms stays where these cancel.
+    least = math.sqrt(max(case.rows, case.n, case.k)) if tolerance(case) > 1e-2 else 1.0
     for what, result in theirs.items():
-        assert_alike(ours[what], result, share, what, math.sqrt(max(case.rows, case.n, case.k)))
+        assert_alike(ours[what], result, share, what, least)

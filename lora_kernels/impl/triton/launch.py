@@ -19,10 +19,8 @@ class Options(NamedTuple):
     together: int = 1
 
 
-class Executor(Protocol):
+class Executor(executor.Executor, Protocol):
     """Runs kernels on tensors of one kind of device."""
-
-    impl: str  # "triton"
 
     def device(self, tensor: torch.Tensor) -> Device:
         """Return the properties to plan for."""
