@@ -63,7 +63,8 @@ class FusedLinear(Linear):
         if calls is not None:
             calls.fused += 1
         weight, bias, lora_A, lora_B, dropout, scaling = parts
-        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        # In this order: a compiled graph without dropout then doesn't depend on the mode.
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         packed, path = current(self, weight), "" if calls is None else calls.path
         return checked_lora_linear(
             x, weight, lora_A, lora_B, bias, scaling, p, None, impl, cast, packed, path
@@ -231,7 +232,7 @@ def _call_reason(
             return "x is no matrix as it lies, which its base layer asks for"
     if x.is_cpu or impl != "auto":
         return None
-    dropped = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0
+    dropped = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
     return slower_than_peft(Request(x.device, cast or x.dtype, lora_A.shape[0], dropped))
 
 

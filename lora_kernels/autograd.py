@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 from torch.autograd import forward_ad
 
 from lora_kernels.impl.reference import linear as reference
@@ -25,12 +26,15 @@ class CallParams(NamedTuple):
 
 
 def below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
-    """Call an operator past its autograd kernel, for callers that have recorded the call.
+    """Call an operator past its autocast and autograd kernels, for callers that did their work.
 
-    It takes less time than torch's fallback did for operators without such a kernel.
+    It takes less time than torch's fallback did for operators without such kernels.
     """
     if torch.compiler.is_dynamo_compiling():  # which records operators by itself
         return operator(*args)
+    if _is_any_autocast_enabled():
+        with _BelowAutograd(), torch._C._DisableAutocast():
+            return operator(*args)
     with _BelowAutograd():
         return operator(*args)
 
@@ -158,8 +162,8 @@ def _xa_with_graph(
     if xa is None:
         return None
     if x is not None:
-        rows = x.reshape(-1, x.shape[-1])
-        return dropout(rows, ctx.params.threshold, seed) @ lora_A.to(x.dtype).T
+        rows = x.reshape(-1, x.shape[-1]).to(xa.dtype)
+        return dropout(rows, ctx.params.threshold, seed) @ lora_A.to(xa.dtype).T
     if ctx.needs_input_grad[0]:
         raise RuntimeError(
             "lora_linear: expected lora_A to require grad for a second derivative through lora_B's "
@@ -174,9 +178,10 @@ def _with_gradient_of_xa(ctx, dxa, dx, dw, da):
     x, _, _, lora_A, _, seed, _ = ctx.saved_tensors
     threshold = ctx.params.threshold
     if need_x:
-        dx = dx + dropout(dxa @ lora_A.to(dxa.dtype), threshold, seed).reshape(dx.shape)
+        more = dropout(dxa @ lora_A.to(dxa.dtype), threshold, seed)
+        dx = (dx + more.reshape(dx.shape)).to(dx.dtype)
     if need_a:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).to(dxa.dtype)
         da = da + (dxa.T @ dropout(rows, threshold, seed)).to(da.dtype)
     return dx, dw, da
 

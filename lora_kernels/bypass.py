@@ -22,6 +22,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lora_kernels.checks import FLOAT_DTYPES, check_memory, is_dtensor
 from lora_kernels.transforms import needs_plain_torch
@@ -35,6 +36,7 @@ _OTHER_LINEARS = {
 }
 _STRIDED = torch.strided
 _count_function_modes = torch._C._len_torch_function_stack
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
 _GLOBAL_HOOKS = (
     _global_forward_hooks,
     _global_forward_pre_hooks,
@@ -90,10 +92,13 @@ def everywhere_reason() -> str | None:
         calls = nn.Linear.forward, functional.linear, nn.Linear.__call__, nn.Linear._call_impl
         if not all(map(_gives_the_same, calls)):
             return "torch.nn.Linear's forward, its product or its call was replaced"
-    if torch.compiler.is_dynamo_compiling() or not _count_function_modes():
+    if torch.compiler.is_dynamo_compiling() or not (
+        _count_function_modes() or _count_dispatch_modes()
+    ):
         return None
-    modes = _get_current_function_mode_stack()
-    return None if all(map(_of_torch, map(type, modes))) else "a torch function mode is active"
+    modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
+    foreign = (type(mode).__name__ for mode in modes if not _of_torch(type(mode)))
+    return next((f"a torch function or dispatch mode is active, {name}" for name in foreign), None)
 
 
 def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | str:
@@ -130,6 +135,7 @@ def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | str:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
+        or "_call_impl" in own
     ):
         return "has hooks"
     if formula == "Linear":
@@ -210,6 +216,7 @@ def _has_hooks(own: dict[str, Any]) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own  # how accelerate hooks a module
+        or "_call_impl" in own
     )
 
 

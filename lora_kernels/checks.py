@@ -9,7 +9,7 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
-_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # float64 is left as it is
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float64 is left as it is
 SEED_RANGE = (-(1 << 63), (1 << 63) - 1)
 
 
@@ -73,7 +73,7 @@ def plainly_fit(
     dtype, adapters = x.dtype, lora_A.dtype
     if not (
         dtype in FLOAT_DTYPES
-        and (weight.dtype is dtype or (cast is not None and weight.dtype in _AUTOCAST))
+        and (weight.dtype is dtype or (cast is not None and weight.dtype in AUTOCAST_DTYPES))
         and (adapters is dtype or adapters is torch.float32)
         and lora_B.dtype is adapters
     ):
@@ -182,9 +182,18 @@ def _unfit_matrices(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -
 
 
 def check_backward(
-    dy: Tensor, x: Tensor | None, xa: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor
+    dy: Tensor,
+    x: Tensor | None,
+    xa: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    wide_xa: bool = False,
 ) -> None:
     """Check an operator's backward arguments; parameters may have changed since forward.
+
+    wide_xa: whether xa is float32 beside a float16 dy.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit the others.
@@ -205,8 +214,10 @@ def check_backward(
         if tuple(t.shape) != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
     for name, t in (("weight", weight), ("x", x), ("xa", xa)):
-        if t is not None and t.dtype != dy.dtype:
-            raise TypeError(f"{name}: expected the dtype of dy, {dy.dtype}, got {t.dtype}")
+        expected = torch.float32 if name == "xa" and wide_xa else dy.dtype
+        if t is not None and t.dtype != expected:
+            whose = "" if expected != dy.dtype else "the dtype of dy, "
+            raise TypeError(f"{name}: expected {whose}{expected}, got {t.dtype}")
 
 
 def check_memory(**tensors: Tensor | None) -> None:

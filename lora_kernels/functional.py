@@ -73,7 +73,8 @@ def lora_linear(
 
     Precision: matrix products accumulate as torch's matmul does on x's device, in float32 for
     16-bit inputs. lora_A, lora_B, D(x) Aᵀ, x Wᵀ and y are rounded to x's dtype. "eager" rounds
-    D(x) Aᵀ again after dropout's factor and, for M > 32, after scaling; "cpu" rounds
+    D(x) Aᵀ again after dropout's factor and, for M > 32, after scaling, and keeps the branch in
+    float32 where adapters on a CPU are wider than a float16 x; "cpu" rounds
     scaling · D(x) Aᵀ once, from float32. "triton" and "cuda" form products of float32 inputs in
     float32, or by TF32 where torch.backends.cuda.matmul.fp32_precision is "tf32".
     Gradients: lora_A's and lora_B's come back in their own dtypes. Under autocast x, weight and

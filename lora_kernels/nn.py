@@ -233,7 +233,8 @@ class LoRALinear(nn.Module):
             if reason is not None:
                 return self._left(x, reason)
             check_lora_linear(x, weight, a, b, bias, cast=cast)
-        scaling, p = self.scaling, self.lora_dropout if self.training else 0.0
+        scaling, p = self.scaling, self.lora_dropout
+        p = p if p and self.training else 0.0
         if type(scaling) is not float or scaling - scaling != 0.0:
             reason = scaling_reason(scaling)
             if reason is not None:

@@ -17,10 +17,16 @@ import torch
 from torch import Tensor
 
 from lora_kernels.autograd import CallParams, OperatorFunction, below_autograd
-from lora_kernels.checks import check_backward, check_lora_linear, check_memory
+from lora_kernels.checks import (
+    AUTOCAST_DTYPES,
+    check_backward,
+    check_lora_linear,
+    check_memory,
+)
 from lora_kernels.impl import gpu
 from lora_kernels.impl.reference import linear as reference
 from lora_kernels.native import absence
+from lora_kernels.operands.precision import has_wide_branch
 
 _FORWARD = (
     "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, "
@@ -62,32 +68,43 @@ def _module(name: str) -> ModuleType:
     return import_module(_MODULES[name])
 
 
-def _outside_autocast(x: Tensor, body: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep a body's matmuls from being cast again: functional.py has chosen the dtype."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)(body)
-    return body
+def _keeps_xa_wide(name: str, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    return name in ("reference", "eager") and has_wide_branch(x, lora_A, lora_B)
 
 
 def _fake_forward(
-    x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold, packed=None
+    name, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold, packed=None
 ) -> tuple[Tensor, Tensor]:
     check_lora_linear(x, weight, lora_A, lora_B, bias, cast=None)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, x.new_empty(y.numel() // weight.shape[0], lora_A.shape[0])
+    dtype = torch.float32 if _keeps_xa_wide(name, x, lora_A, lora_B) else x.dtype
+    return y, x.new_empty((y.numel() // weight.shape[0], lora_A.shape[0]), dtype=dtype)
 
 
 def _fake_backward(
-    dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold, needs, packed=None
+    name,
+    dy,
+    x,
+    xa,
+    weight,
+    lora_A,
+    lora_B,
+    seed,
+    scaling_tensor,
+    scaling,
+    threshold,
+    needs,
+    packed=None,
 ) -> tuple[Tensor, ...]:
-    check_backward(dy, x, xa, weight, lora_A, lora_B)
+    wide_xa = _keeps_xa_wide(name, dy, lora_A, lora_B)
+    check_backward(dy, x, xa, weight, lora_A, lora_B, wide_xa=wide_xa)
     wanted = (
         dy.new_empty(*dy.shape[:-1], weight.shape[1]),
         torch.empty_like(lora_A, memory_format=torch.contiguous_format),
         torch.empty_like(lora_B, memory_format=torch.contiguous_format),
         dy.new_empty(dy.shape[-1]),
     )
-    return tuple(t if need else t.new_empty(0) for need, t in zip(needs, wanted, strict=True))
+    return tuple(t if need else dy.new_empty(0) for need, t in zip(needs, wanted, strict=True))
 
 
 def _register(name: str) -> None:
@@ -96,17 +113,18 @@ def _register(name: str) -> None:
         check_memory(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
         check_memory(scaling=scaling_tensor)
         scale = scaling if scaling_tensor is None else scaling_tensor
-        run = _outside_autocast(x, _module(name).lora_linear_forward)
+        run = _module(name).lora_linear_forward
         return run(x, weight, lora_A, lora_B, bias, seed, scale, threshold)
 
     def backward(
         dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold, needs
     ):
-        check_backward(dy, x, xa, weight, lora_A, lora_B)
+        wide_xa = _keeps_xa_wide(name, dy, lora_A, lora_B)
+        check_backward(dy, x, xa, weight, lora_A, lora_B, wide_xa=wide_xa)
         check_memory(dy=dy, x=x, xa=xa, weight=weight, lora_A=lora_A, lora_B=lora_B)
         check_memory(scaling=scaling_tensor)
         scale = scaling if scaling_tensor is None else scaling_tensor
-        run = _outside_autocast(dy, _module(name).lora_linear_backward)
+        run = _module(name).lora_linear_backward
         grads = run(dy, x, xa, weight, lora_A, lora_B, seed, scale, threshold, needs)
         # A schema has a fixed number of tensors: an empty one stands for a gradient not asked for.
         return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
@@ -124,7 +142,10 @@ def _define_pair(
     ):
         _library.define(op + schema.replace(") ->", f"{more}) ->"))
         _library.impl(op, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"lora_kernels::{op}", fake, lib=_library)
+        torch.library.register_fake(f"lora_kernels::{op}", partial(fake, name), lib=_library)
+    for device in ("CPU", "CUDA"):
+        _library.impl(f"lora_linear_forward_{name}", _cast_forward(name), f"Autocast{device}")
+        _library.impl(f"lora_linear_backward_{name}", _cast_backward(name), f"Autocast{device}")
     _library.impl(f"lora_linear_forward_{name}", _recorded_forward(name), "Autograd")
     _library.impl(f"lora_linear_backward_{name}", _recorded_backward(name), "Autograd")
 
@@ -162,6 +183,39 @@ def _check_forward(x, weight, lora_A, lora_B, bias, *_others) -> None:
 
 def _check_backward(dy, x, xa, weight, lora_A, lora_B, *_others) -> None:
     check_backward(dy, x, xa, weight, lora_A, lora_B)
+
+
+def _as_autocast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [t.to(dtype) if t is not None and t.dtype in AUTOCAST_DTYPES else t for t in tensors]
+
+
+def _cast_forward(name: str) -> Callable[..., Any]:
+    """Return the forward operator's autocast kernel, for graphs that hold an operator alone.
+
+    A call by the public functions has been cast before it comes to an operator.
+    """
+
+    def forward(x, weight, lora_A, lora_B, bias, *others, packed=None):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = _as_autocast(dtype, x, weight, bias)
+        run = forward_op(name) if packed is None else partial(forward_op(name), packed=packed)
+        with torch._C._DisableAutocast():
+            return run(x, weight, lora_A, lora_B, bias, *others)
+
+    return forward
+
+
+def _cast_backward(name: str) -> Callable[..., Any]:
+    def backward(dy, x, xa, weight, lora_A, lora_B, *others, packed=None):
+        dtype = torch.get_autocast_dtype(dy.device.type)
+        dy, x, weight = _as_autocast(dtype, dy, x, weight)
+        wide = _keeps_xa_wide(name, dy, lora_A, lora_B)
+        (xa,) = _as_autocast(torch.float32 if wide else dtype, xa)
+        run = backward_op(name) if packed is None else partial(backward_op(name), packed=packed)
+        with torch._C._DisableAutocast():
+            return run(dy, x, xa, weight, lora_A, lora_B, *others)
+
+    return backward
 
 
 def _recorded_forward(name: str) -> Callable[..., Any]:

@@ -33,6 +33,7 @@ class Sizes(NamedTuple):
 
     x: float = 1.0
     weight: float = 1.0
+    a: float = 1.0
     b: float = 1.0
     dy: float = 1.0
     first_row: float = 1.0
@@ -94,7 +95,7 @@ def make_inputs(case: Case, device: torch.device | str | None = None) -> Inputs:
     inputs = Inputs(
         x=normal(*case.leading, case.k, scale=sizes.x),
         weight=normal(case.n, case.k, scale=sizes.weight * case.k**-0.5),
-        lora_A=normal(case.r, case.k, scale=case.k**-0.5, dtype=adapter),
+        lora_A=normal(case.r, case.k, scale=sizes.a * case.k**-0.5, dtype=adapter),
         lora_B=normal(case.n, case.r, scale=sizes.b * case.r**-0.5, dtype=adapter),
         bias=normal(case.n) if case.bias else None,
         dy=normal(*case.leading, case.n, scale=sizes.dy),
@@ -131,6 +132,20 @@ def float16_range_cases(leading: tuple[int, ...], n: int, k: int, r: int) -> lis
         wide | {"sizes": Sizes(b=1e-3, first_row=1e-8), "dropout_p": 0.1},
     ]
     return [Case(leading, n, k, r, torch.float16, **setting) for setting in settings]
+
+
+def beyond_float16_cases(leading: tuple[int, ...], n: int, k: int, r: int) -> list[Case]:
+    """Return cases whose float32 adapters, or D(x) Aᵀ, leave float16's range; results are finite."""
+    beyond = (
+        Sizes(x=4000, weight=1e-4, a=100, b=1e-6),  # D(x) Aᵀ
+        Sizes(x=1e-3, a=1e7, b=1e-5),
+        Sizes(x=1e-3, a=1e-3, b=1e6, dy=1e-2),
+    )
+    return [
+        Case(leading, n, k, r, torch.float16, torch.float32, p, bias=False, sizes=sizes)
+        for sizes in beyond
+        for p in (0.0, 0.5)
+    ]
 
 
 def run(

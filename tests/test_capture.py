@@ -122,6 +122,22 @@ def test_a_captured_graph_trains(name):
     torch.testing.assert_close(found[1], found[0])
 
 
+@pytest.mark.parametrize("name", ["make_fx", "make_fx, fake", "make_fx, symbolic"])
+def test_a_captured_graph_under_autocast(name):
+    found = []
+    for patch in (False, True):
+        model = net(patch)
+        captured = CAPTURES[name](model)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = captured(X)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        found.append([p.grad for m in (captured, model) for _, p in named(m) if p.grad is not None])
+    assert len(found[1]) == 4
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.03 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_an_export_in_training_mode_drops_and_trains(decomposed):
     program = exported(net(True, dropout=0.5))
@@ -215,6 +231,44 @@ def test_compiled_calls_are_fused_and_not_counted():
             torch.testing.assert_close(compiled(X), model(X))
     assert len(graphs) == 1
     assert sum("lora_linear_forward" in name for name in graphs[0]) == 2
+
+
+def changing(model):
+    """Yield inputs, and change the model's state in between as PEFT's users do."""
+    layer = model.layers[0]
+    yield X
+    model.eval()
+    yield X
+    model.train()
+    with torch.no_grad():
+        yield X
+    layer.scaling["default"] = 3.0  # a third number would be compiled in, too; PEFT's isn't
+    yield X
+    for shape in ((3, 16), (7, 16), (2, 3, 16)):
+        yield torch.randn(shape)
+    layer.enable_adapters(False)
+    yield X
+    layer.enable_adapters(True)
+    layer.merge()
+    yield X
+    layer.unmerge()
+    yield X
+
+
+def test_a_layer_is_compiled_again_no_more_often_than_pefts():
+    """Beyond eight graphs of one function torch raises, where `fullgraph` is asked for."""
+    graphs = {False: [], True: []}
+    for patch, seen in graphs.items():
+        torch._dynamo.reset()
+
+        def backend(graph, inputs, seen=seen):
+            seen.append(graph)
+            return graph
+
+        model = net(patch)
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        assert len([compiled(x) for x in changing(model)]) == 10
+    assert len(graphs[True]) <= len(graphs[False]) <= 8
 
 
 @pytest.mark.parametrize("kind", ["patched", "LoRALinear"])

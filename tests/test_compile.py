@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_kernels as lk
 from lora_kernels.ops import backward_op, forward_op
-from tests.serving import IMPLS
+from tests.serving import IMPLS, skip_if_refused
 
 pytestmark = pytest.mark.unpoisoned
 
@@ -95,8 +95,11 @@ def test_fake_tensors_know_shapes_and_dtypes():
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("needs", [(True,) * 4, (False, True, False, True)], ids=str)
-def test_opcheck(impl, needs):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_opcheck(impl, needs, dtype):
+    skip_if_refused(impl, dtype)
     x, w, a, b, bias = (t.detach() for t in tensors())
+    x, w, bias = (t.to(dtype) for t in (x, w, bias))
     seed = torch.tensor(3)
     call = (x, w, a, b, bias, seed, None, 1.5, 6554)
     torch.library.opcheck(forward_op(impl), call)

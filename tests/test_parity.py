@@ -5,7 +5,13 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels.ops import forward_op
-from lora_kernels.testing import Case, assert_parity, float16_range_cases, make_inputs
+from lora_kernels.testing import (
+    Case,
+    assert_parity,
+    beyond_float16_cases,
+    float16_range_cases,
+    make_inputs,
+)
 from tests.layouts import LAYOUTS, laid_out
 from tests.serving import IMPLS, needs_gpu, skip_if_refused
 
@@ -60,6 +66,18 @@ def test_float16_range(impl, leading, index):
     skip_if_refused(impl, FP16)
     case = float16_range_cases(leading, 72, 136, 5)[index]
     assert_parity(case, make_inputs(case), impl)
+
+
+@pytest.mark.parametrize("leading", [(3,), (2, 65)], ids=str)
+@pytest.mark.parametrize("index", range(len(beyond_float16_cases((), 1, 1, 1))))
+def test_wider_adapters_keep_their_range_beside_float16(impl, leading, index):
+    """On CPUs, which "eager" serves; kernels of GPUs round them to float16."""
+    skip_if_refused(impl, FP16)
+    case = beyond_float16_cases(leading, 72, 136, 5)[index]
+    inputs = make_inputs(case)
+    assert_parity(case, inputs, impl)
+    wide = (inputs.lora_A, inputs.lora_B, inputs.x.float() @ inputs.lora_A.T)
+    assert max(t.abs().max() for t in wide) > 65504
 
 
 @pytest.mark.parametrize("shape", [(512, 2048, 2048), (2048, 768, 768), (17, 1024, 1100)], ids=str)

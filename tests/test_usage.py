@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels as lk
 
@@ -265,10 +267,42 @@ def test_a_function_mode_of_somebody_elses_is_seen():
     lk.patch_peft(model)
     with Twice():
         torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
-    assert use(model).reason == "a torch function mode is active"
+    assert use(model).reason == "a torch function or dispatch mode is active, Twice"
     with torch.device("cpu"):  # a mode of torch's own
         model(x)
     assert use(model).fused == 1
+
+
+def test_a_dispatch_mode_of_somebody_elses_is_seen():
+    class Twice(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            y = op(*args, **(kwargs or {}))
+            return 2 * y if op is torch.ops.aten.addmm.default else y
+
+    model, x = two(), torch.randn(2, 8)
+    plain = copy.deepcopy(model)
+    lk.patch_peft(model)
+    with Twice():
+        torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+    assert use(model).reason == "a torch function or dispatch mode is active, Twice"
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a mode of torch's own
+        model(x)
+    assert use(model).fused == 1
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_dropout"])
+def test_the_call_of_one_module_may_be_replaced(part):
+    model, x = two(), torch.randn(2, 8)
+    lk.patch_peft(model)
+    layer = model.base_model.model[0]
+    module = getattr(layer, part)
+    module = module if part == "base_layer" else module["default"]
+    own = module._call_impl
+    module._call_impl = lambda *args, **kwargs: 2 * own(*args, **kwargs)
+    plain = copy.deepcopy(model)
+    lk.unpatch_peft(plain)
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+    assert use(model).reason.endswith("has hooks")
 
 
 @pytest.mark.parametrize("name", REPLACED)

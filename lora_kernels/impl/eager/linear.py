@@ -5,7 +5,8 @@ applied to [M, R] tensors, products are added in place, and dropout works on blo
 regenerated mask, so that beyond its outputs a call holds [M, R] tensors and one block.
 
 Of float16 no product by the scale or dropout's factor is stored: it could leave the range. Forward
-leaves both to the matrix products; backward forms what follows from dy B in float32, by blocks.
+leaves both to the matrix products; backward forms what follows from dy B in float32, by blocks, and
+so does forward what follows from D(x) on CPUs, where wider adapters give it a longer range.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch.nn.functional import linear
 from lora_kernels.impl.eager import onednn
 from lora_kernels.impl.eager.mask import keep_blocks
 from lora_kernels.operands.dropout import keep_scale
+from lora_kernels.operands.precision import has_wide_branch
 
 # Up to here a scaling pass over [M, R] costs more (5 µs a call) than a scaled product does.
 SMALL_M = 32
@@ -43,6 +45,8 @@ def lora_linear_forward(
     xa are rounded to x's dtype, xa again after dropout's factor and after scaling (M > SMALL_M),
     float16's by neither.
     """
+    if has_wide_branch(x, lora_A, lora_B):
+        return _wide_forward(x, weight, lora_A, lora_B, bias, seed, scaling, threshold)
     x2 = _left_operand(x)
     a, b = _as_dtype(lora_A, x.dtype), _as_dtype(lora_B, x.dtype)
     half = x.dtype == torch.float16
@@ -114,6 +118,29 @@ def lora_linear_backward(
         _as_dtype(db, lora_B.dtype) if db is not None else None,
         dy2.sum(0) if need_dbias else None,
     )
+
+
+def _wide_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float | Tensor,
+    threshold: int,
+) -> tuple[Tensor, Tensor]:
+    """Return y in x's dtype and xa, which is float32, as are all of the branch's products."""
+    x2, a, b = _as_matrix(x), lora_A.float(), lora_B.float()
+    y = _base_linear(x2, weight, bias)
+    xa = x2.new_empty((x2.shape[0], a.shape[0]), dtype=torch.float32)
+    for rows, keep in _blocks(x2.shape[0], x2.shape[1], threshold, seed):
+        kept = x2[rows] if keep is None else _masked(x2[rows], keep)
+        torch.mm(kept.float(), a.t(), out=xa[rows])
+        if keep is not None:
+            xa[rows].mul_(keep_scale(threshold))
+        y[rows].add_(torch.mm(xa[rows] * scaling, b.t()))
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0]), xa
 
 
 def _dropped_backward(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.impl.reference.mask import dropout
+from lora_kernels.operands.precision import has_wide_branch
 
 
 def _as_matrix(v: Tensor) -> Tensor:
@@ -61,11 +62,12 @@ def lora_linear_forward(
         threshold: the drop threshold in 1/65536; 0 without dropout.
 
     Returns:
-        y [..., N] and xa [M, R], both in x's dtype.
+        y [..., N] in x's dtype; xa [M, R] too, float32 where adapters beside float16 are wider.
     """
     a, b = rounded(lora_A, x.dtype), rounded(lora_B, x.dtype)
     x2 = _as_matrix(x)
-    xa = (dropout(x2.to(a.dtype), threshold, seed) @ a.T).to(x.dtype)
+    xa = dropout(x2.to(a.dtype), threshold, seed) @ a.T
+    xa = rounded(xa, x.dtype) if has_wide_branch(x, lora_A, lora_B) else xa.to(x.dtype)
     y = x2 @ weight.T + (xa.to(b.dtype) @ b.T) * scaling
     if bias is not None:
         y = y + bias
