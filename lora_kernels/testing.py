@@ -135,7 +135,7 @@ def float16_range_cases(leading: tuple[int, ...], n: int, k: int, r: int) -> lis
 
 
 def beyond_float16_cases(leading: tuple[int, ...], n: int, k: int, r: int) -> list[Case]:
-    """Return cases whose branch, by float32 adapters, leaves float16's range; results are finite."""
+    """Return cases whose float32 adapter branch leaves float16's range; all results are finite."""
     beyond = (
         Sizes(x=4000, weight=1e-4, a=100, b=1e-6),  # D(x) Aᵀ
         Sizes(x=1e-3, a=1e7, b=1e-5),
