@@ -8,6 +8,8 @@ TORCH := $(shell grep '^torch==' requirements-dev.txt)
 JOBS ?= 2
 # Tests of the host path on a stub of a driver take minutes a case: `make test-host`.
 HOST := $(wildcard tests/test_*_host.py)
+# Of tests with many cases in the virtual machine one in MANY, others each time; MANY=1 runs all.
+MANY ?= 3
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
 INTERPRETED := $(addprefix tests/test_triton_,parity.py mutations.py handing.py)
 
@@ -32,8 +34,8 @@ OLDEST_TRITON := build/triton-3.6
 
 test: export LORA_KERNELS_TEST_NEEDS := $(NEEDS) $(LORA_KERNELS_TEST_NEEDS)
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS) -n $(JOBS) --dist worksteal $(addprefix --ignore=,$(HOST))
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) $(INTERPRETED)
+	$(BIN)/python -m pytest $(ARGS) --one-in $(MANY) -n $(JOBS) --dist worksteal $(addprefix --ignore=,$(HOST))
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov --one-in $(MANY) -n $(JOBS) $(INTERPRETED)
 
 test-host: $(READY) $(OLDEST_TRITON)
 	$(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) $(HOST)
@@ -97,7 +99,7 @@ sanitize: $(READY)
 	$(UNDER_SANITIZERS) tests/test_cpu.py tests/test_parity.py -k "cpu and not lesser"
 	LORA_KERNELS_FUZZ=100 $(UNDER_SANITIZERS) tests/stacks/test_fuzz_live.py
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/cpu tests/native/threads.cpp \
-		csrc/cpu/select.cpp $(wildcard csrc/cpu/kernels_*.cpp) -o build/threads
+		csrc/cpu/select.cpp $(wildcard csrc/cpu/isa/*.cpp) -o build/threads
 	for isa in amx avx512_bf16 avx512 avx2; do \
 		LORA_KERNELS_TEST_ISA=$$isa build/threads || [ $$? -eq 77 ] || exit 1; done
 	LORA_KERNELS_TEST_ISA=portable build/threads

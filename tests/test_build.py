@@ -98,7 +98,7 @@ def test_a_launcher_may_stand_before_the_compiler(source, tmp_path):
     assert "lora_kernels: built with the CPU part" in done.stderr
     assert _built(tmp_path) == ({"cuda": "LORA_KERNELS_CUDA=0"}, {"_cpu.abi3.so"})
     calls = (tmp_path / "calls").read_text()
-    assert calls.count("-DMINE") == len(list((ROOT / "csrc" / "cpu").glob("*.cpp")))
+    assert calls.count("-DMINE") == len(list((ROOT / "csrc" / "cpu").rglob("*.cpp")))
     assert "-Werror" not in calls
     assert "-I" in calls
     assert str(ABI).removeprefix(str(ROOT)) in calls
@@ -129,7 +129,7 @@ def test_only_what_changed_is_compiled_again(source, tmp_path):
         calls.write_text("")
         assert source(CXX=compiler).returncode == 0
         counts.append(calls.read_text().count(" -c "))
-    everything = len(list((ROOT / "csrc" / "cpu").glob("*.cpp")))
+    everything = len(list((ROOT / "csrc" / "cpu").rglob("*.cpp")))
     assert counts == [everything, 0, 1, everything]
 
 
@@ -299,7 +299,7 @@ def test_declarations_are_those_of_torch(tmp_path):
     assert _compile(command, wrong, tmp_path).returncode != 0
 
 
-KERNELS = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+KERNELS = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_wheel_and_sdist_hold_what_they_should(packed):
         inside = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"lora_kernels/py.typed", "CHANGELOG.md", "LICENSE", "README.md", "setup.py"}
     documents = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.*")}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").rglob("*.*")}
     assert not (wanted | documents | sources) - inside
 
 

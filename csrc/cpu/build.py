@@ -26,5 +26,5 @@ def build(folder: Path, target: Path) -> None:
         # At -O1 reports name the line; aborting on the first makes a test fail.
         links = [f"-fsanitize={sanitizers}"]
         flags += [*links, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
-    objects = toolchain.compile_sources(folder, sorted(HERE.glob("*.cpp")), flags)
+    objects = toolchain.compile_sources(folder, sorted(HERE.rglob("*.cpp")), flags)
     toolchain.link(objects, target, folder, links)

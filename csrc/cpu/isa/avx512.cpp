@@ -1,0 +1,12 @@
+// The kernels for AVX512 processors.
+
+#include "../kernels.h"
+
+#if defined(__x86_64__)
+#define LORA_TARGET "avx512f,avx512bw,avx512vl,avx512dq,fma,avx2"
+#define LORA_WIDTH 16
+#define LORA_PAIRS 0
+#define LORA_TILES 0
+#include "../kernels/all.inc"
+const lora_kernels::Kernels lora_kernels::avx512_kernels = table_of("avx512");
+#endif
