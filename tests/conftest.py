@@ -51,16 +51,46 @@ def pytest_configure(config):
     # Plans measured on this machine must not decide what is tested.
     os.environ["LORA_KERNELS_TUNED"] = os.devnull
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left alone (compiled code)")
+    config.addinivalue_line("markers", "many: of many slow cases, `--one-in N` runs some")
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--share", metavar="I/N", help="of the tests selected every N-th, from the I-th"
     )
+    parser.addoption(
+        "--one-in",
+        metavar="N",
+        type=int,
+        default=1,
+        help="of the cases of each test marked `many` one in N, others with each run's seed",
+    )
+
+
+FEW_CASES = 6  # of one test: all of them run
+
+
+def _one_in(n, items):
+    """Return the items to run: of each test with many cases one in n, drawn by the run's seed."""
+    cases = {}
+    for item in items:
+        if "many" in item.keywords:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped = set()
+    for name, of_one in cases.items():
+        if len(of_one) > FEW_CASES:
+            fewer = max(FEW_CASES, -(-len(of_one) // n))
+            kept = random.Random(f"{SEED}/{name}").sample(range(len(of_one)), fewer)
+            dropped.update(item for i, item in enumerate(of_one) if i not in kept)
+    return [item for item in items if item not in dropped]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
+    if (n := config.getoption("--one-in")) > 1:
+        kept = _one_in(n, items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
     if share := config.getoption("--share"):
         first, step = map(int, share.split("/"))
         kept = items[first - 1 :: step]

@@ -26,12 +26,15 @@ from lora_kernels.testing import (
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-pytestmark = pytest.mark.skipif(
-    absence("cuda") is not None
-    or shutil.which("nvcc") is None
-    or importlib.util.find_spec("ptxvm") is None,
-    reason="needs the compiled CUDA part, nvcc and the PTX virtual machine (module ptxvm)",
-)
+pytestmark = [
+    pytest.mark.many,
+    pytest.mark.skipif(
+        absence("cuda") is not None
+        or shutil.which("nvcc") is None
+        or importlib.util.find_spec("ptxvm") is None,
+        reason="needs the compiled CUDA part, nvcc and the PTX virtual machine (module ptxvm)",
+    ),
+]
 OPTIONS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_90a", "-w")
 
 

@@ -28,12 +28,15 @@ from lora_kernels.testing import (
 )
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
-pytestmark = pytest.mark.skipif(
-    absence("cuda") is not None
-    or shutil.which("nvcc") is None
-    or importlib.util.find_spec("ptxvm") is None,
-    reason="needs the compiled CUDA part, nvcc and the PTX virtual machine (module ptxvm)",
-)
+pytestmark = [
+    pytest.mark.many,
+    pytest.mark.skipif(
+        absence("cuda") is not None
+        or shutil.which("nvcc") is None
+        or importlib.util.find_spec("ptxvm") is None,
+        reason="needs the compiled CUDA part, nvcc and the PTX virtual machine (module ptxvm)",
+    ),
+]
 KERNELS = """
 #define LORA_TYPE {type}
 #define LORA_ELEMENT {element}

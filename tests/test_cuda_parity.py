@@ -29,7 +29,10 @@ from tests.serving import Place, needs_gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ABSENT = absence("cuda")
-pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"compiled CUDA part: {ABSENT}")
+pytestmark = [
+    pytest.mark.many,
+    pytest.mark.skipif(ABSENT is not None, reason=f"compiled CUDA part: {ABSENT}"),
+]
 needs_machine = pytest.mark.skipif(
     importlib.util.find_spec("ptxvm") is None or importlib.util.find_spec("triton") is None,
     reason="needs the PTX virtual machine (module ptxvm on PYTHONPATH) and Triton's cuobjdump",

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter, namedtuple
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from bench.gate import WRONG
 from bench.providers import PROVIDERS
 from bench.results import FILE, Results
 from bench.timing import TIMED
+from tests import conftest
 
 ROOT = Path(__file__).parent.parent
 DESELECT = """
@@ -147,6 +149,20 @@ def test_a_run_of_tests_that_needs_what_is_absent_fails(needs, tmp_path):
 
 def _row(**fields):
     return SimpleNamespace(provider="cpu", case=None, reason="", state=TIMED, **fields)
+
+
+def test_of_many_cases_some_run_and_never_none():
+    def cases(name, count, *marks):
+        return [Item(f"t.py::{name}[{i}]", marks) for i in range(count)]
+
+    Item = namedtuple("Item", "nodeid keywords")
+    items = [*cases("few", 6, "many"), *cases("many", 60, "many"), *cases("unmarked", 60)]
+    items.append(Item("t.py::single", ("many",)))
+    kept = conftest._one_in(3, items)
+    assert kept == conftest._one_in(3, items), "processes that share the tests differ"
+    assert kept == [item for item in items if item in kept]
+    names = Counter(item.nodeid.partition("[")[0] for item in kept)
+    assert [*names.values()] == [6, 20, 60, 1]
 
 
 def test_a_benchmark_that_measured_nothing_complains():

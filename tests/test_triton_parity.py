@@ -32,7 +32,7 @@ from tests.executors import (
 )
 from tests.layouts import LAYOUTS, laid_out
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
+pytestmark = [pytest.mark.many, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # The interpreter of Triton 3.8 computes products of bfloat16 wrongly.

@@ -305,33 +305,43 @@ def test_the_call_of_one_module_may_be_replaced(part):
     assert use(model).reason.endswith("has hooks")
 
 
-@pytest.mark.parametrize("name", REPLACED)
-def test_what_was_replaced_before_the_import(name):
-    """And is put back afterwards; deepspeed.zero.Init and profilers are entered in any order."""
-    owner, attribute = {"functional": "functional", "Linear": "nn.Linear", "Module": "nn.Module",
-                        "Dropout": "nn.Dropout", "PEFT's Linear": "peft.tuners.lora.Linear"}[
-        name.rpartition(".")[0]], name.rpartition(".")[2]  # fmt: skip
-    code = f"""
-import torch, peft
+# In a child for each name, so that torch and PEFT are imported once.
+BEFORE_THE_IMPORT = """
+import os, sys, torch, peft
 from torch import nn
 from torch.nn import functional
-had, own = {attribute!r} in vars({owner}), {owner}.{attribute}
-{owner}.{attribute} = lambda *given, **named: own(*given, **named)
-import lora_kernels as lk
-settings = peft.LoraConfig(r=2, target_modules=["0"], lora_dropout=0.5)
-model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), settings)
-lk.patch_peft(model)
-model(torch.randn(2, 8))
-(layer,) = lk.report(model).layers.values()
-assert (layer.fused, layer.left) == (0, 1) and layer.reason.endswith("was replaced"), layer
-if had:
-    {owner}.{attribute} = own
-else:
-    del {owner}.{attribute}
-model(torch.randn(2, 8))
-assert lk.report(model).layers.popitem()[1].fused == 1
+
+def check(owner, attribute):
+    had, own = attribute in vars(owner), getattr(owner, attribute)
+    setattr(owner, attribute, lambda *given, **named: own(*given, **named))
+    import lora_kernels as lk
+    settings = peft.LoraConfig(r=2, target_modules=["0"], lora_dropout=0.5)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), settings)
+    lk.patch_peft(model)
+    model(torch.randn(2, 8))
+    (layer,) = lk.report(model).layers.values()
+    assert (layer.fused, layer.left) == (0, 1) and layer.reason.endswith("was replaced"), layer
+    setattr(owner, attribute, own) if had else delattr(owner, attribute)
+    model(torch.randn(2, 8))
+    assert lk.report(model).layers.popitem()[1].fused == 1
+
+OWNERS = {"functional": functional, "Linear": nn.Linear, "Module": nn.Module,
+          "Dropout": nn.Dropout, "PEFT's Linear": peft.tuners.lora.Linear}
+torch.set_num_threads(1)
+for name in sys.argv[1:]:
+    owner, _, attribute = name.rpartition(".")
+    child = os.fork()
+    if child == 0:
+        check(OWNERS[owner], attribute)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_what_was_replaced_before_the_import():
+    """And is put back afterwards; deepspeed.zero.Init and profilers are entered in any order."""
+    command = [sys.executable, "-c", BEFORE_THE_IMPORT, *REPLACED]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
