@@ -208,8 +208,7 @@ def backward_kernel(
     # What the flag counts when a later tile of dx may go on: dxa is published, and where tiles of
     # dA draw D, the tile that made dxa has left, and so have these.
     before: tl.constexpr = 2 * FUSED + DA_BLOCKS if DRAWN else 1
-    # What the last tile to leave finds in the flag: the publish, and the leaves of all the other
-    # tiles of dx and dA that read the row panel.
+    # What the last tile to leave a row panel finds: a publish, and the other tiles' leaves.
     last_out = FUSED + COLUMNS * NEED_DX + DA_BLOCKS * NEED_DA - 1
     scale = scaling_of(scaling, scaling_pointer)
     # dxa carries the factor of kept elements, so that neither dx nor dA is multiplied by it.
