@@ -99,5 +99,5 @@ def test_reference_lists_every_public_name():
 
 
 def test_documents_hold_no_marks_of_a_merge():
-    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
         assert not re.search(r"^(<{7}|={7}|>{7})( |$)", path.read_text(), re.MULTILINE), path

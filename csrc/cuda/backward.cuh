@@ -1,8 +1,20 @@
 // dx = dy W + D(dxa A), dA = dxaT D(x), dB = scaling * dyT xa and dbias in one launch, by kinds of tiles;
 // dxa = scaling * dy B, with dropout's factor in it, so that it is rounded once.
 //
-// Tiles of dA and dB are sums over rows taken in order: no atomics on results, the same bits in every run. They
-// stand between the tiles of dx that make dxa and the rest: memory-bound work beside compute-bound work.
+// A program takes tiles by number until there are none. There are four kinds, in this order:
+//
+// 1. The first columns of dx, one for each slice of ranks. A tile sums dy W and its slice of dxa over N in one loop, stores
+//    the slice and publishes it by its row panel's flag. It waits for the other slices, adds D(dxa A) and stores dx.
+// 2. dB and dbias. A tile sums dyT xa, and dy itself, over the rows of a segment. It waits for nothing.
+// 3. dA. A tile waits for the dxa of its segment's rows, draws D, leaves D's bits for the tiles of dx that follow, and sums
+//    dxaT D(x).
+// 4. The other columns of dx. A tile sums dy W, waits for dxa and for D's bits, adds D(dxa A) and stores dx.
+//
+// Where dx isn't wanted, or has too few columns, tiles of their own take the place of the first kind and make dxa alone.
+//
+// Tiles of dA and dB take rows in order, and whoever comes last adds the segments in order: no atomics on results, the same
+// bits in every run. They stand between the two kinds of dx: memory-bound work beside compute-bound work.
+// docs/kernels.md draws this, and says why no order of programs can deadlock.
 
 #pragma once
 

@@ -1,5 +1,10 @@
-// The backward of backward.cuh for sm_90a. Sums over rows go through the ring of dx's steps: x or dy as the right
-// operand, dxa or xa as the thin one.
+// The backward of backward.cuh for sm_90a: the same tiles, numbers and flags, by two sides of a program; see
+// pipeline_sm90.cuh.
+//
+// For a tile of dx the side that copies starts dy and W step by step, with B's where the tile makes dxa, waits for dxa, and
+// copies dxa and A; the side that multiplies makes dy W by wgmma, dxa where the tile makes it, then D(dxa A). For a tile of
+// dA or dB the steps are rows: x or dy lies where W does otherwise, dxa or xa where B does, and the side that multiplies
+// draws D and drops x's elements in place.
 
 #pragma once
 

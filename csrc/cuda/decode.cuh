@@ -1,7 +1,14 @@
-// y and xa for at most 16 rows in one launch, bound by the memory that W takes: every program streams its rows of W
-// and a share of its columns with 16-byte loads straight to the operands of matrix products.
+// y and xa for few rows, at most 16, in one launch. What takes the time is reading W.
 //
-// Rows of A are computed like rows of W, as the first tiles, which never wait; then xa is published.
+// A tile is 32 rows of W, or of A, for all rows of x; those of A come first. A tile's columns, K, may be split in parts, and
+// each part has a number. A program takes numbers until there are none. What it does for one:
+//
+// 1. Each of its eight warps sums x wT over a share of the part's columns: 16-byte loads go straight to the operands of matrix
+//    products. The warps' sums are added in order, through shared memory.
+// 2. If there are several parts, it stores the sums and counts itself in. All but the last to arrive are done; the last one
+//    adds the parts in the order of K.
+// 3. A tile of A stores xa and publishes it by the call's one flag.
+// 4. A tile of W waits until all of xa is there, adds scaling * xa BT and the bias, stores y and counts itself out.
 
 #pragma once
 

@@ -1,4 +1,18 @@
 // y = x WT + bias + scaling * xa BT and xa = D(x) AT in one launch.
+//
+// A program takes numbers until there are none. With dropout the first numbers are shares of D, which it draws and leaves as
+// bits. The others are tiles of y, those of the first columns, which also make xa, before the rest. What it does for a tile:
+//
+// 1. A tile that makes xa waits until D of its row panel is drawn.
+// 2. It sums x WT over K through a ring of stages in shared memory; a tile that makes xa also sums D(x) AT for a slice of
+//    ranks, of the x that it has in registers.
+// 3. A tile that makes xa stores its slice and publishes it by the row panel's flag.
+// 4. It waits until all slices of its row panel are there.
+// 5. It expands: scaling * xa BT is added to the same sums.
+// 6. It counts itself out of the flag, adds the bias, rounds once and stores y.
+//
+// Where the columns or the programs are too few for the slices, tiles of their own, before all others, make xa alone.
+// docs/kernels.md draws this, and says why no order of programs can deadlock.
 
 #pragma once
 
@@ -24,8 +38,7 @@ __device__ inline void draw_words(const DrawnWords& drawn, const Layer& layer, i
   publish<S>(flags + panel);
 }
 
-// Shares of the mask come first; tiles that make xa, a slice of ranks each, come next and wait for nothing else before they
-// publish. Persistent.
+// Tiles that make xa wait for nothing but their shares of D before they publish. Persistent.
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void forward(const ForwardParams& p) {
   extern __shared__ __align__(128) char memory[];

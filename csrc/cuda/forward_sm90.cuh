@@ -1,4 +1,9 @@
-// The forward of forward.cuh for sm_90a.
+// The forward of forward.cuh for sm_90a: the same tiles, numbers and flags, by two sides of a program; see pipeline_sm90.cuh.
+//
+// For one tile the side that copies takes the number, starts the copies of x and W step by step into a ring, with A's where
+// the tile makes xa, waits until xa of the row panel is there, and copies xa and B. The side that multiplies follows: x WT by
+// wgmma; D(x) AT of the same buffers where the tile makes xa, which it stores and publishes; then xa BT, bias and the store of
+// y, while the other side copies the next tile. Shares of D are drawn by the side that multiplies.
 
 #pragma once
 

@@ -213,7 +213,7 @@ train(2, torch.float32, results)
 """
 
 # The interpreter ends with live graphs, packed weights and a thread in the middle of training,
-# which it waits for. (A daemon thread inside torch aborts any program: docs/facts.md.)
+# which it waits for. (A daemon thread inside torch aborts any program: docs/facts/pytorch.md.)
 END = """
 results = []
 layer = lk.LoRALinear(64, 64, r=4, lora_dropout=0.1)

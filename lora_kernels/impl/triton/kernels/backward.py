@@ -2,9 +2,21 @@
 
     dx = dy W + D(dxa A)      dA = dxaᵀ D(x)      dB = scaling · dyᵀ xa      dxa = scaling · dy B
 
-Tiles of dA and dB are sums over rows taken in order, so they need no atomics on results and have
-the same bits in every run; reading dy once more is their price. They stand between the tiles of
-dx that make dxa and the rest: memory-bound work beside compute-bound work.
+A program takes tiles by number until there are none. There are four kinds, in this order:
+
+1. The first column of dx. A tile sums dy W and dxa = dy B over N in one loop, stores dxa and
+   publishes it by its row panel's flag. Then it adds D(dxa A) and stores dx.
+2. dB and dbias. A tile sums dyᵀ xa, and dy itself, over the rows of a segment, and waits for
+   nothing.
+3. dA. A tile waits for the dxa of its segment's rows, draws D, leaves D's bits for the tiles of dx
+   that follow, and sums dxaᵀ D(x).
+4. The other columns of dx. A tile sums dy W, waits for dxa and for D's bits, adds D(dxa A) and
+   stores dx.
+
+Tiles of dA and dB take rows in order, and whoever comes last adds the segments in order. So no
+result needs atomics, and all have the same bits in every run; reading dy once more is the price.
+They stand between the two kinds of dx: memory-bound work beside compute-bound work.
+docs/kernels.md draws this, and says why no order of programs can deadlock.
 """
 
 import triton
@@ -46,7 +58,7 @@ from lora_kernels.impl.triton.kernels.tiles import (
 def _dx_tile(
     tile, panels, dxa_end, da_end, COLUMNS: tl.constexpr, FUSED: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Return (row panel, column) of a tile of dx: those that make dxa come before `dxa_end`."""
+    """Return (row panel, column) of a tile of dx: before `dxa_end` column 0, which makes dxa."""
     REST: tl.constexpr = COLUMNS - FUSED if COLUMNS > FUSED else 1
     panel, column = grouped_tile(tl.maximum(tile - da_end, 0), panels, REST, GROUP)
     first = tile < dxa_end
@@ -104,7 +116,7 @@ def _finish_dx(
 ):  # fmt: skip
     """Add D(dxa A) to dy W, where dxa holds the factor of kept elements, and store dx.
 
-    drawn: whether tiles of dA have left the mask's bits in `mask`, which float32 doesn't have.
+    drawn: whether tiles of dA have left D's bits in `mask`; float32 has no `mask`.
     """
     dtype: tl.constexpr = dx.dtype.element_ty
     rows = row + tl.arange(0, BLOCK_M)
@@ -193,10 +205,10 @@ def backward_kernel(
     da_end = db_end + DA_BLOCKS * parts * NEED_DA
     tiles = da_end + panels * (COLUMNS - FUSED) * NEED_DX
     DRAWN: tl.constexpr = mask is not None
-    # What a tile of dx that makes no dxa waits for: its maker, which also leaves before the tiles
-    # of dA that draw the mask, and these.
+    # What the flag counts when a later tile of dx may go on: dxa is published, and where tiles of
+    # dA draw D, the tile that made dxa has left, and so have these.
     before: tl.constexpr = 2 * FUSED + DA_BLOCKS if DRAWN else 1
-    # What leaves a row panel's flag last: its tiles of dx and the tiles of dA over it.
+    # What the last tile to leave a row panel finds: a publish, and the other tiles' leaves.
     last_out = FUSED + COLUMNS * NEED_DX + DA_BLOCKS * NEED_DA - 1
     scale = scaling_of(scaling, scaling_pointer)
     # dxa carries the factor of kept elements, so that neither dx nor dA is multiplied by it.

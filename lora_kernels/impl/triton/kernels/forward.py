@@ -1,4 +1,18 @@
-"""The forward kernel: y = x Wᵀ + bias + scaling · xa Bᵀ and xa = D(x) Aᵀ in one launch."""
+"""The forward kernel: y = x Wᵀ + bias + scaling · xa Bᵀ and xa = D(x) Aᵀ in one launch.
+
+A program takes tiles of y, [BLOCK_M, BLOCK_N], until there are none. What it does for one:
+
+1. It takes the tile's number. The lowest numbers are the xa columns: the first PRODUCERS columns of
+   tiles, which also shrink x. The others follow.
+2. It sums x Wᵀ over K, BLOCK_K columns a step. An xa column begins with its own part of K. There
+   each tile of x serves a second product, D(x) Aᵀ; the sums of the part before are added to it, and
+   the result is left for the part after, or stored as xa by the last one. Then comes the rest of K.
+3. It waits until all parts of its row panel's xa are there, which its flag counts.
+4. It expands: scaling · xa Bᵀ is added to the same sums.
+5. It counts itself out of the flag, adds the bias, rounds once and stores y.
+
+docs/kernels.md draws this, and says why no order of programs can deadlock.
+"""
 
 import triton
 import triton.language as tl
@@ -29,7 +43,7 @@ from lora_kernels.impl.triton.kernels.tiles import (
 
 @triton.jit
 def fused_tile(tile, rows, columns, PRODUCERS: tl.constexpr, GROUP: tl.constexpr):
-    """Return (row, column): the producing columns of every row panel first, then the rest."""
+    """Return (row, column): the xa columns of every row panel first, then the rest."""
     if PRODUCERS == 0:
         return grouped_tile(tile, rows, columns, GROUP)
     else:
@@ -47,13 +61,13 @@ def _plain_steps(
 ):  # fmt: skip
     """Return acc + x Wᵀ of the tile at (row, column), over columns of x from `begin` to `end`.
 
-    WRAPS: whether they go on with the first ones after K.
+    WRAPS: whether `end` may lie beyond K, where the columns begin again at 0.
     """
     LENGTH: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K
     for step in tl.range(begin, end, BLOCK_K):
         k = step
         if WRAPS:
-            # As unsigned numbers, where one of the two is far beyond.
+            # The right one of the two is the smaller: the other is negative, so huge, or beyond K.
             k = tl.minimum(step.to(tl.uint32), (step - LENGTH).to(tl.uint32)).to(tl.int32)
         x_tile = load_operand(x_descriptor, x_pointers, row, k, K, BLOCK_K)
         w_tile = load_operand(w_descriptor, w_pointers, column, k, K, BLOCK_K)
@@ -69,7 +83,10 @@ def _producing_steps(
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return x Wᵀ of the tile and A xᵀ, with dropout of kept x alone, over the same columns."""
+    """Return x Wᵀ of the tile and A D(x)ᵀ, over the same columns.
+
+    D only drops here: the factor of kept elements comes with the complete sum.
+    """
     # Copies to shared memory serve one layout of reader without bank conflicts: with two, x is
     # carried one step ahead in registers instead.
     CARRIED: tl.constexpr = DROPOUT and x_descriptor is None
@@ -116,9 +133,9 @@ def _summed(
     thin, xa, high, low, flag, panel, part, M, threshold, R: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, PRODUCERS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Add what was handed on to thin [BLOCK_R, BLOCK_M]; hand it on, or store and return xa.
+    """Add the sums of the part before to thin [BLOCK_R, BLOCK_M], this part's; leave the result.
 
-    The last of PRODUCERS parts returns xa of the row panel, the others zeros.
+    The last of PRODUCERS parts stores and returns xa of the row panel, the others return zeros.
     """
     dtype: tl.constexpr = xa.dtype.element_ty
     LOW: tl.constexpr = 4 if dtype == tl.bfloat16 else 8
@@ -163,7 +180,7 @@ def _producing_tile(
 ):  # fmt: skip
     """Return x Wᵀ of a tile and, if it is the last part, xa of its row panel, stored.
 
-    A part sums xa over its share of the columns of x, first of all, so that xa is soon complete.
+    A tile begins with the columns of x that it sums for xa, so that xa is complete early.
     """
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     SHARE: tl.constexpr = (STEPS + PRODUCERS - 1) // PRODUCERS
@@ -183,7 +200,8 @@ def _producing_tile(
         DROPOUT,
     )  # fmt: skip
     if PRODUCERS > 1:
-        # What is left begins anew after K, for the last part at once.
+        # The rest of K: from the end of this part on, and after K from 0 to its begin. A
+        # part that ends at K starts at 0.
         start = tl.where(end < STEPS * BLOCK_K, end, 0)
         acc = _plain_steps(
             acc, x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, start,
@@ -231,11 +249,10 @@ def forward_kernel(
 ):  # fmt: skip
     """Compute y [M, N] and xa [M, R]; persistent, tiles in order.
 
-    Tiles of the first PRODUCERS columns come first. Each sums a part of K for xa, adds it to what
-    the one before has handed on, and waits for no later tile before it has handed on its own; so
-    PRODUCERS running programs are enough. PRODUCERS = 0 reads an xa made by an earlier launch.
-    high, low: int32, where sums are handed on, `high` in xa's own memory; None where xa is float32
-    and holds them itself, or nothing is handed on.
+    A tile of an xa column waits for no later tile before it has left its own sums; so PRODUCERS
+    running programs are enough. PRODUCERS = 0 reads an xa made by an earlier launch.
+    high, low: int32, where split-K's sums are left, `high` in xa's own memory; None where xa is
+    float32 and holds them itself, or there is one part.
     x_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], or both None.
     flags: int32, one a row panel and the ticket, zero before and after.
     """

@@ -1,4 +1,14 @@
-"""The thin kernel, first launch of the split path: xa = D(x) Aᵀ, or dxa = scaling · dy B."""
+"""The shrink kernel: xa = D(x) Aᵀ, or dxa = scaling · dy B, where they have a launch of their own.
+
+A program takes row panels, as many apart as there are programs. A row panel is BLOCK_M rows of v,
+which is x or dy. What it does for one:
+
+1. It sums v f over v's columns, BLOCK_L a step; with dropout it draws D of each tile of x first.
+2. It multiplies the sums by scaling and by the factor of kept elements.
+3. It stores them, those of float16's dxa in a unit of the row panel, which it stores too.
+
+Nothing waits: the forward or backward kernel reads the result in the next launch.
+"""
 
 import triton
 import triton.language as tl

@@ -1,8 +1,10 @@
-"""Device functions: sums that one program hands to the next, in fewer bits than float32 has.
+"""Device functions: split-K of xa, the sums that one part of K leaves for the next.
 
-Of a sum's 32 bits the upper 16 lie where xa will be, in memory that is written and read anyway,
-and LOW more beside them: 12 significant bits for bfloat16, 16 for float16, four or five more than
-the result keeps. Half of the ranks make the upper halves of words, the other half the lower ones.
+An xa column sums its own part of K, adds the sums that the part before left, and leaves the result
+for the part after. On their way sums have fewer bits than float32: the upper 16 lie where xa will
+be, in memory that is written and read anyway, and LOW more beside them. That makes 12 significant
+bits for bfloat16 and 16 for float16, four or five more than the result keeps. Half of the ranks
+make the upper halves of words, the other half the lower ones.
 """
 
 import triton
