@@ -229,8 +229,8 @@ def test_without_a_list_it_is_built_for_the_gpus_at_hand(tmp_path, monkeypatch):
 def test_sources_of_sm_90a_are_compiled_for_9_0(tmp_path, monkeypatch):
     cuda = _cuda(tmp_path, monkeypatch, "13.0")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0")
-    made = cuda.compile_objects(tmp_path / "objects", [Path("kernels_sm90_half.cu"), Path("a.cu")])
-    assert [Path(name).name for name in made] == ["kernels_sm90_half.o", "a.o"]
+    made = cuda.compile_objects(tmp_path / "objects", [Path("linear_sm90_half.cu"), Path("a.cu")])
+    assert [Path(name).name for name in made] == ["linear_sm90_half.o", "a.o"]
     rules = (tmp_path / "objects" / "build.ninja").read_text()
     assert "code=[sm_90a]" in rules
     assert "code=[sm_80,sm_90a]" in rules

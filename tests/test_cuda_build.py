@@ -55,9 +55,9 @@ def test_a_fault_is_said():
     assert good.fault is None
     assert Report("sm_80", good.kernel, 255, 8, "64 HMMA").fault == "spills 8 bytes"
     assert Report("sm_80", good.kernel, 200, 0, "10 FFMA").fault == "no HMMA"
-    assert Report("sm_80", "lora_decode_float", 200, 0, "64 FFMA").fault is None
-    assert Report("sm_80", "lora_decode_tf32", 200, 0, "64 FFMA").fault == "no HMMA"
-    assert Report("sm_80", "lora_decode_tf32", 200, 0, "64 HMMA").fault is None
+    assert Report("sm_80", "lora_few_rows_float", 200, 0, "64 FFMA").fault is None
+    assert Report("sm_80", "lora_few_rows_tf32", 200, 0, "64 FFMA").fault == "no HMMA"
+    assert Report("sm_80", "lora_few_rows_tf32", 200, 0, "64 HMMA").fault is None
 
 
 @pytest.mark.skipif(

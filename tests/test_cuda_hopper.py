@@ -24,7 +24,7 @@ from lora_kernels.testing import (
     run,
 )
 
-SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda" / "instances"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = [
     pytest.mark.many,
@@ -44,7 +44,7 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sm_90a")
     texts, reports = [], []
     for name in ("bf16", "half"):
-        source, out = str(SOURCES / f"kernels_sm90_{name}.cu"), str(folder / name)
+        source, out = str(SOURCES / f"linear_sm90_{name}.cu"), str(folder / name)
         options = ["nvcc", *OPTIONS, source]
         subprocess.run([*options, "-ptx", "-o", f"{out}.ptx"], check=True)
         said = [*options, "-cubin", "-Xptxas", "-v", "-o", f"{out}.cubin"]
@@ -140,7 +140,7 @@ def test_any_number_of_running_programs_makes_progress(hopper, dropout_p, reside
     how = {"multiprocessors": 9, "zeros": flags, "weak": 2}
     for rank in (16, 100):
         case = Case((400,), 256, 520, rank, BF16, dropout_p=dropout_p, bias=True)
-        # Two columns of tiles make a thin product of two slices of ranks together.
+        # Two columns of tiles make a shrink product of two slices of ranks together.
         with using(made := hopper(resident=max(resident, rank // 50), seed=resident, **how)):
             assert_parity(case, make_inputs(case), "cuda")
         assert all("_Hopper_" in name for name, _ in made.stats)

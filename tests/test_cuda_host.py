@@ -22,18 +22,18 @@ pytestmark = pytest.mark.skipif(
     reason="needs nvcc, the stub of a driver and the virtual machine (modules cudastub, ptxvm)",
 )
 NONE = """
-#include "kernels.h"
+#include "../host/kernels.h"
 namespace lora_kernels {
 Kernels %s() { return {nullptr, 0}; }
 }
 """
 SOURCES = {
-    "kernels_sm80_bf16.cu": BF16_KERNELS.replace("LORA_TABLE table", "LORA_TABLE bf16_kernels"),
-    "kernels_sm80_half.cu": NONE % "half_kernels",
-    "kernels_sm80_float.cu": NONE % "float_kernels",
-    "kernels_sm80_tf32.cu": NONE % "tf32_kernels",
-    "kernels_sm90_bf16.cu": HOPPER_KERNELS.replace("TABLE table", "TABLE bf16_kernels_sm90"),
-    "kernels_sm90_half.cu": NONE % "half_kernels_sm90",
+    "linear_sm80_bf16.cu": BF16_KERNELS.replace("LORA_TABLE table", "LORA_TABLE bf16_kernels"),
+    "linear_sm80_half.cu": NONE % "half_kernels",
+    "linear_sm80_float.cu": NONE % "float_kernels",
+    "linear_sm80_tf32.cu": NONE % "tf32_kernels",
+    "linear_sm90_bf16.cu": HOPPER_KERNELS.replace("TABLE table", "TABLE bf16_kernels_sm90"),
+    "linear_sm90_half.cu": NONE % "half_kernels_sm90",
 }
 PROGRAM = """
 import pathlib, sys
@@ -68,7 +68,7 @@ assert torch.cuda.current_device() == 0
 
 given = make_inputs(Case((8,), 512, 2048, 16, torch.bfloat16, scaling=1.0), "cuda:1")
 adapter = given.weight, given.lora_A, given.lora_B
-decoded = lora_linear(given.x, *adapter, impl="cuda")
+of_few_rows = lora_linear(given.x, *adapter, impl="cuda")
 inputs = make_inputs(small, "cuda:1")
 driver.cudastub_set_runner(None)
 try:
@@ -79,12 +79,12 @@ except RuntimeError as error:
 assert "lora_forward_Small_bf16_r16_d1_c1: launch of " in said and "impl='eager'" in said, said
 driver.cudastub_set_runner(driver._runner)
 assert_parity(small, inputs, "cuda")
-assert torch.equal(lora_linear(given.x, *adapter, impl="cuda"), decoded)
+assert torch.equal(lora_linear(given.x, *adapter, impl="cuda"), of_few_rows)
 
 cudastub.history().clear()
 driver.cudastub_set_sms(1, 1)  # the others have something else to run
 assert grids(small, "cuda:1") == [6, 8]
-assert torch.equal(lora_linear(given.x, *adapter, impl="cuda"), decoded)
+assert torch.equal(lora_linear(given.x, *adapter, impl="cuda"), of_few_rows)
 cudastub.history().clear()
 for spared, left in ((3, [5, 5]), (4, [4, 4]), (None, [6, 8])):
     torch._C._set_sm_carveout_experimental(spared)
@@ -100,8 +100,12 @@ def test_calls_of_two_gpus(tmp_path):
     checkout = tmp_path / "checkout"
     for folder in ("cuda", "common"):
         shutil.copytree(ROOT / "csrc" / folder, checkout / "csrc" / folder)
+    sources = checkout / "csrc" / "cuda"
     for name, text in SOURCES.items():
-        (checkout / "csrc" / "cuda" / name).write_text(text)
+        (sources / "instances" / name).write_text(text)
+    # The stub compiles what lies in csrc/cuda itself.
+    for path in [*sources.glob("*/*.cu"), *sources.glob("*/*.cpp")]:
+        (sources / path.name).write_text(f'#include "{path.relative_to(sources)}"\n')
     library = tmp_path / "_cuda.so"
     code = f"import cudastub; cudastub.build_lora_cuda({str(checkout)!r}, {str(library)!r})"
     for command in (["-c", code], ["-c", PROGRAM, str(library)]):

@@ -43,17 +43,17 @@ KERNELS = """
 #define LORA_TABLE table
 #define LORA_FORWARD(X) X({shape}, {ranks}, 1, 1)
 #define LORA_BACKWARD(X) X({shape}, {ranks}, 1, 1)
-#define LORA_DECODE(X) X()
-#include "kernels_sm80.cuh"
+#define LORA_FEW_ROWS(X) X()
+#include "linear_sm80.cuh"
 """
 HOPPER_KERNELS = """
 #define LORA_TYPE bf16
 #define LORA_ELEMENT __nv_bfloat16
 #define LORA_TABLE table
-#include "shapes.h"
+#include "../host/shapes.h"
 #undef LORA_EACH_HOPPER
 #define LORA_EACH_HOPPER(X) X(16, 1)
-#include "kernels_sm90.cuh"
+#include "linear_sm90.cuh"
 """
 BF16_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=16)
 SLICED_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=64)
@@ -126,7 +126,7 @@ MUTANTS = {
     "dropout forgotten in dA": ("sums.cuh", "    if (kDropout) {", "    if (false) {"),
     "mask read before it is drawn": (
         "backward.cuh",
-        "? p.thin.producers + p.kinds.da_blocks : 0",
+        "? p.shrink.xa_columns + p.kinds.da_blocks : 0",
         "? 0 : 0",
     ),
     "words read before they are drawn": (
@@ -155,7 +155,7 @@ SLICED_MUTANTS = {
     "a slice of other ranks of dxa": ("backward.cuh", "layer.n, {}, rank}", "layer.n, {}, 0}"),
     "other slices not waited for": (
         "forward.cuh",
-        "arrivals = p.mask.draws + p.thin.slices;",
+        "arrivals = p.mask.draws + p.shrink.slices;",
         "arrivals = p.mask.draws + 1;",
     ),
     "number taken ahead of a wait": (
@@ -165,21 +165,21 @@ SLICED_MUTANTS = {
     ),
     "slices of a row panel far apart": (
         "order.cuh",
-        "{index / producers, index % producers}",
+        "{index / xa_columns, index % xa_columns}",
         "{index % grid.panels, index / grid.panels}",
     ),
 }
-# Of tiles that make the thin product alone.
+# Of tiles that make the shrink product alone.
 LONE_MUTANTS = {
     "nothing": MUTANTS["nothing"],
     "dxa published before the store": MUTANTS["dxa published before the store"],
     "dxa not waited for": (
         "backward.cuh",
-        "{ wait(p.flags + panel, p.thin.slices); }",
+        "{ wait(p.flags + panel, p.shrink.slices); }",
         "{ (void)panel; }",
     ),
-    "a slice of other ranks": ("order.cuh", "index % thin.slices * kRanks", "0"),
-    "tiles numbered as if there were none": ("order.cuh", "- thin.alone - others", "- others"),
+    "a slice of other ranks": ("order.cuh", "index % shrink.slices * kRanks", "0"),
+    "tiles numbered as if there were none": ("order.cuh", "- shrink.alone - others", "- others"),
 }
 # Of float16's range.
 HALF_MUTANTS = {
@@ -209,64 +209,65 @@ TF32_MUTANTS = {
 
 HOPPER_MUTANTS = {
     "mask read before it is drawn": MUTANTS["mask read before it is drawn"],
-    "nothing": ("forward_sm90.cuh", "layer.m, tile.rank", "layer.m, tile.rank"),
+    "nothing": ("sm90/forward.cuh", "layer.m, tile.rank", "layer.m, tile.rank"),
     "words read before they are drawn": (
-        "forward_sm90.cuh",
-        "if (tile.producing && p.mask.draws)",
+        "sm90/forward.cuh",
+        "if (tile.shrinks && p.mask.draws)",
         "if (false)",
     ),
-    "words of another step": ("pipeline_sm90.cuh", "words + 32 * step", "words"),
+    "words of another step": ("sm90/pipeline.cuh", "words + 32 * step", "words"),
     **TICKET_MUTANTS,
     "number of another step": (
-        "pipeline_sm90.cuh",
+        "sm90/pipeline.cuh",
         "parity);\n    return handed_number(memory.number(at.stage))",
         "parity);\n    return handed_number(memory.number(0))",
     ),
     "number told before it is there": (
-        "pipeline_sm90.cuh",
+        "sm90/pipeline.cuh",
         "    synchronize<2, kHopperCopying>();\n    return handed_number",
         "    return handed_number",
     ),
     "dxa published before the store": (
-        "backward_sm90.cuh",
+        "sm90/backward.cuh",
         "        store_dxa<T>(p,",
         "        publish<S>(p.flags + tile.panel);\n        store_dxa<T>(p,",
     ),
     "dxa not waited for": (
-        "backward_sm90.cuh",
-        "[&](int panel) { side.wait(p.flags + panel, p.thin.slices); }",
+        "sm90/backward.cuh",
+        "[&](int panel) { side.wait(p.flags + panel, p.shrink.slices); }",
         "[](int) {}",
     ),
     "stage refilled while it is read": (
-        "pipeline_sm90.cuh",
+        "sm90/pipeline.cuh",
         "wait_for_phase(memory.read(at.stage), at.parity);",
         "",
     ),
     "step not waited for": (
-        "backward_sm90.cuh",
+        "sm90/backward.cuh",
         "wait_for_phase_in_time(side.memory.filled(stage), side.at.parity);",
         "",
     ),
-    "products not waited for": ("pipeline_sm90.cuh", "    wait_for_products<0>();", ""),
+    "products not waited for": ("sm90/pipeline.cuh", "    wait_for_products<0>();", ""),
     "factors overwritten while they are read": (
-        "pipeline_sm90.cuh",
+        "sm90/pipeline.cuh",
         "wait_for_phase(memory.factors_read(), ~slices++ & 1);",
         "++slices;",
     ),
-    "a box for another": ("backward_sm90.cuh", "column / kHopperBox * M::Box::kBytes", "0"),
-    "columns' distance of W": ("hopper.cuh", "(apart >> 4)", "(apart >> 5)"),
+    "a box for another": ("sm90/backward.cuh", "column / kHopperBox * M::Box::kBytes", "0"),
+    "columns' distance of W": ("sm90/hopper.cuh", "(apart >> 4)", "(apart >> 5)"),
 }
 
 
 def _ptx(folder: Path, kernels: str, mutant: tuple[str, str, str], target: str) -> str:
     name, text, other = mutant
     shutil.copytree(SOURCES, folder / "cuda")
-    source = (folder / "cuda" / name).read_text()
+    faulty, few = folder / "cuda" / "device" / name, folder / "cuda" / "instances" / "few.cu"
+    source = faulty.read_text()
     assert text in source
-    (folder / "cuda" / name).write_text(source.replace(text, other))
-    (folder / "cuda" / "few.cu").write_text(kernels)
+    faulty.write_text(source.replace(text, other))
+    few.write_text(kernels)
     options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={target}", "-ptx", "-w"]
-    command = ["nvcc", *options, "-o", str(folder / "few.ptx"), str(folder / "cuda" / "few.cu")]
+    command = ["nvcc", *options, "-o", str(folder / "few.ptx"), str(few)]
     subprocess.run(command, check=True, capture_output=True)
     return (folder / "few.ptx").read_text()
 
@@ -319,7 +320,7 @@ def test_planted_fault_is_found_of_slices(name, check):
 
 
 @pytest.mark.parametrize("name", LONE_MUTANTS)
-def test_planted_fault_is_found_of_lone_thin_products(name, check):
+def test_planted_fault_is_found_of_lone_shrink_products(name, check):
     """Three slices of ranks, two columns of tiles forward and backward."""
     case = Case((130,), 72, 104, 136, torch.bfloat16, dropout_p=0.1)
     check(name, case, LONE_KERNELS, LONE_MUTANTS, (4, 9))

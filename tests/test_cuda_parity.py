@@ -185,7 +185,7 @@ def test_decoding_is_one_launch_that_reads_the_weight_once(dtype):
     assert torch.equal(first, second)
     assert not machine.zeros.any()
     kind = {BF16: "bf16", FP32: "float"}[dtype]
-    assert [name for name, _ in machine.stats] == [f"lora_decode_{kind}"] * 2
+    assert [name for name, _ in machine.stats] == [f"lora_few_rows_{kind}"] * 2
     assert machine.stats[0][1].shared_bank_conflicts == 0
     loaded = 32 * machine.stats[0][1].data["global_load_sectors"]
     once = dtype.itemsize * (512 * 2048 + 16 * 2048)
@@ -233,7 +233,7 @@ def test_ranks_in_slices(executor, dtype, rank, precision, float32_precision):
 @pytest.mark.parametrize(("n", "k", "rank"), [(72, 40, 200), (71, 41, 65), (264, 520, 24)])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_thin_products_alone(executor, dtype, n, k, rank, wanted, precision, float32_precision):
+def test_shrink_products_alone(executor, dtype, n, k, rank, wanted, precision, float32_precision):
     """Where dx isn't wanted, or columns are fewer than slices: first tiles of the same launch."""
     float32_precision(precision)
     case = Case((150,), n, k, rank, dtype, dropout_p=0.1, bias="dbias" in wanted)
@@ -265,7 +265,7 @@ def test_flags_are_left_as_found(rank, wanted):
 def test_any_number_of_running_programs_makes_progress(dtype, dropout_p, resident):
     """Of 17 that are launched; on weak memory, by several schedules, on the same flags.
 
-    Thin products by tiles of one column, of several, and alone.
+    Shrink products by tiles of one column, of several, and alone.
     """
     flags = torch.zeros(1024, dtype=torch.int32)
     how = {"multiprocessors": 17, "zeros": flags, "weak": 1}
@@ -286,7 +286,7 @@ def test_any_number_of_running_programs_decodes(dtype, resident):
     for seed in range(2):
         with using(machine := Machine(resident=resident, seed=seed, **how)):
             assert_parity(case, make_inputs(case), "cuda")
-        assert machine.stats[0][0].startswith("lora_decode_")
+        assert machine.stats[0][0].startswith("lora_few_rows_")
     assert not flags.any()
 
 
@@ -319,7 +319,7 @@ def test_no_bank_conflicts_and_whole_sectors(shared, dtype, rank, dropout_p):
 @needs_machine
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_no_bank_conflicts_and_whole_sectors_of_thin_products_alone(dtype, dropout_p):
+def test_no_bank_conflicts_and_whole_sectors_of_shrink_products_alone(dtype, dropout_p):
     inputs = make_inputs(Case((256,), 64, 1024, 256, dtype))
     adapter = (inputs.weight, inputs.lora_A, inputs.lora_B)
     with using(machine := Machine(resident=4)):

@@ -68,7 +68,7 @@ def test_ranks_that_no_columns_can_take_have_tiles_of_their_own():
 
 
 def test_programs_that_must_run_together():
-    """As many as columns of tiles make the thin product together; elsewhere one goes on alone."""
+    """As many as columns of tiles make the shrink product together; elsewhere one goes on alone."""
     for device, kind, wanted in product(DEVICES.values(), (BF16, FP16), (None, ALL, DX)):
         for r, columns in ((16, 1), (64, 1), (65, 2), (256, 4)):
             assert plan(device, 8192, 4096, 4096, r, kind, wanted=wanted)[1][-1] == columns

@@ -87,7 +87,7 @@ def test_a_missing_order_is_found(target, fault, compiled, monkeypatch):
 def test_what_only_copies_arrive_for_is_found(compiled, monkeypatch):
     """Who reads the mask of other programs on sm_90a has it from a thread that waited for them."""
     fault = (
-        "pipeline_sm90.cuh",
+        "sm90/pipeline.cuh",
         PASSED_ON,
         "if (one) arrive_after_copies(memory.factors_filled());",
     )

@@ -190,14 +190,14 @@ def compile_objects(folder: Path, sources: Sequence[Path]) -> list[str]:
         raise BuildError("no architecture is left to compile for")
     objects, lines = [], []
     for source in sources:
-        of_sm90a = source.stem.startswith("kernels_sm90")
+        of_sm90a = "_sm90_" in source.stem
         if of_sm90a and not any(arch.startswith("9.0a") for arch in archs):
             continue
         made = str(folder / f"{source.stem}.o")
         objects.append(made)
         lines += [f"build {made}: nvcc {source.resolve()}", f"  name = {source.name}"]
         lines += [f"  archs = {_SM90A if of_sm90a else ' '.join(arch_flags(archs))}"]
-    flags = FLAGS + (" -DLORA_SM90A" if any("kernels_sm90" in made for made in objects) else "")
+    flags = FLAGS + (" -DLORA_SM90A" if any("_sm90_" in made for made in objects) else "")
     flags += " -Werror all-warnings" if toolchain.DEVELOPERS else ""
     rule = RULE.format(nvcc=shutil.which("nvcc"), flags=flags)
     (folder / "build.ninja").write_text(rule + "\n".join(lines) + "\n")
@@ -218,7 +218,7 @@ def build(folder: Path, target: Path) -> None:
     # As system headers, so that warnings are of our own code alone.
     flags = [flag for path in include_paths() for flag in ("-isystem", path)]
     flags += ["-g0", STABLE_ABI_OF_TORCH_2_10]
-    kernels = compile_objects(folder / "kernels", sorted(HERE.glob("*.cu")))
-    objects = toolchain.compile_sources(folder, sorted(HERE.glob("*.cpp")), flags)
+    kernels = compile_objects(folder / "kernels", sorted(HERE.rglob("*.cu")))
+    objects = toolchain.compile_sources(folder, sorted(HERE.rglob("*.cpp")), flags)
     objects += [*kernels, str(runtime_library())]
     toolchain.link(objects, target, folder, ["-lrt", "-ldl", "-lpthread"])

@@ -41,7 +41,7 @@ struct Plan {
   bool sm90a;          // whether the large launch is of a kernel for sm_90a
   Kinds kinds;         // of backward
   Grid grid;
-  Thin thin;
+  Shrink shrink;
   int segment;         // rows that a tile of da or db sums
   int counters;        // int32 zeros that the call needs, the last one its ticket
   int numbers;         // that programs take from it: of tiles, and of shares of forward's mask
@@ -54,7 +54,7 @@ struct Plan {
 // A forward call that is bound by reading the weight: one launch of the decode kernel.
 bool is_decoding(const Problem& problem);
 
-struct DecodePlan {
+struct FewRowsPlan {
   Launch launch;
   int parts;           // of the columns of x and W
   int counters;        // int32 zeros that the call needs, the last ones its flag and its ticket
@@ -62,7 +62,7 @@ struct DecodePlan {
   int64_t partials;    // float32 numbers that the call needs
 };
 
-DecodePlan decode_plan(const Problem& problem, const Device& device);
+FewRowsPlan few_rows_plan(const Problem& problem, const Device& device);
 
 // Throws std::invalid_argument where no kernel serves the problem.
 Plan plan(const Problem& problem, const Device& device);

@@ -15,8 +15,8 @@ struct Shape {
   static constexpr int kWarpRows = kRows / kWarpsM, kWarpColumns = kColumns / kWarpsN;
   static constexpr int kBlocksM = kWarpRows / 16, kBlocksN = kWarpColumns / 8;
   static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0 && kDepth % 16 == 0, "whole fragments");
-  // A warp makes the thin product of one 16-row block; those beside it, which read the same rows, of others.
-  static_assert(kBlocksM == kWarpsN, "one block of the thin product a warp");
+  // A warp makes the shrink of one 16-row block; those beside it, which read the same rows, of others.
+  static_assert(kBlocksM == kWarpsN, "one block of the shrink product a warp");
 };
 
 using Large = Shape<128, 128, 64, 3, 2, 4>;   // where a program may have 160 KB of shared memory
@@ -44,7 +44,7 @@ constexpr int kHopperBox = 64;       // rows and columns of what is copied at on
   X(Large, 16, 0, 1) X(Large, 16, 1, 1) X(Medium, 16, 0, 1) X(Medium, 16, 1, 1) X(Tall, 64, 0, 1) X(Tall, 64, 1, 1) \
   X(Small, 16, 0, 1) X(Small, 16, 1, 1) X(Small, 64, 0, 1) X(Small, 64, 1, 1) X(Small, 16, 0, 0) X(Small, 16, 1, 0)
 
-#define LORA_EACH_DECODE(X) X()
+#define LORA_EACH_FEW_ROWS(X) X()
 
 // X(ranks, dropout)
 #define LORA_EACH_HOPPER(X) X(16, 0) X(16, 1) X(64, 0) X(64, 1)
@@ -102,9 +102,9 @@ constexpr int hopper_bytes(int ranks) {
   return ring_bytes<Hopper>(ranks) + low_rank_bytes<Hopper>(ranks) + hopper_out_bytes(ranks) + barriers + numbers;
 }
 // Decoding: tiles of 16 rows of x by as many rows of W, a program's warps sharing its columns.
-constexpr int kDecodeRows = 16, kDecodeColumns = 32, kDecodeTile = kDecodeRows * kDecodeColumns, kDecodeWarps = 8;
-constexpr int kDecodeThreads = 32 * kDecodeWarps, kDecodeNumbers = kDecodeTile / kDecodeThreads;
-constexpr int kDecodeBytes = 4 * kDecodeWarps * kDecodeTile;
+constexpr int kFewRows = 16, kFewRowsColumns = 32, kFewRowsTile = kFewRows * kFewRowsColumns, kFewRowsWarps = 8;
+constexpr int kFewRowsThreads = 32 * kFewRowsWarps, kFewRowsNumbers = kFewRowsTile / kFewRowsThreads;
+constexpr int kFewRowsBytes = 4 * kFewRowsWarps * kFewRowsTile;
 // Forward's mask: columns of a word, which holds what a thread has of two rows; columns that a warp draws at a time.
 constexpr int kWordColumns = 64, kDrawnColumns = 4 * kWordColumns;
 

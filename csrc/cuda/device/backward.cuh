@@ -27,25 +27,25 @@ __device__ inline bool is_of_dx(const Kinds& kinds, int tile) { return tile < ki
 // A tile of dx, and of dxa if it is one of the first.
 template <class S, int kRanks>
 __device__ inline LargeTile dx_tile_at(const BackwardParams& p, int tile) {
-  return large_tile<S, kRanks>(p.grid, p.thin, tile, p.kinds.da - p.kinds.dxa);
+  return large_tile<S, kRanks>(p.grid, p.shrink, tile, p.kinds.da - p.kinds.dxa);
 }
 
 // What a tile of dx waits for: the makers of its rows' dxa, and where tiles of dA draw the mask, that the makers and all of
 // these have left.
 __device__ inline int arrivals_before(const BackwardParams& p, const LargeTile& tile) {
-  return p.thin.slices + (p.mask.bits && !tile.producing ? p.thin.producers + p.kinds.da_blocks : 0);
+  return p.shrink.slices + (p.mask.bits && !tile.shrinks ? p.shrink.xa_columns + p.kinds.da_blocks : 0);
 }
 
 // What the last tile to leave a row panel finds in its flag.
 __device__ inline int last_to_leave(const BackwardParams& p) {
-  return p.thin.slices + (p.dx ? p.grid.columns : 0) + (p.da ? p.kinds.da_blocks : 0) - 1;
+  return p.shrink.slices + (p.dx ? p.grid.columns : 0) + (p.da ? p.kinds.da_blocks : 0) - 1;
 }
 
 // In what dxa's numbers are.
 template <class T, class S, int kRanks>
 __device__ inline auto units_of(const BackwardParams& p) {
   if constexpr (std::is_same_v<T, __half>) {
-    return Units<S, kRanks>{p.units, p.thin.slices};
+    return Units<S, kRanks>{p.units, p.shrink.slices};
   } else {
     return NoUnits{};
   }
@@ -53,23 +53,23 @@ __device__ inline auto units_of(const BackwardParams& p) {
 
 // Stores a tile's dxa, and its unit.
 template <class T, class S, int kRanks>
-__device__ inline void store_dxa(const BackwardParams& p, const ThinSums<kRanks>& thin, const LargeTile& tile,
+__device__ inline void store_dxa(const BackwardParams& p, const ShrinkSums<kRanks>& shrink, const LargeTile& tile,
                                  const Place<S>& place, uint32_t shared) {
   const Layer& layer = p.layer;
   float scale = scaling_of(layer) * keep_scale(layer);
   if constexpr (std::is_same_v<T, __half>) {
-    const float unit = unit_of<S>(thin, scale, shared);
-    if (threadIdx.x == 0) p.units[tile.panel * p.thin.slices + tile.rank / kRanks] = unit;
+    const float unit = unit_of<S>(shrink, scale, shared);
+    if (threadIdx.x == 0) p.units[tile.panel * p.shrink.slices + tile.rank / kRanks] = unit;
     scale *= inverse_of(unit);
   }
-  store_thin<T>(thin, scale, p.dxa, tile.row + place.thin_row, layer.m, tile.rank, layer.r);
+  store_shrink<T>(shrink, scale, p.dxa, tile.row + place.shrink_row, layer.m, tile.rank, layer.r);
 }
 
 // D of a tile of dx; to be made when what it waits for is there.
 template <class S, bool kDropout>
 __device__ inline auto mask_of(const BackwardParams& p, const LargeTile& tile, const Place<S>& place) {
   if constexpr (kDropout) {
-    return TileMask<S>(p.layer, p.mask, p.mask.bits && !tile.producing, place, tile.row, tile.column);
+    return TileMask<S>(p.layer, p.mask, p.mask.bits && !tile.shrinks, place, tile.row, tile.column);
   } else {
     return NoMask{};
   }
@@ -79,17 +79,17 @@ __device__ inline auto mask_of(const BackwardParams& p, const LargeTile& tile, c
 template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void dx_tile(const BackwardParams& p, int tile, Numbers& numbers, uint32_t shared) {
   const Layer& layer = p.layer;
-  const bool alone = tile < p.thin.alone;
-  const LargeTile of = alone ? thin_tile<S, kRanks>(p.thin, tile) : dx_tile_at<S, kRanks>(p, tile);
-  const auto [row, column, panel, rank, producing] = of;
+  const bool alone = tile < p.shrink.alone;
+  const LargeTile of = alone ? shrink_tile<S, kRanks>(p.shrink, tile) : dx_tile_at<S, kRanks>(p, tile);
+  const auto [row, column, panel, rank, shrinks] = of;
   const Operands operands{layer, matrix<T>(p.dy, layer.m, layer.n), matrix<T>(layer.w, layer.n, layer.k),
                           adapter<T>(layer, layer.b, layer.n, layer.r), row, column, layer.n, {}, rank};
   const Place<S> place;
   Sums<S> sums;
-  ThinSums<kRanks> thin;
-  products<T, S, kRanks, true, false, kInChunks>(sums, thin, operands, producing, alone, shared);
-  if (producing) {
-    store_dxa<T>(p, thin, of, place, shared);
+  ShrinkSums<kRanks> shrink;
+  products<T, S, kRanks, true, false, kInChunks>(sums, shrink, operands, shrinks, alone, shared);
+  if (shrinks) {
+    store_dxa<T>(p, shrink, of, place, shared);
     publish(p.flags + panel);
   }
   if (!alone) wait(p.flags + panel, arrivals_before(p, of));
@@ -144,7 +144,7 @@ template <class T, class S, int kRanks, bool kDropout, bool kInChunks>
 __device__ inline void sum_tile(const BackwardParams& p, int index, Numbers& numbers, uint32_t shared) {
   const Layer& layer = p.layer;
   const SumTile tile = SumTile::at<S, kRanks>(p, index);
-  if (tile.of_da) tile.for_each_panel<S>([&](int panel) { wait(p.flags + panel, p.thin.slices); });
+  if (tile.of_da) tile.for_each_panel<S>([&](int panel) { wait(p.flags + panel, p.shrink.slices); });
   const void* factor = tile.of_da ? p.dxa : p.xa;
   const Source left = from_column(matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r), tile.rank);
   const Source right = tile.of_da ? matrix<T>(p.x, tile.end, layer.k) : matrix<T>(p.dy, tile.end, layer.n);

@@ -1,8 +1,8 @@
 // Kernels for sm_90a, of one 16-bit element type, and their table; as kernels_sm80.cuh.
 
-#include "backward_sm90.cuh"
-#include "forward_sm90.cuh"
-#include "kernels.h"
+#include "../device/sm90/backward.cuh"
+#include "../device/sm90/forward.cuh"
+#include "../host/kernels.h"
 
 #define LORA_JOIN(kind, type, ranks, dropout) lora_##kind##_Hopper_##type##_r##ranks##_d##dropout##_c1
 #define LORA_EXPAND(macro, ...) macro(__VA_ARGS__)

@@ -1,6 +1,6 @@
 // Which kernel serves a call, on which grid.
 //
-// Of the kernels that make the thin product beside the large one, if any do, the one of the smallest cost: waves of
+// Of the kernels that make the shrink beside the large one, if any do, the one of the smallest cost: waves of
 // tiles, each at the share of the peak that its size reaches.
 // The shares are estimates: nothing here was measured on a GPU.
 
@@ -62,9 +62,9 @@ const char* name_of(Type type) {
 
 int over(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// Columns of tiles that make the thin product beside the large one, each a slice of ranks; 0: tiles of its own make it,
+// Columns of tiles that make the shrink beside the large one, each a slice of ranks; 0: tiles of its own make it,
 // or nobody needs it. The tiles of a row panel wait for each other, so that as many programs have to run together.
-int producers(const Choice& c, const Problem& p, const Device& d) {
+int xa_columns(const Choice& c, const Problem& p, const Device& d) {
   const int slices = over(p.r, c.ranks), columns = over(p.backward ? p.k : p.n, c.columns);
   return slices > std::min(columns, d.multiprocessors) || (p.backward && !p.dx) ? 0 : slices;
 }
@@ -76,7 +76,7 @@ std::string refusal(const Choice& c, const Problem& p, const Device& d) {
   if (c.shared_bytes > d.shared_bytes) return "needs more shared memory";
   if (!c.sm90a) return "";
   if (!d.sm90a || !p.in_boxes) return "needs sm_90a, and rows that don't overlap";
-  if (!producers(c, p, d)) return "makes the thin product beside the large one only";
+  if (!xa_columns(c, p, d)) return "makes the shrink product beside the large one only";
   return "";
 }
 
@@ -92,9 +92,9 @@ double cost(const Choice& c, const Problem& p, const Device& d) {
   return (waves < 2 ? over(static_cast<int64_t>(tiles), d.multiprocessors) : waves) * tile;
 }
 
-// Thin products beside the large one come first, then fewer slices of ranks, then the cost.
+// Shrink products beside the large one come first, then fewer slices of ranks, then the cost.
 bool better(const Choice& c, const Choice& than, const Problem& p, const Device& d) {
-  const bool beside = producers(c, p, d), beside_than = producers(than, p, d);
+  const bool beside = xa_columns(c, p, d), beside_than = xa_columns(than, p, d);
   const int slices = over(p.r, c.ranks), slices_than = over(p.r, than.ranks);
   if (beside != beside_than) return beside;
   return slices != slices_than ? slices < slices_than : cost(c, p, d) < cost(than, p, d);
@@ -120,10 +120,10 @@ void number_tiles(Plan& plan, const Problem& p, const Choice& c) {
   k.slabs = over(p.r, c.ranks);
   k.db_blocks = over(p.n, kSumColumns) * k.slabs;
   k.da_blocks = over(p.k, kSumColumns) * k.slabs;
-  k.dxa = plan.grid.panels * plan.thin.producers + plan.thin.alone;
+  k.dxa = plan.grid.panels * plan.shrink.xa_columns + plan.shrink.alone;
   k.db = k.dxa + (p.db || p.dbias ? k.db_blocks * k.parts : 0);
   k.da = k.db + (p.da ? k.da_blocks * k.parts : 0);
-  k.all = k.da + (p.dx ? plan.grid.panels * (plan.grid.columns - plan.thin.producers) : 0);
+  k.all = k.da + (p.dx ? plan.grid.panels * (plan.grid.columns - plan.shrink.xa_columns) : 0);
   plan.partials = k.parts > 1 ? int64_t{k.db_blocks + k.da_blocks} * k.parts * (c.ranks + 1) * kSumColumns : 0;
   plan.counters += k.db_blocks + k.da_blocks;
   plan.mask_rows = p.dropout && p.dx && p.da ? over(p.m, kSumRows) * kSumRows : 0;
@@ -144,27 +144,27 @@ void check(const Problem& p) {
 }  // namespace
 
 bool is_decoding(const Problem& p) {
-  return !p.backward && p.m <= kDecodeRows && !p.dropout && p.in_chunks;
+  return !p.backward && p.m <= kFewRows && !p.dropout && p.in_chunks;
 }
 
 // The columns are divided so that programs come out even: a round costs what its share of W takes to read, and some
 // time in which memory waits, estimated as that of 16 KB.
-DecodePlan decode_plan(const Problem& p, const Device& d) {
+FewRowsPlan few_rows_plan(const Problem& p, const Device& d) {
   check(p);
-  const int tiles = over(p.r, kDecodeColumns) + over(p.n, kDecodeColumns);
+  const int tiles = over(p.r, kFewRowsColumns) + over(p.n, kFewRowsColumns);
   const int bytes = is_16_bit(p.type) ? 2 : 4;
-  const int most = std::max(1, std::min(16, bytes * p.k / (64 * kDecodeWarps)));
+  const int most = std::max(1, std::min(16, bytes * p.k / (64 * kFewRowsWarps)));
   int parts = 1;
   double least = 0;
   for (int tried = 1; tried <= most; ++tried) {
-    const double round = 1.0 * bytes * kDecodeColumns * p.k / tried + 16384;
+    const double round = 1.0 * bytes * kFewRowsColumns * p.k / tried + 16384;
     const double time = round * over(static_cast<int64_t>(tiles) * tried, d.multiprocessors);
     if (tried == 1 || time < least) parts = tried, least = time;
   }
   const int64_t all = static_cast<int64_t>(tiles) * parts;
   const int grid = static_cast<int>(std::min<int64_t>(all, d.multiprocessors));
-  return {{std::string("lora_decode_") + name_of(p.type), grid, kDecodeThreads, kDecodeBytes + kNumberBytes, 1},
-          parts, tiles + 2, static_cast<int>(all), parts > 1 ? all * kDecodeTile : 0};
+  return {{std::string("lora_few_rows_") + name_of(p.type), grid, kFewRowsThreads, kFewRowsBytes + kNumberBytes, 1},
+          parts, tiles + 2, static_cast<int>(all), parts > 1 ? all * kFewRowsTile : 0};
 }
 
 Plan plan(const Problem& p, const Device& d) {
@@ -181,20 +181,20 @@ Plan plan(const Problem& p, const Device& d) {
   plan.columns = c.columns;
   plan.ranks = c.ranks;
   plan.grid = {over(p.m, c.rows), over(p.backward ? p.k : p.n, c.columns)};
-  const bool wants_thin = !p.backward || p.dx || p.da;
-  plan.thin.slices = wants_thin ? over(p.r, c.ranks) : 0;
-  plan.thin.producers = producers(c, p, d);
-  if (int64_t{plan.grid.panels} * (plan.grid.columns + plan.thin.slices) > kMostTiles)
+  const bool wants_shrink = !p.backward || p.dx || p.da;
+  plan.shrink.slices = wants_shrink ? over(p.r, c.ranks) : 0;
+  plan.shrink.xa_columns = xa_columns(c, p, d);
+  if (int64_t{plan.grid.panels} * (plan.grid.columns + plan.shrink.slices) > kMostTiles)
     throw std::invalid_argument("x: expected fewer rows: their tiles are numbered by 31 bits");
-  plan.thin.alone = plan.thin.producers ? 0 : plan.grid.panels * plan.thin.slices;
-  int tiles = plan.grid.panels * plan.grid.columns + plan.thin.alone;
+  plan.shrink.alone = plan.shrink.xa_columns ? 0 : plan.grid.panels * plan.shrink.slices;
+  int tiles = plan.grid.panels * plan.grid.columns + plan.shrink.alone;
   plan.counters = plan.grid.panels + 1;
   if (p.backward) {
     number_tiles(plan, p, c);
     tiles = plan.kinds.all;
   }
   plan.large = {name_of(p.backward ? "backward" : "forward", c, p), std::min(tiles, d.multiprocessors), c.threads,
-                c.shared_bytes, std::max(plan.thin.producers, 1)};
+                c.shared_bytes, std::max(plan.shrink.xa_columns, 1)};
   // float32's products outweigh the mask, and its fragments take other bits.
   if (p.dropout && !p.backward && is_16_bit(p.type)) share_mask(plan, p);
   plan.numbers = tiles + plan.grid.panels * plan.draws;

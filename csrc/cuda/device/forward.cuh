@@ -18,11 +18,11 @@
 
 #include "epilogue.cuh"
 #include "order.cuh"
-#include "params.h"
+#include "../host/params.h"
 
 namespace lora_kernels {
 
-// Draws a share of the mask of x for its producing tiles: a warp has 16 rows of a row panel.
+// Draws a share of the mask of x for its shrinking tiles: a warp has 16 rows of a row panel.
 template <class S>
 __device__ inline void draw_words(const DrawnWords& drawn, const Layer& layer, int draw, int* flags) {
   static_assert(16 * S::kThreads / 32 == S::kRows, "16 rows a warp");
@@ -45,7 +45,7 @@ __device__ inline void forward(const ForwardParams& p) {
   const uint32_t shared = shared_address(memory);
   const Layer& layer = p.layer;
   const Grid& grid = p.grid;
-  const int draws = grid.panels * p.mask.draws, arrivals = p.mask.draws + p.thin.slices;
+  const int draws = grid.panels * p.mask.draws, arrivals = p.mask.draws + p.shrink.slices;
   Numbers numbers{p.ticket, shared + forward_bytes<S>(kRanks)};
   numbers.take();
   int number = numbers.next();
@@ -57,18 +57,18 @@ __device__ inline void forward(const ForwardParams& p) {
   }
   for (; number < p.ticket.count; number = numbers.next()) {
     const int tile = number - draws;
-    const bool alone = tile < p.thin.alone;
-    const auto [row, column, panel, rank, producing] =
-        alone ? thin_tile<S, kRanks>(p.thin, tile) : large_tile<S, kRanks>(grid, p.thin, tile, 0);
+    const bool alone = tile < p.shrink.alone;
+    const auto [row, column, panel, rank, shrinks] =
+        alone ? shrink_tile<S, kRanks>(p.shrink, tile) : large_tile<S, kRanks>(grid, p.shrink, tile, 0);
     const Operands operands{
         layer, matrix<T>(p.x, layer.m, layer.k), matrix<T>(layer.w, layer.n, layer.k),
         adapter<T>(layer, layer.a, layer.r, layer.k), row, column, layer.k, p.mask, rank};
     Sums<S> sums;
-    ThinSums<kRanks> thin;
-    if (kDropout && sizeof(T) == 2 && producing) wait(p.flags + panel, p.mask.draws);
-    products<T, S, kRanks, false, kDropout, kInChunks>(sums, thin, operands, producing, alone, shared);
-    if (producing) {
-      store_thin<T>(thin, keep_scale(layer), p.xa, row + Place<S>().thin_row, layer.m, rank, layer.r);
+    ShrinkSums<kRanks> shrink;
+    if (kDropout && sizeof(T) == 2 && shrinks) wait(p.flags + panel, p.mask.draws);
+    products<T, S, kRanks, false, kDropout, kInChunks>(sums, shrink, operands, shrinks, alone, shared);
+    if (shrinks) {
+      store_shrink<T>(shrink, keep_scale(layer), p.xa, row + Place<S>().shrink_row, layer.m, rank, layer.r);
       publish(p.flags + panel);
     }
     if (!alone) wait(p.flags + panel, arrivals);

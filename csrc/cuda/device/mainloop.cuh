@@ -1,12 +1,12 @@
-// The product of a large tile, multi-stage: copies run ahead of the tensor cores. A producing tile makes
-// the thin product with a low-rank factor on the way, from the operand fragments it has in registers, or nothing else.
+// The product of a large tile, multi-stage: copies run ahead of the tensor cores. A shrinking tile makes
+// the shrink with a low-rank factor on the way, from the operand fragments it has in registers, or nothing else.
 
 #pragma once
 
 #include <type_traits>
 
 #include "mask.cuh"
-#include "shapes.h"
+#include "../host/shapes.h"
 #include "tiles.cuh"
 
 namespace lora_kernels {
@@ -14,13 +14,13 @@ namespace lora_kernels {
 // Where a thread's sums lie in the tile: block (i, j) has rows row(i), row(i) + 8 and columns column(j) + 0, 1.
 template <class S>
 struct Place {
-  int warp_row, warp_column, thin_row, group, t;
+  int warp_row, warp_column, shrink_row, group, t;
 
   __device__ Place() {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     warp_row = warp / S::kWarpsN * S::kWarpRows;
     warp_column = warp % S::kWarpsN * S::kWarpColumns;
-    thin_row = warp_row + warp % S::kWarpsN * 16;  // the block whose thin product this warp makes
+    shrink_row = warp_row + warp % S::kWarpsN * 16;  // the block whose shrink product this warp makes
     group = lane / 4;
     t = lane % 4;
   }
@@ -54,30 +54,30 @@ struct Sums {
 };
 
 template <int kRanks>
-struct ThinSums {
+struct ShrinkSums {
   float v[kRanks / 8][4] = {};
 };
 
-enum class Makes { kLarge, kBoth, kThin };  // of the two products
+enum class Makes { kLarge, kBoth, kShrink };  // of the two products
 
-// Shared memory of a loop: a ring of stages, each with both operands and the thin one.
-// kByDepth: the right operand lies [depth, columns], not [columns, depth]; so does the thin one.
+// Shared memory of a loop: a ring of stages, each with both operands and the shrink's.
+// kByDepth: the right operand lies [depth, columns], not [columns, depth]; so does the shrink's.
 template <class T, class S, int kRanks, bool kByDepth>
 struct Ring {
   static_assert(sizeof(T) == S::kSize, "a shape for elements of this size");
   using Left = Tile<T, S::kRows, S::kDepth>;
   using Right = std::conditional_t<kByDepth, DeepTile<T, S::kDepth, S::kColumns>, Tile<T, S::kColumns, S::kDepth>>;
-  using Thin = std::conditional_t<kByDepth, DeepTile<T, S::kDepth, kRanks>, Tile<T, kRanks, S::kDepth>>;
-  static constexpr int kRight = Left::kBytes, kThin = kRight + Right::kBytes;
-  static constexpr int kStageBytes = kThin + Thin::kBytes, kBytes = S::kStages * kStageBytes;
+  using Shrink = std::conditional_t<kByDepth, DeepTile<T, S::kDepth, kRanks>, Tile<T, kRanks, S::kDepth>>;
+  static constexpr int kRight = Left::kBytes, kShrink = kRight + Right::kBytes;
+  static constexpr int kStageBytes = kShrink + Shrink::kBytes, kBytes = S::kStages * kStageBytes;
   static_assert(kBytes == ring_bytes<S>(kRanks), "what the host asks for");
 };
 
-// Copies the thin operand by registers where chunks can't be: fetched while a step is computed, stored after.
+// Copies the shrink operand by registers where chunks can't be: fetched while a step is computed, stored after.
 // Not float32's, whose loop has none to spare: stored at once.
-template <class T, class ThinTile, int kThreads>
-struct ThinFetch {
-  static constexpr int kChunks = ThinTile::kRows * ThinTile::kChunks, kCopies = (kChunks + kThreads - 1) / kThreads;
+template <class T, class ShrinkTile, int kThreads>
+struct ShrinkFetch {
+  static constexpr int kChunks = ShrinkTile::kRows * ShrinkTile::kChunks, kCopies = (kChunks + kThreads - 1) / kThreads;
   static_assert(kCopies == 1 || kChunks % kThreads == 0, "a thread has all of its chunks, or none");
   uint4 chunks[kCopies];
 
@@ -85,23 +85,23 @@ struct ThinFetch {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int index = i * kThreads + threadIdx.x;
-      chunks[i] = fetch_chunk<T>(from, row + index / ThinTile::kChunks, column + index % ThinTile::kChunks * kChunk<T>);
+      chunks[i] = fetch_chunk<T>(from, row + index / ShrinkTile::kChunks, column + index % ShrinkTile::kChunks * kChunk<T>);
     }
   }
   __device__ void store(uint32_t to) const {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int index = i * kThreads + threadIdx.x;
-      store_chunk(to + ThinTile::offset(index / ThinTile::kChunks, index % ThinTile::kChunks), chunks[i]);
+      store_chunk(to + ShrinkTile::offset(index / ShrinkTile::kChunks, index % ShrinkTile::kChunks), chunks[i]);
     }
   }
 };
 
-// Copies the thin operand by chunks, 16-bit elements along its rows or columns: each thread's addresses are advanced.
-template <class T, class ThinTile, int kThreads, bool kAlongRows>
-struct ThinStream {
-  static constexpr int kChunks = ThinTile::kRows * ThinTile::kChunks, kCopies = (kChunks + kThreads - 1) / kThreads;
-  static constexpr int kRowStep = kThreads / ThinTile::kChunks;
+// Copies the shrink operand by chunks, 16-bit elements along its rows or columns: each thread's addresses are advanced.
+template <class T, class ShrinkTile, int kThreads, bool kAlongRows>
+struct ShrinkStream {
+  static constexpr int kChunks = ShrinkTile::kRows * ShrinkTile::kChunks, kCopies = (kChunks + kThreads - 1) / kThreads;
+  static constexpr int kRowStep = kThreads / ShrinkTile::kChunks;
   const Bits<T>* next;
   int64_t row_step;
   int rows_left;            // from the thread's first chunk on
@@ -109,109 +109,109 @@ struct ThinStream {
   int first;
   static_assert(kRowStep % 8 == 0, "copies of a thread lie at rows with one permutation");
 
-  __device__ explicit ThinStream(const Source& from)
+  __device__ explicit ShrinkStream(const Source& from)
       : next(static_cast<const Bits<T>*>(from.data) + own_row() * from.stride + own_column()),
         row_step(from.stride),
         rows_left(from.rows - own_row()),
-        first(kept_in_register(ThinTile::offset(own_row(), threadIdx.x % ThinTile::kChunks))) {
+        first(kept_in_register(ShrinkTile::offset(own_row(), threadIdx.x % ShrinkTile::kChunks))) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const bool there = kAlongRows || i * kRowStep < rows_left;
       bytes_left[i] = there ? static_cast<int>(sizeof(T)) * (from.columns - own_column()) : 0;
     }
   }
-  __device__ static int own_row() { return threadIdx.x / ThinTile::kChunks; }
-  __device__ static int own_column() { return threadIdx.x % ThinTile::kChunks * kChunk<T>; }
+  __device__ static int own_row() { return threadIdx.x / ShrinkTile::kChunks; }
+  __device__ static int own_column() { return threadIdx.x % ShrinkTile::kChunks * kChunk<T>; }
 
   __device__ void copy(uint32_t to) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const bool there = !kAlongRows || i * kRowStep < rows_left;
       copy_async(to + first + i * kThreads * 16, next + i * kRowStep * row_step, there ? min(max(bytes_left[i], 0), 16) : 0);
-      if (!kAlongRows) bytes_left[i] -= ThinTile::kRowBytes;
+      if (!kAlongRows) bytes_left[i] -= ShrinkTile::kRowBytes;
     }
-    next += kAlongRows ? ThinTile::kRows * row_step : ThinTile::kColumns;
-    if (kAlongRows) rows_left -= ThinTile::kRows;
+    next += kAlongRows ? ShrinkTile::kRows * row_step : ShrinkTile::kColumns;
+    if (kAlongRows) rows_left -= ShrinkTile::kRows;
   }
 };
 
-// The operands of a tile's product at (row, column) and, for a producing tile, of the thin one.
+// The operands of a tile's product at (row, column) and, for a shrinking tile, of the shrink's.
 struct Operands {
   const Layer& layer;
-  Source left, right, thin;
+  Source left, right, shrink;
   int row, column, depth;
   DrawnWords mask = {};
-  int rank = 0;  // the thin one's first that counts
+  int rank = 0;  // the shrink's first that counts
 };
 
 // The copies of a loop's steps into its ring, in order.
 template <class T, class S, int kRanks, bool kByDepth, Makes kMakes, bool kInChunks>
 struct Copies {
   using R = Ring<T, S, kRanks, kByDepth>;
-  using Thin = typename R::Thin;
+  using Shrink = typename R::Shrink;
 
   Stream<T, typename R::Left, S::kThreads, false, kInChunks> left;
   Stream<T, typename R::Right, S::kThreads, kByDepth, kInChunks> right;
-  ThinFetch<T, Thin, S::kThreads> fetched;
-  ThinStream<T, Thin, S::kThreads, kByDepth> thin;
+  ShrinkFetch<T, Shrink, S::kThreads> fetched;
+  ShrinkStream<T, Shrink, S::kThreads, kByDepth> shrink;
   const Operands& operands;
   int step = 0;
   uint32_t stage, end;
-  // Of a 16-bit thin operand this thread copies a chunk or more, or fetches and stores it.
-  static constexpr bool kThin = kMakes != Makes::kLarge, kStreams = kThin && sizeof(T) == 2;
-  bool copies_thin, stores_thin;
+  // Of a 16-bit shrink operand this thread copies a chunk or more, or fetches and stores it.
+  static constexpr bool kShrink = kMakes != Makes::kLarge, kStreams = kShrink && sizeof(T) == 2;
+  bool copies_shrink, stores_shrink;
 
   __device__ Copies(const Operands& o, uint32_t shared)
       : left(o.left, o.row, 0),
         right(o.right, kByDepth ? 0 : o.column, kByDepth ? o.column : 0),
-        thin(kByDepth ? from_column(o.thin, o.rank) : from_row(o.thin, o.rank)),
+        shrink(kByDepth ? from_column(o.shrink, o.rank) : from_row(o.shrink, o.rank)),
         operands(o),
         stage(shared),
         end(shared + R::kBytes),
-        copies_thin(kStreams && kept_in_register(has_thin() && o.thin.in_chunks)),
-        stores_thin(kStreams && kept_in_register(has_thin() && !o.thin.in_chunks)) {}
-  __device__ static bool has_thin() { return threadIdx.x < Thin::kRows * Thin::kChunks; }
+        copies_shrink(kStreams && kept_in_register(has_shrink() && o.shrink.in_chunks)),
+        stores_shrink(kStreams && kept_in_register(has_shrink() && !o.shrink.in_chunks)) {}
+  __device__ static bool has_shrink() { return threadIdx.x < Shrink::kRows * Shrink::kChunks; }
 
   // Starts the copies of the next step; what goes by registers is only fetched.
   __device__ void start() {
     left.copy(stage);
-    if (kMakes != Makes::kThin) right.copy(stage + R::kRight);
+    if (kMakes != Makes::kShrink) right.copy(stage + R::kRight);
     const int row = kByDepth ? step * S::kDepth : operands.rank, column = kByDepth ? operands.rank : step * S::kDepth;
-    if (copies_thin) thin.copy(stage + R::kThin);
-    if (stores_thin) fetched.fetch(operands.thin, row, column);
-    if (kThin && !kStreams) copy_tile<T, Thin, S::kThreads>(stage + R::kThin, operands.thin, row, column);
+    if (copies_shrink) shrink.copy(stage + R::kShrink);
+    if (stores_shrink) fetched.fetch(operands.shrink, row, column);
+    if (kShrink && !kStreams) copy_tile<T, Shrink, S::kThreads>(stage + R::kShrink, operands.shrink, row, column);
   }
   // Stores what was fetched and moves on.
   __device__ void finish() {
-    if (stores_thin) fetched.store(stage + R::kThin);
+    if (stores_shrink) fetched.store(stage + R::kShrink);
     stage = stage + R::kStageBytes == end ? end - R::kBytes : stage + R::kStageBytes;
     ++step;
   }
 };
 
-// sums = left right over all of depth, thin_sums = D(left) thin, D where kDropout: both, or as kMakes says.
+// sums = left right over all of depth, shrink_sums = D(left) times its operand, D where kDropout: both, or as kMakes says.
 template <class T, class S, int kRanks, bool kByDepth, Makes kMakes, bool kDropout, bool kInChunks>
-__device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_sums, const Operands& operands, uint32_t shared) {
+__device__ __forceinline__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrink_sums, const Operands& operands, uint32_t shared) {
   using R = Ring<T, S, kRanks, kByDepth>;
   const Place<S> place;
   const Mask mask(operands.layer);
-  constexpr bool kThin = kMakes != Makes::kLarge, kDrawn = kThin && kDropout && sizeof(T) == 2;
-  std::conditional_t<kDrawn, DrawnLeft<S::kDepth>, NothingDrawn> drawn(operands.mask, operands.layer, operands.row + place.thin_row);
+  constexpr bool kShrink = kMakes != Makes::kLarge, kDrawn = kShrink && kDropout && sizeof(T) == 2;
+  std::conditional_t<kDrawn, DrawnLeft<S::kDepth>, NothingDrawn> drawn(operands.mask, operands.layer, operands.row + place.shrink_row);
   const int steps = (operands.depth + S::kDepth - 1) / S::kDepth;
   Copies<T, S, kRanks, kByDepth, kMakes, kInChunks> copies(operands, shared);
   const LeftReader<typename R::Left> left(place.warp_row);
   const RightReader<typename R::Right, kByDepth> right(place.warp_column);
-  const RightReader<typename R::Thin, kByDepth> thin(0);
-  // From where a lane reads slices of the left operand to where it reads those of the thin product's rows.
-  const uint32_t to_thin_rows = kept_in_register((place.thin_row - place.warp_row) * R::Left::kRowBytes);
+  const RightReader<typename R::Shrink, kByDepth> shrink(0);
+  // From where a lane reads slices of the left operand to where it reads those of the shrink's rows.
+  const uint32_t to_shrink_rows = kept_in_register((place.shrink_row - place.warp_row) * R::Left::kRowBytes);
   // Where slices lie in a stage. Short of registers the compiler would combine these anew at each step; by depth, where
   // the sums over rows take them, it may.
   constexpr bool kKept = !kByDepth && !kPlain<T>;
   constexpr int kSlices = S::kDepth / kDeep<T>;
   uint32_t left_slices[kSlices], right_slices[kSlices];
-  uint32_t to_thin = 0;  // from the right operand's to the thin one's
+  uint32_t to_shrink = 0;  // from the right operand's to the shrink's
   if constexpr (kKept) {
-    to_thin = kept_in_register(thin.first - right.first);
+    to_shrink = kept_in_register(shrink.first - right.first);
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
       left_slices[slice] = kept_in_register(left.at(0, slice));
@@ -241,30 +241,30 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
       repeat<S::kDepth / kDeep<T>>([&](auto slice) {
         const uint32_t left_at = kKept ? kept_in_register(stage + left_slices[slice]) : left.at(stage, slice);
         const uint32_t right_at = kKept ? kept_in_register(stage + right_slices[slice]) : 0;
-        if (kThin) {
+        if (kShrink) {
           Left<T> kept;
-          left.template load<0>(kept, left_at + to_thin_rows);
+          left.template load<0>(kept, left_at + to_shrink_rows);
           if constexpr (kDrawn) {
             drawn.template keep<slice>(kept);
           } else if (kDropout) {
-            const int row = operands.row + place.thin_row + place.group, column = step * S::kDepth + kDeep<T> * slice;
+            const int row = operands.row + place.shrink_row + place.group, column = step * S::kDepth + kDeep<T> * slice;
             left_mask.template keep<slice>(kept, mask, row, column, place.t);
           }
           repeat<kRanks / 16>([&](auto j) {
             if (j && operands.rank + 16 * j >= operands.layer.r) return;
             Right<T> f;
             if constexpr (kKept) {
-              thin.template load<16 * j, R::kThin>(f, right_at + to_thin);
+              shrink.template load<16 * j, R::kShrink>(f, right_at + to_shrink);
             } else {
-              thin.template read<16 * j, slice>(f, stage + R::kThin);
+              shrink.template read<16 * j, slice>(f, stage + R::kShrink);
             }
-            multiply_long<T>(thin_sums.v[2 * j], kept, f[0], f[1]);
-            multiply_long<T>(thin_sums.v[2 * j + 1], kept, f[2], f[3]);
+            multiply_long<T>(shrink_sums.v[2 * j], kept, f[0], f[1]);
+            multiply_long<T>(shrink_sums.v[2 * j + 1], kept, f[2], f[3]);
           });
         }
         // One product after the other, slice by slice: float32's operands take many registers.
         if (kPlain<T>) __syncwarp();
-        if (kMakes == Makes::kThin) return;
+        if (kMakes == Makes::kShrink) return;
         Left<T> a[S::kBlocksM];
         repeat<S::kBlocksM>([&](auto i) { left.template load<16 * i>(a[i], left_at); });
         repeat<S::kBlocksN / 2>([&](auto j) {
@@ -298,17 +298,17 @@ __device__ __forceinline__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_su
   __syncthreads();
 }
 
-// The products of a tile, the thin one where it is a producing one; that alone where the other isn't wanted. float32 has
+// The products of a tile, the shrink's where it is a shrinking one; that alone where the other isn't wanted. float32 has
 // no registers to spare for a third loop: it makes both then.
 template <class T, class S, int kRanks, bool kByDepth, bool kDropout, bool kInChunks>
-__device__ __forceinline__ void products(Sums<S>& sums, ThinSums<kRanks>& thin, const Operands& operands, bool producing,
+__device__ __forceinline__ void products(Sums<S>& sums, ShrinkSums<kRanks>& shrink, const Operands& operands, bool shrinks,
                                          bool alone, uint32_t shared) {
   if (alone && sizeof(T) == 2) {
-    product<T, S, kRanks, kByDepth, Makes::kThin, kDropout, kInChunks>(sums, thin, operands, shared);
-  } else if (producing) {
-    product<T, S, kRanks, kByDepth, Makes::kBoth, kDropout, kInChunks>(sums, thin, operands, shared);
+    product<T, S, kRanks, kByDepth, Makes::kShrink, kDropout, kInChunks>(sums, shrink, operands, shared);
+  } else if (shrinks) {
+    product<T, S, kRanks, kByDepth, Makes::kBoth, kDropout, kInChunks>(sums, shrink, operands, shared);
   } else {
-    product<T, S, kRanks, kByDepth, Makes::kLarge, kDropout, kInChunks>(sums, thin, operands, shared);
+    product<T, S, kRanks, kByDepth, Makes::kLarge, kDropout, kInChunks>(sums, shrink, operands, shared);
   }
 }
 
@@ -342,9 +342,9 @@ __device__ inline uint2 four_ranks(float low0, float high0, float low1, float hi
   return make_uint2(t < 2 ? even0 : even1, t < 2 ? odd0 : odd1);
 }
 
-// Stores a warp's 16 rows of a thin product from (row, rank) on, times scale, to out [rows, r].
+// Stores a warp's 16 rows of a shrink from (row, rank) on, times scale, to out [rows, r].
 template <class T, int kRanks>
-__device__ inline void store_thin(const ThinSums<kRanks>& thin, float scale, void* out, int row, int rows, int rank,
+__device__ inline void store_shrink(const ShrinkSums<kRanks>& shrink, float scale, void* out, int row, int rows, int rank,
                                   int r) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
@@ -354,7 +354,7 @@ __device__ inline void store_thin(const ThinSums<kRanks>& thin, float scale, voi
       for (int j = 0; j < kRanks / 8; j += 2) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float *const low = thin.v[j] + 2 * half, *const high = thin.v[j + 1] + 2 * half;
+          const float *const low = shrink.v[j] + 2 * half, *const high = shrink.v[j + 1] + 2 * half;
           const uint2 four = four_ranks<T>(low[0] * scale, low[1] * scale, high[0] * scale, high[1] * scale, lane % 4);
           const int m = row + lane / 4 + 8 * half, first = rank + 8 * j + 4 * (lane % 4);
           store_four(static_cast<uint16_t*>(out) + static_cast<int64_t>(m) * r + first, four, m < rows && first < r);
@@ -369,8 +369,8 @@ __device__ inline void store_thin(const ThinSums<kRanks>& thin, float scale, voi
     for (int half = 0; half < 2; ++half) {
       const int m = row + lane / 4 + 8 * half, first = rank + 8 * j + 2 * (lane % 4);
       if (m >= rows || first >= r) continue;
-      store_pair<T>(static_cast<Bits<T>*>(out) + static_cast<int64_t>(m) * r + first, thin.v[j][2 * half] * scale,
-                    thin.v[j][2 * half + 1] * scale, r % 2 == 0, first + 1 < r);
+      store_pair<T>(static_cast<Bits<T>*>(out) + static_cast<int64_t>(m) * r + first, shrink.v[j][2 * half] * scale,
+                    shrink.v[j][2 * half + 1] * scale, r % 2 == 0, first + 1 < r);
     }
   }
 }

@@ -5,6 +5,6 @@
 #define LORA_TABLE float_kernels
 #define LORA_FORWARD LORA_EACH_FORWARD_FLOAT
 #define LORA_BACKWARD LORA_EACH_BACKWARD_FLOAT
-#define LORA_DECODE LORA_EACH_DECODE
+#define LORA_FEW_ROWS LORA_EACH_FEW_ROWS
 
-#include "kernels_sm80.cuh"
+#include "linear_sm80.cuh"

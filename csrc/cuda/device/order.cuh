@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "params.h"
+#include "../host/params.h"
 #include "ptx.cuh"
 
 namespace lora_kernels {
@@ -18,34 +18,34 @@ __device__ inline Position grouped_tile(int index, int rows, int columns) {
   return {first + index % in_group % height, index % in_group / height};
 }
 
-// A tile of a large product, of a slice of ranks of the thin one, or of both.
+// A tile of a large product, of a slice of ranks of the shrink, or of both.
 struct LargeTile {
   int row, column, panel;
   int rank;  // the slice's first
-  bool producing;
+  bool shrinks;
 };
 
-// The index-th of the tiles that make the thin product alone.
+// The index-th of the tiles that make the shrink alone.
 template <class S, int kRanks>
-__device__ inline LargeTile thin_tile(const Thin& thin, int index) {
-  const int panel = index / thin.slices;
-  return {panel * S::kRows, 0, panel, index % thin.slices * kRanks, true};
+__device__ inline LargeTile shrink_tile(const Shrink& shrink, int index) {
+  const int panel = index / shrink.slices;
+  return {panel * S::kRows, 0, panel, index % shrink.slices * kRanks, true};
 }
 
-// The index-th tile, of the large product: first those of producing columns, then, after as many others, the rest.
+// The index-th tile, of the large product: first those of shrinking columns, then, after as many others, the rest.
 // Producing tiles of a row panel wait for each other once they have published; so they are neighbours.
 template <class S, int kRanks>
-__device__ inline LargeTile large_tile(const Grid& grid, const Thin& thin, int index, int others) {
-  const int producers = thin.producers, makers = grid.panels * producers;
-  const bool producing = index < makers;
+__device__ inline LargeTile large_tile(const Grid& grid, const Shrink& shrink, int index, int others) {
+  const int xa_columns = shrink.xa_columns, makers = grid.panels * xa_columns;
+  const bool shrinks = index < makers;
   Position at;
-  if (producing) {
-    at = {index / producers, index % producers};
+  if (shrinks) {
+    at = {index / xa_columns, index % xa_columns};
   } else {
-    at = grouped_tile(index - makers - thin.alone - others, grid.panels, grid.columns - producers);
-    at.column += producers;
+    at = grouped_tile(index - makers - shrink.alone - others, grid.panels, grid.columns - xa_columns);
+    at.column += xa_columns;
   }
-  return {at.row * S::kRows, at.column * S::kColumns, at.row, producing ? at.column * kRanks : 0, producing};
+  return {at.row * S::kRows, at.column * S::kColumns, at.row, shrinks ? at.column * kRanks : 0, shrinks};
 }
 
 // Makes these threads' stores visible to whoever waits on the flag.
@@ -90,7 +90,7 @@ __device__ inline bool last_to_arrive(int* counter, int parts, uint32_t shared) 
 //
 // Any number of running programs makes progress. Numbers go out in order, each to a program that runs and works on its own
 // in order. So the lowest that isn't finished is worked on, and where tiles wait for lower numbers alone it waits for
-// nothing. Of several producing columns it may wait for neighbours after it. A program has no number ahead while it waits,
+// nothing. Of several shrinking columns it may wait for neighbours after it. A program has no number ahead while it waits,
 // so if none goes on, each has one of these neighbours; all of them are taken if there are as many programs as columns,
 // and whoever has one publishes before it waits.
 struct Numbers {

@@ -22,17 +22,17 @@ struct NoUnits {
 
 __device__ inline float inverse_of(float unit) { return __uint_as_float(0x7F000000u - __float_as_uint(unit)); }
 
-// A power of two such that float16 holds a tile's thin sums, times scale, in it, each to its precision. The largest finite
+// A power of two such that float16 holds a tile's shrink sums, times scale, in it, each to its precision. The largest finite
 // one is below 2^15 then. Up from there units are as small as that allows, down from there they are 1, 2^-16, 2^-32 and so
 // on: near rows have the same. The least is 2^-64, beyond float16's products. shared: a number for each warp.
 template <class S, int kRanks>
-__device__ inline float unit_of(const ThinSums<kRanks>& thin, float scale, uint32_t shared) {
+__device__ inline float unit_of(const ShrinkSums<kRanks>& shrink, float scale, uint32_t shared) {
   float largest = 0x1p-50f;
 #pragma unroll
   for (int j = 0; j < kRanks / 8; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float size = fabsf(thin.v[j][e] * scale);
+      const float size = fabsf(shrink.v[j][e] * scale);
       largest = size < INFINITY ? fmaxf(largest, size) : largest;
     }
   }

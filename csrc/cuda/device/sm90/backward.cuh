@@ -1,5 +1,5 @@
 // The backward of backward.cuh for sm_90a: the same tiles, numbers and flags, by two sides of a program; see
-// pipeline_sm90.cuh.
+// pipeline.cuh.
 //
 // For a tile of dx the side that copies starts dy and W step by step, with B's where the tile makes dxa, waits for dxa, and
 // copies dxa and A; the side that multiplies makes dy W by wgmma, dxa where the tile makes it, then D(dxa A). For a tile of
@@ -8,8 +8,8 @@
 
 #pragma once
 
-#include "backward.cuh"
-#include "pipeline_sm90.cuh"
+#include "../backward.cuh"
+#include "pipeline.cuh"
 
 namespace lora_kernels {
 
@@ -26,21 +26,21 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
         side.begin(2);
         side.left(params.dy_map, tile.row, depth);
         side.right(params.w_map, depth, tile.column);
-        side.end(tile.producing, b, depth, tile.rank);
+        side.end(tile.shrinks, b, depth, tile.rank);
       }
       const Source dxa = matrix<T>({p.dxa, layer.r}, layer.m, layer.r);
       side.factors(p.flags + tile.panel, arrivals_before(p, tile), last_to_leave(p), dxa, tile.row, a, tile.column, layer.r);
       continue;
     }
     const SumTile tile = SumTile::at<S, kRanks>(p, index);
-    if (tile.of_da) tile.for_each_panel<S>([&](int panel) { side.wait(p.flags + panel, p.thin.slices); });
+    if (tile.of_da) tile.for_each_panel<S>([&](int panel) { side.wait(p.flags + panel, p.shrink.slices); });
     side.take();
     const void* factor = tile.of_da ? p.dxa : p.xa;
-    const Source thin = matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r);
+    const Source shrink = matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r);
     for (int row = tile.row; row < tile.end; row += S::kDepth) {
       side.begin(1);
       side.right(tile.of_da ? params.x_map : params.dy_map, row, tile.column);
-      side.end(factor, thin, row, tile.rank);
+      side.end(factor, shrink, row, tile.rank);
     }
     // Where the mask is drawn the side that draws it leaves, afterwards.
     if (tile.of_da && !p.mask.bits) tile.for_each_panel<S>([&](int panel) { side.leave(p.flags + panel, last_to_leave(p)); });
@@ -57,7 +57,7 @@ __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, 
   using C = SumShape<S, kRanks>;
   static_assert(C::kRowsOfStep == S::kDepth && kHopperBox % C::kWarpColumns == 0, "a warp's columns lie in one box");
   const int column = threadIdx.x / 32 * C::kWarpColumns;
-  const LeftReaderByDepth<typename M::Thin> left_reader(0);
+  const LeftReaderByDepth<typename M::Shrink> left_reader(0);
   const RightReader<typename M::Box, true> right_reader(column % kHopperBox);
   sums.clear();
   // The units are there once the first step is, whose copies waited for them.
@@ -74,7 +74,7 @@ __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, 
       fence_stores();
       synchronize<S>();
     }
-    add_rows<T>(sums, left_reader, side.memory.thin(stage), right_reader, right + column / kHopperBox * M::Box::kBytes,
+    add_rows<T>(sums, left_reader, side.memory.shrink(stage), right_reader, right + column / kHopperBox * M::Box::kBytes,
                 want_product, want_total);
     __syncwarp();
     side.arrive_by_warp(side.memory.read(stage));
@@ -92,10 +92,10 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
     if (is_of_dx(p.kinds, index)) {
       const LargeTile tile = dx_tile_at<S, kRanks>(p, index);
       Sums<S> sums;
-      ThinSums<kRanks> thin;
-      side.template product<false>(sums, thin, layer, {}, tile.row, steps, tile.producing);
-      if (tile.producing) {
-        store_dxa<T>(p, thin, tile, side.place, memory.out());
+      ShrinkSums<kRanks> shrink;
+      side.template product<false>(sums, shrink, layer, {}, tile.row, steps, tile.shrinks);
+      if (tile.shrinks) {
+        store_dxa<T>(p, shrink, tile, side.place, memory.out());
         publish<S>(p.flags + tile.panel);
       }
       const Operands at{layer, {}, {}, {}, tile.row, tile.column, layer.r};

@@ -4,4 +4,4 @@
 #define LORA_ELEMENT __nv_bfloat16
 #define LORA_TABLE bf16_kernels_sm90
 
-#include "kernels_sm90.cuh"
+#include "linear_sm90.cuh"

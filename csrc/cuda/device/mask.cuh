@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "params.h"
+#include "../host/params.h"
 #include "ptx.cuh"
-#include "shapes.h"
+#include "../host/shapes.h"
 
 namespace lora_kernels {
 

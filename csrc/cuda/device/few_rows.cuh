@@ -19,12 +19,12 @@ namespace lora_kernels {
 
 // Columns of a step, a chunk of a row for each thread of a quad.
 template <class T>
-constexpr int kDecodeStep = 4 * kChunk<T>;
+constexpr int kFewRowsStep = 4 * kChunk<T>;
 
 // One chunk of a row; by elements where rows don't allow more or the matrix ends before `end`, which is the same for
 // all lanes.
 template <class T>
-__device__ inline uint4 decode_chunk(const Source& from, int row, int column, int end) {
+__device__ inline uint4 few_rows_chunk(const Source& from, int row, int column, int end) {
   if (from.in_chunks && end <= from.columns) {
     return __ldg(reinterpret_cast<const uint4*>(static_cast<const Bits<T>*>(from.data) + row * from.stride + column));
   }
@@ -32,34 +32,34 @@ __device__ inline uint4 decode_chunk(const Source& from, int row, int column, in
 }
 
 // Where sum (m, n) of a tile lies in shared memory: all that the threads of a warp store at once in different banks.
-__device__ inline int decode_place(int m, int n) { return m * kDecodeColumns + (n ^ (m % 2 + m % 8 / 2 * 8)); }
+__device__ inline int few_rows_place(int m, int n) { return m * kFewRowsColumns + (n ^ (m % 2 + m % 8 / 2 * 8)); }
 
-// A warp's share of x WT: float32 sums of 16 rows by kDecodeColumns rows of W.
+// A warp's share of x WT: float32 sums of 16 rows by kFewRowsColumns rows of W.
 template <class T>
-struct DecodeSums {
-  static constexpr int kBlocks = kDecodeColumns / 8;
+struct FewRowsSums {
+  static constexpr int kBlocks = kFewRowsColumns / 8;
   float v[kBlocks][4] = {};
 
   // Adds steps `first` to `end` of rows of W from `row` on.
   __device__ void add(const Source& x, const Source& w, int row, int first, int end) {
 #pragma unroll 4
-    for (int step = first; step < end; ++step) add_step(x, w, row, kDecodeStep<T> * step);
+    for (int step = first; step < end; ++step) add_step(x, w, row, kFewRowsStep<T> * step);
   }
 
   // The step from column k on. The products take a thread's columns in the order in which its chunks have them, on
   // both sides, so that nothing is exchanged.
   __device__ void add_step(const Source& x, const Source& w, int row, int k) {
-    const int group = threadIdx.x % 32 / 4, column = k + kChunk<T> * (threadIdx.x % 4), end = k + kDecodeStep<T>;
+    const int group = threadIdx.x % 32 / 4, column = k + kChunk<T> * (threadIdx.x % 4), end = k + kFewRowsStep<T>;
     // Beyond the edge the last row stands for what is not there.
-    const uint4 low = decode_chunk<T>(x, min(group, x.rows - 1), column, end);
+    const uint4 low = few_rows_chunk<T>(x, min(group, x.rows - 1), column, end);
     uint4 high = make_uint4(0, 0, 0, 0);
-    if (x.rows > 8) high = decode_chunk<T>(x, min(group + 8, x.rows - 1), column, end);
+    if (x.rows > 8) high = few_rows_chunk<T>(x, min(group + 8, x.rows - 1), column, end);
     uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
     round_operand<T>(first);
     round_operand<T>(second);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      const uint4 of_w = decode_chunk<T>(w, min(row + 8 * block + group, w.rows - 1), column, end);
+      const uint4 of_w = few_rows_chunk<T>(w, min(row + 8 * block + group, w.rows - 1), column, end);
       uint32_t parts[4] = {of_w.x, of_w.y, of_w.z, of_w.w};
       round_operand<T>(parts);
       multiply<T>(v[block], first, parts[0], parts[1]);
@@ -72,19 +72,19 @@ struct DecodeSums {
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) tile[decode_place(lane / 4 + 8 * (e / 2), 8 * block + 2 * (lane % 4) + e % 2)] = v[block][e];
+      for (int e = 0; e < 4; ++e) tile[few_rows_place(lane / 4 + 8 * (e / 2), 8 * block + 2 * (lane % 4) + e % 2)] = v[block][e];
     }
   }
 };
 
 // By plain float32 products: every thread sums all rows of x by its quad's rows of W, over its own columns.
 template <>
-struct DecodeSums<float> {
-  static constexpr int kBlocks = kDecodeColumns / 8;
-  float v[kDecodeRows][kBlocks] = {};
+struct FewRowsSums<float> {
+  static constexpr int kBlocks = kFewRowsColumns / 8;
+  float v[kFewRows][kBlocks] = {};
 
   static __device__ float4 numbers(const Source& from, int row, int column, int end) {
-    const uint4 bits = decode_chunk<float>(from, row, column, end);
+    const uint4 bits = few_rows_chunk<float>(from, row, column, end);
     return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w));
   }
 
@@ -102,20 +102,20 @@ struct DecodeSums<float> {
   }
 
   static __device__ void read(float4 (&to)[kBlocks], const Source& w, int row, int step) {
-    const int group = threadIdx.x % 32 / 4, k = kDecodeStep<float> * step, column = k + 4 * (threadIdx.x % 4);
+    const int group = threadIdx.x % 32 / 4, k = kFewRowsStep<float> * step, column = k + 4 * (threadIdx.x % 4);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      to[block] = numbers(w, min(row + 8 * block + group, w.rows - 1), column, k + kDecodeStep<float>);
+      to[block] = numbers(w, min(row + 8 * block + group, w.rows - 1), column, k + kFewRowsStep<float>);
     }
   }
 
   __device__ void add_step(const Source& x, const float4 (&of_w)[kBlocks], int step) {
-    const int k = kDecodeStep<float> * step, column = k + 4 * (threadIdx.x % 4);
+    const int k = kFewRowsStep<float> * step, column = k + 4 * (threadIdx.x % 4);
 #pragma unroll
-    for (int m = 0; m < kDecodeRows; ++m) {
+    for (int m = 0; m < kFewRows; ++m) {
       // Four rows at a time, the last one for those that are not there.
       if (m >= (x.rows + 3) / 4 * 4) break;
-      const float4 of_x = numbers(x, min(m, x.rows - 1), column, k + kDecodeStep<float>);
+      const float4 of_x = numbers(x, min(m, x.rows - 1), column, k + kFewRowsStep<float>);
       // Four products are summed by themselves, as in multiply_long.
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) v[m][block] += plus_product(0, of_x, of_w[block]);
@@ -129,17 +129,17 @@ struct DecodeSums<float> {
     add_shares<2>(lane % 2);
     add_shares<4>(lane / 2 % 2);
 #pragma unroll
-    for (int i = 0; i < kDecodeRows; ++i) {
+    for (int i = 0; i < kFewRows; ++i) {
       if (i & 6) continue;
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) tile[decode_place(i + lane % 4 * 2, 8 * block + lane / 4)] = v[i][block];
+      for (int block = 0; block < kBlocks; ++block) tile[few_rows_place(i + lane % 4 * 2, 8 * block + lane / 4)] = v[i][block];
     }
   }
   // Rows without kBit become the sums of those that have this thread's `bit` there, over it and its neighbour.
   template <int kBit>
   __device__ void add_shares(bool bit) {
 #pragma unroll
-    for (int m = 0; m < kDecodeRows; ++m) {
+    for (int m = 0; m < kFewRows; ++m) {
       if (m & 6 & (2 * kBit - 1)) continue;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
@@ -152,37 +152,37 @@ struct DecodeSums<float> {
 
 // Sums of a tile over this part of the columns, for this thread's numbers: warps' shares added in order.
 template <class T>
-__device__ inline void decode_sums(float (&sums)[kDecodeNumbers], const Source& x, const Source& w, int row, int part,
+__device__ inline void few_rows_sums(float (&sums)[kFewRowsNumbers], const Source& x, const Source& w, int row, int part,
                                    int parts, float* shared) {
-  const int warp = threadIdx.x / 32, steps = (x.columns + kDecodeStep<T> - 1) / kDecodeStep<T>;
-  const int share = part * kDecodeWarps + warp, shares = parts * kDecodeWarps;
+  const int warp = threadIdx.x / 32, steps = (x.columns + kFewRowsStep<T> - 1) / kFewRowsStep<T>;
+  const int share = part * kFewRowsWarps + warp, shares = parts * kFewRowsWarps;
   const int first = static_cast<int>(static_cast<int64_t>(steps) * share / shares);
   const int end = static_cast<int>(static_cast<int64_t>(steps) * (share + 1) / shares);
-  DecodeSums<T> of_warp;
+  FewRowsSums<T> of_warp;
   of_warp.add(x, w, row, first, end);
-  of_warp.store(shared + warp * kDecodeTile);
+  of_warp.store(shared + warp * kFewRowsTile);
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kDecodeNumbers; ++i) {
+  for (int i = 0; i < kFewRowsNumbers; ++i) {
     sums[i] = 0;
-    const int at = i * kDecodeThreads + threadIdx.x, place = decode_place(at / kDecodeColumns, at % kDecodeColumns);
-    for (int other = 0; other < kDecodeWarps; ++other) sums[i] += shared[other * kDecodeTile + place];
+    const int at = i * kFewRowsThreads + threadIdx.x, place = few_rows_place(at / kFewRowsColumns, at % kFewRowsColumns);
+    for (int other = 0; other < kFewRowsWarps; ++other) sums[i] += shared[other * kFewRowsTile + place];
   }
   __syncthreads();
 }
 
 // Turns a part's sums into those over all parts, in order, and returns true to the last part to arrive.
-__device__ inline bool decode_sum_of_parts(float (&sums)[kDecodeNumbers], float* space, int* counter, int part, int parts,
+__device__ inline bool few_rows_sum_of_parts(float (&sums)[kFewRowsNumbers], float* space, int* counter, int part, int parts,
                                            int* shared) {
   if (parts == 1) return true;
 #pragma unroll
-  for (int i = 0; i < kDecodeNumbers; ++i) space[part * kDecodeTile + i * kDecodeThreads + threadIdx.x] = sums[i];
+  for (int i = 0; i < kFewRowsNumbers; ++i) space[part * kFewRowsTile + i * kFewRowsThreads + threadIdx.x] = sums[i];
   if (!last_to_arrive(counter, parts, shared_address(shared))) return false;
 #pragma unroll
-  for (int i = 0; i < kDecodeNumbers; ++i) {
+  for (int i = 0; i < kFewRowsNumbers; ++i) {
     sums[i] = 0;
     for (int p = 0; p < parts; ++p) {
-      sums[i] += load_fresh(space + p * kDecodeTile + i * kDecodeThreads + threadIdx.x, true);
+      sums[i] += load_fresh(space + p * kFewRowsTile + i * kFewRowsThreads + threadIdx.x, true);
     }
   }
   return true;
@@ -190,9 +190,9 @@ __device__ inline bool decode_sum_of_parts(float (&sums)[kDecodeNumbers], float*
 
 // xa as another program published it, to float32 rows of `pitch` numbers in shared memory, zeros after its ranks.
 template <class T>
-__device__ inline void load_xa(const DecodeParams& p, int pitch, float* shared) {
+__device__ inline void load_xa(const FewRowsParams& p, int pitch, float* shared) {
   const Layer& layer = p.layer;
-  for (int index = threadIdx.x; index < layer.m * pitch; index += kDecodeThreads) {
+  for (int index = threadIdx.x; index < layer.m * pitch; index += kFewRowsThreads) {
     const int m = index / pitch, r = index % pitch;
     shared[index] = number<T>(load_fresh(static_cast<const Bits<T>*>(p.xa) + m * layer.r + r, r < layer.r));
   }
@@ -204,7 +204,7 @@ template <class T>
 __device__ inline float low_rank_number(const Source& b, int n, const float* xa) {
   float sum = 0;
   for (int rank = 0; rank < b.columns; rank += kChunk<T>) {
-    const uint4 of_b = decode_chunk<T>(b, n, rank, rank + kChunk<T>);
+    const uint4 of_b = few_rows_chunk<T>(b, n, rank, rank + kChunk<T>);
     const uint32_t words[4] = {of_b.x, of_b.y, of_b.z, of_b.w};
     float of_chunk = 0;
 #pragma unroll
@@ -221,37 +221,37 @@ __device__ inline float low_rank_number(const Source& b, int n, const float* xa)
 }
 
 template <class T>
-__device__ inline void decode(const DecodeParams& p) {
+__device__ inline void few_rows(const FewRowsParams& p) {
   extern __shared__ __align__(128) char dynamic[];
   float* memory = reinterpret_cast<float*>(dynamic);
   const Layer& layer = p.layer;
   const Source x = matrix<T>(p.x, layer.m, layer.k);
   const Source b = adapter<T>(layer, layer.b, layer.n, layer.r);
   const int pitch = (layer.r + kChunk<T> - 1) / kChunk<T> * kChunk<T>;
-  static_assert(kDecodeRows * 256 * 4 <= kDecodeBytes, "xa of all ranks");
-  const int thin_tiles = (layer.r + kDecodeColumns - 1) / kDecodeColumns;
-  const int tiles = thin_tiles + (layer.n + kDecodeColumns - 1) / kDecodeColumns;
-  Numbers numbers{p.ticket, shared_address(memory) + kDecodeBytes};
+  static_assert(kFewRows * 256 * 4 <= kFewRowsBytes, "xa of all ranks");
+  const int shrink_tiles = (layer.r + kFewRowsColumns - 1) / kFewRowsColumns;
+  const int tiles = shrink_tiles + (layer.n + kFewRowsColumns - 1) / kFewRowsColumns;
+  Numbers numbers{p.ticket, shared_address(memory) + kFewRowsBytes};
   numbers.take();
   for (int index; (index = numbers.next()) < p.ticket.count;) {
     numbers.take();
     const int tile = index / p.parts, part = index % p.parts;
-    const bool thin = tile < thin_tiles;
-    const int row = (thin ? tile : tile - thin_tiles) * kDecodeColumns;
-    const Source w = thin ? adapter<T>(layer, layer.a, layer.r, layer.k) : matrix<T>(layer.w, layer.n, layer.k);
-    float sums[kDecodeNumbers];
-    decode_sums<T>(sums, x, w, row, part, p.parts, memory);
-    float* space = p.partials + static_cast<int64_t>(tile) * p.parts * kDecodeTile;
-    if (!decode_sum_of_parts(sums, space, p.counters + tile, part, p.parts, reinterpret_cast<int*>(memory))) continue;
-    if (!thin) {
-      wait(p.flag, thin_tiles);
+    const bool shrink = tile < shrink_tiles;
+    const int row = (shrink ? tile : tile - shrink_tiles) * kFewRowsColumns;
+    const Source w = shrink ? adapter<T>(layer, layer.a, layer.r, layer.k) : matrix<T>(layer.w, layer.n, layer.k);
+    float sums[kFewRowsNumbers];
+    few_rows_sums<T>(sums, x, w, row, part, p.parts, memory);
+    float* space = p.partials + static_cast<int64_t>(tile) * p.parts * kFewRowsTile;
+    if (!few_rows_sum_of_parts(sums, space, p.counters + tile, part, p.parts, reinterpret_cast<int*>(memory))) continue;
+    if (!shrink) {
+      wait(p.flag, shrink_tiles);
       load_xa<T>(p, pitch, memory);
     }
 #pragma unroll
-    for (int i = 0; i < kDecodeNumbers; ++i) {
-      const int at = i * kDecodeThreads + threadIdx.x, m = at / kDecodeColumns, n = row + at % kDecodeColumns;
-      if (m >= layer.m || n >= (thin ? layer.r : layer.n)) continue;
-      if (thin) {
+    for (int i = 0; i < kFewRowsNumbers; ++i) {
+      const int at = i * kFewRowsThreads + threadIdx.x, m = at / kFewRowsColumns, n = row + at % kFewRowsColumns;
+      if (m >= layer.m || n >= (shrink ? layer.r : layer.n)) continue;
+      if (shrink) {
         store_number<T>(p.xa, static_cast<int64_t>(m) * layer.r + n, sums[i], false);
       } else {
         const float bias = p.bias ? number<T>(static_cast<const Bits<T>*>(p.bias)[n]) : 0.0f;
@@ -259,7 +259,7 @@ __device__ inline void decode(const DecodeParams& p) {
         store_number<T>(p.y, static_cast<int64_t>(m) * layer.n + n, y, false);
       }
     }
-    if (thin) {
+    if (shrink) {
       publish(p.flag);
     } else {
       leave(p.flag, tiles - 1);

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "../common/arguments.h"
+#include "../../common/arguments.h"
 #include "shapes.h"
 
 namespace lora_kernels {
@@ -126,8 +126,8 @@ void launch(const Target& target, const Launch& how, const Params& params) {
 }
 
 // Completes the parameters by what the plan asks for, and launches.
-void decode_call(const Target& target, const Problem& problem, DecodeParams params, const Tensor& like) {
-  const DecodePlan plan = decode_plan(problem, target.device);
+void few_rows_call(const Target& target, const Problem& problem, FewRowsParams params, const Tensor& like) {
+  const FewRowsPlan plan = few_rows_plan(problem, target.device);
   const Tensor zeros = target.zeros(like, plan.counters), partials = target.empty(like, {plan.partials}, ScalarType::Float);
   target.scratch(partials);
   params.partials = static_cast<float*>(data(partials));
@@ -161,13 +161,13 @@ std::tuple<Tensor, Tensor> forward_call(
   Problem problem = problem_of(layer, x, in_chunks(x_rows) && in_chunks(d.weight));
   problem.in_boxes = in_boxes(x_rows) && in_boxes(d.weight);
   if (is_decoding(problem)) {
-    DecodeParams params{};
+    FewRowsParams params{};
     params.layer = layer;
     params.x = rows(x_rows);
     params.bias = added ? data(*added) : nullptr;
     params.y = data(y);
     params.xa = data(xa);
-    decode_call(target, problem, params, x);
+    few_rows_call(target, problem, params, x);
     return {y, xa};
   }
   const Plan plan = lora_kernels::plan(problem, target.device);
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor> forward_call(
   const Tensor mask = target.empty(x, {plan.words}, ScalarType::Float);  // 32 bits each
   target.scratch(mask);
   const DrawnWords words{static_cast<uint32_t*>(data(mask)), plan.draws, plan.share};
-  ForwardParams params{layer, plan.grid, words, rows(x_rows), nullptr, data(y), data(xa), static_cast<int*>(data(flags)), plan.thin,
+  ForwardParams params{layer, plan.grid, words, rows(x_rows), nullptr, data(y), data(xa), static_cast<int*>(data(flags)), plan.shrink,
                        ticket(flags, plan.counters, plan.numbers, plan.large)};
   if (added) params.bias = data(*added);
   if (plan.sm90a) {
@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
   const Tensor dxa = target.empty(dy, {needs[0] || needs[1] ? layer.m : 0, layer.r}, {});
   const Tensor partials = target.empty(dy, {plan.partials}, ScalarType::Float);
   const bool in_units = dy.scalar_type() == ScalarType::Half && dxa.numel();
-  const Tensor units = target.empty(dy, {in_units ? int64_t{plan.grid.panels} * plan.thin.slices : 0}, ScalarType::Float);
+  const Tensor units = target.empty(dy, {in_units ? int64_t{plan.grid.panels} * plan.shrink.slices : 0}, ScalarType::Float);
   const int64_t mask_columns = (layer.k + kSumColumns - 1) / kSumColumns * kSumColumns;
   const Tensor mask = target.empty(dy, {plan.mask_rows * mask_columns / 32}, ScalarType::Float);  // 32 bits each
   const auto wanted = [](bool need, const Tensor& t) { return need ? data(t) : nullptr; };
@@ -225,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_call(
       wanted(needs[0] || needs[1], dxa), wanted(needs[0], dx), wanted(needs[1], da), wanted(needs[2], db),
       wanted(needs[3], dbias), layer.adapters_are_float,
       {plan.mask_rows ? static_cast<uint8_t*>(data(mask)) : nullptr, plan.mask_rows},
-      static_cast<float*>(data(partials)), zeros, zeros + plan.kinds.db_blocks + plan.kinds.da_blocks, plan.segment, plan.thin,
+      static_cast<float*>(data(partials)), zeros, zeros + plan.kinds.db_blocks + plan.kinds.da_blocks, plan.segment, plan.shrink,
       in_units ? static_cast<float*>(data(units)) : nullptr, ticket(counters, plan.counters, plan.numbers, plan.large)};
   for (const Tensor& t : {dy_rows, d.weight, d.a, d.b, dxa, units, partials, mask}) target.scratch(t);
   if (x_rows) target.scratch(*x_rows);

@@ -5,6 +5,6 @@
 #define LORA_TABLE bf16_kernels
 #define LORA_FORWARD LORA_EACH_FORWARD
 #define LORA_BACKWARD LORA_EACH_BACKWARD
-#define LORA_DECODE LORA_EACH_DECODE
+#define LORA_FEW_ROWS LORA_EACH_FEW_ROWS
 
-#include "kernels_sm80.cuh"
+#include "linear_sm80.cuh"

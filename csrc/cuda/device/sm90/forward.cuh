@@ -1,4 +1,4 @@
-// The forward of forward.cuh for sm_90a: the same tiles, numbers and flags, by two sides of a program; see pipeline_sm90.cuh.
+// The forward of forward.cuh for sm_90a: the same tiles, numbers and flags, by two sides of a program; see pipeline.cuh.
 //
 // For one tile the side that copies takes the number, starts the copies of x and W step by step into a ring, with A's where
 // the tile makes xa, waits until xa of the row panel is there, and copies xa and B. The side that multiplies follows: x WT by
@@ -7,8 +7,8 @@
 
 #pragma once
 
-#include "forward.cuh"
-#include "pipeline_sm90.cuh"
+#include "../forward.cuh"
+#include "pipeline.cuh"
 
 namespace lora_kernels {
 
@@ -26,16 +26,16 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
     side.pass();
   }
   for (; number < p.ticket.count; number = side.next()) {
-    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.thin, number - draws, 0);
+    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.shrink, number - draws, 0);
     // For the threads that multiply, which see what this one has seen as soon as the first step is there.
-    if (tile.producing && p.mask.draws) side.wait(p.flags + tile.panel, p.mask.draws);
+    if (tile.shrinks && p.mask.draws) side.wait(p.flags + tile.panel, p.mask.draws);
     for (int depth = 0; depth < layer.k; depth += S::kDepth) {
       side.begin(2);
       side.left(params.x_map, tile.row, depth);
       side.right(params.w_map, tile.column, depth);
-      side.end(tile.producing, a, tile.rank, depth);
+      side.end(tile.shrinks, a, tile.rank, depth);
     }
-    const int arrivals = p.mask.draws + p.thin.slices;
+    const int arrivals = p.mask.draws + p.shrink.slices;
     side.factors(p.flags + tile.panel, arrivals, arrivals + p.grid.columns - 1, xa, tile.row, b, tile.column, layer.r);
   }
   side.pass();
@@ -55,12 +55,12 @@ __device__ inline void multiply_forward(const ForwardParams& p, const HopperMemo
     }
   }
   for (; number < p.ticket.count; number = side.next()) {
-    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.thin, number - draws, 0);
+    const LargeTile tile = large_tile<S, kRanks>(p.grid, p.shrink, number - draws, 0);
     Sums<S> sums;
-    ThinSums<kRanks> thin;
-    side.template product<kDropout>(sums, thin, layer, p.mask, tile.row, steps, tile.producing);
-    if (tile.producing) {
-      store_thin<T>(thin, keep_scale(layer), p.xa, tile.row + side.place.thin_row, layer.m, tile.rank, layer.r);
+    ShrinkSums<kRanks> shrink;
+    side.template product<kDropout>(sums, shrink, layer, p.mask, tile.row, steps, tile.shrinks);
+    if (tile.shrinks) {
+      store_shrink<T>(shrink, keep_scale(layer), p.xa, tile.row + side.place.shrink_row, layer.m, tile.rank, layer.r);
       publish<S>(p.flags + tile.panel);
     }
     // Kept: left to itself the compiler computes it anew at each of a tile's stores.

@@ -4,4 +4,4 @@
 #define LORA_ELEMENT __half
 #define LORA_TABLE half_kernels_sm90
 
-#include "kernels_sm90.cuh"
+#include "linear_sm90.cuh"

@@ -31,11 +31,11 @@ struct Grid {
   int panels, columns;
 };
 
-// Which tiles make the thin product, a slice of ranks of a row panel each: those of the first `producers` columns of the
+// Which tiles make the shrink, a slice of ranks of a row panel each: those of the first `xa_columns` columns of the
 // large one, beside it, or `alone` tiles before all others.
-struct Thin {
+struct Shrink {
   int slices;               // of ranks; 0: nobody needs it
-  int producers, alone;     // one of both is 0
+  int xa_columns, alone;     // one of both is 0
 };
 
 // Dropout's bits for the tiles that make xa, drawn before these: for each 16 rows and kWordColumns columns of x, one after
@@ -58,7 +58,7 @@ struct ForwardParams {
   Rows x;                   // [m, k]
   void *bias, *y, *xa;      // [n] or null, [m, n], [m, r]; contiguous
   int* flags;               // one a row panel, zero before and after
-  Thin thin;                // xa's
+  Shrink shrink;                // xa's
   Ticket ticket;
 };
 
@@ -88,7 +88,7 @@ struct BackwardParams {
   float* partials;          // [blocks, segments, ranks + 1, columns] if there are several segments
   int *counters, *flags;    // one a block of sums, one a row panel; zero before and after
   int segment;              // rows that a tile of da or db sums
-  Thin thin;                // dxa's
+  Shrink shrink;                // dxa's
   float* units;             // of float16's dxa, for each row panel one a slice; else null
   Ticket ticket;
 };
@@ -115,7 +115,7 @@ struct HopperBackwardParams {
   BackwardParams backward;
 };
 
-struct DecodeParams {
+struct FewRowsParams {
   Layer layer;              // at most 16 rows, no dropout
   Rows x;                   // [m, k]
   void *bias, *y, *xa;      // as in forward

@@ -1,19 +1,19 @@
 // Kernels for sm_80 and newer, by cp.async, ldmatrix and mma.sync: all that shapes.h lists, of one element type, and
 // their table. A file for each type defines LORA_TYPE, the word in its kernels' names, LORA_ELEMENT, LORA_TABLE, and
-// the lists LORA_FORWARD, LORA_BACKWARD and LORA_DECODE.
+// the lists LORA_FORWARD, LORA_BACKWARD and LORA_FEW_ROWS.
 
-#include "backward.cuh"
-#include "decode.cuh"
-#include "forward.cuh"
-#include "kernels.h"
+#include "../device/backward.cuh"
+#include "../device/few_rows.cuh"
+#include "../device/forward.cuh"
+#include "../host/kernels.h"
 
 #define LORA_JOIN(kind, shape, type, ranks, dropout, chunks) \
   lora_##kind##_##shape##_##type##_r##ranks##_d##dropout##_c##chunks
-#define LORA_JOIN_DECODE(type) lora_decode_##type
+#define LORA_JOIN_FEW_ROWS(type) lora_few_rows_##type
 // Arguments are expanded before they are joined.
 #define LORA_EXPAND(macro, ...) macro(__VA_ARGS__)
 #define LORA_NAME(kind, shape, ranks, dropout, chunks) LORA_EXPAND(LORA_JOIN, kind, shape, LORA_TYPE, ranks, dropout, chunks)
-#define LORA_DECODE_NAME() LORA_EXPAND(LORA_JOIN_DECODE, LORA_TYPE)
+#define LORA_FEW_ROWS_NAME() LORA_EXPAND(LORA_JOIN_FEW_ROWS, LORA_TYPE)
 
 #define LORA_DEFINE(kind, Params, shape, ranks, dropout, chunks)                        \
   extern "C" __global__ void __launch_bounds__(shape::kThreads, 1)                      \
@@ -23,16 +23,16 @@
 #define LORA_X(...) LORA_DEFINE(forward, ForwardParams, __VA_ARGS__)
 #define LORA_Y(...) LORA_DEFINE(backward, BackwardParams, __VA_ARGS__)
 #define LORA_W()                                                                   \
-  extern "C" __global__ void __launch_bounds__(kDecodeThreads, 1)                  \
-      LORA_DECODE_NAME()(const __grid_constant__ DecodeParams params) {            \
-    decode<LORA_ELEMENT>(params);                                                  \
+  extern "C" __global__ void __launch_bounds__(kFewRowsThreads, 1)                  \
+      LORA_FEW_ROWS_NAME()(const __grid_constant__ FewRowsParams params) {            \
+    few_rows<LORA_ELEMENT>(params);                                                  \
   }
 
 namespace lora_kernels {
 
 LORA_FORWARD(LORA_X)
 LORA_BACKWARD(LORA_Y)
-LORA_DECODE(LORA_W)
+LORA_FEW_ROWS(LORA_W)
 
 #undef LORA_X
 #undef LORA_Y
@@ -43,9 +43,9 @@ Kernels LORA_TABLE() {
 #define LORA_ENTRY(name) {LORA_STRING(name), reinterpret_cast<const void*>(&name)},
 #define LORA_X(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(forward, __VA_ARGS__))
 #define LORA_Y(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(backward, __VA_ARGS__))
-#define LORA_W() LORA_EXPAND(LORA_ENTRY, LORA_DECODE_NAME())
+#define LORA_W() LORA_EXPAND(LORA_ENTRY, LORA_FEW_ROWS_NAME())
   static const Kernel kernels[] = {
-      LORA_FORWARD(LORA_X) LORA_BACKWARD(LORA_Y) LORA_DECODE(LORA_W)};
+      LORA_FORWARD(LORA_X) LORA_BACKWARD(LORA_Y) LORA_FEW_ROWS(LORA_W)};
   return {kernels, sizeof kernels / sizeof *kernels};
 }
 

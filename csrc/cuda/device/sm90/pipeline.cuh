@@ -4,24 +4,24 @@
 
 #pragma once
 
-#include "epilogue.cuh"
+#include "../epilogue.cuh"
 #include "hopper.cuh"
 
 namespace lora_kernels {
 
 // What lies where in shared memory. Large operands come in boxes of 64 x 64, a box at a multiple of 1,024 bytes, as
 // its permutation asks: the left one's below each other, the right one's two as well, or beside each other if
-// kByDepth, where it lies [depth, columns]; so do the thin operand and the right low-rank factor then.
+// kByDepth, where it lies [depth, columns]; so do the shrink operand and the right low-rank factor then.
 template <class T, class S, int kRanks, bool kByDepth>
 struct HopperMemory {
   using Box = Tile<T, kHopperBox, kHopperBox>;
   using Left = Tile<T, S::kRows, S::kDepth>;
-  using Thin = std::conditional_t<kByDepth, Tile<T, S::kDepth, kRanks>, Tile<T, kRanks, S::kDepth>>;
+  using Shrink = std::conditional_t<kByDepth, Tile<T, S::kDepth, kRanks>, Tile<T, kRanks, S::kDepth>>;
   using LeftFactor = Tile<T, S::kRows, kRanks>;
   using RightFactor = std::conditional_t<kByDepth, Tile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
   static_assert(S::kRows == 2 * kHopperBox && S::kColumns == 2 * kHopperBox && S::kDepth == kHopperBox, "two boxes each");
   static constexpr int kOperandBytes = 2 * Box::kBytes, kStageBytes = 2 * kOperandBytes;
-  static constexpr int kThin = S::kStages * kStageBytes, kLeftFactor = kThin + S::kStages * Thin::kBytes;
+  static constexpr int kShrink = S::kStages * kStageBytes, kLeftFactor = kShrink + S::kStages * Shrink::kBytes;
   static constexpr int kRightFactor = kLeftFactor + LeftFactor::kBytes, kOut = kRightFactor + RightFactor::kBytes;
   static constexpr int kBarriers = kOut + hopper_out_bytes(kRanks);
   static constexpr int kNumbers = kBarriers + 8 * (2 * S::kStages + 2);
@@ -30,7 +30,7 @@ struct HopperMemory {
   uint32_t first;
   __device__ uint32_t left(int stage) const { return first + stage * kStageBytes; }
   __device__ uint32_t right(int stage) const { return left(stage) + kOperandBytes; }
-  __device__ uint32_t thin(int stage) const { return first + kThin + stage * Thin::kBytes; }
+  __device__ uint32_t shrink(int stage) const { return first + kShrink + stage * Shrink::kBytes; }
   __device__ uint32_t left_factor() const { return first + kLeftFactor; }
   __device__ uint32_t right_factor() const { return first + kRightFactor; }
   __device__ uint32_t out() const { return first + kOut; }
@@ -99,10 +99,10 @@ struct CopyingSide {
   __device__ void right(const TensorMap& map, int row, int column) const {
     copy(memory.right(at.stage), map, row, column, !kByDepth);
   }
-  // Ends it, with the thin operand at (row, column) of a matrix if there is one.
-  __device__ void end(bool has_thin, const Source& thin, int row, int column) {
-    if (has_thin) {
-      copy_tile<T, typename M::Thin, kHopperCopying, S::kThreads>(memory.thin(at.stage), thin, row, column);
+  // Ends it, with the shrink operand at (row, column) of a matrix if there is one.
+  __device__ void end(bool has_shrink, const Source& shrink, int row, int column) {
+    if (has_shrink) {
+      copy_tile<T, typename M::Shrink, kHopperCopying, S::kThreads>(memory.shrink(at.stage), shrink, row, column);
       arrive_after_copies(memory.filled(at.stage));
     } else {
       arrive(memory.filled(at.stage));
@@ -176,19 +176,19 @@ struct MultiplyingSide {
     at.advance();
   }
 
-  // sums = left right over all steps of a tile whose first row is `row`; a producing tile: thin_sums = D(left) thin.
+  // sums = left right over all steps of a tile whose first row is `row`; a shrinking tile: shrink_sums = D(left) times its operand.
   template <bool kDropout>
-  __device__ void product(Sums<S>& sums, ThinSums<kRanks>& thin_sums, const Layer& layer, const DrawnWords& mask, int row,
-                          int steps, bool producing) {
+  __device__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrink_sums, const Layer& layer, const DrawnWords& mask, int row,
+                          int steps, bool shrinks) {
     static_assert(S::kDepth == kWordColumns, "a word a step");
     const int group_row = threadIdx.x / 128 * 64;
-    const uint32_t* words = kDropout ? words_of(mask, layer, row + place.thin_row, 0) + threadIdx.x % 32 : nullptr;
+    const uint32_t* words = kDropout ? words_of(mask, layer, row + place.shrink_row, 0) + threadIdx.x % 32 : nullptr;
     int before = 0;
     sums.clear();
     for (int step = 0; step < steps; ++step) {
       const int stage = at.stage;
       wait_for_phase_in_time(memory.filled(stage), at.parity);
-      const uint32_t word = kDropout ? load_fresh(words + 32 * step, producing) : 0;
+      const uint32_t word = kDropout ? load_fresh(words + 32 * step, shrinks) : 0;
       const uint64_t left = operand(memory.left(stage) + group_row * M::Left::kRowBytes);
       const uint64_t right = kByDepth ? operand_by_depth(memory.right(stage), M::Box::kBytes) : operand(memory.right(stage));
       // 16 elements of depth: 32 bytes of a row, or 16 rows of 128; addresses count 16 bytes.
@@ -198,7 +198,7 @@ struct MultiplyingSide {
         multiply_async<T, kByDepth>(sums.v[0], left + kLeftStep * slice, right + kRightStep * slice);
       });
       commit_products();
-      if (producing) add_thin<kDropout>(thin_sums, stage, word);
+      if (shrinks) add_shrink<kDropout>(shrink_sums, stage, word);
       wait_for_products<1>();
       arrive_by_warp(memory.read(before), step);
       before = stage;
@@ -224,18 +224,18 @@ struct MultiplyingSide {
   }
 
  private:
-  // The thin product of a warp's 16 rows from one step; `word` has this thread's bits of D.
+  // The shrink of a warp's 16 rows from one step; `word` has this thread's bits of D.
   template <bool kDropout>
-  __device__ void add_thin(ThinSums<kRanks>& sums, int stage, uint32_t word) const {
-    const LeftReader<typename M::Left> left(place.thin_row);
-    const RightReader<typename M::Thin, kByDepth> thin(0);
+  __device__ void add_shrink(ShrinkSums<kRanks>& sums, int stage, uint32_t word) const {
+    const LeftReader<typename M::Left> left(place.shrink_row);
+    const RightReader<typename M::Shrink, kByDepth> shrink(0);
     repeat<S::kDepth / kDeep<T>>([&](auto slice) {
       Left<T> kept;
       left.template read<0>(kept, memory.left(stage), slice);
       if (kDropout) keep_by_word<slice>(kept, word);
       repeat<kRanks / 16>([&](auto j) {
         Right<T> f;
-        thin.template read<16 * j, slice>(f, memory.thin(stage));
+        shrink.template read<16 * j, slice>(f, memory.shrink(stage));
         multiply<T>(sums.v[2 * j], kept, f[0], f[1]);
         multiply<T>(sums.v[2 * j + 1], kept, f[2], f[3]);
       });

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "ptx.cuh"
+#include "../ptx.cuh"
 
 namespace lora_kernels {
 
