@@ -7,11 +7,11 @@ TORCH := $(shell grep '^torch==' requirements-dev.txt)
 # Tests run JOBS at a time, each on one thread.
 JOBS ?= 2
 # Tests of the host path on a stub of a driver take minutes a case: `make test-host`.
-HOST := $(wildcard tests/test_*_host.py)
+HOST := $(wildcard tests/impl/*/test_host.py)
 # Of tests with many cases in the virtual machine one in MANY, others each time; MANY=1 runs all.
 MANY ?= 3
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
-INTERPRETED := $(addprefix tests/test_triton_,parity.py mutations.py handing.py)
+INTERPRETED := $(addprefix tests/impl/triton/test_,parity.py mutations.py split_k.py)
 
 export HF_HUB_OFFLINE := 1
 # What can be compiled here is, or `make` stops: tests of a part that is absent would only skip. Of
@@ -46,7 +46,7 @@ test-old-peft: $(READY)
 	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -c \
 		'import peft; assert peft.__version__ == "$(OLD_PEFT)", peft.__version__'
 	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -m pytest $(ARGS) --no-cov \
-		tests/test_peft.py tests/test_adapter_files.py tests/test_adapter_layout.py
+		tests/peft/test_peft.py tests/peft/test_adapter_files.py tests/peft/test_adapter_layout.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -96,7 +96,7 @@ UNDER_SANITIZERS := LD_PRELOAD="$(foreach name,$(LIBRARIES),$(shell $(CXX) -prin
 sanitize: $(READY)
 	LORA_KERNELS_CPU=1 LORA_KERNELS_CUDA=0 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
 		build_ext --build-lib build/sanitized --build-temp build/sanitized-objects > /dev/null
-	$(UNDER_SANITIZERS) tests/test_cpu.py tests/test_parity.py -k "cpu and not lesser"
+	$(UNDER_SANITIZERS) tests/impl/cpu/test_cpu.py tests/ops/test_parity.py -k "cpu and not lesser"
 	LORA_KERNELS_FUZZ=100 $(UNDER_SANITIZERS) tests/stacks/test_fuzz_live.py
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/select.cpp $(wildcard csrc/cpu/isa/*.cpp) -o build/threads

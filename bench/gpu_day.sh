@@ -76,12 +76,12 @@ on_gpu build 180 "$python" -m pip install -v --no-deps --no-build-isolation -e .
 step info 20 "$python" -m lora_kernels info
 # What is absent would only be skipped; the other steps show what is there.
 step parts 20 env LORA_KERNELS_TEST_NEEDS="$parts" \
-    "$python" -m pytest --no-cov -q --collect-only tests/test_package.py
+    "$python" -m pytest --no-cov -q --collect-only tests/package/test_package.py
 # Each implementation in processes of its own: one that crashes loses nothing of the others. Most of
 # the time goes to compilers, so eight tests at once.
-on_gpu parity-triton 240 "${tests[@]}" -n 8 -k gpu tests/test_triton_parity.py tests/test_triton_handing.py
-on_gpu parity-cuda 60 "${tests[@]}" -n 4 -k gpu tests/test_cuda_parity.py tests/test_cuda_tf32.py
-step parity 60 "${tests[@]}" "${plain[@]}" tests/test_parity.py
+on_gpu parity-triton 240 "${tests[@]}" -n 8 -k gpu tests/impl/triton/test_parity.py tests/impl/triton/test_split_k.py
+on_gpu parity-cuda 60 "${tests[@]}" -n 4 -k gpu tests/impl/cuda/test_parity.py tests/impl/cuda/test_tf32.py
+step parity 60 "${tests[@]}" "${plain[@]}" tests/ops/test_parity.py
 on_gpu tune 240 "$python" -m lora_kernels tune --most 3 --shapes "${shapes[@]}"
 step layer 260 "$python" -m bench --suite layer,overhead,memory "${suites[@]}" --out "$folder/layer"
 step step 140 "$python" -m bench --suite step "${steps[@]}" --out "$folder/step"

@@ -12,8 +12,8 @@ from deepspeed.utils import safe_get_full_grad
 
 import lora_kernels as lk
 from lora_kernels._peft_layer import FusedLinear
-from tests.adapters import Net, adapt, listing
 from tests.stacks.models import FusedCalls, adapted_llama, assert_close, tokens
+from tests.support.adapters import Net, adapt, listing
 
 LAYERS = 14
 

@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 import lora_kernels as lk
 from lora_kernels.functional import preferred
 from tests.census.measure import distance
+from tests.nn.test_prepack import PACKED, needs_packing
 from tests.stacks.models import (
     FusedCalls,
     adapters,
@@ -24,7 +25,6 @@ from tests.stacks.models import (
     transformers,
 )
 from tests.stacks.test_whole_model_compile import Graphs
-from tests.test_prepack import PACKED, needs_packing
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 FalconLinear = pytest.importorskip("transformers.models.falcon.modeling_falcon").FalconLinear

