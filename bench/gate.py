@@ -16,6 +16,8 @@ from bench.calls import Call, inputs_for
 from bench.providers import Provider
 from bench.shapes import SCALING, Case
 from lora_kernels.impl.reference import linear as reference
+from lora_kernels.operands.call import Adapter, LinearCall, Wanted
+from lora_kernels.operands.weight import Dense
 from lora_kernels.testing import Inputs, assert_within_budget, make_inputs
 
 ROWS = 32
@@ -102,17 +104,14 @@ class Gate:
         tensors = inputs.x, inputs.dy, inputs.weight, inputs.lora_A, inputs.lora_B
         x, dy, w, a, b = (t if dtype is None else t.to(dtype) for t in tensors)
         scaling = SCALING if provider.adapted else 0.0
-        y, _ = reference.lora_linear_forward(x[self._rows], w, a, b, None, None, scaling, 0)
+        call = LinearCall(Dense(w), Adapter(a, b, scaling), None, None)
+        y, _ = reference.forward(x[self._rows], call)
         if self.case.mode == "infer":
             return {"y": y}
 
-        def gradients(
-            dy: Tensor, x: Tensor | None, xa: Tensor | None, needs: list[bool]
-        ) -> list[Tensor | None]:
-            layer = w, a, b, None, scaling, 0
-            return list(reference.lora_linear_backward(dy, x, xa, *layer, [*needs, False]))
-
-        dx = gradients(dy[self._rows], None, None, [True, False, False])[0]
-        sums = gradients(dy, x, x @ a.to(x.dtype).T, [False, provider.adapted, provider.adapted])
-        found = {"y": y, "dx": dx, "da": sums[1], "db": sums[2]}
+        only_dx = Wanted(True, False, False, False)
+        dx = reference.backward(dy[self._rows], None, None, call, only_dx).dx
+        others = Wanted(False, provider.adapted, provider.adapted, False)
+        sums = reference.backward(dy, x, x @ a.to(x.dtype).T, call, others)
+        found = {"y": y, "dx": dx, "da": sums.da, "db": sums.db}
         return {name: t for name, t in found.items() if t is not None}

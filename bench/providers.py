@@ -20,7 +20,7 @@ from bench.rivals import addmm_lora, liger_model, lorafusion_lora, unsloth_lora
 from bench.shapes import DTYPES, GROWTH, SCALING, Case
 from lora_kernels.dispatch import refusals
 from lora_kernels.operands.request import Request
-from lora_kernels.packing import reason_left
+from lora_kernels.prepack import reason_left
 from lora_kernels.testing import Inputs
 
 OURS = ("eager", "cpu", "packed", "triton", "cuda")
@@ -135,7 +135,8 @@ def _packed(module: nn.Module) -> nn.Module:
 def _our_refusal(impl: str) -> Callable[[Case], str | None]:
     def refuse(case: Case) -> str | None:
         device = "cuda" if impl in ("triton", "cuda") else "cpu"
-        request = Request(torch.device(device), DTYPES[case.dtype], case.r, case.p > 0)
+        dtype = DTYPES[case.dtype]
+        request = Request("lora_linear", torch.device(device), dtype, case.r, case.p > 0)
         return refusals(request).get(impl)
 
     return refuse

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 from lora_kernels._version import __version__ as __version__
 from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.explanation import Explanation, explain
-from lora_kernels.functional import dropout_mask, lora_linear
 from lora_kernels.nn import LoRALinear
+from lora_kernels.ops.dropout_mask import dropout_mask
+from lora_kernels.ops.linear import lora_linear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
 from lora_kernels.usage import LayerUse, UsageReport

@@ -23,9 +23,12 @@ from lora_kernels.bypass import (
 )
 from lora_kernels.checks import check_memory, is_dtensor, misfit, plainly_fit
 from lora_kernels.dispatch import slower_than_peft
-from lora_kernels.functional import autocast_dtype, checked_lora_linear
+from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
+from lora_kernels.operands.dropout import drawn
+from lora_kernels.operands.onednn import OnednnWeight
 from lora_kernels.operands.request import Request
-from lora_kernels.packing import Packed, current, forget, restore
+from lora_kernels.ops.linear import run
+from lora_kernels.prepack import current, forget, restore
 from lora_kernels.usage import Calls
 
 _PEFT = "peft.tuners.lora.layer"  # whose Linear.forward a fused call stands for
@@ -37,7 +40,7 @@ class FusedLinear(Linear):
 
     _lora_kernels_impl: str
     _lora_kernels_calls: Calls
-    _lora_kernels_packed: Packed | None = None  # set by `prepack_`
+    _lora_kernels_packed: OnednnWeight | None = None  # set by `prepack_`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted layer's output; arguments as PEFT's forward."""
@@ -46,29 +49,28 @@ class FusedLinear(Linear):
         impl: str | None = own.get("_lora_kernels_impl")
         if impl is None:
             return Linear.forward(self, x, *args, **kwargs)
-        parts = fused_parts(self)
-        cast = autocast_dtype(x)
-        if isinstance(parts, str):
-            reason: str | None = parts
-        elif args or kwargs:
-            reason = "called with more than x"
-        else:
-            reason = _call_reason(x, parts, cast, impl, self._modules["base_layer"])
         # A counter would be one of the things that a compiled graph depends on.
         calls = None if torch.compiler.is_dynamo_compiling() else own.get("_lora_kernels_calls")
-        if reason is not None or isinstance(parts, str):
-            if calls is not None and reason is not None:
-                calls.leave(reason)
+        parts = fused_parts(self)
+        if isinstance(parts, str) or args or kwargs:
+            if calls is not None:
+                calls.leave(parts if isinstance(parts, str) else "called with more than x")
             return Linear.forward(self, x, *args, **kwargs)
-        if calls is not None:
-            calls.fused += 1
         weight, bias, lora_A, lora_B, dropout, scaling = parts
         # In this order: a compiled graph without dropout then doesn't depend on the mode.
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        packed, path = current(self, weight), "" if calls is None else calls.path
-        return checked_lora_linear(
-            x, weight, lora_A, lora_B, bias, scaling, p, None, impl, cast, packed, path
-        )
+        cast = autocast_dtype(x)
+        call = LinearCall(current(self, weight), Adapter(lora_A, lora_B, scaling), bias, None)
+        reason = _call_reason(x, call, p, cast, impl, self._modules["base_layer"])
+        if reason is not None:
+            if calls is not None:
+                calls.leave(reason)
+            return Linear.forward(self, x)
+        if calls is not None:
+            calls.fused += 1
+        if p:
+            call = call._replace(dropout=drawn(p, None, x.device))
+        return run(x, call, impl, cast, "" if calls is None else calls.path)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Merge as PEFT does; packed copies of the weight come back when it is unmerged."""
@@ -211,19 +213,19 @@ def left_reason(layer: Linear) -> str | None:
 
 
 def _call_reason(
-    x: Any, parts: FusedParts, cast: torch.dtype | None, impl: str, base: Any
+    x: Any, call: LinearCall, p: float, cast: torch.dtype | None, impl: str, base: Any
 ) -> str | None:
     """Return why a call with x is PEFT's to compute, or to refuse; None where it is fused."""
-    weight, bias, lora_A, lora_B, dropout, scaling = parts
-    if type(scaling) is not float or not plainly_fit(x, weight, lora_A, lora_B, bias, cast):
-        reason = _misfit_reason(x, parts, cast)
+    lora_A, lora_B, scaling = call.adapter
+    if type(scaling) is not float or not plainly_fit(x, call, cast):
+        reason = _misfit_reason(x, call, cast)
         if reason is not None:
             return reason
     # dynamo asks the same by itself.
     if not torch.compiler.is_dynamo_compiling():
         if is_grad_enabled() and (
             x.is_inference()
-            or weight.is_inference()
+            or call.weight.decode().is_inference()
             or lora_A.is_inference()
             or lora_B.is_inference()
         ):
@@ -232,13 +234,13 @@ def _call_reason(
             return "x is no matrix as it lies, which its base layer asks for"
     if x.is_cpu or impl != "auto":
         return None
-    dropped = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
-    return slower_than_peft(Request(x.device, cast or x.dtype, lora_A.shape[0], dropped))
+    dtype, rank = cast or x.dtype, lora_A.shape[0]
+    return slower_than_peft(Request("lora_linear", x.device, dtype, rank, p > 0.0))
 
 
-def _misfit_reason(x: Any, parts: FusedParts, cast: torch.dtype | None) -> str | None:
+def _misfit_reason(x: Any, call: LinearCall, cast: torch.dtype | None) -> str | None:
     """Return what keeps a call from being fused that doesn't fit as most do, or None."""
-    weight, bias, lora_A, lora_B, _, scaling = parts
+    lora_A, lora_B, scaling = call.adapter
     if not isinstance(x, Tensor):
         return f"x is a {type(x).__name__}"
     if isinstance(scaling, Tensor) and scaling.device != x.device:
@@ -251,7 +253,7 @@ def _misfit_reason(x: Any, parts: FusedParts, cast: torch.dtype | None) -> str |
         return f"lora_A is {lora_A.dtype}, lora_B {lora_B.dtype}"
     if cast is not None and torch.float64 in (lora_A.dtype, lora_B.dtype):
         return "lora_A or lora_B is float64, which autocast leaves as it is"
-    misfitting = misfit(x, weight, lora_A, lora_B, bias, cast)
+    misfitting = misfit(x, call, cast)
     return None if misfitting is None else str(misfitting)
 
 

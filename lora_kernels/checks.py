@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.operands.call import AUTOCAST_DTYPES, LinearCall
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
-AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float64 is left as it is
 SEED_RANGE = (-(1 << 63), (1 << 63) - 1)
 
 
@@ -22,15 +23,7 @@ def is_dtensor(t: Tensor | None) -> bool:
     return isinstance(t, DTensor)
 
 
-def check_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    *,
-    cast: torch.dtype | None,
-) -> None:
+def check_call(x: Tensor, call: LinearCall, *, cast: torch.dtype | None) -> None:
     """Check the tensors of a call against each other; `cast` is autocast's dtype, None outside it.
 
     Raises:
@@ -38,26 +31,21 @@ def check_lora_linear(
             combined.
         ValueError: shapes or devices that don't fit.
     """
-    if plainly_fit(x, weight, lora_A, lora_B, bias, cast):
+    if plainly_fit(x, call, cast):
         return
-    error = misfit(x, weight, lora_A, lora_B, bias, cast)
+    error = misfit(x, call, cast)
     if error is not None:
         raise error
 
 
-def plainly_fit(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    cast: torch.dtype | None,
-) -> bool:
+def plainly_fit(x: Tensor, call: LinearCall, cast: torch.dtype | None) -> bool:
     """Whether the tensors fit as those of most calls do: one dtype, or float32 adapters.
 
     A look that takes 1 µs where `misfit`, which names what is wrong, takes 3. False is no error; it
     is the answer for meta tensors, too, which nothing computes.
     """
+    stored, (lora_A, lora_B, _), bias, _ = call
+    weight = stored.decode()
     if not (
         type(x) in _PLAIN
         and type(weight) in _PLAIN
@@ -98,10 +86,9 @@ def plainly_fit(
     )
 
 
-def misfit(
-    x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, cast: torch.dtype | None
-) -> TypeError | ValueError | None:
+def misfit(x: Any, call: LinearCall, cast: torch.dtype | None) -> TypeError | ValueError | None:
     """Return the error that names what doesn't fit in a call, or None."""
+    weight, (lora_A, lora_B, _), bias = call.weight.decode(), call.adapter, call.bias
     tensors = (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias))
     for name, t in tensors:
         if t is None and name == "bias":
@@ -182,14 +169,7 @@ def _unfit_matrices(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -
 
 
 def check_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    xa: Tensor | None,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    wide_xa: bool = False,
+    dy: Tensor, x: Tensor | None, xa: Tensor | None, call: LinearCall, *, wide_xa: bool = False
 ) -> None:
     """Check an operator's backward arguments; parameters may have changed since forward.
 
@@ -198,6 +178,7 @@ def check_backward(
     Raises:
         TypeError, ValueError: an argument doesn't fit the others.
     """
+    weight, (lora_A, lora_B, _) = call.weight.decode(), call.adapter
     (n, k), r = _matrix_shape("weight", weight), _matrix_shape("lora_A", lora_A)[0]
     for name, t, shape in (
         ("lora_A", lora_A, (r, k)),

@@ -1,11 +1,11 @@
 """Which implementation serves a call, or the reason why one does not."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_kernels.impl import executor
 from lora_kernels.impl.cpu import support as cpu
@@ -13,27 +13,17 @@ from lora_kernels.impl.cuda import support as cuda
 from lora_kernels.impl.eager import support as eager
 from lora_kernels.impl.reference import support as reference
 from lora_kernels.impl.triton import support as triton
-from lora_kernels.operands.request import Request
-from lora_kernels.ops import backward_op, forward_op
+from lora_kernels.operands.request import Asked, Request
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute the layer: its operators, and `refuse`, a reason or None for a request.
-
-    ops: what it has, with the formats of W.
-    """
+    """One way to compute: `ops`, with the formats of W, and `refuse`, a reason or None."""
 
     name: str
     summary: str
     ops: dict[str, tuple[str, ...]]
     refuse: Callable[[Request], str | None]
-    forward: Any = field(init=False, repr=False)
-    backward: Any = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "forward", forward_op(self.name))
-        object.__setattr__(self, "backward", backward_op(self.name))
 
 
 # In the order in which "auto" tries them.
@@ -57,30 +47,32 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, CHOICES))}, got {impl!r}")
 
 
-def choose(
-    impl: str, device: torch.device, dtype: torch.dtype, rank: int, dropout: bool
-) -> Implementation:
+def preferred(x: Tensor, weight: Tensor, dropout: bool) -> str:
+    """Return "eager" in place of "auto" where kernels would copy W at each call.
+
+    Those of GPUs read W by rows; torch's products read it as it lies. A mask drawn by torch's
+    operators costs more than the copy.
+    """
+    if dropout or x.is_cpu or x.is_meta:
+        return "auto"
+    return "eager" if weight.stride(0) == 1 != weight.stride(1) else "auto"
+
+
+def choose(impl: str, asked: Asked) -> Implementation:
     """Return the named implementation, or with "auto" the first that accepts the request.
 
     Raises:
         ValueError: `impl` is unknown, or refuses the request; an explicit choice never falls back.
     """
     if torch.compiler.is_compiling():  # folds the choice, but can't call a cached function
-        return _choose(impl, Request(device, dtype, rank, dropout))
-    return _cached_choice(impl, device, dtype, rank, dropout, executor.replaced())
+        return _choose(impl, Request(*asked))
+    return _cached_choice(impl, asked, executor.of_context())
 
 
 @cache
-def _cached_choice(
-    impl: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    rank: int,
-    dropout: bool,
-    _replaced: str | None,
-) -> Implementation:
+def _cached_choice(impl: str, asked: Asked, _replaced: str | None) -> Implementation:
     """Choose once for a kind of call; the last is all that a choice depends on besides."""
-    return _choose(impl, Request(device, dtype, rank, dropout))
+    return _choose(impl, Request(*asked))
 
 
 def _choose(impl: str, request: Request) -> Implementation:

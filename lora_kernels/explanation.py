@@ -4,14 +4,21 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lora_kernels.checks import check_dropout_p, check_lora_linear, check_scaling, check_seed
-from lora_kernels.dispatch import IMPLEMENTATIONS, check_impl, refusals, slower_than_peft
-from lora_kernels.functional import autocast_dtype, preferred
+from lora_kernels.checks import check_call, check_dropout_p, check_scaling, check_seed
+from lora_kernels.dispatch import (
+    IMPLEMENTATIONS,
+    check_impl,
+    preferred,
+    refusals,
+    slower_than_peft,
+)
 from lora_kernels.impl.triton import launch
 from lora_kernels.impl.triton.plan.config import Layer
 from lora_kernels.impl.triton.plan.tuned import planned
+from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dropout import drop_threshold
 from lora_kernels.operands.request import Request
+from lora_kernels.operands.weight import Dense
 
 
 @dataclass(frozen=True)
@@ -81,16 +88,17 @@ def explain(
         'eager'
     """
     cast = autocast_dtype(x)
-    check_lora_linear(x, weight, lora_A, lora_B, bias, cast=cast)
+    call = LinearCall(Dense(weight), Adapter(lora_A, lora_B, scaling), bias, None)
+    check_call(x, call, cast=cast)
     check_scaling(scaling)
     check_dropout_p(dropout_p)
     check_seed(seed, x.device)
     check_impl(impl)
     dropout = training and drop_threshold(dropout_p) > 0
-    request = Request(x.device, cast or x.dtype, lora_A.shape[0], dropout)
+    request = Request("lora_linear", x.device, cast or x.dtype, lora_A.shape[0], dropout)
     reasons = refusals(request)
     names = [i.name for i in IMPLEMENTATIONS]
-    first = preferred("auto", x, weight, dropout)
+    first = preferred(x, weight, dropout)
     if first != "auto":
         names.insert(0, first)
     choice = next((name for name in names if name not in reasons), None)

@@ -69,7 +69,7 @@ def facts() -> dict[str, Any]:
 
 
 def _refusal(implementation: Implementation, device: str) -> str | None:
-    return implementation.refuse(Request(torch.device(device), _DTYPE, _RANK, False))
+    return implementation.refuse(Request("lora_linear", torch.device(device), _DTYPE, _RANK, False))
 
 
 def _version(package: str) -> str | None:

@@ -17,19 +17,22 @@ from lora_kernels.bypass import (
 )
 from lora_kernels.checks import (
     FLOAT_DTYPES,
+    check_call,
     check_dropout_p,
     check_finite,
     check_keyword,
-    check_lora_linear,
     check_rank,
     is_dtensor,
     lack_of_memory,
     plainly_fit,
 )
 from lora_kernels.dispatch import check_impl
-from lora_kernels.functional import autocast_dtype, checked_lora_linear
 from lora_kernels.merging import Update
-from lora_kernels.packing import Packed, current
+from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
+from lora_kernels.operands.dropout import drawn
+from lora_kernels.operands.onednn import OnednnWeight
+from lora_kernels.ops.linear import run
+from lora_kernels.prepack import current
 from lora_kernels.usage import Calls
 
 BIAS_MODES = ("none", "all", "lora_only")
@@ -77,7 +80,7 @@ class LoRALinear(nn.Module):
 
     base_layer: nn.Linear
     _merged_update: Update | None = None
-    _lora_kernels_packed: Packed | None = None  # set by `prepack_`
+    _lora_kernels_packed: OnednnWeight | None = None  # set by `prepack_`
 
     def __init__(
         self,
@@ -227,13 +230,13 @@ class LoRALinear(nn.Module):
         if isinstance(parts, str):
             return self._left(x, parts)
         weight, bias, a, b = parts
-        cast = autocast_dtype(x)
-        if not plainly_fit(x, weight, a, b, bias, cast):
+        cast, scaling, p = autocast_dtype(x), self.scaling, self.lora_dropout
+        call = LinearCall(current(self, weight), Adapter(a, b, scaling), bias, None)
+        if not plainly_fit(x, call, cast):
             reason = input_reason(x)
             if reason is not None:
                 return self._left(x, reason)
-            check_lora_linear(x, weight, a, b, bias, cast=cast)
-        scaling, p = self.scaling, self.lora_dropout
+            check_call(x, call, cast=cast)
         p = p if p and self.training else 0.0
         if type(scaling) is not float or scaling - scaling != 0.0:
             reason = scaling_reason(scaling)
@@ -244,8 +247,9 @@ class LoRALinear(nn.Module):
         # A counter would be one of the things that a compiled graph depends on.
         if not torch.compiler.is_dynamo_compiling():
             self._lora_kernels_calls.fused += 1
-        packed = current(self, weight)
-        return checked_lora_linear(x, weight, a, b, bias, scaling, p, None, self.impl, cast, packed)
+        if p:
+            call = call._replace(dropout=drawn(p, None, x.device))
+        return run(x, call, self.impl, cast)
 
     def left_reason(self) -> str | None:
         """Return why a call would be composed of the submodules' own; None where it is fused."""

@@ -12,8 +12,7 @@ from lora_kernels.bypass import read_linear
 from lora_kernels.dispatch import check_impl
 from lora_kernels.nn import LoRALinear
 from lora_kernels.operands.request import Request
-from lora_kernels.packing import state_of_copies
-from lora_kernels.prepack import PrepackReport, prepack_
+from lora_kernels.prepack import PrepackReport, prepack_, state_of_copies
 from lora_kernels.serving import check_serves, missed_part, request_of, served
 from lora_kernels.summary import Group, Summary, grouped
 from lora_kernels.usage import LOGGER, Calls, LayerUse, UsageReport, by_implementation, run_by

@@ -1,13 +1,20 @@
 """Pack and unpack the frozen weights of a model's adapted layers, for the compiled CPU part."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lora_kernels.bypass import read_linear
-from lora_kernels.packing import Packed, reason_left
+from lora_kernels.checks import is_dtensor, lack_of_memory
+from lora_kernels.native import absence
+from lora_kernels.operands.onednn import OnednnWeight
+from lora_kernels.operands.weight import Dense, Weight
 from lora_kernels.summary import Group, Summary, grouped
+
+PACKED_DTYPES = (torch.bfloat16, torch.float32)
+_CHANGED = "the weight was replaced, moved or changed; call prepack_ again"
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
         if isinstance(weight, str):
             left[path] = weight
             continue
-        layer._lora_kernels_packed = Packed(weight, backward)
+        layer._lora_kernels_packed = OnednnWeight(weight, backward)
         calls = vars(layer).get("_lora_kernels_calls")
         if calls is not None:
             calls.lost = calls.repack = None
@@ -124,3 +131,93 @@ def _weight_to_pack(base: nn.Module) -> Tensor | str:
     """Return the base layer's weight, or why it can't be packed."""
     read = read_linear(base)
     return f"base layer {read}" if isinstance(read, str) else reason_left(read[0]) or read[0]
+
+
+class PackedLayer(Protocol):
+    """A layer that may have a packed weight."""
+
+    _lora_kernels_packed: OnednnWeight | None
+
+
+def current(layer: PackedLayer, weight: Tensor) -> Weight:
+    """Return a layer's weight as a call takes it: its packed one while that holds `weight`."""
+    # Another thread may be unpatching the layer.
+    packed = getattr(layer, "_lora_kernels_packed", None)
+    # Opaque tensors can't be traced: compiled graphs take the weight itself.
+    if packed is None or torch.compiler.is_compiling():
+        return Dense(weight)
+    if packed.holds(weight):
+        return packed
+    forget(layer, _CHANGED)
+    return Dense(weight)
+
+
+def forget(layer: PackedLayer, reason: str, until_unmerged: bool = False) -> None:
+    """Drop the layer's packed weight, if it has one; its record keeps the reason."""
+    packed = getattr(layer, "_lora_kernels_packed", None)
+    if packed is None:
+        return
+    layer._lora_kernels_packed = None
+    calls = vars(layer).get("_lora_kernels_calls")
+    if calls is not None:
+        calls.lost, calls.repack = reason, packed.both_ways if until_unmerged else None
+
+
+def restore(layer: Any, weight: Tensor | str) -> None:
+    """Pack the weight again that `forget` dropped until now, or say why it isn't read."""
+    calls = vars(layer).get("_lora_kernels_calls")
+    if calls is None or calls.repack is None:
+        return
+    both_ways, calls.repack = calls.repack, None
+    calls.lost = weight if isinstance(weight, str) else reason_left(weight)
+    if not isinstance(weight, str) and calls.lost is None:
+        layer._lora_kernels_packed = OnednnWeight(weight, both_ways)
+
+
+def state_of_copies(layer: Any, weight: Tensor | None, impl: str | None) -> str | None:
+    """Return whether a layer's packed copies are "packed", "unused: ..." or "lost: ...", if any.
+
+    weight: the base layer's as a call reads it, if one can. impl: what its calls run by, where that
+    is known.
+    """
+    packed = getattr(layer, "_lora_kernels_packed", None)
+    if packed is None:
+        calls = vars(layer).get("_lora_kernels_calls")
+        return None if calls is None or calls.lost is None else f"lost: {calls.lost}"
+    if weight is None or not packed.holds(weight):
+        return f"lost: {_CHANGED}"
+    if packed.unused is not None:
+        name, dtype = packed.unused
+        return f"unused: the last call ran by {name} in {dtype}, the copies are {packed.dtype}"
+    if impl is not None and not impl.startswith("cpu"):
+        return f"unused: calls run by {impl}"
+    return "packed"
+
+
+def reason_left(weight: Tensor) -> str | None:
+    """Return why a weight can't be packed, or None."""
+    absent = absence("cpu")
+    if absent is not None:
+        return f"the compiled CPU part is absent: {absent}"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    if weight.device.type != "cpu":
+        return f"the weight is on {weight.device}, not a CPU"
+    if weight.dtype not in PACKED_DTYPES:
+        return f"the weight is {weight.dtype}, not bfloat16 or float32"
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN packs no bfloat16 on this processor, which has no AVX512"
+    if is_dtensor(weight):
+        return "the weight is a DTensor"
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"the weight is a {type(weight).__name__}"
+    if weight.ndim != 2 or weight.numel() == 0:
+        return f"the weight has shape {list(weight.shape)}"
+    if weight.requires_grad:
+        return "the weight is not frozen"
+    lack = lack_of_memory(weight)
+    if lack is not None:
+        return f"expected {lack}"
+    if weight.is_inference():
+        return "the weight is an inference tensor, whose changes can't be seen"
+    return None

@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensor
 
 from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
 from lora_kernels.dispatch import choose, refusal, refusals, slower_than_peft
-from lora_kernels.functional import autocast_dtype
 from lora_kernels.native import LIBRARIES, absence
+from lora_kernels.operands.call import autocast_dtype
 from lora_kernels.operands.request import Request
 
 _KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
@@ -48,7 +48,8 @@ def request_of(base: nn.Module, rank: int, dropout: bool) -> Request | None:
         # Offloaded shards lie on the CPU.
         mesh = cast(Any, weight).device_mesh.device_type
         device = device if device.type == mesh else torch.device(mesh)
-    return Request(device, autocast_dtype(weight) or weight.dtype, rank, dropout)
+    dtype = autocast_dtype(weight) or weight.dtype
+    return Request("lora_linear", device, dtype, rank, dropout)
 
 
 def served(impl: str, request: Request) -> Served:
@@ -56,7 +57,7 @@ def served(impl: str, request: Request) -> Served:
     reason = None if impl == "auto" else refusal(impl, request)
     if reason is not None:
         return Served(f"{impl}, which raises", reason)
-    name = choose(impl, *request).name
+    name = choose(impl, request).name
     by = f"cpu ({torch.ops.lora_kernels.cpu_isa()})" if name == "cpu" else name
     if impl != "auto" or name != "eager":
         return Served(by)
@@ -86,7 +87,7 @@ def missed_part(requests: Iterable[Request]) -> str | None:
     """Return which part, if it were there, would serve one of the requests, and the cure."""
     for request in set(requests):
         part = request.device.type
-        if part not in LIBRARIES or choose("auto", *request).name != "eager":
+        if part not in LIBRARIES or choose("auto", request).name != "eager":
             continue
         reason = absence(part)
         if reason is not None and refusal(part, request) == reason:

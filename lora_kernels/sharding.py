@@ -24,6 +24,10 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.experimental import register_sharding
 
 from lora_kernels.dispatch import IMPLEMENTATIONS
+from lora_kernels.operands.call import Adapter, LinearCall
+from lora_kernels.operands.dropout import Dropout
+from lora_kernels.operands.weight import Dense
+from lora_kernels.registration import operators
 
 ALL, SUM = Replicate(), Partial()
 
@@ -72,39 +76,31 @@ def _whole(*given: Any) -> list[Placement | None]:
     return [ALL if t is not None else None for t in given]
 
 
-def _forward_rule(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, scaling, threshold):
-    given = (x, weight, lora_A, lora_B, bias)
-    return [
-        (
-            [way.y, way.xa],
-            [
-                *_placed(way, "x weight lora_A lora_B bias", given),
-                *_whole(seed, scaling_tensor),
-                None,
-                None,
-            ],
-        )
-        for way in _ways(x.ndim)
-    ]
+def _forward_rule(x: Any, *flat: Any) -> list[Any]:
+    """Return for each way the placements of y and xa, and of x and what a call is made flat to."""
+    weight, _, _, *adapter, bias, seed, _, scaling_tensor, _ = flat
+    (whole_seed, whole_scaling) = _whole(seed, scaling_tensor)
+    rules = []
+    for way in _ways(x.ndim):
+        first = _placed(way, "x weight", (x, weight))
+        second = _placed(way, "lora_A lora_B bias", (*adapter, bias))
+        # Between W and A parts, of which a sharded W has none, and its format.
+        inputs = [*first, None, None, *second, whole_seed, None, whole_scaling, None]
+        rules.append(([way.y, way.xa], inputs))
+    return rules
 
 
-def _backward_rule(
-    dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold, needs
-):
-    given = (dy, x, xa, weight, lora_A, lora_B)
-    return [
-        (
-            [way.dx, way.da, way.db, way.dbias],
-            [
-                *_placed(way, "dy x xa weight lora_A lora_B", given),
-                *_whole(seed, scaling_tensor),
-                None,
-                None,
-                None,
-            ],
-        )
-        for way in _ways(dy.ndim)
-    ]
+def _backward_rule(dy: Any, x: Any, xa: Any, *flat: Any) -> list[Any]:
+    """Return the same for the gradients."""
+    weight, _, _, *adapter, seed, _, scaling_tensor, _, _ = flat
+    (whole_seed, whole_scaling) = _whole(seed, scaling_tensor)
+    rules = []
+    for way in _ways(dy.ndim):
+        first = _placed(way, "dy x xa weight", (dy, x, xa, weight))
+        second = _placed(way, "lora_A lora_B", tuple(adapter))
+        inputs = [*first, None, None, *second, whole_seed, None, whole_scaling, None, None]
+        rules.append(([way.dx, way.da, way.db, way.dbias], inputs))
+    return rules
 
 
 @cache
@@ -115,26 +111,22 @@ def register_rules() -> None:
         ("backward", _backward_rule),
     ]
     for direction, rule in rules:
-        register_sharding([getattr(i, direction) for i in IMPLEMENTATIONS])(rule)
+        handles = [getattr(operators("lora_linear", i.name), direction) for i in IMPLEMENTATIONS]
+        register_sharding(handles)(rule)
 
 
-def sharded_call(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return weight, lora_A, lora_B, bias and seed as the operators take them on DTensors."""
+def sharded_call(x: Tensor, call: LinearCall) -> LinearCall:
+    """Return a call as the operators take it on DTensors."""
     if not torch.compiler.is_compiling():  # which can't trace it, and comes after a first look
         register_rules()
-    return (
-        _reduced_gradient(weight),
-        _reduced_gradient(lora_A),
-        _reduced_gradient(lora_B),
+    weight, (a, b, scaling), bias, dropout = call
+    if dropout is not None:
+        dropout = Dropout(_shard_seed(dropout.seed, x), dropout.threshold)
+    return LinearCall(
+        Dense(_reduced_gradient(weight.decode())),
+        Adapter(_reduced_gradient(a), _reduced_gradient(b), scaling),
         None if bias is None else _reduced_gradient(bias),
-        None if seed is None else _shard_seed(seed, x),
+        dropout,
     )
 
 

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import functional
 from lora_kernels.impl import gpu
 from lora_kernels.impl.reference import linear as reference
-from lora_kernels.operands.dropout import drop_threshold
+from lora_kernels.operands.call import Adapter, LinearCall, Wanted
+from lora_kernels.operands.dropout import drawn
+from lora_kernels.operands.weight import Dense
+from lora_kernels.ops.linear import lora_linear
 
 FEW_ELEMENTS, MORE_DRAWS = 1 << 17, 7
 # Where xa has so few elements, one rounding of it decides the errors of y and db: against seven
@@ -158,7 +160,7 @@ def run(
         for name, t in zip(GRADIENTS, tensors, strict=True)
         if t is not None
     }
-    y = functional.lora_linear(
+    y = lora_linear(
         leaves["dx"],
         inputs.weight,
         leaves["da"],
@@ -187,13 +189,10 @@ def reference_results(
         cast, (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.dy)
     )
     bias = None if inputs.bias is None else cast(inputs.bias)
-    threshold = drop_threshold(case.dropout_p)
-    seed = torch.tensor(inputs.seed, device=x.device) if threshold else None
-    y, xa = reference.lora_linear_forward(x, weight, a, b, bias, seed, case.scaling, threshold)
-    needs = [True, True, True, bias is not None]
-    grads = reference.lora_linear_backward(
-        dy, x, xa, weight, a, b, seed, case.scaling, threshold, needs
-    )
+    dropout = drawn(case.dropout_p, inputs.seed, x.device)
+    call = LinearCall(Dense(weight), Adapter(a, b, case.scaling), bias, dropout)
+    y, xa = reference.forward(x, call)
+    grads = reference.backward(dy, x, xa, call, Wanted(True, True, True, bias is not None))
     results = dict(zip(("y", *GRADIENTS), (y, *grads), strict=True))
     return {name: t for name, t in results.items() if t is not None}
 

@@ -1,5 +1,7 @@
 """Whether torch looks into a call in a way that an operator of ours can't answer for itself."""
 
+import sys
+
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -26,9 +28,16 @@ def needs_plain_torch() -> bool:
     return _is_tracing() or counts_flops()
 
 
-def in_functorch() -> bool:
-    """Whether one of torch.func's transforms is active."""
-    return type(_interpreter()) is not _NOTHING
+def backward_needs_plain_torch() -> bool:
+    """Whether backward is recorded (create_graph), mapped, counted, or dy may have a tangent."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return (
+        torch.is_grad_enabled()
+        or type(_interpreter()) is not _NOTHING
+        or forward_ad._current_level >= 0
+        or counts_flops()
+    )
 
 
 def counts_flops() -> bool:
@@ -40,3 +49,9 @@ def counts_flops() -> bool:
         return False
     modes = _get_current_dispatch_mode_stack()
     return any(type(mode).__name__ == "_FlopCounterMode" for mode in modes)
+
+
+def compiles_ahead() -> bool:
+    """Whether AOTInductor traces an exported program, whose packages keep the fused operators."""
+    virtualized = sys.modules.get("torch._inductor.virtualized")
+    return virtualized is not None and bool(virtualized.V.aot_compilation)

@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -20,6 +22,9 @@ namespace arguments {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+// What an operator takes of W's format, and of W besides W itself: neither of a dense one.
+using Format = std::optional<StringHandle>;
+using Parts = std::optional<std::vector<Tensor>>;
 
 inline std::string shape_of(const Tensor& t) {
   std::ostringstream text;
@@ -82,6 +87,28 @@ inline void check_adapter_type(const char* name, const Tensor& t) {
       name, ": expected float16, bfloat16, float32 or float64");
 }
 
+// An operator's text. Torch's own conversion to std::string loses 32 bytes a call (2.13).
+inline std::string taken(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
+
+// The format of W, dense where none is said, is one of those that an implementation reads.
+inline void check_format(const Format& handle, const Parts& parts, std::initializer_list<const char*> known) {
+  const std::string format = handle ? taken(*handle) : "dense";
+  if (std::none_of(known.begin(), known.end(), [&](const char* name) { return format == name; })) {
+    std::string names;
+    for (const char* name : known) names += (names.empty() ? "" : " or ") + std::string(name);
+    STD_TORCH_CHECK(false, "format: expected ", names, ", got ", format);
+  }
+  STD_TORCH_CHECK(format != "dense" || !parts, "parts: expected none of a dense weight, got some");
+}
+
 // The parameters that forward and backward share, beside v: x [..., K] or dy [..., N].
 inline void check_parameters(
     const Tensor& v, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const OptionalTensor& seed,
@@ -126,13 +153,13 @@ inline void check_forward(
 inline void check_backward(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& xa, const Tensor& weight, const Tensor& lora_A,
     const Tensor& lora_B, const OptionalTensor& seed, const OptionalTensor& scaling, int64_t threshold,
-    const std::vector<bool>& needs) {
+    const std::vector<bool>& wanted) {
   check_memory("dy", dy, dy);
   check_parameters(dy, weight, lora_A, lora_B, seed, scaling, threshold);
   check_size(dy.dim() >= 1 && dy.size(-1) == weight.size(0), "dy", "[..., N]", dy);
-  STD_TORCH_CHECK(needs.size() == 4, "needs: expected four, got ", needs.size());
-  STD_TORCH_CHECK(x || !needs[1], "x: expected a tensor, which lora_A's gradient needs, got none");
-  STD_TORCH_CHECK(xa || !needs[2], "xa: expected a tensor, which lora_B's gradient needs, got none");
+  STD_TORCH_CHECK(wanted.size() == 4, "wanted: expected four, got ", wanted.size());
+  STD_TORCH_CHECK(x || !wanted[1], "x: expected a tensor, which lora_A's gradient needs, got none");
+  STD_TORCH_CHECK(xa || !wanted[2], "xa: expected a tensor, which lora_B's gradient needs, got none");
   const int64_t rows = dy.size(-1) ? dy.numel() / dy.size(-1) : -1;
   if (x) {
     const int64_t columns = weight.size(1);

@@ -38,7 +38,7 @@ constexpr Rows kForwardBf16{1, 16, 4}, kForwardFloat{1, 4, 4}, kBackwardBf16{1, 
 constexpr Rows kStoredBf16 = kBackwardBf16, kStoredFloat{1, 0, 0};
 
 constexpr int64_t kOnednnRows = 4, kOnednnWork = 1 << 20;
-// As lora_kernels/impl/eager/onednn.py has them, with their reasons.
+// As lora_kernels/operands/onednn.py and impl/eager/onednn.py has them, with their reasons.
 constexpr int64_t kOnednnChain = 1024, kRowsToCopyFor = 64;
 
 // Whether this torch has oneDNN's products; a weak symbol that isn't there is null.
@@ -78,7 +78,7 @@ Tensor columns(Tensor t, int64_t start, int64_t length) { return torch::stable::
 
 // sum + x wT + bias by oneDNN, w [C, L] as it stands or packed; sum and bias may be absent.
 Tensor onednn_part(const OptionalTensor& sum, const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
-  STD_TORCH_CHECK(has_onednn(), "packed: this torch was built without oneDNN");
+  STD_TORCH_CHECK(has_onednn(), "parts: this torch was built without oneDNN");
   AtenTensorHandle out, added = bias ? bias->get() : nullptr;
   AtenTensorHandle* const bias_given = bias ? &added : nullptr;
   const char* algorithm = "";
@@ -89,12 +89,12 @@ Tensor onednn_part(const OptionalTensor& sum, const Tensor& x, const Tensor& w, 
 }
 
 // x wT + bias by oneDNN, for w [C, L] packed in parts of L.
-Tensor packed_linear(const Tensor& x, const std::vector<Tensor>& packed, const OptionalTensor& bias) {
+Tensor packed_linear(const Tensor& x, const std::vector<Tensor>& parts, const OptionalTensor& bias) {
   OptionalTensor sum;
   int64_t start = 0;
-  for (const Tensor& part : packed) {
+  for (const Tensor& part : parts) {
     const int64_t length = part.size(1);
-    const Tensor v = packed.size() == 1 ? x : columns(x, start, length);
+    const Tensor v = parts.size() == 1 ? x : columns(x, start, length);
     sum = onednn_part(sum, v, part, sum ? std::nullopt : bias);
     start += length;
   }
@@ -161,31 +161,30 @@ Tensor times(const Tensor& v, const Tensor& w, const OptionalTensor& bias, Rows 
 
 }  // namespace
 
-void check_packed(const Packed& packed, int64_t rows, int64_t columns, const Tensor& like) {
-  if (!packed) return;
+void check_parts(const Parts& parts, int64_t rows, int64_t columns, const Tensor& like) {
+  if (!parts) return;
   int64_t sum = 0;
-  for (const Tensor& part : *packed) {
+  for (const Tensor& part : *parts) {
     STD_TORCH_CHECK(
         part.dim() == 2 && part.size(0) == rows && part.scalar_type() == like.scalar_type(),
-        "packed: expected parts of ", rows, " rows in the dtype of the other tensors");
+        "parts: expected tensors of ", rows, " rows in the dtype of the other tensors");
     sum += part.size(1);
   }
-  STD_TORCH_CHECK(sum == columns, "packed: expected ", columns, " columns in all parts, got ", sum);
+  STD_TORCH_CHECK(sum == columns, "parts: expected ", columns, " columns in all, got ", sum);
 }
 
-Tensor base_forward(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Packed& packed) {
+Tensor base_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Parts& parts) {
   // Few rows of float32 take 0.6 to 0.8 of the time that they take with a packed weight, and err half
   // as much; of bfloat16 0.7 to 1.2. 2026-11-26, Xeon, three sizes. Not where W would be copied.
   const bool beats_packed = within(x, weight, kForwardBf16, kForwardFloat) &&
                             x.scalar_type() == ScalarType::Float && weight.stride(1) == 1;
-  if (packed && x.size(0) > 0 && !beats_packed) return packed_linear(x, *packed, bias);
+  if (parts && x.size(0) > 0 && !beats_packed) return packed_linear(x, *parts, bias);
   if (by_columns(weight)) return times(x, transposed(weight), bias, kStoredBf16, kStoredFloat);
   return times_transposed(x, as_matrix(weight), bias);
 }
 
-Tensor base_backward(const Tensor& dy, const Tensor& weight, const Packed& packed) {
-  if (packed && dy.size(0) > 0) return packed_linear(dy, *packed, std::nullopt);
+Tensor base_backward(const Tensor& dy, const Tensor& weight, const Parts& parts) {
+  if (parts && dy.size(0) > 0) return packed_linear(dy, *parts, std::nullopt);
   if (by_columns(weight)) return times_transposed(dy, transposed(weight), std::nullopt);
   return times(dy, as_matrix(weight), std::nullopt, kBackwardBf16, kBackwardFloat);
 }

@@ -1,4 +1,4 @@
-// The mask for impl/eager on CPUs, as int16 lanes: lora_kernels::keep_lanes_ (schema in ops.py).
+// The mask for impl/eager on CPUs, as int16 lanes: lora_kernels::keep_lanes_ (schema in registration.py).
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,6 +1,6 @@
 // The adapted linear layer on CPUs: lora_kernels::lora_linear_{forward,backward}_cpu.
 //
-// Schemas and documentation stand in lora_kernels/ops.py. GEMMs with the weight are the library's
+// Schemas and documentation stand in lora_kernels/ops/linear.py. GEMMs with the weight are the library's
 // (base_product.cpp); the low-rank products, dropout inside, are those of products.inc. Beyond its
 // outputs a call holds the factors and [M, R] numbers.
 
@@ -36,13 +36,14 @@ float scale_of(const OptionalTensor& tensor, double number) {
 }
 
 std::tuple<Tensor, Tensor> forward(
-    Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, OptionalTensor bias, OptionalTensor seed,
-    OptionalTensor scaling_tensor, double scaling, int64_t threshold, Packed packed) {
+    Tensor x, Tensor weight, Parts parts, arguments::Format format, Tensor lora_A, Tensor lora_B, OptionalTensor bias,
+    OptionalTensor seed, int64_t threshold, OptionalTensor scaling_tensor, double scaling) {
+  arguments::check_format(format, parts, {"dense", "onednn"});
   arguments::check_forward(x, weight, lora_A, lora_B, bias, seed, scaling_tensor, threshold);
-  check_packed(packed, weight.size(0), weight.size(1), x);
+  check_parts(parts, weight.size(0), weight.size(1), x);
   const Tensor rows = left_operand(x), a = factor(lora_A, x), b = factor(lora_B, x);
   const int64_t m = rows.size(0), n = weight.size(0), k = weight.size(1), r = a.size(0);
-  const Tensor y = base_forward(rows, weight, bias, packed);
+  const Tensor y = base_forward(rows, weight, bias, parts);
   const Tensor xa = empty_matrix(m, r, x.scalar_type());
   const Dropout dropout = dropout_of(seed, k, threshold);
   const float scale = scale_of(scaling_tensor, scaling);
@@ -59,12 +60,13 @@ std::tuple<Tensor, Tensor> forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor dy, OptionalTensor x, OptionalTensor xa, Tensor weight, Tensor lora_A, Tensor lora_B,
-    OptionalTensor seed, OptionalTensor scaling_tensor, double scaling, int64_t threshold,
-    std::vector<bool> needs, Packed packed) {
-  arguments::check_backward(dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, threshold, needs);
-  check_packed(packed, weight.size(1), weight.size(0), dy);
-  const bool need_dx = needs[0], need_da = needs[1], need_db = needs[2], need_dbias = needs[3];
+    Tensor dy, OptionalTensor x, OptionalTensor xa, Tensor weight, Parts parts, arguments::Format format, Tensor lora_A,
+    Tensor lora_B, OptionalTensor seed, int64_t threshold, OptionalTensor scaling_tensor, double scaling,
+    std::vector<bool> wanted) {
+  arguments::check_format(format, parts, {"dense", "onednn"});
+  arguments::check_backward(dy, x, xa, weight, lora_A, lora_B, seed, scaling_tensor, threshold, wanted);
+  check_parts(parts, weight.size(1), weight.size(0), dy);
+  const bool need_dx = wanted[0], need_da = wanted[1], need_db = wanted[2], need_dbias = wanted[3];
   const Tensor rows = left_operand(dy);
   const int64_t m = rows.size(0), n = weight.size(0), k = weight.size(1), r = lora_A.size(0);
   const int64_t stride = round_up(r, kLanes);
@@ -73,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   // An empty tensor stands for a gradient not asked for; none is another's alias.
   const auto empty = [&] { return torch::stable::new_empty(dy, {0}); };
   Tensor dx = empty(), da = empty(), db = empty(), dbias = empty();
-  if (need_dx) dx = base_backward(rows, weight, packed);
+  if (need_dx) dx = base_backward(rows, weight, parts);
   if (need_dx || need_da) {
     const Panel over_n = kernels().panel_over_rows(matrix(factor(lora_B, dy)));
     const Panel over_r = kernels().panel_over_rows(matrix(factor(lora_A, dy)));

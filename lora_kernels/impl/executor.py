@@ -24,7 +24,12 @@ def replaced() -> str | None:
 
     None's under torch.compile, which can't trace the question.
     """
-    executor = None if torch.compiler.is_compiling() else _EXECUTOR.get()
+    return None if torch.compiler.is_compiling() else of_context()
+
+
+def of_context() -> str | None:
+    """Return the same where torch.compile doesn't trace."""
+    executor = _EXECUTOR.get()
     return None if executor is None else executor.impl
 
 

@@ -3,13 +3,17 @@
 import torch
 from torch import Tensor
 
+from lora_kernels.operands.call import Adapter
 
-def has_wide_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+
+def has_wide_branch(x: Tensor, adapter: Adapter) -> bool:
     """Whether "eager" and "reference" keep the adapter branch of a float16 x in float32.
 
     Adapters of another dtype beside it have a longer range than its own, 65,504, and so may their
     products. On CPUs alone: on a GPU x in float32 would cost more than the base product does.
     """
     return (
-        x.dtype == torch.float16 and x.is_cpu and not lora_A.dtype == lora_B.dtype == torch.float16
+        x.dtype == torch.float16
+        and x.is_cpu
+        and not adapter.a.dtype == adapter.b.dtype == torch.float16
     )

@@ -228,12 +228,14 @@ def test_float32_adapter_on_a_bfloat16_base(make):
 
 def test_settings_reach_the_function(monkeypatch):
     calls = []
-    monkeypatch.setattr(lk.nn, "checked_lora_linear", lambda *args: calls.append(args[5:]))
+    monkeypatch.setattr(lk.nn, "run", lambda *args: calls.append(args[1:]))
     layer = make_layer(lora_dropout=0.25, impl="reference")
     layer(make_x())
     layer.eval()(make_x())
-    # scaling, dropout_p, seed, impl, autocast's dtype, packed weight
-    assert calls == [(1.5, p, None, "reference", None, None) for p in (0.25, 0.0)]
+    assert [others for _, *others in calls] == [["reference", None]] * 2  # impl, autocast's dtype
+    dropped, kept = (call for call, *_ in calls)
+    assert dropped.adapter.scaling == kept.adapter.scaling == 1.5
+    assert (dropped.dropout.threshold, kept.dropout) == (16384, None)
 
 
 def test_repr_says_what_the_layer_is():

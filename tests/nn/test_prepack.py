@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lora_kernels as lk
-from lora_kernels import packing
+from lora_kernels import prepack
 from lora_kernels.impl.eager.onednn import CHAIN, parts
 from lora_kernels.native import absence
 from lora_kernels.testing import Case, assert_results, make_inputs
@@ -254,7 +254,7 @@ def test_weights_that_are_not_plain_are_left(change, reason):
 
 
 def test_without_the_compiled_part_everything_is_left(monkeypatch):
-    monkeypatch.setattr(packing, "absence", lambda part: "left out by this test")
+    monkeypatch.setattr(prepack, "absence", lambda part: "left out by this test")
     model = make_model()
     report = lk.prepack_(model)
     assert report.left.keys() == {"0", "2"}

@@ -8,9 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
 from lora_kernels.impl.eager import linear as eager
-from lora_kernels.impl.reference.linear import lora_linear_backward, lora_linear_forward
+from lora_kernels.impl.reference import linear as reference
+from lora_kernels.operands.call import Wanted
 from lora_kernels.operands.dropout import drop_threshold
-from tests.support.implementations import IMPLS, skip_if_refused
+from tests.support.implementations import IMPLS, linear_call, skip_if_refused
 
 
 def problem(m=6, n=9, k=13, r=4, dtype=torch.float32, adapter_dtype=None):
@@ -39,9 +40,10 @@ def test_gradcheck(impl, dropout_p):
 def test_explicit_backward_is_the_derivative_of_the_reference_forward():
     x, w, a, b, bias = problem(dtype=torch.float64)
     seed, threshold, dy = torch.tensor(9), drop_threshold(0.3), torch.randn(6, 9).double()
-    y, xa = lora_linear_forward(x, w, a, b, bias, seed, 1.7, threshold)
+    call = linear_call(w, a, b, bias, seed, 1.7, threshold)
+    y, xa = reference.forward(x, call)
     derived = torch.autograd.grad(y, (x, a, b, bias), dy)
-    explicit = lora_linear_backward(dy, x, xa, w, a, b, seed, 1.7, threshold, [True] * 4)
+    explicit = reference.backward(dy, x, xa, call, Wanted(*[True] * 4))
     for one, other in zip(derived, explicit, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -75,7 +77,7 @@ def counted(monkeypatch):
 
         return run
 
-    for name in ("lora_linear_forward", "lora_linear_backward"):
+    for name in ("forward", "backward"):
         monkeypatch.setattr(eager, name, inside(getattr(eager, name)))
     return mode
 

@@ -5,8 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_kernels as lk
-from lora_kernels.ops import backward_op, forward_op
-from tests.support.implementations import IMPLS, skip_if_refused
+from lora_kernels.registration import operators
+from tests.support.implementations import IMPLS, linear_call, skip_if_refused
 
 pytestmark = pytest.mark.unpoisoned
 
@@ -101,9 +101,7 @@ def test_opcheck(impl, needs, dtype):
     x, w, a, b, bias = (t.detach() for t in tensors())
     x, w, bias = (t.to(dtype) for t in (x, w, bias))
     seed = torch.tensor(3)
-    call = (x, w, a, b, bias, seed, None, 1.5, 6554)
-    torch.library.opcheck(forward_op(impl), call)
-    y, xa = forward_op(impl)(*call)
-    torch.library.opcheck(
-        backward_op(impl), (torch.randn_like(y), x, xa, w, a, b, seed, None, 1.5, 6554, needs)
-    )
+    call, both = linear_call(w, a, b, bias, seed, 1.5, 6554), operators("lora_linear", impl)
+    torch.library.opcheck(both.forward, (x, *call.flat()))
+    y, xa = both.forward(x, *call.flat())
+    torch.library.opcheck(both.backward, (torch.randn_like(y), x, xa, *call.flat_backward(), needs))

@@ -7,7 +7,7 @@ import lora_kernels as lk
 from lora_kernels.impl.eager import mask as eager_mask
 from lora_kernels.impl.reference import mask as reference_mask
 from lora_kernels.native import absence
-from lora_kernels.operands.dropout import drop_threshold, keep_scale
+from lora_kernels.operands.dropout import Dropout, drop_threshold, keep_scale
 from tests.support.implementations import IMPLS, skip_if_refused
 
 WORD = 0xFFFFFFFF
@@ -72,7 +72,7 @@ def test_eager_blocks_have_the_bits_of_the_reference(shape, block, compiled, mon
     monkeypatch.setattr(eager_mask, "BLOCK_COUNTERS", block)
     seed = torch.randint(-(1 << 63), (1 << 63) - 1, ())
     mask = torch.zeros(shape, dtype=torch.int16)
-    for rows, keep in eager_mask.keep_blocks(*shape, 6554, seed):
+    for rows, keep in eager_mask.keep_blocks(*shape, Dropout(seed, 6554)):
         mask[rows] = keep
     assert torch.equal(mask.bool(), reference_mask.keep_mask(*shape, 6554, seed, "cpu"))
 
@@ -96,7 +96,9 @@ def test_compiled_lanes_do_not_depend_on_the_number_of_threads():
     masks, threads = [], torch.get_num_threads()
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        masks.append(next(eager_mask.keep_blocks(999, 1000, 6554, torch.tensor(5)))[1].clone())
+        masks.append(
+            next(eager_mask.keep_blocks(999, 1000, Dropout(torch.tensor(5), 6554)))[1].clone()
+        )
     torch.set_num_threads(threads)
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])

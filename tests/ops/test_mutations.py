@@ -7,61 +7,65 @@ from lora_kernels.impl.eager import linear as eager
 from lora_kernels.testing import Case, assert_parity, make_inputs
 
 CASE = Case((65,), 48, 40, 40, dropout_p=0.2)  # r = k, so that a transposed A has A's shape
-FORWARD, BACKWARD = eager.lora_linear_forward, eager.lora_linear_backward
+FORWARD, BACKWARD = eager.forward, eager.backward
 
 
-def scale_dropped(x, w, a, b, bias, seed, scaling, threshold):
-    return FORWARD(x, w, a, b, bias, seed, 1.0, threshold)
+def rescaled(call, factor):
+    return call._replace(adapter=call.adapter._replace(scaling=factor))
 
 
-def transposed_a(x, w, a, b, bias, seed, scaling, threshold):
-    return FORWARD(x, w, a.t(), b, bias, seed, scaling, threshold)
+def scale_dropped(x, call):
+    return FORWARD(x, rescaled(call, 1.0))
 
 
-def bias_dropped(x, w, a, b, bias, seed, scaling, threshold):
-    return FORWARD(x, w, a, b, None, seed, scaling, threshold)
+def transposed_a(x, call):
+    return FORWARD(x, call._replace(adapter=call.adapter._replace(a=call.adapter.a.t())))
 
 
-def keep_scale_forgotten(x, w, a, b, bias, seed, scaling, threshold):
-    y, xa = FORWARD(x, w, a, b, bias, seed, scaling * (65536 - threshold) / 65536, threshold)
-    return y, xa
+def bias_dropped(x, call):
+    return FORWARD(x, call._replace(bias=None))
 
 
-def row_not_written(x, w, a, b, bias, seed, scaling, threshold):
-    y, xa = FORWARD(x, w, a, b, bias, seed, scaling, threshold)
+def keep_scale_forgotten(x, call):
+    return FORWARD(x, rescaled(call, call.adapter.scaling / call.dropout.scale))
+
+
+def row_not_written(x, call):
+    y, xa = FORWARD(x, call)
     y[-1] = torch.empty(y.shape[1:])
     return y, xa
 
 
-def mask_not_reused(dy, x, xa, w, a, b, seed, scaling, threshold, needs):
-    return BACKWARD(dy, x, xa, w, a, b, seed + 1, scaling, threshold, needs)
+def mask_not_reused(dy, x, xa, call, wanted):
+    other = call.dropout._replace(seed=call.dropout.seed + 1)
+    return BACKWARD(dy, x, xa, call._replace(dropout=other), wanted)
 
 
-def mask_forgotten(dy, x, xa, w, a, b, seed, scaling, threshold, needs):
-    return BACKWARD(dy, x, xa, w, a, b, None, scaling, 0, needs)
+def mask_forgotten(dy, x, xa, call, wanted):
+    return BACKWARD(dy, x, xa, call._replace(dropout=None), wanted)
 
 
-def scale_dropped_in_backward(dy, x, xa, w, a, b, seed, scaling, threshold, needs):
-    return BACKWARD(dy, x, xa, w, a, b, seed, 1.0, threshold, needs)
+def scale_dropped_in_backward(dy, x, xa, call, wanted):
+    return BACKWARD(dy, x, xa, rescaled(call, 1.0), wanted)
 
 
-def db_of_another_xa(dy, x, xa, w, a, b, seed, scaling, threshold, needs):
-    return BACKWARD(dy, x, xa.roll(1, 0), w, a, b, seed, scaling, threshold, needs)
+def db_of_another_xa(dy, x, xa, call, wanted):
+    return BACKWARD(dy, x, xa.roll(1, 0), call, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("name", "mutant"),
     [
-        ("lora_linear_forward", scale_dropped),
-        ("lora_linear_forward", transposed_a),
-        ("lora_linear_forward", bias_dropped),
-        ("lora_linear_forward", keep_scale_forgotten),
-        ("lora_linear_forward", row_not_written),
-        ("lora_linear_backward", mask_not_reused),
-        ("lora_linear_backward", mask_forgotten),
-        ("lora_linear_backward", scale_dropped_in_backward),
-        ("lora_linear_backward", db_of_another_xa),
+        ("forward", scale_dropped),
+        ("forward", transposed_a),
+        ("forward", bias_dropped),
+        ("forward", keep_scale_forgotten),
+        ("forward", row_not_written),
+        ("backward", mask_not_reused),
+        ("backward", mask_forgotten),
+        ("backward", scale_dropped_in_backward),
+        ("backward", db_of_another_xa),
     ],
 )
 def test_mutants_are_caught(name, mutant, dtype, monkeypatch):

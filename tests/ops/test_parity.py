@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.ops import forward_op
+from lora_kernels.registration import operators
 from lora_kernels.testing import (
     Case,
     assert_parity,
@@ -12,7 +12,7 @@ from lora_kernels.testing import (
     float16_range_cases,
     make_inputs,
 )
-from tests.support.implementations import IMPLS, needs_gpu, skip_if_refused
+from tests.support.implementations import IMPLS, linear_call, needs_gpu, skip_if_refused
 from tests.support.layouts import LAYOUTS, laid_out
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -131,7 +131,8 @@ def test_nan_and_infinity_where_dropped_stay_out_of_the_adapter_branch(impl):
     a, b = torch.randn(4, 64), torch.randn(32, 4)
     # y itself holds the base product's inf · 0 = NaN, so look at the adapter branch alone.
     seed, threshold = torch.tensor(11), 32768
-    _, xa = forward_op(impl)(x, zero, a, b, None, seed, None, 1.0, threshold)
+    call = linear_call(zero, a, b, None, seed, 1.0, threshold)
+    _, xa = operators("lora_linear", impl).forward(x, *call.flat())
     assert torch.isfinite(xa).all()
 
 

@@ -70,13 +70,13 @@ def assert_close(ours, theirs, tolerance=1e-5):
 @pytest.fixture
 def fused(monkeypatch):
     """A list that grows by the arguments of every fused call."""
-    calls, real = [], peft_layer.checked_lora_linear
+    calls, real = [], peft_layer.run
 
     def counting(*args, **kwargs):
         calls.append(inspect.signature(real).bind(*args, **kwargs).arguments)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(peft_layer, "checked_lora_linear", counting)
+    monkeypatch.setattr(peft_layer, "run", counting)
     return calls
 
 
@@ -98,7 +98,7 @@ def test_patched_model_computes_what_peft_computes(fused):
     plain = copy.deepcopy(model)
     assert lk.patch_peft(model) == lk.PatchReport(patched=PATHS, left={})
     assert_close(model(x), plain(x))
-    assert [call["scaling"] for call in fused] == [1.5, 1.5]
+    assert [call["call"].adapter.scaling for call in fused] == [1.5, 1.5]
     assert_close(*(torch.autograd.grad(m(x).square().sum(), x)[0] for m in (model, plain)))
     assert lk.patch_peft(up(make_model())).patched == [""]
 

@@ -17,7 +17,7 @@ from lora_kernels.impl.cuda import support as cuda
 from lora_kernels.impl.triton import support as triton
 from lora_kernels.native import absence
 from lora_kernels.operands.request import Request
-from lora_kernels.packing import reason_left
+from lora_kernels.prepack import reason_left
 from lora_kernels.serving import missed_part, request_of, served
 
 peft = pytest.importorskip("peft")
@@ -138,7 +138,7 @@ def test_a_part_that_is_not_missed_is_no_matter(dtype, options, without_the_part
 
 
 def test_a_gpu_misses_its_part_where_no_triton_serves(without_the_part, monkeypatch):
-    gpu = Request(torch.device("cuda", 0), torch.bfloat16, 16, False)
+    gpu = Request("lora_linear", torch.device("cuda", 0), torch.bfloat16, 16, False)
     monkeypatch.setattr(gpus, "capability", lambda device: (9, 0))
     monkeypatch.setattr(triton, "absence", lambda: triton.NO_TRITON)
     triton._launcher_refusal.cache_clear()
@@ -153,7 +153,7 @@ def test_a_gpu_misses_its_part_where_no_triton_serves(without_the_part, monkeypa
 
 
 def test_a_device_of_which_nobody_has_kernels():
-    request = Request(torch.device("mps"), torch.float16, 16, False)
+    request = Request("lora_linear", torch.device("mps"), torch.float16, 16, False)
     assert served("auto", request) == ("eager", "no kernels for mps")
     assert missed_part([request]) is None
 

@@ -96,7 +96,7 @@ def _redirect(owner):
 
 
 def _patch_after_injection():
-    inject, forward = LoraModel.inject_adapter, peft_layer.checked_lora_linear
+    inject, forward = LoraModel.inject_adapter, peft_layer.run
 
     def inject_adapter(self, model, *args, **kwargs):
         inject(self, model, *args, **kwargs)
@@ -107,7 +107,7 @@ def _patch_after_injection():
         counts["fused"] += 1
         return forward(*args, **kwargs)
 
-    LoraModel.inject_adapter, peft_layer.checked_lora_linear = inject_adapter, counting
+    LoraModel.inject_adapter, peft_layer.run = inject_adapter, counting
 
 
 def pytest_configure(config):

@@ -150,14 +150,14 @@ class FusedCalls:
     """Counts the fused calls of patched layers while it is entered."""
 
     def __enter__(self):
-        self.count, self._real = 0, peft_layer.checked_lora_linear
+        self.count, self._real = 0, peft_layer.run
 
         def counting(*args, **kwargs):
             self.count += 1
             return self._real(*args, **kwargs)
 
-        peft_layer.checked_lora_linear = counting
+        peft_layer.run = counting
         return self
 
     def __exit__(self, *exception):
-        peft_layer.checked_lora_linear = self._real
+        peft_layer.run = self._real

@@ -78,7 +78,7 @@ def test_the_function_computes_what_its_oracle_does(case, seed, data):
     oracle = reference_results(case, inputs, torch.float64)
     positive = replace(case, scaling=abs(case.scaling))
     largest = reference_results(positive, absolute, torch.float64)
-    request = Request(inputs.x.device, case.dtype, case.r, case.dropout_p > 0)
+    request = Request("lora_linear", inputs.x.device, case.dtype, case.r, case.dropout_p > 0)
     for implementation in IMPLEMENTATIONS:
         if implementation.refuse(request) is None:
             for what, result in run(case, inputs, implementation.name).items():

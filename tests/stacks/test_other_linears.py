@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import lora_kernels as lk
-from lora_kernels.functional import preferred
+from lora_kernels.dispatch import preferred
 from tests.census.measure import distance
 from tests.nn.test_prepack import PACKED, needs_packing
 from tests.stacks.models import (

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from lora_kernels.dispatch import IMPLEMENTATIONS, refusals
+from lora_kernels.operands.call import Adapter, LinearCall
+from lora_kernels.operands.dropout import Dropout
 from lora_kernels.operands.request import Request
+from lora_kernels.operands.weight import Dense
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 # A GPU's kernels have parity tests of their own, where something can run them.
@@ -24,8 +27,14 @@ class Place(NamedTuple):
         return self.make(**how)
 
 
+def linear_call(weight, a, b, bias=None, seed=None, scaling=1.0, threshold=0):
+    """Return the call of a dense weight; a seed or none, and its threshold."""
+    dropout = None if seed is None else Dropout(seed, threshold)
+    return LinearCall(Dense(weight), Adapter(a, b, scaling), bias, dropout)
+
+
 def skip_if_refused(impl, dtype=torch.float32, r=16, device="cpu"):
     """Skip what an implementation says it doesn't serve; "auto" goes on to the next."""
-    reason = refusals(Request(torch.device(device), dtype, r, True)).get(impl)
+    reason = refusals(Request("lora_linear", torch.device(device), dtype, r, True)).get(impl)
     if reason is not None:
         pytest.skip(f"{impl}: {reason}")

@@ -1,5 +1,5 @@
 // lora_kernels::lora_linear_{forward,backward}_cuda, and cuda_recorded: the same calls with their launches
-// written down instead of made, for machines that execute the kernels' code. Schemas stand in lora_kernels/ops.py.
+// written down instead of made, for machines that execute the kernels' code. Schemas stand in lora_kernels/ops/linear.py.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -11,6 +11,7 @@
 #include <mutex>
 #include <string>
 
+#include "../common/arguments.h"
 #include "calls.h"
 #include "runtime.h"
 
@@ -80,8 +81,9 @@ struct Gpu {
 };
 
 std::tuple<Tensor, Tensor> forward(
-    Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, OptionalTensor bias, OptionalTensor seed,
-    OptionalTensor scaling_tensor, double scaling, int64_t threshold) {
+    Tensor x, Tensor weight, arguments::Parts parts, arguments::Format format, Tensor lora_A, Tensor lora_B, OptionalTensor bias,
+    OptionalTensor seed, int64_t threshold, OptionalTensor scaling_tensor, double scaling) {
+  arguments::check_format(format, parts, {"dense"});
   Gpu gpu(x);
   return forward_call(x, {weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold}, bias, gpu.target());
 }
@@ -92,11 +94,13 @@ Tensor in_type_of(const Tensor& parameter, const Tensor& gradient) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor dy, OptionalTensor x, OptionalTensor xa, Tensor weight, Tensor lora_A, Tensor lora_B, OptionalTensor seed,
-    OptionalTensor scaling_tensor, double scaling, int64_t threshold, std::vector<bool> needs) {
+    Tensor dy, OptionalTensor x, OptionalTensor xa, Tensor weight, arguments::Parts parts, arguments::Format format,
+    Tensor lora_A, Tensor lora_B, OptionalTensor seed, int64_t threshold, OptionalTensor scaling_tensor, double scaling,
+    std::vector<bool> wanted) {
+  arguments::check_format(format, parts, {"dense"});
   Gpu gpu(dy);
   const auto [dx, da, db, dbias] =
-      backward_call(dy, x, xa, {weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold}, needs, gpu.target());
+      backward_call(dy, x, xa, {weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold}, wanted, gpu.target());
   return {dx, in_type_of(lora_A, da), in_type_of(lora_B, db), dbias};
 }
 
@@ -152,8 +156,10 @@ struct Record {
 };
 
 std::tuple<Tensor, Tensor, std::string, Tensor, Tensor, std::vector<Tensor>> forward_recorded(
-    Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, OptionalTensor bias, OptionalTensor seed,
-    OptionalTensor scaling_tensor, double scaling, int64_t threshold, std::vector<int64_t> device, OptionalTensor zeros) {
+    Tensor x, Tensor weight, arguments::Parts parts, arguments::Format format, Tensor lora_A, Tensor lora_B, OptionalTensor bias,
+    OptionalTensor seed, int64_t threshold, OptionalTensor scaling_tensor, double scaling, std::vector<int64_t> device,
+    OptionalTensor zeros) {
+  arguments::check_format(format, parts, {"dense"});
   Record record;
   const auto [y, xa] = forward_call(
       x, {weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold}, bias, record.target(device, zeros));
@@ -162,12 +168,13 @@ std::tuple<Tensor, Tensor, std::string, Tensor, Tensor, std::vector<Tensor>> for
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, std::string, Tensor, Tensor, std::vector<Tensor>> backward_recorded(
-    Tensor dy, OptionalTensor x, OptionalTensor xa, Tensor weight, Tensor lora_A, Tensor lora_B, OptionalTensor seed,
-    OptionalTensor scaling_tensor, double scaling, int64_t threshold, std::vector<bool> needs,
-    std::vector<int64_t> device, OptionalTensor zeros) {
+    Tensor dy, OptionalTensor x, OptionalTensor xa, Tensor weight, arguments::Parts parts, arguments::Format format,
+    Tensor lora_A, Tensor lora_B, OptionalTensor seed, int64_t threshold, OptionalTensor scaling_tensor, double scaling,
+    std::vector<bool> wanted, std::vector<int64_t> device, OptionalTensor zeros) {
+  arguments::check_format(format, parts, {"dense"});
   Record record;
   const auto [dx, da, db, dbias] = backward_call(
-      dy, x, xa, {weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold}, needs, record.target(device, zeros));
+      dy, x, xa, {weight, lora_A, lora_B, seed, scaling_tensor, scaling, threshold}, wanted, record.target(device, zeros));
   const auto [names, numbers, params] = record.as_tensors(dy);
   return {dx, da, db, dbias, names, numbers, params, record.scratch};
 }

@@ -3,16 +3,19 @@
 import torch
 
 from lora_kernels.native import BUILT, absence
-from lora_kernels.operands.request import Request
+from lora_kernels.operands.request import Request, unserved
 
 SUMMARY = "compiled C++ beside the library's GEMMs, CPUs"
-OPS = {"lora_linear": ("dense",)}  # and the formats of W
+OPS = {"lora_linear": ("dense", "onednn")}  # and the formats of W
 # 2026-11-24, Zen 5, 512x2048x2048: 0.99 of eager's time at rank 64, 1.07 at 256 (bfloat16, p = 0).
 MAX_RANK = 256
 
 
 def refuse(request: Request) -> str | None:
     """Return why a call can't be served, or None."""
+    reason = unserved(request, OPS)
+    if reason is not None:
+        return reason
     if request.device.type != "cpu":
         return f"needs a CPU, got {request.device.type}"
     if request.dtype not in (torch.bfloat16, torch.float32):

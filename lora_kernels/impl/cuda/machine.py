@@ -145,7 +145,7 @@ def lora_linear_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *gradients, names, numbers, params, scratch = recorded(*args, machine.device, machine.zeros)
     machine.run(names, numbers, params, [*_tensors(args), *scratch, *gradients])
     dx, da, db, dbias = gradients
-    lora_A, lora_B = args[4:6]
+    lora_A, lora_B = args[6:8]
     return dx, da.to(lora_A.dtype), db.to(lora_B.dtype), dbias
 
 

@@ -4,7 +4,7 @@ import torch
 
 from lora_kernels.impl import executor, gpu
 from lora_kernels.native import BUILT, absence
-from lora_kernels.operands.request import Request
+from lora_kernels.operands.request import Request, unserved
 
 SUMMARY = "compiled CUDA C++ kernels, devices from sm_80 up"
 OPS = {"lora_linear": ("dense",)}  # and the formats of W
@@ -12,6 +12,9 @@ OPS = {"lora_linear": ("dense",)}  # and the formats of W
 
 def refuse(request: Request) -> str | None:
     """Return why a call can't be served, or None."""
+    reason = unserved(request, OPS)
+    if reason is not None:
+        return reason
     reason = None if executor.of("cuda") is not None else gpu.refusal(request.device)
     reason = reason or gpu.unfit(request)
     if reason is not None:

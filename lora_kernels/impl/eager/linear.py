@@ -1,6 +1,6 @@
 """The adapted linear layer in few, in-place ATen calls: any device, the default without a kernel.
 
-Same equations and arguments as `reference`. What differs is what passes over memory: the scale is
+Same equations and signatures as `reference`. What differs is what passes over memory: the scale is
 applied to [M, R] tensors, products are added in place, and dropout works on blocks of rows with a
 regenerated mask, so that beyond its outputs a call holds [M, R] tensors and one block.
 
@@ -17,7 +17,8 @@ from torch.nn.functional import linear
 
 from lora_kernels.impl.eager import onednn
 from lora_kernels.impl.eager.mask import keep_blocks
-from lora_kernels.operands.dropout import keep_scale
+from lora_kernels.operands.call import Gradients, LinearCall, Wanted
+from lora_kernels.operands.dropout import Dropout
 from lora_kernels.operands.precision import has_wide_branch
 
 # Up to here a scaling pass over [M, R] costs more (5 µs a call) than a scaled product does.
@@ -29,33 +30,25 @@ BLOCK_ELEMENTS = 1 << 21  # of rows in float32 (8 MB), where no mask is drawn
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def lora_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scaling: float | Tensor,
-    threshold: int,
-) -> tuple[Tensor, Tensor]:
-    """Return y [..., N] and xa [M, R]; see `reference.lora_linear_forward`.
+def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
+    """Return y [..., N] and xa [M, R]; see `reference`.
 
     Precision: products accumulate as torch's matmul does (float32 for 16-bit inputs); x Wᵀ, y and
     xa are rounded to x's dtype, xa again after dropout's factor and after scaling (M > SMALL_M),
     float16's by neither.
     """
-    if has_wide_branch(x, lora_A, lora_B):
-        return _wide_forward(x, weight, lora_A, lora_B, bias, seed, scaling, threshold)
+    if has_wide_branch(x, call.adapter):
+        return _wide_forward(x, call)
+    lora_A, lora_B, scaling = call.adapter
     x2 = _left_operand(x)
     a, b = _as_dtype(lora_A, x.dtype), _as_dtype(lora_B, x.dtype)
     half = x.dtype == torch.float16
-    if seed is None:
+    if call.dropout is None:
         xa = linear(x2, a)
     else:
         xa = x2.new_empty(x2.shape[0], a.shape[0])
-        factor = keep_scale(threshold)
-        for rows, keep in keep_blocks(x2.shape[0], x2.shape[1], threshold, seed):
+        factor = call.dropout.scale
+        for rows, keep in keep_blocks(x2.shape[0], x2.shape[1], call.dropout):
             kept, to = _masked(x2[rows], keep), xa[rows]
             if half:
                 torch.addmm(to, kept, a.t(), beta=0, alpha=factor, out=to)
@@ -63,93 +56,75 @@ def lora_linear_forward(
                 torch.mm(kept, a.t(), out=to)
         if not half:
             xa.mul_(factor)
-    y = _base_linear(x2, weight, bias)
+    y = _base_linear(x2, call)
     if (half or x2.shape[0] <= SMALL_M) and not isinstance(scaling, Tensor):
         y.addmm_(xa, b.t(), alpha=scaling)
     elif half:
-        for rows, _ in _blocks(y.shape[0], y.shape[1], 0, None):
+        for rows, _ in _blocks(y.shape[0], y.shape[1], None):
             y[rows].add_(torch.mm(xa[rows].float() * scaling, b.float().t()))
     else:
         y.addmm_(xa * scaling, b.t())
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0]), xa
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1]), xa
 
 
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    xa: Tensor | None,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    seed: Tensor | None,
-    scaling: float | Tensor,
-    threshold: int,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return dx, dA, dB, dbias; see `reference.lora_linear_backward`.
+def backward(
+    dy: Tensor, x: Tensor | None, xa: Tensor | None, call: LinearCall, wanted: Wanted
+) -> Gradients:
+    """Return dx, dA, dB, dbias; see `reference`.
 
     Precision: as forward; dA is summed over row blocks in float32 (float64 for float64). With
     float16 dy lora_A and lora_B keep their own precision, and dy B, dA and dB are float32.
     """
-    need_dx, need_da, need_db, need_dbias = needs
+    lora_A, lora_B, scaling = call.adapter
     dy2 = _left_operand(dy)
-    x2 = _as_matrix(x) if need_da and x is not None else None
-    dx = _base_gradient(dy2, weight) if need_dx else None
+    x2 = _as_matrix(x) if wanted.da and x is not None else None
+    dx = _base_gradient(dy2, call.weight.decode()) if wanted.dx else None
     da = db = None
     if dy.dtype == torch.float16:
-        xa = xa if need_db else None
-        da, db = _wide_backward(dx, dy2, x2, xa, lora_A, lora_B, seed, scaling, threshold)
-    elif need_dx or need_da:
+        da, db = _wide_backward(dx, dy2, x2, xa if wanted.db else None, call)
+    elif wanted.dx or wanted.da:
         a = _as_dtype(lora_A, dy.dtype)
         q = torch.mm(dy2, _as_dtype(lora_B, dy.dtype)).mul_(scaling)
-        if seed is None:
+        if call.dropout is None:
             if dx is not None:
                 dx.addmm_(q, a)
             if x2 is not None:
                 da = torch.mm(q.t(), x2)
         else:
-            q.mul_(keep_scale(threshold))
-            da = _dropped_backward(dx, x2, q, a, seed, threshold)
-    if need_db and xa is not None and db is None:
+            q.mul_(call.dropout.scale)
+            da = _dropped_backward(dx, x2, q, a, call.dropout)
+    if wanted.db and xa is not None and db is None:
         db = _tall_product(dy2, xa * scaling)
-    return (
-        dx.view(*dy.shape[:-1], weight.shape[1]) if dx is not None else None,
+    return Gradients(
+        dx.view(*dy.shape[:-1], dx.shape[1]) if dx is not None else None,
         _as_dtype(da, lora_A.dtype) if da is not None else None,
         _as_dtype(db, lora_B.dtype) if db is not None else None,
-        dy2.sum(0) if need_dbias else None,
+        dy2.sum(0) if wanted.dbias else None,
     )
 
 
-def _wide_forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scaling: float | Tensor,
-    threshold: int,
-) -> tuple[Tensor, Tensor]:
+def _wide_forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     """Return y in x's dtype and xa, which is float32, as are all of the branch's products."""
-    x2, a, b = _as_matrix(x), lora_A.float(), lora_B.float()
-    y = _base_linear(x2, weight, bias)
+    adapter, dropout, x2 = call.adapter, call.dropout, _as_matrix(x)
+    a, b = adapter.a.float(), adapter.b.float()
+    y = _base_linear(x2, call)
     xa = x2.new_empty((x2.shape[0], a.shape[0]), dtype=torch.float32)
-    for rows, keep in _blocks(x2.shape[0], x2.shape[1], threshold, seed):
+    for rows, keep in _blocks(x2.shape[0], x2.shape[1], dropout):
         kept = x2[rows] if keep is None else _masked(x2[rows], keep)
         torch.mm(kept.float(), a.t(), out=xa[rows])
-        if keep is not None:
-            xa[rows].mul_(keep_scale(threshold))
-        y[rows].add_(torch.mm(xa[rows] * scaling, b.t()))
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0]), xa
+        if dropout is not None:
+            xa[rows].mul_(dropout.scale)
+        y[rows].add_(torch.mm(xa[rows] * adapter.scaling, b.t()))
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1]), xa
 
 
 def _dropped_backward(
-    dx: Tensor | None, x2: Tensor | None, q: Tensor, a: Tensor, seed: Tensor, threshold: int
+    dx: Tensor | None, x2: Tensor | None, q: Tensor, a: Tensor, dropout: Dropout
 ) -> Tensor | None:
     """Add keep · (q A) to dx in place and return qᵀ (keep · x); q carries both scales."""
     wide = torch.promote_types(q.dtype, torch.float32)
     da = torch.zeros(a.shape, dtype=wide, device=a.device) if x2 is not None else None
-    for rows, keep in keep_blocks(q.shape[0], a.shape[1], threshold, seed):
+    for rows, keep in keep_blocks(q.shape[0], a.shape[1], dropout):
         if dx is not None:
             t = torch.mm(q[rows], a)
             dx[rows].add_(_masked(t, keep, out=t))
@@ -159,22 +134,15 @@ def _dropped_backward(
 
 
 def _wide_backward(
-    dx: Tensor | None,
-    dy2: Tensor,
-    x2: Tensor | None,
-    xa: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    seed: Tensor | None,
-    scaling: float | Tensor,
-    threshold: int,
+    dx: Tensor | None, dy2: Tensor, x2: Tensor | None, xa: Tensor | None, call: LinearCall
 ) -> tuple[Tensor | None, Tensor | None]:
     """Add D(dxa A) to dx in place and return dA and dB, float32, each None without its input."""
-    a, b = lora_A.float(), lora_B.float()
+    lora_A, lora_B, scaling = call.adapter
+    a, b, dropout = lora_A.float(), lora_B.float(), call.dropout
     da = torch.zeros_like(a) if x2 is not None else None
     db = torch.zeros_like(b) if xa is not None else None
-    scale = scaling if seed is None else scaling * keep_scale(threshold)
-    for rows, keep in _blocks(dy2.shape[0], a.shape[1], threshold, seed):
+    scale = scaling if dropout is None else scaling * dropout.scale
+    for rows, keep in _blocks(dy2.shape[0], a.shape[1], dropout):
         dy_rows = dy2[rows].float()
         q = torch.mm(dy_rows, b).mul_(scale)
         if dx is not None:
@@ -189,11 +157,11 @@ def _wide_backward(
 
 
 def _blocks(
-    rows: int, columns: int, threshold: int, seed: Tensor | None
+    rows: int, columns: int, dropout: Dropout | None
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    """Yield slices of rows, from top to bottom, with their keep masks if there is a seed."""
-    if seed is not None:
-        yield from keep_blocks(rows, columns, threshold, seed)
+    """Yield slices of rows, from top to bottom, with their keep masks if any are dropped."""
+    if dropout is not None:
+        yield from keep_blocks(rows, columns, dropout)
         return
     step = max(1, BLOCK_ELEMENTS // max(1, columns))
     for first in range(0, rows, step):
@@ -240,10 +208,11 @@ def _tall_product(dy: Tensor, xs: Tensor) -> Tensor:
     return torch.mm(dy.t(), xs)
 
 
-def _base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _base_linear(x: Tensor, call: LinearCall) -> Tensor:
     """Return x Wᵀ + bias."""
+    weight = call.weight.decode()
     product = onednn.linear if onednn.preferred(x, weight) else linear
-    return product(x, weight, bias)
+    return product(x, weight, call.bias)
 
 
 def _base_gradient(dy: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.native import absence
-from lora_kernels.operands.dropout import LANES, LEVELS
+from lora_kernels.operands.dropout import LANES, LEVELS, Dropout
 
 # (lanes int16 [count, 8], first counter, threshold): writes 1 or 0 to every lane.
 Fill = Callable[[Tensor, int, int], None]
@@ -59,13 +59,12 @@ def _constants(seed: Tensor) -> _Constants:
     )
 
 
-def keep_blocks(
-    rows: int, columns: int, threshold: int, seed: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
+def keep_blocks(rows: int, columns: int, dropout: Dropout) -> Iterator[tuple[slice, Tensor]]:
     """Yield (row slice, int16 [rows of the slice, columns], 1 = keep, 0 = drop) from top to bottom.
 
     The tensor is valid until the next step: one buffer serves all blocks.
     """
+    seed, threshold = dropout
     groups = -(-columns // LANES)
     block_rows = max(1, min(rows, BLOCK_COUNTERS // max(1, groups)))
     compiled = seed.device.type == "cpu" and absence("cpu") is None

@@ -1,36 +1,18 @@
 """oneDNN's float32 products on CPUs: where they are faster, and within the error budget."""
 
-from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lora_kernels.operands.onednn import CHAIN, parts
+
 # Multiplications from which oneDNN's call, dearer from Python, pays. 2026-11-24, Zen 5: 0.9 of
 # MKL's time at 256x64x64, 0.5 at 64x512x512.
 WORK = 1 << 21
-# Longer float32 sums are made of parts. 2026-11-25, Zen 5: oneDNN's root mean square error is 1.5
-# to 1.7 times MKL's up to 1,024 terms and 2.0 to 2.3 times beyond; two parts take 1.02 to 1.1 of
-# the time of one.
-CHAIN = 1024
 # Rows from which copying a part of W, whose rows lie apart, pays.
 ROWS_TO_COPY_FOR = 64
-
-
-def parts(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield the parts of weight [C, L] along L that are summed by themselves, each with its start.
-
-    A part is laid out as oneDNN takes it without falling back to its slow reference: a view where
-    columns are adjacent (Wᵀ of a contiguous W), a copy where rows are.
-    """
-    depth = weight.shape[1]
-    count = max(1, -(-depth // CHAIN)) if weight.dtype == torch.float32 else 1
-    bounds = [depth * i // count for i in range(count + 1)]
-    for start, end in pairwise(bounds):
-        part = weight[:, start:end]
-        yield start, part if count == 1 or weight.stride(0) == 1 else part.contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,7 +18,8 @@ D(v) = v · keep · 65536 / (65536 - t) with one keep mask per call (`mask.keep_
 import torch
 from torch import Tensor
 
-from lora_kernels.impl.reference.mask import dropout
+from lora_kernels.impl.reference.mask import dropped
+from lora_kernels.operands.call import Gradients, LinearCall, Wanted
 from lora_kernels.operands.precision import has_wide_branch
 
 
@@ -39,79 +40,58 @@ def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(mantissa.half().float(), exponent)
 
 
-def lora_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scaling: float | Tensor,
-    threshold: int,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     """Return y = x Wᵀ + bias + scaling · xa Bᵀ and xa = D(x) Aᵀ.
 
     Args:
         x: [..., K]; leading dimensions are flattened to M.
-        weight: [N, K], x's dtype.
-        lora_A: [R, K], any float dtype; `rounded` to x's.
-        lora_B: [N, R], likewise.
-        bias: [N] or None.
-        seed: 0-dim int64, the Philox key; None without dropout.
-        scaling: a float or a 0-dim tensor.
-        threshold: the drop threshold in 1/65536; 0 without dropout.
+        call: W and bias in x's dtype; A and B of any float dtype, `rounded` to x's.
 
     Returns:
         y [..., N] in x's dtype; xa [M, R] too, float32 where adapters beside float16 are wider.
     """
-    a, b = rounded(lora_A, x.dtype), rounded(lora_B, x.dtype)
+    weight, adapter = call.weight.decode(), call.adapter
+    a, b = rounded(adapter.a, x.dtype), rounded(adapter.b, x.dtype)
     x2 = _as_matrix(x)
-    xa = dropout(x2.to(a.dtype), threshold, seed) @ a.T
-    xa = rounded(xa, x.dtype) if has_wide_branch(x, lora_A, lora_B) else xa.to(x.dtype)
-    y = x2 @ weight.T + (xa.to(b.dtype) @ b.T) * scaling
-    if bias is not None:
-        y = y + bias
+    xa = dropped(x2.to(a.dtype), call.dropout) @ a.T
+    xa = rounded(xa, x.dtype) if has_wide_branch(x, adapter) else xa.to(x.dtype)
+    y = x2 @ weight.T + (xa.to(b.dtype) @ b.T) * adapter.scaling
+    if call.bias is not None:
+        y = y + call.bias
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0]), xa
 
 
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    xa: Tensor | None,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    seed: Tensor | None,
-    scaling: float | Tensor,
-    threshold: int,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return dx [..., K], dA [R, K], dB [N, R] and dbias [N], each None where not needed.
+def backward(
+    dy: Tensor, x: Tensor | None, xa: Tensor | None, call: LinearCall, wanted: Wanted
+) -> Gradients:
+    """Return dx [..., K], dA [R, K], dB [N, R] and dbias [N], each None where not wanted.
 
     Args:
         dy: [..., N], the gradient of y.
         x: [..., K], needed for dA only.
         xa: [M, R] of the forward call, needed for dB only.
-        weight, lora_A, lora_B, seed, scaling, threshold: as in forward.
-        needs: whether dx, dA, dB and dbias are wanted, in this order.
+        call: as in forward; its bias is not read.
+        wanted: which gradients are.
 
     Returns:
         dx and dbias in dy's dtype, dA and dB in their parameters' dtypes.
     """
+    lora_A, lora_B, scaling = call.adapter
     a, b = rounded(lora_A, dy.dtype), rounded(lora_B, dy.dtype)
     dy2 = _as_matrix(dy)
     wide = dy2.to(b.dtype)
     dxa = rounded((wide @ b) * scaling, dy.dtype)
     dx = da = db = dbias = None
-    if needs[0]:
-        dx = dy2 @ weight + dropout(dxa @ a, threshold, seed)
+    if wanted.dx:
+        weight = call.weight.decode()
+        dx = dy2 @ weight + dropped(dxa @ a, call.dropout)
         dx = dx.to(dy.dtype).reshape(*dy.shape[:-1], weight.shape[1])
-    if needs[1]:
+    if wanted.da:
         assert x is not None
-        da = (dxa.T @ dropout(_as_matrix(x).to(a.dtype), threshold, seed)).to(lora_A.dtype)
-    if needs[2]:
+        da = (dxa.T @ dropped(_as_matrix(x).to(a.dtype), call.dropout)).to(lora_A.dtype)
+    if wanted.db:
         assert xa is not None
         db = ((wide.T @ xa.to(b.dtype)) * scaling).to(lora_B.dtype)
-    if needs[3]:
+    if wanted.dbias:
         dbias = dy2.sum(0)
-    return dx, da, db, dbias
+    return Gradients(dx, da, db, dbias)

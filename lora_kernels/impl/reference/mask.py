@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_kernels.operands.dropout import LANES, keep_scale
+from lora_kernels.operands.dropout import LANES, Dropout
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -51,9 +51,9 @@ def keep_mask(
     return lanes.reshape(rows, groups * LANES)[:, :columns] >= threshold
 
 
-def dropout(v: Tensor, threshold: int, seed: Tensor | None) -> Tensor:
+def dropped(v: Tensor, dropout: Dropout | None) -> Tensor:
     """Return D(v) for v [M, K]; v itself without dropout."""
-    if threshold == 0 or seed is None:
+    if dropout is None:
         return v
-    keep = keep_mask(v.shape[0], v.shape[1], threshold, seed, v.device)
-    return torch.where(keep, v, 0) * keep_scale(threshold)
+    keep = keep_mask(v.shape[0], v.shape[1], dropout.threshold, dropout.seed, v.device)
+    return torch.where(keep, v, 0) * dropout.scale

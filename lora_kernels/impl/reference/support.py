@@ -1,7 +1,11 @@
 """What this implementation serves, or why not."""
 
-from lora_kernels.operands.request import without_data
+from lora_kernels.operands.request import Request, unserved, without_data
 
 SUMMARY = "plain torch, the definition of right, any device"
 OPS = {"lora_linear": ("dense",)}  # and the formats of W
-refuse = without_data
+
+
+def refuse(request: Request) -> str | None:
+    """Return why a call can't be served, or None."""
+    return unserved(request, OPS) or without_data(request)

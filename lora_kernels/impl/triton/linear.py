@@ -17,6 +17,7 @@ from lora_kernels.impl.triton.plan.config import Config, layer_of, padded_rank, 
 from lora_kernels.impl.triton.plan.plan import Plan, segment_rows
 from lora_kernels.impl.triton.plan.tuned import planned
 from lora_kernels.impl.triton.workspace import Workspace
+from lora_kernels.operands.call import Gradients, LinearCall, Wanted
 from lora_kernels.operands.dropout import LANES
 
 _WORKSPACE = Workspace()
@@ -25,8 +26,8 @@ _THIN_PROGRAMS = 4  # a multiprocessor: few enough to be resident, enough to str
 _WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
 
 
-class Call(NamedTuple):
-    """What forward and backward share: parameters as matrices, and how dropout and scale go."""
+class Operands(NamedTuple):
+    """A LinearCall as kernels take it: adjacent elements along rows, dropout's two numbers."""
 
     weight: Tensor
     a: Tensor
@@ -74,17 +75,8 @@ class Dxa(NamedTuple):
     rows: int
 
 
-def lora_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scaling: float | Tensor,
-    threshold: int,
-) -> tuple[Tensor, Tensor]:
-    """Return y [..., N] and xa [M, R]; see `reference.lora_linear_forward`.
+def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
+    """Return y [..., N] and xa [M, R]; see `reference`.
 
     Precision: products accumulate in float32 (IEEE, or TF32 for float32 inputs where torch's
     switch allows it); A, B and scaling · B are rounded to x's dtype on load (of float16, whose sums
@@ -92,19 +84,19 @@ def lora_linear_forward(
     next are rounded to 12 significant bits (bfloat16; 16 for float16, none for float32), four to
     five more than xa keeps.
     """
-    call = _call(weight, lora_A, lora_B, seed, scaling, threshold)
+    operands = _operands(call)
     rows = _unit_rows(_as_matrix(x))
-    m, (n, _, r) = rows.shape[0], call.sizes
+    m, (n, _, r) = rows.shape[0], operands.sizes
     y = x.new_empty(*x.shape[:-1], n)
     if m == 0:
         return y, x.new_empty(m, r)
-    layer = layer_of(rows, *call[:2], call.seed is not None)
+    layer = layer_of(rows, *operands[:2], call.dropout is not None)
     chosen = planned(layer, current().device(x))
     xa = new_xa(rows, r, chosen.config)
     with _on_device(x):
         if chosen.thin is not None:
-            _thin(rows, call._replace(scaling=1.0), call.a, xa, chosen)
-        _forward(rows, call, bias, y.view(m, n), xa, chosen)
+            _thin(rows, operands._replace(scaling=1.0), operands.a, xa, chosen)
+        _forward(rows, operands, call.bias, y.view(m, n), xa, chosen)
     return y, xa
 
 
@@ -130,49 +122,40 @@ def _handed(xa: Tensor, panels: int, config: Config) -> tuple[Tensor | None, Ten
     return whole.view(torch.int32), xa.new_empty(left, dtype=torch.int32)
 
 
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    xa: Tensor | None,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    seed: Tensor | None,
-    scaling: float | Tensor,
-    threshold: int,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return dx, dA, dB, dbias; see `reference.lora_linear_backward`.
+def backward(
+    dy: Tensor, x: Tensor | None, xa: Tensor | None, call: LinearCall, wanted: Wanted
+) -> Gradients:
+    """Return dx, dA, dB, dbias; see `reference`.
 
     Precision: all sums in float32, in an order that doesn't depend on timing; dxa is rounded once
     to dy's dtype (float16: in a unit of its row panel, so that nothing vanishes or overflows),
     results once to their parameters' dtypes.
     """
-    call = _call(weight, lora_A, lora_B, seed, scaling, threshold)
+    operands, (lora_A, lora_B, _) = _operands(call), call.adapter
     rows = _unit_rows(_as_matrix(dy))
-    x2 = _unit_rows(_as_matrix(x)) if needs[1] and x is not None else None
-    m, (n, k, r) = rows.shape[0], call.sizes
-    dx = dy.new_empty(*dy.shape[:-1], k) if needs[0] else None
+    x2 = _unit_rows(_as_matrix(x)) if wanted.da and x is not None else None
+    m, (n, k, r) = rows.shape[0], operands.sizes
+    dx = dy.new_empty(*dy.shape[:-1], k) if wanted.dx else None
     results = {
         "dx": dx if dx is None else dx.view(m, k),
-        "da": lora_A.new_empty(r, k) if needs[1] else None,
-        "db": lora_B.new_empty(n, r) if needs[2] else None,
-        "dbias": dy.new_empty(n) if needs[3] else None,
+        "da": lora_A.new_empty(r, k) if wanted.da else None,
+        "db": lora_B.new_empty(n, r) if wanted.db else None,
+        "dbias": dy.new_empty(n) if wanted.dbias else None,
     }
     if m == 0:
         for t in results.values():
             if t is not None:
                 t.zero_()
-    elif any(needs):
-        layer = layer_of(rows, *call[:2], call.seed is not None, needs)
+    elif any(wanted):
+        layer = layer_of(rows, *operands[:2], call.dropout is not None, wanted)
         chosen = planned(layer, current().device(dy))
         with _on_device(dy):
-            dxa = new_dxa(rows, r, chosen) if needs[0] or needs[1] else None
+            dxa = new_dxa(rows, r, chosen) if wanted.dx or wanted.da else None
             if chosen.thin is not None and dxa is not None:
-                bare = call._replace(seed=None)  # no mask; its factor goes with dxa
-                _thin(rows, bare, call.b, dxa, chosen)
-            _backward(rows, x2, xa, call, dxa, results, chosen)
-    return dx, results["da"], results["db"], results["dbias"]
+                bare = operands._replace(seed=None)  # no mask; its factor goes with dxa
+                _thin(rows, bare, operands.b, dxa, chosen)
+            _backward(rows, x2, xa, operands, dxa, results, chosen)
+    return Gradients(dx, results["da"], results["db"], results["dbias"])
 
 
 def new_dxa(dy: Tensor, r: int, chosen: Plan) -> Dxa:
@@ -182,7 +165,7 @@ def new_dxa(dy: Tensor, r: int, chosen: Plan) -> Dxa:
     return Dxa(dy.new_empty(m, r), units, rows)
 
 
-def _thin(v: Tensor, call: Call, factor: Tensor, out: Tensor | Dxa, chosen: Plan) -> None:
+def _thin(v: Tensor, operands: Operands, factor: Tensor, out: Tensor | Dxa, chosen: Plan) -> None:
     """Launch xa = scaling · D(v) fᵀ or, into a `Dxa`, dxa = scaling · D(v) f."""
     config, (m, length), executor = chosen.thin, v.shape, current()
     assert config is not None
@@ -191,11 +174,11 @@ def _thin(v: Tensor, call: Call, factor: Tensor, out: Tensor | Dxa, chosen: Plan
     transposed = isinstance(out, Tensor)
     numbers, units = (out, None) if isinstance(out, Tensor) else out[:2]
     args = {
-        "v": v, "f": factor, **call.pointers(), "out": numbers, "units": units,
-        "stride_v": v.stride(0), "stride_f": factor.stride(0), **call.numbers(m),
+        "v": v, "f": factor, **operands.pointers(), "out": numbers, "units": units,
+        "stride_v": v.stride(0), "stride_f": factor.stride(0), **operands.numbers(m),
     }  # fmt: skip
-    constants = call.constants(m, device.mma) | {
-        "L": length, "TRANSPOSED": transposed, "DROPOUT": call.seed is not None,
+    constants = operands.constants(m, device.mma) | {
+        "L": length, "TRANSPOSED": transposed, "DROPOUT": operands.seed is not None,
         "BLOCK_M": config.rows, "BLOCK_L": config.depth,
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
@@ -203,28 +186,29 @@ def _thin(v: Tensor, call: Call, factor: Tensor, out: Tensor | Dxa, chosen: Plan
 
 
 def _forward(
-    x: Tensor, call: Call, bias: Tensor | None, y: Tensor, xa: Tensor, chosen: Plan
+    x: Tensor, operands: Operands, bias: Tensor | None, y: Tensor, xa: Tensor, chosen: Plan
 ) -> None:
     """Launch the forward kernel; xa is read, not written, on the split path."""
-    config, (m, k), n = chosen.config, x.shape, y.shape[1]
+    config, w, (m, k), n = chosen.config, operands.weight, x.shape, y.shape[1]
     panels, executor = -(-m // config.rows), current()
     device = executor.device(x)
     grid = min(panels * -(-n // config.columns), executor.programs(device))
     high, low = _handed(xa, panels, config)
     args = {
-        "x": x, "w": call.weight, "a": call.a, "b": call.b, "bias": bias, **call.pointers(),
-        "y": y, "xa": xa, "high": high, "low": low, "flags": _WORKSPACE.zeros(panels + 1, x.device),
+        "x": x, "w": w, "a": operands.a, "b": operands.b, "bias": bias,
+        **operands.pointers(), "y": y, "xa": xa, "high": high, "low": low,
+        "flags": _WORKSPACE.zeros(panels + 1, x.device),
         "x_descriptor": _descriptor(x, config.rows, config.depth, config.descriptors),
-        "w_descriptor": _descriptor(call.weight, config.columns, config.depth, config.descriptors),
-        "stride_x": x.stride(0), "stride_w": call.weight.stride(0), "stride_a": call.a.stride(0),
-        "stride_b": call.b.stride(0),
-        **call.numbers(m),
+        "w_descriptor": _descriptor(w, config.columns, config.depth, config.descriptors),
+        "stride_x": x.stride(0), "stride_w": w.stride(0), "stride_a": operands.a.stride(0),
+        "stride_b": operands.b.stride(0),
+        **operands.numbers(m),
     }  # fmt: skip
-    constants = call.constants(m, device.mma) | {
-        "N": n, "K": k, "DROPOUT": call.seed is not None,
+    constants = operands.constants(m, device.mma) | {
+        "N": n, "K": k, "DROPOUT": operands.seed is not None,
         "BLOCK_M": config.rows, "BLOCK_N": config.columns,
         "BLOCK_K": config.depth, "GROUP": config.group, "PRODUCERS": config.producers,
-        "RANK_STEP": rank_step(call.sizes[2], x.dtype),
+        "RANK_STEP": rank_step(operands.sizes[2], x.dtype),
         "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     launch(forward_kernel, grid, args, constants, together=max(config.producers, 1))
@@ -234,13 +218,13 @@ def _backward(
     dy: Tensor,
     x: Tensor | None,
     xa: Tensor | None,
-    call: Call,
+    operands: Operands,
     dxa: Dxa | None,
     results: dict[str, Tensor | None],
     chosen: Plan,
 ) -> None:
     """Launch the backward kernel; dxa is read, not written, on the split path."""
-    config, m, (n, k, r) = chosen.config, dy.shape[0], call.sizes
+    config, w, m, (n, k, r) = chosen.config, operands.weight, dy.shape[0], operands.sizes
     needed = [t is not None for t in results.values()]
     need = {f"NEED_{name.upper()}": wanted for name, wanted in zip(results, needed, strict=True)}
     fused = config.producers > 0 and dxa is not None
@@ -252,48 +236,41 @@ def _backward(
     tiles += parts * blocks[1] * need["NEED_DA"]
     space = sum(blocks) * parts * (ranks + 1) * config.sum_columns if parts > 1 else 0
     # float32's products outweigh a second drawing, and need the registers.
-    shared_mask = call.seed is not None and dy.element_size() == 2 and all(needed[:2])
+    shared_mask = operands.seed is not None and dy.element_size() == 2 and all(needed[:2])
     numbers, units, unit_rows = dxa or (None, None, 1)
     # A step of dA's sums has one unit.
     sum_rows = config.sum_rows if units is None else min(config.sum_rows, unit_rows)
     mask_size = max(m, sum_rows), -(-k // _MASK_COLUMNS) * _MASK_COLUMNS // 32
     counters = _WORKSPACE.zeros(sum(blocks) + panels + 1, dy.device)
     args = {
-        "dy": dy, "x": x, "xa": xa, "w": call.weight, "a": call.a, "b": call.b,
-        **call.pointers(), "dxa": numbers, "units": units, **results,
+        "dy": dy, "x": x, "xa": xa, "w": w, "a": operands.a, "b": operands.b,
+        **operands.pointers(), "dxa": numbers, "units": units, **results,
         "mask": dy.new_empty(mask_size, dtype=torch.int32) if shared_mask else None,
         "partials": _floats(dy, space) if space else counters.view(torch.float32),
         "counters": counters, "flags": counters[sum(blocks) :],
         "dy_descriptor": _descriptor(dy, config.rows, config.depth, config.descriptors),
-        "w_descriptor": _descriptor(call.weight, config.depth, config.columns, config.descriptors),
+        "w_descriptor": _descriptor(w, config.depth, config.columns, config.descriptors),
         "stride_dy": dy.stride(0), "stride_x": 0 if x is None else x.stride(0),
-        "stride_w": call.weight.stride(0), "stride_a": call.a.stride(0),
-        "stride_b": call.b.stride(0), "segment": segment, **call.numbers(m),
+        "stride_w": w.stride(0), "stride_a": operands.a.stride(0),
+        "stride_b": operands.b.stride(0), "segment": segment, **operands.numbers(m),
     }  # fmt: skip
     executor = current()
     device = executor.device(dy)
-    constants = call.constants(m, device.mma) | need | {
+    constants = operands.constants(m, device.mma) | need | {
         "N": n, "K": k, "MASK_STRIDE": mask_size[1], "BLOCK_M": config.rows,
         "BLOCK_N": config.depth, "BLOCK_K": config.columns, "RANK_STEP": rank_step(r, dy.dtype),
         "RANKS": ranks, "BLOCK_C": config.sum_columns, "BLOCK_S": sum_rows, "GROUP": config.group,
         "UNIT_ROWS": 1 if units is None else unit_rows, "FUSED": fused,
-        "DROPOUT": call.seed is not None, "warps": config.warps, "stages": config.stages,
+        "DROPOUT": operands.seed is not None, "warps": config.warps, "stages": config.stages,
     }  # fmt: skip
     grid = min(tiles, executor.programs(device))
     launch(backward_kernel, grid, args, constants)
 
 
-def _call(
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    seed: Tensor | None,
-    scaling: float | Tensor,
-    threshold: int,
-) -> Call:
-    if seed is None:
-        threshold = 0
-    return Call(_unit_rows(weight), _unit_rows(a), _unit_rows(b), seed, scaling, threshold)
+def _operands(call: LinearCall) -> Operands:
+    (a, b, scaling), (seed, threshold) = call.adapter, call.dropout or (None, 0)
+    weight = _unit_rows(call.weight.decode())
+    return Operands(weight, _unit_rows(a), _unit_rows(b), seed, scaling, threshold)
 
 
 def _floats(like: Tensor, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from lora_kernels.impl import executor, gpu
-from lora_kernels.operands.request import Request
+from lora_kernels.operands.request import Request, unserved
 
 SUMMARY = "fused Triton kernels, CUDA devices from sm_80 up"
 OPS = {"lora_linear": ("dense",)}  # and the formats of W
@@ -20,6 +20,9 @@ NO_TRITON = "triton is not installed"
 
 def refuse(request: Request) -> str | None:
     """Return why a call can't be served, or None."""
+    reason = unserved(request, OPS)
+    if reason is not None:
+        return reason
     if executor.of("triton") is not None:
         reason = None if _has_triton() else NO_TRITON
     else:

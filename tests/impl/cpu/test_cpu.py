@@ -11,8 +11,9 @@ import lora_kernels as lk
 from lora_kernels import dispatch
 from lora_kernels.impl.cpu.support import MAX_RANK
 from lora_kernels.native import absence
-from lora_kernels.ops import backward_op, forward_op
+from lora_kernels.registration import operators
 from lora_kernels.testing import Case, assert_parity, make_inputs, run
+from tests.support.implementations import linear_call
 from tests.support.layouts import laid_out, row_apart, transposed
 from tests.support.paths import ROOT
 
@@ -20,6 +21,7 @@ ABSENT = absence("cpu")
 pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"compiled CPU part: {ABSENT}")
 
 FP32, BF16 = torch.float32, torch.bfloat16
+CPU = operators("lora_linear", "cpu")
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 # Below and above every vector's width, twice it, a mask's block, a chunk of expanded columns.
 WIDTHS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 255, 257, 513)
@@ -89,12 +91,13 @@ def test_mask_is_the_public_one(dtype, k):
     a, b = torch.eye(rank, k, dtype=dtype), torch.zeros(24, rank, dtype=dtype)
     seed, threshold = torch.tensor(-3), 20000
     keep = lk.dropout_mask(x.shape, threshold / 65536, seed)
-    _, xa = forward_op("cpu")(x, weight, a, b, None, seed, None, 1.0, threshold)
+    _, xa = CPU.forward(x, *linear_call(weight, a, b, None, seed, 1.0, threshold).flat())
     assert torch.equal(xa != 0, keep[:, :rank])
     a, b = torch.ones(1, k, dtype=dtype), torch.ones(24, 1, dtype=dtype)
     dy = torch.ones(37, 24, dtype=dtype)
     needs = [True, False, False, False]
-    dx, *_ = backward_op("cpu")(dy, None, None, weight, a, b, seed, None, 1.0, threshold, needs)
+    call = linear_call(weight, a, b, None, seed, 1.0, threshold)
+    dx, *_ = CPU.backward(dy, None, None, *call.flat_backward(), needs)
     assert torch.equal(dx != 0, keep)
 
 
@@ -102,7 +105,7 @@ def test_infinity_does_not_leak_into_other_rows_or_padded_ranks():
     x = torch.randn(12, 64)
     x[5, 7] = float("inf")
     weight, a, b = torch.zeros(32, 64), torch.rand(3, 64) + 0.1, torch.rand(32, 3) + 0.1
-    y, xa = forward_op("cpu")(x, weight * 0, a, b, None, None, None, 1.0, 0)
+    y, xa = CPU.forward(x, *linear_call(weight * 0, a, b).flat())
     others = torch.arange(12) != 5
     assert torch.isfinite(y[others]).all()
     assert (xa[5] == float("inf")).all()

@@ -14,7 +14,7 @@ import lora_kernels as lk
 from lora_kernels.impl.cuda.machine import Machine
 from lora_kernels.impl.executor import using
 from lora_kernels.native import absence
-from lora_kernels.ops import forward_op
+from lora_kernels.registration import operators
 from lora_kernels.testing import (
     GRADIENTS,
     Case,
@@ -24,7 +24,7 @@ from lora_kernels.testing import (
     make_inputs,
     run,
 )
-from tests.support.implementations import Place, needs_gpu
+from tests.support.implementations import Place, linear_call, needs_gpu
 from tests.support.layouts import LAYOUTS, laid_out
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -136,7 +136,8 @@ def test_mask_is_the_public_one(executor, dtype, threshold):
     weight, b, unit = x.new_zeros(24, 40), x.new_zeros(24, 40), torch.eye(40, out=x.new_empty(0))
     seed = torch.tensor(-3, device=executor.memory)
     with executor():
-        _, xa = forward_op("cuda")(x, weight, unit, b, None, seed, None, 1.0, threshold)
+        call = linear_call(weight, unit, b, None, seed, 1.0, threshold)
+        _, xa = operators("lora_linear", "cuda").forward(x, *call.flat())
     assert torch.equal(xa != 0, lk.dropout_mask(x.shape, threshold / 65536, seed, x.device))
 
 

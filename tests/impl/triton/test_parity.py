@@ -30,6 +30,7 @@ from tests.support.executors import (
     needs_machine,
     running,
 )
+from tests.support.implementations import linear_call
 from tests.support.layouts import LAYOUTS, laid_out
 
 pytestmark = [pytest.mark.many, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
@@ -183,15 +184,14 @@ def test_mask_is_the_public_one(target, threshold):
     With this seed some lanes are the threshold itself, or one less (65535).
     """
     import lora_kernels as lk
-    from lora_kernels.ops import forward_op
+    from lora_kernels.registration import operators
 
     x = torch.ones(3000, 40, dtype=BF16)
     weight, b = torch.zeros(24, 40, dtype=BF16), torch.zeros(24, 40, dtype=BF16)
     seed = torch.tensor(-3)
     with running(Machine(target)):
-        _, xa = forward_op("triton")(
-            x, weight, torch.eye(40, dtype=BF16), b, None, seed, None, 1.0, threshold
-        )
+        call = linear_call(weight, torch.eye(40, dtype=BF16), b, None, seed, 1.0, threshold)
+        _, xa = operators("lora_linear", "triton").forward(x, *call.flat())
     assert torch.equal(xa != 0, lk.dropout_mask(x.shape, threshold / 65536, seed))
 
 
@@ -266,13 +266,13 @@ def test_few_variants_in_a_training_run():
     recorder = Recorder()
     a, b = torch.zeros(16, 1024), torch.zeros(1024, 16)
     weight = torch.zeros(1024, 1024, dtype=BF16)
-    from lora_kernels.testing import functional
+    from lora_kernels.ops.linear import lora_linear
 
     with using(recorder):
         for m in (4096, 4095, 3001, 2560, 3777, 4000):
             for p in (0.0, 0.05):
                 x = torch.zeros(m, 1024, dtype=BF16, requires_grad=True)
-                y = functional.lora_linear(
+                y = lora_linear(
                     x, weight, a.requires_grad_(), b.requires_grad_(), scaling=1 + m / 1e4,
                     dropout_p=p, training=True, impl="triton",
                 )  # fmt: skip

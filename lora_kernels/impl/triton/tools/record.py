@@ -70,7 +70,7 @@ def launches(
     normal, empty = (partial(f, device=memory, dtype=dtype) for f in (torch.randn, torch.empty))
     x, w, a, b = normal(m, k), normal(n, k), normal(r, k), normal(n, r)
     seed = torch.tensor(0, device=memory) if layer.dropout else None
-    call = linear.Call(w, a, b, seed, 1.5, 6554 if layer.dropout else 0)
+    operands = linear.Operands(w, a, b, seed, 1.5, 6554 if layer.dropout else 0)
     thin = None if config.producers else thin_config(layer, device)
     chosen, recorder = Plan(config, thin, 0.0, 0.0), Recorder(device)
     rows = normal(m, n) if layer.backward else x
@@ -78,14 +78,14 @@ def launches(
         if layer.backward:
             dxa = linear.new_dxa(rows, r, chosen) if layer.needs[0] or layer.needs[1] else None
             if thin and dxa is not None:
-                linear._thin(rows, call._replace(seed=None), b, dxa, chosen)
+                linear._thin(rows, operands._replace(seed=None), b, dxa, chosen)
             shapes = {"dx": (m, k), "da": (r, k), "db": (n, r), "dbias": (n,)}
             wanted = zip(shapes.items(), layer.needs, strict=True)
             results = {name: empty(*shape) if need else None for (name, shape), need in wanted}
-            linear._backward(rows, x, normal(m, r), call, dxa, results, chosen)
+            linear._backward(rows, x, normal(m, r), operands, dxa, results, chosen)
         else:
             xa = linear.new_xa(x, r, config)
             if thin:
-                linear._thin(rows, call, a, xa, chosen)
-            linear._forward(rows, call, normal(n) if bias else None, empty(m, n), xa, chosen)
+                linear._thin(rows, operands, a, xa, chosen)
+            linear._forward(rows, operands, normal(n) if bias else None, empty(m, n), xa, chosen)
     return recorder.launches

@@ -81,6 +81,9 @@ AOTITorchError torch_list_get_item(StableListHandle list, size_t index, StableIV
 AOTITorchError torch_list_push_back(StableListHandle list, StableIValue item);
 AOTITorchError torch_delete_list(StableListHandle list);
 AOTITorchError torch_new_string_handle(const char* data, size_t length, StringHandle* made);
+AOTITorchError torch_delete_string(StringHandle text);
+AOTITorchError torch_string_length(StringHandle text, size_t* length);
+AOTITorchError torch_string_c_str(StringHandle text, const char** data);
 
 AOTITorchError torch_parallel_for(
     int64_t begin, int64_t end, int64_t grain_size, void (*function)(int64_t begin, int64_t end, void* context),

@@ -1,45 +1,32 @@
 """What the adapted linear layer saves for backward, and which gradients it returns."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled
-from torch.autograd import forward_ad
 
 from lora_kernels.impl.reference import linear as reference
-from lora_kernels.impl.reference.mask import dropout
-from lora_kernels.transforms import counts_flops, in_functorch
-
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+from lora_kernels.impl.reference.mask import dropped
+from lora_kernels.operands.call import LinearCall, Wanted, call_of
+from lora_kernels.operands.dropout import Dropout
+from lora_kernels.operands.weight import Parts
+from lora_kernels.registration import Operators, below_autograd
+from lora_kernels.transforms import backward_needs_plain_torch
 
 
 class CallParams(NamedTuple):
-    """The non-tensor arguments of a call, one object so that backward returns one None for them."""
+    """The other arguments of a call, one object so that backward returns one None for them."""
 
-    forward: Any  # operator handles of the chosen implementation
-    backward: Any
-    scaling: float
+    operators: Operators  # of the chosen implementation
+    format: str | None
+    parts: Parts  # of W, forward
+    parts_backward: Parts
     threshold: int
+    scaling: float
     layer: str = ""  # the layer's path, for errors in backward
 
 
-def below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
-    """Call an operator past its autocast and autograd kernels, for callers that did their work.
-
-    It takes less time than torch's fallback did for operators without such kernels.
-    """
-    if torch.compiler.is_dynamo_compiling():  # which records operators by itself
-        return operator(*args)
-    if _is_any_autocast_enabled():
-        with _BelowAutograd(), torch._C._DisableAutocast():
-            return operator(*args)
-    with _BelowAutograd():
-        return operator(*args)
-
-
-class LoraLinearFunction(torch.autograd.Function):
+class LoraLinear(torch.autograd.Function):
     """y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ with gradients of x, A, B and bias.
 
     x [..., K], weight [N, K], lora_A [R, K], lora_B [N, R], bias [N] or None, seed and
@@ -79,19 +66,15 @@ class OperatorFunction(torch.autograd.Function):
 
 def _forward(ctx, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params):
     y, xa = below_autograd(
-        params.forward,
-        *(x, weight, lora_A, lora_B, bias, seed, scaling_tensor),
-        *(params.scaling, params.threshold),
+        params.operators.forward,
+        *(x, weight, params.parts, params.format, lora_A, lora_B, bias, seed),
+        *(params.threshold, scaling_tensor, params.scaling),
     )
     _, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
     ctx.save_for_backward(
         x if need_a or need_weight else None,
         xa if need_b else None,
-        weight,
-        lora_A,
-        lora_B,
-        seed,
-        scaling_tensor,
+        *(weight, lora_A, lora_B, seed, scaling_tensor),
     )
     ctx.params = params
     return y, xa
@@ -100,21 +83,22 @@ def _forward(ctx, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params)
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of a Function's eight arguments, None where not needed."""
     need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
-    needs = (need_x, need_a, need_b, need_bias)
+    wanted = (need_x, need_a, need_b, need_bias)
     params: CallParams = ctx.params
-    x, xa, weight, lora_A, lora_B, seed, scaling_tensor = _saved(ctx, params.layer)
-    if _needs_plain_torch():
-        if torch.is_grad_enabled():
-            xa = _xa_with_graph(ctx, x, xa, lora_A, seed)
-        scale = params.scaling if scaling_tensor is None else scaling_tensor
-        dx, da, db, dbias = reference.lora_linear_backward(
-            dy, x, xa, weight, lora_A, lora_B, seed, scale, params.threshold, list(needs)
+    x, xa, weight, a, b, seed, scaling_tensor = _saved(ctx, params.layer)
+    if backward_needs_plain_torch():
+        call = call_of(
+            *(weight, None, None, a, b, None, seed),
+            *(params.threshold, scaling_tensor, params.scaling),
         )
+        if torch.is_grad_enabled():
+            xa = _xa_with_graph(x, xa, call, ctx.needs_input_grad[0])
+        dx, da, db, dbias = reference.backward(dy, x, xa, call, Wanted(*wanted))
     else:
         dx, da, db, dbias = below_autograd(
-            params.backward,
-            *(dy, x if need_a else None, xa, weight, lora_A, lora_B, seed, scaling_tensor),
-            *(params.scaling, params.threshold, needs),
+            params.operators.backward,
+            *(dy, x if need_a else None, xa, weight, params.parts_backward, params.format, a, b),
+            *(seed, params.threshold, scaling_tensor, params.scaling, wanted),
         )
     return (
         dx if need_x else None,
@@ -122,9 +106,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         da if need_a else None,
         db if need_b else None,
         dbias if need_bias else None,
-        None,
-        None,
-        None,
+        *(None, None, None),
     )
 
 
@@ -143,28 +125,16 @@ def _saved(ctx: Any, layer: str) -> tuple[Any, ...]:
         ) from error
 
 
-def _needs_plain_torch() -> bool:
-    """Whether backward is recorded (create_graph), mapped, counted, or dy may have a tangent."""
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    return (
-        torch.is_grad_enabled()
-        or in_functorch()
-        or forward_ad._current_level >= 0
-        or counts_flops()
-    )
-
-
 def _xa_with_graph(
-    ctx: Any, x: Tensor | None, xa: Tensor | None, lora_A: Tensor, seed: Tensor | None
+    x: Tensor | None, xa: Tensor | None, call: LinearCall, need_x: bool
 ) -> Tensor | None:
     """Return xa as a function of x and A; what forward saved is a constant to autograd."""
     if xa is None:
         return None
     if x is not None:
         rows = x.reshape(-1, x.shape[-1]).to(xa.dtype)
-        return dropout(rows, ctx.params.threshold, seed) @ lora_A.to(xa.dtype).T
-    if ctx.needs_input_grad[0]:
+        return dropped(rows, call.dropout) @ call.adapter.a.to(xa.dtype).T
+    if need_x:
         raise RuntimeError(
             "lora_linear: expected lora_A to require grad for a second derivative through lora_B's "
             "gradient, got a frozen lora_A: x, which it needs, was not saved"
@@ -176,13 +146,13 @@ def _with_gradient_of_xa(ctx, dxa, dx, dw, da):
     """Return dx, dW and dA with the share that a gradient of xa itself has in them."""
     need_x, _, need_a, _ = ctx.needs_input_grad[:4]
     x, _, _, lora_A, _, seed, _ = ctx.saved_tensors
-    threshold = ctx.params.threshold
+    dropout = None if seed is None else Dropout(seed, ctx.params.threshold)
     if need_x:
-        more = dropout(dxa @ lora_A.to(dxa.dtype), threshold, seed)
+        more = dropped(dxa @ lora_A.to(dxa.dtype), dropout)
         dx = (dx + more.reshape(dx.shape)).to(dx.dtype)
     if need_a:
         rows = x.reshape(-1, x.shape[-1]).to(dxa.dtype)
-        da = da + (dxa.T @ dropout(rows, threshold, seed)).to(da.dtype)
+        da = da + (dxa.T @ dropped(rows, dropout)).to(da.dtype)
     return dx, dw, da
 
 

@@ -1,0 +1,99 @@
+"""A call's tensors by name: what goes from the public function to the kernel."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _is_any_autocast_enabled
+
+from lora_kernels.operands.dropout import Dropout
+from lora_kernels.operands.weight import Dense, Parts, Weight, weight_of
+
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float64 is left as it is
+
+
+class Adapter(NamedTuple):
+    """A [R, K], B [N, R] and the factor on their product: a number or a 0-dim tensor."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float | Tensor
+
+
+class LinearCall(NamedTuple):
+    """y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ, but for x; `dropout` is None where D is nothing."""
+
+    weight: Weight
+    adapter: Adapter
+    bias: Tensor | None
+    dropout: Dropout | None
+
+    def cast(self, dtype: torch.dtype) -> "LinearCall":
+        """Return the call with W and bias as autocast has them."""
+        weight, adapter, bias, dropout = self
+        if weight.dtype != dtype and weight.dtype in AUTOCAST_DTYPES:
+            weight = Dense(weight.decode().to(dtype))
+        return LinearCall(weight, adapter, as_autocast(bias, dtype), dropout)
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return what a forward operator takes after x."""
+        weight, (a, b, scaling), bias, dropout = self
+        w, parts = weight.tensors(False)
+        form = None if parts is None else weight.format
+        seed, threshold = (None, 0) if dropout is None else dropout
+        if isinstance(scaling, Tensor):
+            return w, parts, form, a, b, bias, seed, threshold, scaling, 1.0
+        return w, parts, form, a, b, bias, seed, threshold, None, float(scaling)
+
+    def flat_backward(self) -> tuple[Any, ...]:
+        """Return what a backward operator takes between xa and the gradients wanted."""
+        parts = self.weight.tensors(True)[1]
+        w, _, form, a, b, _, *others = self.flat()
+        return w, parts, form, a, b, *others
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward call is asked for."""
+
+    dx: bool
+    da: bool
+    db: bool
+    dbias: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of a call, None where not wanted."""
+
+    dx: Tensor | None
+    da: Tensor | None
+    db: Tensor | None
+    dbias: Tensor | None
+
+
+def call_of(
+    weight: Tensor, parts: Parts, form: str | None, a: Tensor, b: Tensor, *others: Any
+) -> LinearCall:
+    """Return the call that a forward operator was given, by its arguments after x."""
+    bias, seed, threshold, tensor, number = others
+    adapter = Adapter(a, b, number if tensor is None else tensor)
+    dropout = None if seed is None or threshold == 0 else Dropout(seed, threshold)
+    return LinearCall(weight_of(form, weight, parts), adapter, bias, dropout)
+
+
+def as_autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a tensor, if there is one, as autocast to `dtype` has it."""
+    return t if t is None or t.dtype not in AUTOCAST_DTYPES else t.to(dtype)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast asks of x's device; None outside autocast and for float64."""
+    if not torch.compiler.is_dynamo_compiling() and not _is_any_autocast_enabled():
+        return None
+    if not isinstance(x, Tensor) or x.dtype == torch.float64:
+        return None
+    device = x.device.type
+    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
+        return None
+    if not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

@@ -1,0 +1,164 @@
+"""An op's operators for all implementations: schemas, fakes, bodies, autocast and autograd kernels.
+
+Each implementation is a pair of registered operators with the same two schemas, suffixed with its
+name. Bodies are imported at the first call, so schemas exist before any backend does. An eager call
+goes through an `autograd.Function` of the op's file, which costs half of `custom_op` with
+`register_autograd` (34 against 62 µs forward + backward, torch 2.13); the operators' own autograd
+kernels serve graphs that captured an operator alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch._C import _is_any_autocast_enabled
+
+from lora_kernels.impl import gpu
+from lora_kernels.native import absence
+
+PYTHON = ("reference", "eager", "triton")
+COMPILED = ("cpu", "cuda")
+# Where a compiled part's kernels are executed on tensors that are not a GPU's.
+_EXECUTED = {"cuda": "lora_kernels.impl.cuda.machine"}
+
+library = torch.library.Library("lora_kernels", "DEF")
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+
+class Operators(NamedTuple):
+    """The handles of an op's operators, of one implementation."""
+
+    forward: Any
+    backward: Any
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One of an op's two operators, the same for every implementation but for its body.
+
+    name: "forward" or "backward", as the function in an implementation's module.
+    schema: arguments and results.
+    fake: of the implementation's name and the arguments; results without data.
+    body: of the implementation's name, its function and the arguments.
+    check: of the arguments; raises where they don't fit.
+    cast: of the implementation's name, autocast's dtype and the arguments; what autocast makes of
+        them, for graphs that hold an operator alone: a public function's call comes cast.
+    recorded: of both handles and the arguments; results that autograd knows how to differentiate.
+    """
+
+    name: str
+    schema: str
+    fake: Callable[..., Any]
+    body: Callable[..., Any]
+    check: Callable[..., None]
+    cast: Callable[..., tuple[Any, ...]]
+    recorded: Callable[..., Any]
+
+
+def operators(op: str, impl: str) -> Operators:
+    """Return the handles of an op's operators by one implementation."""
+    forward, backward = (
+        getattr(torch.ops.lora_kernels, f"{op}_{direction}_{impl}").default
+        for direction in ("forward", "backward")
+    )
+    return Operators(forward, backward)
+
+
+def below_autograd(operator: Any, *args: Any) -> Any:
+    """Call an operator past its autocast and autograd kernels, for callers that did their work.
+
+    It takes less time than torch's fallback did for operators without such kernels.
+    """
+    if torch.compiler.is_dynamo_compiling():  # which records operators by itself
+        return operator(*args)
+    operator = operator._op  # what an OpOverload's call calls, 0.2 µs later
+    if _is_any_autocast_enabled():
+        with _BelowAutograd(), torch._C._DisableAutocast():
+            return operator(*args)
+    with _BelowAutograd():
+        return operator(*args)
+
+
+def register(op: str, file: str, *directions: Direction) -> None:
+    """Define an op's operators for every implementation; `file` names its module in each."""
+    for direction in directions:
+        for impl in PYTHON:
+            _define(op, impl, direction, partial(_python_body, direction, impl, file))
+        for impl in COMPILED:
+            _define(op, impl, direction, partial(_loading_body, direction, op, impl))
+    for impl in (*PYTHON, *COMPILED):
+        both = operators(op, impl)
+        for direction, handle in zip(directions, both, strict=True):
+            name = f"{op}_{direction.name}_{impl}"
+            for device in ("CPU", "CUDA"):
+                kernel = partial(_cast_and_call, direction, impl, handle)
+                library.impl(name, kernel, f"Autocast{device}")
+            library.impl(name, partial(direction.recorded, both), "Autograd")
+
+
+def _define(op: str, impl: str, direction: Direction, body: Callable[..., Any]) -> None:
+    name = f"{op}_{direction.name}_{impl}"
+    library.define(name + direction.schema)
+    library.impl(name, body, "CompositeExplicitAutograd")
+    fake = partial(direction.fake, impl)
+    torch.library.register_fake(f"lora_kernels::{name}", fake, lib=library)
+
+
+def _python_body(direction: Direction, impl: str, file: str, *args: Any) -> Any:
+    function = getattr(_module(f"lora_kernels.impl.{impl}.{file}"), direction.name)
+    return direction.body(impl, function, *args)
+
+
+def _loading_body(direction: Direction, op: str, impl: str, *args: Any) -> Any:
+    """Be the body of an operator whose own is in a library, which the first call of one loads."""
+    reason = absence(impl)
+    if reason is not None:
+        raise RuntimeError(f"impl: {impl!r} can't serve this call: {reason}")
+    direction.check(*args)  # what isn't dense or on one device would come back here
+    handle = getattr(operators(op, impl), direction.name)
+    device = args[0].device.type
+    if torch._C._dispatch_has_kernel_for_dispatch_key(handle.name(), device.upper()):
+        # The library's kernel takes precedence over this body from now on.
+        return handle(*args)
+    if impl not in _EXECUTED:
+        raise RuntimeError(f"impl: {impl!r} can't serve this call: x is on {device}")
+    return getattr(_module(_EXECUTED[impl]), f"{op}_{direction.name}")(*args)
+
+
+def _cast_and_call(direction: Direction, impl: str, handle: Any, *args: Any) -> Any:
+    dtype = torch.get_autocast_dtype(args[0].device.type)
+    args = direction.cast(impl, dtype, *args)
+    with torch._C._DisableAutocast():
+        return handle(*args)
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return import_module(name)
+
+
+# Whether float32 products may be TF32's, by torch's own switch. The compiled CUDA part asks at each
+# call on float32 tensors, forward and backward: what is compiled around an operator doesn't fix it.
+library.define("allows_tf32() -> bool")
+library.impl("allows_tf32", gpu.tf32_allowed, "CompositeExplicitAutograd")
+# Whether t may be kept from call to call. It asks for each block of flags that it makes.
+library.define("in_shared_pool(Tensor t) -> bool")
+library.impl("in_shared_pool", gpu.in_shared_pool, "CompositeExplicitAutograd")
+# How many multiprocessors torch leaves to others, as its switch is now: asked at each call.
+library.define("spared_multiprocessors() -> int")
+library.impl("spared_multiprocessors", gpu.spared_multiprocessors, "CompositeExplicitAutograd")
+
+# Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16
+# [count, 8], for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.
+library.define("keep_lanes_(Tensor(a!) lanes, int start, int seed, int threshold) -> ()")
+# Body in csrc/cpu/lora_linear.cpp: which version of the compiled kernels this processor runs.
+library.define("cpu_isa() -> str")
+
+# Bodies in csrc/cuda/host/bindings.cpp. The kernel that serves a call; its programs, threads, bytes
+# of shared memory. problem: [M, N, K, R, type (0 bfloat16, 1 float16, 2 float32, 3 float32 by
+# TF32), dropout, rows at multiples of 16 bytes, backward, dx, dA, dB, dbias]; device as below.
+library.define("cuda_plan(int[] problem, int[] device) -> (str, int[])")
