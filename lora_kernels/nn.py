@@ -237,7 +237,7 @@ class LoRALinear(nn.Module):
             if reason is not None:
                 return self._left(x, reason)
             check_call(x, call, cast=cast)
-        p = p if p and self.training else 0.0
+        p = 0.0 if p == 0.0 or not self.training else p  # compiled without dropout: for both modes
         if type(scaling) is not float or scaling - scaling != 0.0:
             reason = scaling_reason(scaling)
             if reason is not None:

@@ -11,7 +11,7 @@
 #include <mutex>
 #include <string>
 
-#include "../common/arguments.h"
+#include "../../common/arguments.h"
 #include "calls.h"
 #include "runtime.h"
 
