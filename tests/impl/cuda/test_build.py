@@ -113,8 +113,9 @@ def program(tmp_path_factory):
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
     made = tmp_path_factory.mktemp("stream") / "stream"
-    sources = [ROOT / "tests" / "native" / "stream.cpp", SCRIPT.parent / "stream.cpp"]
-    subprocess.run([*COMPILE, f"-I{SCRIPT.parent}", *sources, "-ldl", "-o", made], check=True)
+    host = SCRIPT.parent / "host"
+    sources = [ROOT / "tests" / "native" / "stream.cpp", host / "stream.cpp"]
+    subprocess.run([*COMPILE, f"-I{host}", *sources, "-ldl", "-o", made], check=True)
     return made
 
 

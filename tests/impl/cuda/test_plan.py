@@ -43,7 +43,7 @@ def test_launch_fits_the_device(device, wanted):
         )
         direction = "forward" if wanted is None else "backward"
         if wanted is None and m <= 16 and not dropout and chunks:
-            direction = "decode"
+            direction = "few_rows"
         assert direction in name
         # Enough to fill the device; more would only wait for their turn.
         assert 1 <= together <= grid <= multiprocessors
