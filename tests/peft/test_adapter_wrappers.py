@@ -36,7 +36,8 @@ def in_place(path):
 
 def prepared(model):
     accelerate = pytest.importorskip("accelerate")
-    return accelerate.Accelerator(cpu=True).prepare_model(model)
+    accelerate.state.AcceleratorState._reset_state(True)  # another test's precision
+    return accelerate.Accelerator(cpu=True, mixed_precision="no").prepare_model(model)
 
 
 def nested(model):
