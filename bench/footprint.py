@@ -94,7 +94,7 @@ def launches(call: Call, provider: str, device: str) -> int | None:
 
 
 class _Counter(TorchDispatchMode):
-    __module__ = "torch.footprint"  # a patched layer keeps PEFT's forward under others' modes
+    lora_kernels_only_looks = True  # else a patched layer would keep PEFT's forward
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

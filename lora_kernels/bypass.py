@@ -97,7 +97,8 @@ def everywhere_reason() -> str | None:
     ):
         return None
     modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
-    foreign = (type(mode).__name__ for mode in modes if not _of_torch(type(mode)))
+    kinds = [type(mode) for mode in modes]
+    foreign = (kind.__name__ for kind in kinds if not (_of_torch(kind) or _only_looks(kind)))
     return next((f"a torch function or dispatch mode is active, {name}" for name in foreign), None)
 
 
@@ -207,6 +208,11 @@ def _of_torch(hook: Any) -> bool:
     CommDebugMode and MemTracker set such hooks, to measure what else would run.
     """
     return str(getattr(hook, "__module__", None)).startswith("torch.")
+
+
+def _only_looks(kind: type) -> bool:
+    """Whether a mode's class says that it changes no result, as counters may."""
+    return getattr(kind, "lora_kernels_only_looks", False) is True
 
 
 def _has_hooks(own: dict[str, Any]) -> bool:

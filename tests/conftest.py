@@ -70,8 +70,8 @@ def pytest_addoption(parser):
 FEW_CASES = 6  # of one test: all of them run
 
 
-def _one_in(n, items):
-    """Return the items to run: of each test with many cases one in n, drawn by the run's seed."""
+def _beyond_one_in(n, items):
+    """Return the items to leave out: of each test with many cases all but one in n, by the seed."""
     cases = {}
     for item in items:
         if "many" in item.keywords:
@@ -82,15 +82,15 @@ def _one_in(n, items):
             fewer = max(FEW_CASES, -(-len(of_one) // n))
             kept = random.Random(f"{SEED}/{name}").sample(range(len(of_one)), fewer)
             dropped.update(item for i, item in enumerate(of_one) if i not in kept)
-    return [item for item in items if item not in dropped]
+    return dropped
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     if (n := config.getoption("--one-in")) > 1:
-        kept = _one_in(n, items)
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+        dropped = _beyond_one_in(n, items)
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
     if share := config.getoption("--share"):
         first, step = map(int, share.split("/"))
         kept = items[first - 1 :: step]

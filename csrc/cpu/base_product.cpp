@@ -38,7 +38,7 @@ constexpr Rows kForwardBf16{1, 16, 4}, kForwardFloat{1, 4, 4}, kBackwardBf16{1, 
 constexpr Rows kStoredBf16 = kBackwardBf16, kStoredFloat{1, 0, 0};
 
 constexpr int64_t kOnednnRows = 4, kOnednnWork = 1 << 20;
-// As lora_kernels/operands/onednn.py and impl/eager/onednn.py has them, with their reasons.
+// As lora_kernels/operands/onednn.py and impl/eager/onednn.py have them, with their reasons.
 constexpr int64_t kOnednnChain = 1024, kRowsToCopyFor = 64;
 
 // Whether this torch has oneDNN's products; a weak symbol that isn't there is null.

@@ -2,12 +2,12 @@
 
 import datetime
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 
 from tests.census.measure import SEEDS, Row
+from tests.support.paths import ROOT
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "models.md"
+PAGE = ROOT / "docs" / "models.md"
 MARK = "<!-- Written by `make census` (tests/census): not by hand. -->"
 COLUMNS = (
     *("model", "recipe", "fused / LoRA layers", "left: parameters; FLOPs"),

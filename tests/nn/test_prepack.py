@@ -13,6 +13,8 @@ import lora_kernels as lk
 from lora_kernels import prepack
 from lora_kernels.impl.eager.onednn import CHAIN, parts
 from lora_kernels.native import absence
+from lora_kernels.operands.onednn import OnednnWeight
+from lora_kernels.registration import operators
 from lora_kernels.testing import Case, assert_results, make_inputs
 
 needs_packing = pytest.mark.skipif(
@@ -339,3 +341,15 @@ def test_a_processor_without_packed_bfloat16_is_said(monkeypatch):
     assert not report.packed
     assert set(report.left) == {"0", "2"}
     assert "no bfloat16 on this processor" in str(report)
+
+
+@needs_packing
+def test_an_operator_under_autocast_reads_the_weight_itself():
+    x, w = torch.randn(3, 48), torch.randn(40, 48)
+    a, b = torch.randn(4, 48), torch.randn(40, 4)
+    copies = OnednnWeight(w, backward=False).tensors(backward=False)[1]
+    operator = operators("lora_linear", "cpu").forward
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = operator(x, w, copies, "onednn", a, b, None, None, 0, None, 1.0)
+    expected, _ = operator(x.bfloat16(), w.bfloat16(), None, None, a, b, None, None, 0, None, 1.0)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)

@@ -9,6 +9,7 @@ import lora_kernels as lk
 from lora_kernels.checks import scaling_for
 from lora_kernels.dispatch import CHOICES
 from lora_kernels.native import absence
+from lora_kernels.registration import operators
 
 X, W = torch.randn(4, 8), torch.randn(6, 8)
 A, B = torch.randn(2, 8), torch.randn(6, 2)
@@ -214,3 +215,29 @@ def test_memory_that_goes_between_the_passes_is_missed(impl, name, how):
         storage.resize_({"emptied": 0, "halved": storage.nbytes() // 2}[how])
     with pytest.raises((ValueError, RuntimeError), match=f"{name}: expected memory for shape"):
         y.sum().backward()
+
+
+UNKNOWN = {
+    "format": ((None, "nf4"), "format: expected .*got '?nf4'?"),
+    "parts of a dense weight": (([W], None), "parts: expected none of a dense weight, got some"),
+    "parts, dense by name": (([W], "dense"), "parts: expected none of a dense weight, got some"),
+}
+
+
+def refuses_unknown_formats(impl, what):
+    """Check that an operator names what it doesn't know of W, in both directions."""
+    (parts, form), message = UNKNOWN[what]
+    operators_of = operators("lora_linear", impl)
+    y, xa = operators_of.forward(X, W, None, None, A, B, None, None, 0, None, 1.0)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        operators_of.forward(X, W, parts, form, A, B, None, None, 0, None, 1.0)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        operators_of.backward(y, X, xa, W, parts, form, A, B, None, 0, None, 1.0, [True] * 4)
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+@pytest.mark.parametrize("impl", ["cpu", "eager", "reference"])
+def test_an_operator_names_a_format_that_it_does_not_know(impl, what):
+    if impl == "cpu" and absence("cpu"):
+        pytest.skip(absence("cpu"))
+    refuses_unknown_formats(impl, what)

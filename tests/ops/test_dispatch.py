@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 import lora_kernels as lk
 from lora_kernels import dispatch
-from lora_kernels.dispatch import choose, refusals, slower_than_peft
+from lora_kernels.dispatch import CHOICES, choose, refusal, refusals, slower_than_peft
 from lora_kernels.impl import gpu as gpus
 from lora_kernels.impl.triton import support
 from lora_kernels.operands.request import Request
@@ -21,6 +21,15 @@ GPU = torch.device("cuda", 0)
 def _request(**fields):
     made = Request("lora_linear", GPU, torch.bfloat16, 16, True)
     return made._replace(**fields)
+
+
+@pytest.mark.parametrize("impl", CHOICES[1:])
+def test_what_of_a_call_an_implementation_has_not(impl):
+    request = Request("lora_linear", torch.device("cpu"), torch.float32, 16, False)
+    assert refusal(impl, request._replace(op="toy")) == "has no toy"
+    assert "got nf4" in refusal(impl, request._replace(format="nf4"))
+    # W itself is there: who doesn't know the format reads that.
+    assert refusal(impl, request._replace(format="onednn")) == refusal(impl, request)
 
 
 @pytest.fixture

@@ -256,38 +256,39 @@ def test_what_a_call_of_a_submodule_goes_through_may_be_replaced(name, monkeypat
     assert use(model).fused == 1
 
 
-def test_a_function_mode_of_somebody_elses_is_seen():
-    class Twice(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            y = function(*args, **(kwargs or {}))
-            return 2 * y if function is functional.linear else y
+class TwiceTheFunction(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        y = function(*args, **(kwargs or {}))
+        return 2 * y if function is functional.linear else y
 
+
+class TwiceTheOperator(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        y = op(*args, **(kwargs or {}))
+        return 2 * y if op is torch.ops.aten.addmm.default else y
+
+
+class Counter(TorchDispatchMode):
+    lora_kernels_only_looks = True
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [TwiceTheFunction, TwiceTheOperator])
+def test_a_mode_of_somebody_elses_is_seen(mode):
     model, x = two(), torch.randn(2, 8)
     plain = copy.deepcopy(model)
     lk.patch_peft(model)
-    with Twice():
+    with mode():
         torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
-    assert use(model).reason == "a torch function or dispatch mode is active, Twice"
-    with torch.device("cpu"):  # a mode of torch's own
-        model(x)
-    assert use(model).fused == 1
-
-
-def test_a_dispatch_mode_of_somebody_elses_is_seen():
-    class Twice(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            y = op(*args, **(kwargs or {}))
-            return 2 * y if op is torch.ops.aten.addmm.default else y
-
-    model, x = two(), torch.randn(2, 8)
-    plain = copy.deepcopy(model)
-    lk.patch_peft(model)
-    with Twice():
-        torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
-    assert use(model).reason == "a torch function or dispatch mode is active, Twice"
-    with FakeTensorMode(allow_non_fake_inputs=True):  # a mode of torch's own
-        model(x)
-    assert use(model).fused == 1
+    assert use(model).reason == f"a torch function or dispatch mode is active, {mode.__name__}"
+    # Modes of torch's own, and one that says it only looks.
+    ours = torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True), Counter()
+    for fused, other in enumerate(ours, start=1):
+        with other:
+            model(x)
+        assert use(model).fused == fused
 
 
 @pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_dropout"])

@@ -8,7 +8,8 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 PROCESSES = 2
 
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -16,8 +15,8 @@ import lora_kernels as lk
 from lora_kernels.impl.gpu import in_shared_pool
 from lora_kernels.impl.triton import workspace
 from tests.stacks.models import FusedCalls, adapted_llama, adapters, assert_close, tokens
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6
 
 

@@ -1,5 +1,7 @@
 """Which implementations a test may ask for here, with visible skips where one doesn't serve."""
 
+import importlib.util
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,12 +9,19 @@ import pytest
 import torch
 
 from lora_kernels.dispatch import IMPLEMENTATIONS, refusals
+from lora_kernels.native import absence
 from lora_kernels.operands.call import Adapter, LinearCall
 from lora_kernels.operands.dropout import Dropout
 from lora_kernels.operands.request import Request
 from lora_kernels.operands.weight import Dense
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+needs_compiled_machine = pytest.mark.skipif(
+    absence("cuda") is not None
+    or shutil.which("nvcc") is None
+    or importlib.util.find_spec("ptxvm") is None,
+    reason="needs the compiled CUDA part, nvcc and the PTX virtual machine (module ptxvm)",
+)
 # A GPU's kernels have parity tests of their own, where something can run them.
 IMPLS = [i.name for i in IMPLEMENTATIONS if i.name not in ("triton", "cuda")]
 

@@ -20,7 +20,7 @@ struct Place {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     warp_row = warp / S::kWarpsN * S::kWarpRows;
     warp_column = warp % S::kWarpsN * S::kWarpColumns;
-    shrink_row = warp_row + warp % S::kWarpsN * 16;  // the block whose shrink product this warp makes
+    shrink_row = warp_row + warp % S::kWarpsN * 16;  // the block that this warp shrinks
     group = lane / 4;
     t = lane % 4;
   }
@@ -135,7 +135,7 @@ struct ShrinkStream {
   }
 };
 
-// The operands of a tile's product at (row, column) and, for a shrinking tile, of the shrink's.
+// The operands of a tile's product at (row, column) and, for a shrinking tile, the low-rank factor.
 struct Operands {
   const Layer& layer;
   Source left, right, shrink;
@@ -189,7 +189,7 @@ struct Copies {
   }
 };
 
-// sums = left right over all of depth, shrink_sums = D(left) times its operand, D where kDropout: both, or as kMakes says.
+// sums = left right over all of depth, shrink_sums = D(left) times the factor, D where kDropout: both, or as kMakes says.
 template <class T, class S, int kRanks, bool kByDepth, Makes kMakes, bool kDropout, bool kInChunks>
 __device__ __forceinline__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrink_sums, const Operands& operands, uint32_t shared) {
   using R = Ring<T, S, kRanks, kByDepth>;

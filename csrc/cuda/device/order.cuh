@@ -33,7 +33,7 @@ __device__ inline LargeTile shrink_tile(const Shrink& shrink, int index) {
 }
 
 // The index-th tile, of the large product: first those of shrinking columns, then, after as many others, the rest.
-// Producing tiles of a row panel wait for each other once they have published; so they are neighbours.
+// Shrinking tiles of a row panel wait for each other once they have published; so they are neighbours.
 template <class S, int kRanks>
 __device__ inline LargeTile large_tile(const Grid& grid, const Shrink& shrink, int index, int others) {
   const int xa_columns = shrink.xa_columns, makers = grid.panels * xa_columns;

@@ -186,7 +186,7 @@ std::tuple<std::string, std::vector<int64_t>> planned(std::vector<int64_t> probl
   const auto flag = [&](int which) { return problem[which] != 0; };
   const Problem p{number(0), number(1), number(2), number(3), static_cast<Type>(problem[4]), flag(5),
                   flag(6),   flag(6),   flag(7),   flag(8),   flag(9),                       flag(10), flag(11)};
-  const Launch how = is_decoding(p) ? few_rows_plan(p, device_of(device)).launch : plan(p, device_of(device)).large;
+  const Launch how = has_few_rows(p) ? few_rows_plan(p, device_of(device)).launch : plan(p, device_of(device)).large;
   return {how.kernel, {how.grid, how.threads, how.shared_bytes, how.together}};
 }
 

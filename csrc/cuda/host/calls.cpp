@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor> forward_call(
   if (d.scaling) target.scratch(*d.scaling);
   Problem problem = problem_of(layer, x, in_chunks(x_rows) && in_chunks(d.weight));
   problem.in_boxes = in_boxes(x_rows) && in_boxes(d.weight);
-  if (is_decoding(problem)) {
+  if (has_few_rows(problem)) {
     FewRowsParams params{};
     params.layer = layer;
     params.x = rows(x_rows);

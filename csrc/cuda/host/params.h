@@ -35,7 +35,7 @@ struct Grid {
 // large one, beside it, or `alone` tiles before all others.
 struct Shrink {
   int slices;               // of ranks; 0: nobody needs it
-  int xa_columns, alone;     // one of both is 0
+  int xa_columns, alone;    // one of both is 0
 };
 
 // Dropout's bits for the tiles that make xa, drawn before these: for each 16 rows and kWordColumns columns of x, one after
@@ -58,7 +58,7 @@ struct ForwardParams {
   Rows x;                   // [m, k]
   void *bias, *y, *xa;      // [n] or null, [m, n], [m, r]; contiguous
   int* flags;               // one a row panel, zero before and after
-  Shrink shrink;                // xa's
+  Shrink shrink;            // xa's
   Ticket ticket;
 };
 
@@ -88,7 +88,7 @@ struct BackwardParams {
   float* partials;          // [blocks, segments, ranks + 1, columns] if there are several segments
   int *counters, *flags;    // one a block of sums, one a row panel; zero before and after
   int segment;              // rows that a tile of da or db sums
-  Shrink shrink;                // dxa's
+  Shrink shrink;            // dxa's
   float* units;             // of float16's dxa, for each row panel one a slice; else null
   Ticket ticket;
 };

@@ -92,7 +92,7 @@ double cost(const Choice& c, const Problem& p, const Device& d) {
   return (waves < 2 ? over(static_cast<int64_t>(tiles), d.multiprocessors) : waves) * tile;
 }
 
-// Shrink products beside the large one come first, then fewer slices of ranks, then the cost.
+// Shrinks beside the large product come first, then fewer slices of ranks, then the cost.
 bool better(const Choice& c, const Choice& than, const Problem& p, const Device& d) {
   const bool beside = xa_columns(c, p, d), beside_than = xa_columns(than, p, d);
   const int slices = over(p.r, c.ranks), slices_than = over(p.r, than.ranks);
@@ -143,7 +143,7 @@ void check(const Problem& p) {
 
 }  // namespace
 
-bool is_decoding(const Problem& p) {
+bool has_few_rows(const Problem& p) {
   return !p.backward && p.m <= kFewRows && !p.dropout && p.in_chunks;
 }
 

@@ -51,8 +51,8 @@ struct Plan {
   int64_t words;       // 32-bit numbers of it that the call needs
 };
 
-// A forward call that is bound by reading the weight: one launch of the decode kernel.
-bool is_decoding(const Problem& problem);
+// A forward call that is bound by reading the weight: one launch of the kernel for few rows.
+bool has_few_rows(const Problem& problem);
 
 struct FewRowsPlan {
   Launch launch;

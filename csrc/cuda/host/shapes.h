@@ -101,7 +101,7 @@ constexpr int hopper_bytes(int ranks) {
   const int barriers = 8 * (2 * Hopper::kStages + 2), numbers = kNumberBytes * Hopper::kStages;
   return ring_bytes<Hopper>(ranks) + low_rank_bytes<Hopper>(ranks) + hopper_out_bytes(ranks) + barriers + numbers;
 }
-// Decoding: tiles of 16 rows of x by as many rows of W, a program's warps sharing its columns.
+// Few rows: tiles of 16 rows of x by as many rows of W, a program's warps sharing its columns.
 constexpr int kFewRows = 16, kFewRowsColumns = 32, kFewRowsTile = kFewRows * kFewRowsColumns, kFewRowsWarps = 8;
 constexpr int kFewRowsThreads = 32 * kFewRowsWarps, kFewRowsNumbers = kFewRowsTile / kFewRowsThreads;
 constexpr int kFewRowsBytes = 4 * kFewRowsWarps * kFewRowsTile;

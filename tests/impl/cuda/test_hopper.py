@@ -1,8 +1,6 @@
 """The kernels for sm_90a: their PTX, compiled here, in a virtual machine that models Hopper."""
 
-import importlib.util
 import re
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -14,7 +12,6 @@ from lora_kernels.impl import executor
 from lora_kernels.impl.cuda import machine
 from lora_kernels.impl.cuda.machine import Machine
 from lora_kernels.impl.executor import using
-from lora_kernels.native import absence
 from lora_kernels.testing import (
     Case,
     assert_parity,
@@ -23,18 +20,14 @@ from lora_kernels.testing import (
     make_inputs,
     run,
 )
+from tests.support.implementations import needs_compiled_machine
 from tests.support.paths import ROOT
 
 SOURCES = ROOT / "csrc" / "cuda" / "instances"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = [
     pytest.mark.many,
-    pytest.mark.skipif(
-        absence("cuda") is not None
-        or shutil.which("nvcc") is None
-        or importlib.util.find_spec("ptxvm") is None,
-        reason="needs the compiled CUDA part, nvcc and the PTX virtual machine (module ptxvm)",
-    ),
+    needs_compiled_machine,
 ]
 OPTIONS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_90a", "-w")
 

@@ -4,7 +4,6 @@ A few small kernels are compiled to PTX from a changed copy of the sources and e
 virtual machine in place of the library's.
 """
 
-import importlib.util
 import itertools
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ from lora_kernels.impl import executor
 from lora_kernels.impl.cuda import machine
 from lora_kernels.impl.cuda.machine import Machine
 from lora_kernels.impl.executor import using
-from lora_kernels.native import absence
 from lora_kernels.testing import (
     Case,
     assert_parity,
@@ -26,17 +24,13 @@ from lora_kernels.testing import (
     make_inputs,
     run,
 )
+from tests.support.implementations import needs_compiled_machine
 from tests.support.paths import ROOT
 
 SOURCES = ROOT / "csrc" / "cuda"
 pytestmark = [
     pytest.mark.many,
-    pytest.mark.skipif(
-        absence("cuda") is not None
-        or shutil.which("nvcc") is None
-        or importlib.util.find_spec("ptxvm") is None,
-        reason="needs the compiled CUDA part, nvcc and the PTX virtual machine (module ptxvm)",
-    ),
+    needs_compiled_machine,
 ]
 KERNELS = """
 #define LORA_TYPE {type}

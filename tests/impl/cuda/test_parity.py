@@ -24,6 +24,7 @@ from lora_kernels.testing import (
     make_inputs,
     run,
 )
+from tests.ops.test_checks import UNKNOWN, refuses_unknown_formats
 from tests.support.implementations import Place, linear_call, needs_gpu
 from tests.support.layouts import LAYOUTS, laid_out
 
@@ -384,3 +385,10 @@ def test_what_it_refuses():
             run(case := Case((2,), 8, 8, 2, torch.float64), make_inputs(case), "cuda")
         with pytest.raises(ValueError, match="needs a rank of at most 256, got 300"):
             run(case := Case((2,), 8, 8, 300, BF16), make_inputs(case), "cuda")
+
+
+@needs_machine
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_a_format_that_it_does_not_know(what):
+    with using(Machine()):
+        refuses_unknown_formats("cuda", what)

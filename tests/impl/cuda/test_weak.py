@@ -4,9 +4,7 @@ The virtual machine's weak mode orders memory by what the PTX ISA promises alone
 in the PTX of a few small kernels, which is compiled here once.
 """
 
-import importlib.util
 import re
-import shutil
 from functools import cache
 from itertools import product
 
@@ -17,16 +15,11 @@ from lora_kernels.impl import executor
 from lora_kernels.impl.cuda import machine
 from lora_kernels.impl.cuda.machine import Machine
 from lora_kernels.impl.executor import using
-from lora_kernels.native import absence
 from lora_kernels.testing import Case, assert_parity, make_inputs, run
 from tests.impl.cuda.test_mutations import BF16_KERNELS, HOPPER_KERNELS, MUTANTS, _ptx
+from tests.support.implementations import needs_compiled_machine
 
-pytestmark = pytest.mark.skipif(
-    absence("cuda") is not None
-    or shutil.which("nvcc") is None
-    or importlib.util.find_spec("ptxvm") is None,
-    reason="needs the compiled CUDA part, nvcc and the PTX virtual machine (module ptxvm)",
-)
+pytestmark = needs_compiled_machine
 # Each target's kernels, a case that they serve, what the machine is, and how literally it reads:
 # at level 2 an arrival by copies orders nothing but these copies.
 TARGETS = {

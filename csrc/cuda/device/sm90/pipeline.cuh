@@ -176,7 +176,7 @@ struct MultiplyingSide {
     at.advance();
   }
 
-  // sums = left right over all steps of a tile whose first row is `row`; a shrinking tile: shrink_sums = D(left) times its operand.
+  // sums = left right over all steps of a tile whose first row is `row`; a shrinking tile: shrink_sums = D(left) times the factor.
   template <bool kDropout>
   __device__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrink_sums, const Layer& layer, const DrawnWords& mask, int row,
                           int steps, bool shrinks) {
