@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_kernels.impl.triton.launch import Options
 from lora_kernels.impl.triton.plan import cost
-from lora_kernels.impl.triton.plan.config import Config, Layer
+from lora_kernels.impl.triton.plan.config import Config, Problem
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.tools.record import Launch
 
@@ -48,14 +48,14 @@ class Pass(NamedTuple):
 Step = Product | Pass
 
 
-def plain(layer: Layer) -> list[Step]:
+def plain(layer: Problem) -> list[Step]:
     """Return the frozen layer's own product: x Wᵀ, or dy W."""
     if layer.backward:
         return [Product(layer.m, layer.k, layer.n, v_transposed=False)]
     return [Product(layer.m, layer.n, layer.k)]
 
 
-def peft(layer: Layer) -> list[Step]:
+def peft(layer: Problem) -> list[Step]:
     """Return what PEFT's layer launches, forward or backward."""
     m, n, k, r = layer[:4]
     if not layer.backward:
@@ -75,7 +75,7 @@ def peft(layer: Layer) -> list[Step]:
     ]
 
 
-def addmm(layer: Layer) -> list[Step]:
+def addmm(layer: Problem) -> list[Step]:
     """Return what the in-place addmm order launches, forward or backward; dropout is outside."""
     m, n, k, r = layer[:4]
     if not layer.backward:
@@ -106,13 +106,13 @@ def _product(step: Product) -> Launch:
     args = {"u": u, "v": v, "out": out, "M": step.m, "N": step.n, "K": step.k}
     args |= {"stride_um": stride_um, "stride_uk": stride_uk}
     args |= {"stride_vn": stride_vn, "stride_vk": stride_vk, "stride_out": step.n}
-    large = min(step.m, step.n) >= TILE.rows
-    rows = TILE.rows if large else min(THIN, _padded(step.m))
-    columns = TILE.columns if large else min(THIN, _padded(step.n))
-    depth = min(TILE.depth, _padded(step.k))
+    large = min(step.m, step.n) >= TILE.block_m
+    rows = TILE.block_m if large else min(THIN, _padded(step.m))
+    columns = TILE.block_n if large else min(THIN, _padded(step.n))
+    depth = min(TILE.block_k, _padded(step.k))
     grid = -(-step.m // rows) * -(-step.n // columns)
     constants = {"ADD": step.added, "BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}
-    how = Options(TILE.warps if large else PASS_WARPS, TILE.stages)
+    how = Options(TILE.num_warps if large else PASS_WARPS, TILE.num_stages)
     return Launch(plain_gemm, grid, args, {**constants, "GROUP": 8}, how)
 
 
@@ -157,9 +157,9 @@ def _predicted(step: Step, device: Device) -> float:
             cost.LAUNCH_SECONDS + (2 * step.tensors + step.masks) * step.elements / device.bandwidth
         )
     m, n, k = step[:3]
-    if min(m, n, k) >= TILE.rows:
-        whole = Layer(m, n, k, 1, 16)
-        return cost.seconds(TILE, whole, device) - cost.thin_seconds(whole, device)
+    if min(m, n, k) >= TILE.block_m:
+        whole = Problem(m, n, k, 1, 16)
+        return cost.seconds(TILE, whole, device) - cost.shrink_seconds(whole, device)
     moved = 2 * (m * k + k * n + m * n * (2 if step.added else 1))
     return cost.LAUNCH_SECONDS + moved / device.bandwidth
 

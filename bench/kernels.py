@@ -18,7 +18,7 @@ import torch
 from bench import eager_launches
 from bench.eager_launches import TILE, Step
 from lora_kernels.impl.triton.plan import cost
-from lora_kernels.impl.triton.plan.config import Config, Layer, illegal
+from lora_kernels.impl.triton.plan.config import Config, Problem, illegal
 from lora_kernels.impl.triton.plan.plan import plan
 from lora_kernels.impl.triton.tools.compiler import compile_for, resources
 from lora_kernels.impl.triton.tools.inspect import code_of
@@ -29,7 +29,7 @@ M, N, K, R = 512, 1024, 1024, 16
 QUICK_M, QUICK_SIZE = 256, 512
 LARGE = (8192, 4096, 4096, 16)  # what is predicted beside the counted size
 PLAIN, OURS = "plain product", "ours"
-RIVALS: dict[str, Callable[[Layer], list[Step]]] = {
+RIVALS: dict[str, Callable[[Problem], list[Step]]] = {
     PLAIN: eager_launches.plain,
     "PEFT's launches": eager_launches.peft,
     "addmm's launches": eager_launches.addmm,
@@ -109,24 +109,24 @@ class KernelRow:
         )
 
 
-def layers(quick: bool) -> list[Layer]:
+def layers(quick: bool) -> list[Problem]:
     """Return what is counted: both directions, with and without dropout."""
     m, n, k, r = (QUICK_M, QUICK_SIZE, QUICK_SIZE, R) if quick else (M, N, K, R)
     return [
-        Layer(m, n, k, r, 16, dropout, True, backward)
+        Problem(m, n, k, r, 16, dropout, True, backward)
         for backward in (False, True)
         for dropout in (False, True)
     ]
 
 
-def title(layer: Layer, arch: int) -> str:
+def title(layer: Problem, arch: int) -> str:
     """Return what a point of the suite is about."""
     counted = "counted" if has_machine() else f"compiled only: {NO_MACHINE}"
     direction, dropout = _direction(layer), "0.1" if layer.dropout else "0"
     return f"sm_{arch} {direction} {_size(layer)} bf16 p={dropout}, {counted}"
 
 
-def measure(layer: Layer, arch: int, quick: bool) -> Iterator[KernelRow]:
+def measure(layer: Problem, arch: int, quick: bool) -> Iterator[KernelRow]:
     """Count a call of ours in one tile size, the plain product, and eager frameworks' launches."""
     torch.manual_seed(0)
     for what, steps_of in RIVALS.items():
@@ -142,21 +142,21 @@ def measure(layer: Layer, arch: int, quick: bool) -> Iterator[KernelRow]:
         yield row
 
 
-def configs(layer: Layer, arch: int, quick: bool) -> Iterator[Config]:
-    """Yield the tile of the plain product as ours may take it: copies, producing columns."""
+def configs(layer: Problem, arch: int, quick: bool) -> Iterator[Config]:
+    """Yield the tile of the plain product as ours may take it: copies, xa columns."""
     device = GPUS[arch]
     # The best first, which a quick run takes alone.
     columns = (1,) if layer.backward else (4, 1) if layer.dropout else (1, 2)
-    for producers in columns:
+    for xa_columns in columns:
         for descriptors in (False, True) if device.descriptors else (False,):
-            config = replace(TILE, producers=producers, descriptors=descriptors)
-            best = producers == columns[0] and descriptors == device.descriptors
+            config = replace(TILE, xa_columns=xa_columns, descriptors=descriptors)
+            best = xa_columns == columns[0] and descriptors == device.descriptors
             if best or not quick:
                 yield config
 
 
 def _row(
-    layer: Layer,
+    layer: Problem,
     arch: int,
     what: str,
     config: str,
@@ -169,12 +169,12 @@ def _row(
     return KernelRow(*place, len(calls), compiled(arch, calls), counts, small_us, large_us)
 
 
-def _sizes(layer: Layer) -> list[Layer]:
+def _sizes(layer: Problem) -> list[Problem]:
     m, n, k, r = LARGE
     return [layer, layer._replace(m=m, n=n, k=k, r=r)]
 
 
-def _our_seconds(config: Config, layer: Layer, arch: int) -> float:
+def _our_seconds(config: Config, layer: Problem, arch: int) -> float:
     """Return the prediction for the counted tile, or where it isn't legal for the picker's."""
     device = GPUS[arch]
     if illegal(config, layer, device) is not None:
@@ -184,14 +184,14 @@ def _our_seconds(config: Config, layer: Layer, arch: int) -> float:
 
 def _label(config: Config) -> str:
     copies = "descriptors" if config.descriptors else "pointers"
-    return f"by {copies}, {config.producers} producing"
+    return f"by {copies}, {config.xa_columns} xa columns"
 
 
-def _direction(layer: Layer) -> str:
+def _direction(layer: Problem) -> str:
     return "backward" if layer.backward else "forward"
 
 
-def _size(layer: Layer) -> str:
+def _size(layer: Problem) -> str:
     return "x".join(map(str, layer[:3])) + f" r={layer.r}"
 
 
@@ -235,7 +235,7 @@ def compiled(arch: int, calls: Sequence[Launch]) -> Compiled:
     )
 
 
-def of_call(layer: Layer, config: Config, arch: int, programs: int = PROGRAMS) -> list[Launch]:
+def of_call(layer: Problem, config: Config, arch: int, programs: int = PROGRAMS) -> list[Launch]:
     """Return the launches of a call of ours on a GPU of so many multiprocessors."""
     return launches(layer, config, replace(GPUS[arch], multiprocessors=programs))
 
@@ -251,25 +251,25 @@ def _without_waiting(data: dict[str, Any]) -> int:
     return data["warp_instructions"] - 2 * of_barriers - 4 * opcodes.get("nanosleep", 0)
 
 
-def producing_ratio(arch: int, layer: Layer, config: Config) -> float:
-    """Return `producing_ratio` of a `KernelRow`: of the longest of a row panel's producing tiles.
+def producing_ratio(arch: int, layer: Problem, config: Config) -> float:
+    """Return `producing_ratio` of a `KernelRow`: of the longest of a row panel's shrinking tiles.
 
     One program runs, with the flag that its tiles wait for far above what they ask. A tile's count
     is what it adds to those after it; waiting for copies isn't counted.
     """
-    part = layer._replace(m=config.rows, needs=(True, False, False, False))
-    tiles = -(-layer.out // config.columns)
+    part = layer._replace(m=config.block_m, needs=(True, False, False, False))
+    tiles = -(-layer.out // config.block_n)
     (call,) = of_call(part, config, arch, tiles)
 
     def count_from(tile: int) -> int:
-        machine = Machine(arch, resident=max(config.producers, 1))
+        machine = Machine(arch, resident=max(config.xa_columns, 1))
         call.args["flags"][:2] = torch.tensor([1 << 20, tile], dtype=torch.int32)
         machine.run(*call._replace(grid=1))
         return _without_waiting(machine.stats[0].data)
 
     try:
-        totals = [count_from(tile) for tile in range(config.producers + 2)]
+        totals = [count_from(tile) for tile in range(config.xa_columns + 2)]
     finally:
         call.args["flags"].zero_()
-    *producing, plain = (total - later for total, later in pairwise(totals))
-    return max(producing) / plain
+    *shrinks, plain = (total - later for total, later in pairwise(totals))
+    return max(shrinks) / plain

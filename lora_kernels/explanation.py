@@ -13,7 +13,7 @@ from lora_kernels.dispatch import (
     slower_than_peft,
 )
 from lora_kernels.impl.triton import launch
-from lora_kernels.impl.triton.plan.config import Layer
+from lora_kernels.impl.triton.plan.config import Problem
 from lora_kernels.impl.triton.plan.tuned import planned
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dropout import drop_threshold
@@ -110,7 +110,7 @@ def explain(
 
 
 def _triton_plans(x: Tensor, weight: Tensor, request: Request) -> dict[str, str]:
-    layer = Layer(
+    layer = Problem(
         max(x.numel() // weight.shape[1], 1),
         weight.shape[0],
         weight.shape[1],

@@ -21,7 +21,7 @@ from bench.rivals import addmm_lora
 from bench.shapes import Case, cases
 from bench.timing import Spread
 from lora_kernels import native
-from lora_kernels.impl.triton.plan.config import Layer
+from lora_kernels.impl.triton.plan.config import Problem
 from tests.support.paths import ROOT
 
 SMALL = Case("minilm", "q+k+v+o", 96, 64, 128, 16, "fp32", "fp32", 0.25)
@@ -186,7 +186,7 @@ def test_eager_launches_multiply_what_the_formulas_ask(dropout):
     m, n, k, r = 96, 64, 128, 16
 
     def flops(steps_of):
-        both = [steps_of(Layer(m, n, k, r, 16, dropout, True, way)) for way in (False, True)]
+        both = [steps_of(Problem(m, n, k, r, 16, dropout, True, way)) for way in (False, True)]
         products = [s for steps in both for s in steps if isinstance(s, eager_launches.Product)]
         return sum(2 * math.prod(product[:3]) for product in products)
 

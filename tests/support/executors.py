@@ -41,7 +41,7 @@ class Interpreter:
         return 1
 
     def run(self, kernel: Any, grid: int, args: Any, constants: Any, how: Any) -> None:
-        kernel[(grid,)](**args, **constants, num_warps=how.warps, num_stages=how.stages)
+        kernel[(grid,)](**args, **constants, num_warps=how.num_warps, num_stages=how.num_stages)
 
 
 def executors() -> list[Any]:
@@ -59,16 +59,17 @@ def fix_plan(monkeypatch: Any, **fields: Any) -> None:
     """Let every call take one configuration: small tiles, one launch, unless `fields` differ."""
     from lora_kernels.impl.triton import linear
     from lora_kernels.impl.triton.plan.config import Config
-    from lora_kernels.impl.triton.plan.cost import thin_config
+    from lora_kernels.impl.triton.plan.cost import shrink_config
     from lora_kernels.impl.triton.plan.plan import Plan
 
-    small = {"rows": 64, "columns": 64, "depth": 64, "warps": 4, "stages": 3}
+    small = {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 3}
     wanted = Config(**(small | fields))
 
-    def fixed(layer: Any, device: Device) -> Plan:
-        config = replace(wanted, producers=min(wanted.producers, 1)) if layer.backward else wanted
-        thin = None if config.producers else thin_config(layer, device)
-        return Plan(config, thin, 0.0, 0.0)
+    def fixed(problem: Any, device: Device) -> Plan:
+        most = 1 if problem.backward else wanted.xa_columns
+        config = replace(wanted, xa_columns=min(wanted.xa_columns, most))
+        shrink = None if config.xa_columns else shrink_config(problem, device)
+        return Plan(config, shrink, 0.0, 0.0)
 
     monkeypatch.setattr(linear, "planned", fixed)
 
@@ -77,11 +78,11 @@ def check_same_bits(case: Case, target: int, monkeypatch: Any) -> None:
     """Check a call's results, the same to the bit whatever the schedule.
 
     Sums over rows are of five segments or so: two would be the same in either order. xa is summed
-    over three parts of K, and handed on by them.
+    over three parts of K, and left by each to the next.
     """
     from lora_kernels.impl.triton import linear
 
-    fix_plan(monkeypatch, descriptors=target > 80, producers=3)
+    fix_plan(monkeypatch, descriptors=target > 80, xa_columns=3)
     monkeypatch.setattr(linear, "segment_rows", lambda *_: 64)
     inputs = make_inputs(case)
     runs = []

@@ -14,8 +14,8 @@ class Options(NamedTuple):
     together: how many programs must run at the same time for any to go on.
     """
 
-    warps: int
-    stages: int
+    num_warps: int
+    num_stages: int
     together: int = 1
 
 
@@ -69,13 +69,13 @@ class Gpu:
             kernel[(grid,)](
                 **args,
                 **constants,
-                num_warps=how.warps,
-                num_stages=how.stages,
+                num_warps=how.num_warps,
+                num_stages=how.num_stages,
                 enable_fp_fusion=True,  # Triton's own default is said to change
             )
         except Exception as error:
             raise RuntimeError(
-                f"{kernel.__name__}: launch of {grid} programs of {32 * how.warps} threads "
+                f"{kernel.__name__}: launch of {grid} programs of {32 * how.num_warps} threads "
                 f"failed: {error}\n{_WHAT_TO_TRY}"
             ) from error
 
@@ -97,9 +97,10 @@ def launch(
         kernel: a Triton kernel.
         grid: number of programs.
         args: run-time arguments by name, in the kernel's order; None stands for an absent one.
-        config: constants by name, with "warps" and "stages".
+        config: constants by name, with "num_warps" and "num_stages".
         together: how many programs must run at the same time for any to go on.
     """
-    constants = {name: value for name, value in config.items() if name not in ("warps", "stages")}
-    how = Options(config["warps"], config["stages"], together)
+    options = {"num_warps", "num_stages"}
+    constants = {name: value for name, value in config.items() if name not in options}
+    how = Options(config["num_warps"], config["num_stages"], together)
     current().run(kernel, grid, args, constants, how)

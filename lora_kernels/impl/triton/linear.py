@@ -13,7 +13,13 @@ from lora_kernels.impl.triton.kernels.forward import forward_kernel
 from lora_kernels.impl.triton.kernels.mask import PACKED_THRESHOLDS
 from lora_kernels.impl.triton.kernels.shrink import shrink_kernel
 from lora_kernels.impl.triton.launch import current, launch
-from lora_kernels.impl.triton.plan.config import Config, layer_of, padded_rank, rank_step, sum_ranks
+from lora_kernels.impl.triton.plan.config import (
+    Config,
+    padded_rank,
+    problem_of,
+    rank_step,
+    sum_ranks,
+)
 from lora_kernels.impl.triton.plan.plan import Plan, segment_rows
 from lora_kernels.impl.triton.plan.tuned import planned
 from lora_kernels.impl.triton.workspace import Workspace
@@ -22,7 +28,7 @@ from lora_kernels.operands.dropout import LANES
 
 _WORKSPACE = Workspace()
 _MASK_COLUMNS = 256  # the widest tile of dx or dA: rows of the mask's bits hold whole tiles
-_THIN_PROGRAMS = 4  # a multiprocessor: few enough to be resident, enough to stream by
+_SHRINK_PROGRAMS = 4  # a multiprocessor: few enough to be resident, enough to stream by
 _WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
 
 
@@ -80,7 +86,7 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
 
     Precision: products accumulate in float32 (IEEE, or TF32 for float32 inputs where torch's
     switch allows it); A, B and scaling · B are rounded to x's dtype on load (of float16, whose sums
-    are scaled instead, A and B), xa and y once. Parts of xa that one column of tiles hands to the
+    are scaled instead, A and B), xa and y once. Parts of xa that one column of tiles leaves to the
     next are rounded to 12 significant bits (bfloat16; 16 for float16, none for float32), four to
     five more than xa keeps.
     """
@@ -90,12 +96,12 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], n)
     if m == 0:
         return y, x.new_empty(m, r)
-    layer = layer_of(rows, *operands[:2], call.dropout is not None)
-    chosen = planned(layer, current().device(x))
+    problem = problem_of(rows, *operands[:2], call.dropout is not None)
+    chosen = planned(problem, current().device(x))
     xa = new_xa(rows, r, chosen.config)
     with _on_device(x):
-        if chosen.thin is not None:
-            _thin(rows, operands._replace(scaling=1.0), operands.a, xa, chosen)
+        if chosen.shrink is not None:
+            _shrink(rows, operands._replace(scaling=1.0), operands.a, xa, chosen)
         _forward(rows, operands, call.bias, y.view(m, n), xa, chosen)
     return y, xa
 
@@ -103,19 +109,19 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
 def new_xa(x: Tensor, r: int, config: Config) -> Tensor:
     """Return an uninitialised xa [M, R], in memory for the rows of whole tiles."""
     m = x.shape[0]
-    return x.new_empty(-(-m // config.rows) * config.rows, r).resize_(m, r)
+    return x.new_empty(-(-m // config.block_m) * config.block_m, r).resize_(m, r)
 
 
-def _handed(xa: Tensor, panels: int, config: Config) -> tuple[Tensor | None, Tensor | None]:
-    """Return where parts of xa are handed on: words of 32 bits for two sums, and what is left.
+def _room_for_parts(xa: Tensor, panels: int, config: Config) -> tuple[Tensor | None, Tensor | None]:
+    """Return where parts of xa are left: words of 32 bits for two sums, and what is left.
 
     The words lie in xa's own memory where each row panel's fit its part of that. float32 sums are
-    handed on as xa itself.
+    left as xa itself.
     """
-    if config.producers < 2 or xa.element_size() == 4:
+    if config.xa_columns < 2 or xa.element_size() == 4:
         return None, None
     r = xa.shape[1]
-    size = panels * config.rows * padded_rank(r)
+    size = panels * config.block_m * padded_rank(r)
     whole = xa.as_strided((size,), (1,)) if r == padded_rank(r) else xa.new_empty(size)
     # Four bits beside a bfloat16, eight beside a float16.
     left = size // (8 if xa.dtype == torch.bfloat16 else 4)
@@ -147,30 +153,30 @@ def backward(
             if t is not None:
                 t.zero_()
     elif any(wanted):
-        layer = layer_of(rows, *operands[:2], call.dropout is not None, wanted)
-        chosen = planned(layer, current().device(dy))
+        problem = problem_of(rows, *operands[:2], call.dropout is not None, wanted)
+        chosen = planned(problem, current().device(dy))
         with _on_device(dy):
             dxa = new_dxa(rows, r, chosen) if wanted.dx or wanted.da else None
-            if chosen.thin is not None and dxa is not None:
+            if chosen.shrink is not None and dxa is not None:
                 bare = operands._replace(seed=None)  # no mask; its factor goes with dxa
-                _thin(rows, bare, operands.b, dxa, chosen)
+                _shrink(rows, bare, operands.b, dxa, chosen)
             _backward(rows, x2, xa, operands, dxa, results, chosen)
     return Gradients(dx, results["da"], results["db"], results["dbias"])
 
 
 def new_dxa(dy: Tensor, r: int, chosen: Plan) -> Dxa:
     """Return an uninitialised dxa with units for the row panels that make it."""
-    m, rows = dy.shape[0], (chosen.thin or chosen.config).rows
+    m, rows = dy.shape[0], (chosen.shrink or chosen.config).block_m
     units = _floats(dy, -(-m // rows)) if dy.dtype == torch.float16 else None
     return Dxa(dy.new_empty(m, r), units, rows)
 
 
-def _thin(v: Tensor, operands: Operands, factor: Tensor, out: Tensor | Dxa, chosen: Plan) -> None:
+def _shrink(v: Tensor, operands: Operands, factor: Tensor, out: Tensor | Dxa, chosen: Plan) -> None:
     """Launch xa = scaling · D(v) fᵀ or, into a `Dxa`, dxa = scaling · D(v) f."""
-    config, (m, length), executor = chosen.thin, v.shape, current()
+    config, (m, length), executor = chosen.shrink, v.shape, current()
     assert config is not None
     device = executor.device(v)
-    grid = min(-(-m // config.rows), _THIN_PROGRAMS * executor.programs(device))
+    grid = min(-(-m // config.block_m), _SHRINK_PROGRAMS * executor.programs(device))
     transposed = isinstance(out, Tensor)
     numbers, units = (out, None) if isinstance(out, Tensor) else out[:2]
     args = {
@@ -179,8 +185,8 @@ def _thin(v: Tensor, operands: Operands, factor: Tensor, out: Tensor | Dxa, chos
     }  # fmt: skip
     constants = operands.constants(m, device.mma) | {
         "L": length, "TRANSPOSED": transposed, "DROPOUT": operands.seed is not None,
-        "BLOCK_M": config.rows, "BLOCK_L": config.depth,
-        "warps": config.warps, "stages": config.stages,
+        "BLOCK_M": config.block_m, "BLOCK_L": config.block_k,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     launch(shrink_kernel, grid, args, constants)
 
@@ -190,28 +196,28 @@ def _forward(
 ) -> None:
     """Launch the forward kernel; xa is read, not written, on the split path."""
     config, w, (m, k), n = chosen.config, operands.weight, x.shape, y.shape[1]
-    panels, executor = -(-m // config.rows), current()
+    panels, executor = -(-m // config.block_m), current()
     device = executor.device(x)
-    grid = min(panels * -(-n // config.columns), executor.programs(device))
-    high, low = _handed(xa, panels, config)
+    grid = min(panels * -(-n // config.block_n), executor.programs(device))
+    high, low = _room_for_parts(xa, panels, config)
     args = {
         "x": x, "w": w, "a": operands.a, "b": operands.b, "bias": bias,
         **operands.pointers(), "y": y, "xa": xa, "high": high, "low": low,
         "flags": _WORKSPACE.zeros(panels + 1, x.device),
-        "x_descriptor": _descriptor(x, config.rows, config.depth, config.descriptors),
-        "w_descriptor": _descriptor(w, config.columns, config.depth, config.descriptors),
+        "x_descriptor": _descriptor(x, config.block_m, config.block_k, config.descriptors),
+        "w_descriptor": _descriptor(w, config.block_n, config.block_k, config.descriptors),
         "stride_x": x.stride(0), "stride_w": w.stride(0), "stride_a": operands.a.stride(0),
         "stride_b": operands.b.stride(0),
         **operands.numbers(m),
     }  # fmt: skip
     constants = operands.constants(m, device.mma) | {
         "N": n, "K": k, "DROPOUT": operands.seed is not None,
-        "BLOCK_M": config.rows, "BLOCK_N": config.columns,
-        "BLOCK_K": config.depth, "GROUP": config.group, "PRODUCERS": config.producers,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k, "GROUP": config.group, "XA_COLUMNS": config.xa_columns,
         "RANK_STEP": rank_step(operands.sizes[2], x.dtype),
-        "warps": config.warps, "stages": config.stages,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
-    launch(forward_kernel, grid, args, constants, together=max(config.producers, 1))
+    launch(forward_kernel, grid, args, constants, together=max(config.xa_columns, 1))
 
 
 def _backward(
@@ -227,11 +233,11 @@ def _backward(
     config, w, m, (n, k, r) = chosen.config, operands.weight, dy.shape[0], operands.sizes
     needed = [t is not None for t in results.values()]
     need = {f"NEED_{name.upper()}": wanted for name, wanted in zip(results, needed, strict=True)}
-    fused = config.producers > 0 and dxa is not None
-    panels, segment = -(-m // config.rows), segment_rows(m, n, r, config)
+    fused = config.xa_columns > 0 and dxa is not None
+    panels, segment = -(-m // config.block_m), segment_rows(m, n, r, config)
     parts, ranks = -(-m // segment), sum_ranks(r)
     blocks = [-(-size // config.sum_columns) * (padded_rank(r) // ranks) for size in (n, k)]
-    tiles = panels * fused + need["NEED_DX"] * panels * (-(-k // config.columns) - fused)
+    tiles = panels * fused + need["NEED_DX"] * panels * (-(-k // config.block_n) - fused)
     tiles += parts * blocks[0] * (need["NEED_DB"] or need["NEED_DBIAS"])
     tiles += parts * blocks[1] * need["NEED_DA"]
     space = sum(blocks) * parts * (ranks + 1) * config.sum_columns if parts > 1 else 0
@@ -248,8 +254,8 @@ def _backward(
         "mask": dy.new_empty(mask_size, dtype=torch.int32) if shared_mask else None,
         "partials": _floats(dy, space) if space else counters.view(torch.float32),
         "counters": counters, "flags": counters[sum(blocks) :],
-        "dy_descriptor": _descriptor(dy, config.rows, config.depth, config.descriptors),
-        "w_descriptor": _descriptor(w, config.depth, config.columns, config.descriptors),
+        "dy_descriptor": _descriptor(dy, config.block_m, config.block_k, config.descriptors),
+        "w_descriptor": _descriptor(w, config.block_k, config.block_n, config.descriptors),
         "stride_dy": dy.stride(0), "stride_x": 0 if x is None else x.stride(0),
         "stride_w": w.stride(0), "stride_a": operands.a.stride(0),
         "stride_b": operands.b.stride(0), "segment": segment, **operands.numbers(m),
@@ -257,11 +263,12 @@ def _backward(
     executor = current()
     device = executor.device(dy)
     constants = operands.constants(m, device.mma) | need | {
-        "N": n, "K": k, "MASK_STRIDE": mask_size[1], "BLOCK_M": config.rows,
-        "BLOCK_N": config.depth, "BLOCK_K": config.columns, "RANK_STEP": rank_step(r, dy.dtype),
+        "N": n, "K": k, "MASK_STRIDE": mask_size[1], "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_k, "BLOCK_K": config.block_n, "RANK_STEP": rank_step(r, dy.dtype),
         "RANKS": ranks, "BLOCK_C": config.sum_columns, "BLOCK_S": sum_rows, "GROUP": config.group,
         "UNIT_ROWS": 1 if units is None else unit_rows, "FUSED": fused,
-        "DROPOUT": operands.seed is not None, "warps": config.warps, "stages": config.stages,
+        "DROPOUT": operands.seed is not None,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     grid = min(tiles, executor.programs(device))
     launch(backward_kernel, grid, args, constants)

@@ -144,7 +144,7 @@ def test_more_rows_than_programs_in_two_launches(python):
 from lora_kernels.impl.triton.plan.config import Config
 from lora_kernels.impl.triton.plan.cost import thin_config
 from lora_kernels.impl.triton.plan.plan import Plan
-tile = Config(64, 64, 64, 4, 3, producers=0)
+tile = Config(64, 64, 64, 4, 3, xa_columns=0)
 linear.planned = lambda layer, device: Plan(tile, thin_config(layer, device), 0.0, 0.0)
 cudastub.library().cudastub_set_sms(0, 1)
 case = Case((300,), 40, 72, 16, torch.bfloat16, dropout_p=0.1)

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from lora_kernels.__main__ import main
-from lora_kernels.impl.triton.plan.config import Config, Layer, shared_bytes
+from lora_kernels.impl.triton.plan.config import Config, Problem, shared_bytes
 from lora_kernels.impl.triton.tools import inspect
 from lora_kernels.impl.triton.tools.compiler import Resources, compile_for
 from lora_kernels.impl.triton.tools.record import Launch, launches
@@ -27,8 +27,8 @@ FROM_REGISTERS = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16 {%f1,%f2}, {%r
 
 
 def _job(arch=90, bits=16, **fields):
-    layer = Layer(256, 1024, 1024, 16, bits)
-    return inspect.Job(arch, layer, Config(128, 128, 64, 8, 3, **fields))
+    problem = Problem(256, 1024, 1024, 16, bits)
+    return inspect.Job(arch, problem, Config(128, 128, 64, 8, 3, **fields))
 
 
 def _faults(job, ptx, spill=0, shared=1000):
@@ -74,9 +74,9 @@ def test_resident_programs():
 @pytest.mark.parametrize(
     ("arch", "only", "kind"),
     [
-        (80, f"16-bit {TILE} pointers 1 producing", "mma.sync"),
-        (90, f"16-bit {TILE} descriptors 1 producing", "wgmma.mma_async"),
-        (100, f"16-bit {TILE} descriptors 1 producing", "tcgen05.mma"),
+        (80, f"16-bit {TILE} pointers 1 xa columns", "mma.sync"),
+        (90, f"16-bit {TILE} descriptors 1 xa columns", "wgmma.mma_async"),
+        (100, f"16-bit {TILE} descriptors 1 xa columns", "tcgen05.mma"),
     ],
 )
 def test_report_and_dump(arch, only, kind, tmp_path, capsys):
@@ -113,21 +113,21 @@ def test_an_unknown_architecture_is_a_usage_error(capsys):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_shared_memory_stays_below_its_bound(arch, steps, backward):
     """Of few steps no loop is left, and Triton would pipeline the one over tiles."""
-    config = Config(64, 64, 64, 8, 3, producers=0)
-    layer = Layer(128, 128, 128, 256, 16, backward=backward)
-    layer = layer._replace(**{"n" if backward else "k": 64 * steps})
+    config = Config(64, 64, 64, 8, 3, xa_columns=0)
+    problem = Problem(128, 128, 128, 256, 16, backward=backward)
+    problem = problem._replace(**{"n" if backward else "k": 64 * steps})
     device = inspect.GPUS[arch]
-    for launch in launches(layer, config, device):
+    for launch in launches(problem, config, device):
         compiled = compile_for(arch, *inspect.code_of(launch))
-        assert compiled.metadata.shared <= shared_bytes(config, layer, device)
+        assert compiled.metadata.shared <= shared_bytes(config, problem, device)
 
 
 @needs_machine
 def test_tiles_from_one_on_are_made():
     """A program makes those of the tickets that are left: how `bench` counts a tile by itself."""
     device = replace(inspect.GPUS[80], multiprocessors=4)
-    layer, config = Layer(64, 256, 64, 16, 16), Config(64, 64, 64, 4, 3, producers=1)
-    (call,) = launches(layer, config, device)
+    problem, config = Problem(64, 256, 64, 16, 16), Config(64, 64, 64, 4, 3, xa_columns=1)
+    (call,) = launches(problem, config, device)
     call.args["y"].fill_(float("nan"))
     call.args["xa"].zero_()
     call.args["flags"][:2] = torch.tensor([9, 3])  # xa is made, three tiles are taken
@@ -143,6 +143,6 @@ def test_tiles_from_one_on_are_made():
 def test_a_producing_tile_takes_more_instructions():
     from bench.kernels import producing_ratio
 
-    config = Config(64, 64, 64, 4, 3, producers=2)
-    ratio = producing_ratio(80, Layer(64, 256, 256, 16, 16), config)
+    config = Config(64, 64, 64, 4, 3, xa_columns=2)
+    ratio = producing_ratio(80, Problem(64, 256, 256, 16, 16), config)
     assert 1.05 < ratio < 3

@@ -9,7 +9,7 @@ import torch
 
 from lora_kernels import lora_linear
 from lora_kernels.impl.triton.launch import Gpu, Options
-from lora_kernels.impl.triton.plan.config import Layer, shared_bytes
+from lora_kernels.impl.triton.plan.config import Problem, shared_bytes
 from lora_kernels.impl.triton.plan.device import estimated, known, of_gpu
 from lora_kernels.impl.triton.plan.plan import plan
 from lora_kernels.testing import Case, assert_parity, make_inputs
@@ -32,19 +32,19 @@ RANKS = (16, 64, 128, 256)
 MOST_THREADS, MOST_REGISTERS = 1024, 255  # of a program; of a thread, where all are taken
 
 
-def _launches(layer, device):
+def _launches(problem, device):
     """What a planned call launches, and bytes of shared memory that each program may need."""
     from lora_kernels.impl.triton.tools.record import launches
 
-    config = plan(layer, device).config
-    dtype = BF16 if layer.bits == 16 else torch.float32
-    for launch in launches(layer, config, device, dtype, "meta"):
+    config = plan(problem, device).config
+    dtype = BF16 if problem.bits == 16 else torch.float32
+    for launch in launches(problem, config, device, dtype, "meta"):
         if launch.kernel.__name__ == "shrink_kernel":
             c = launch.constants
             step = (c["BLOCK_M"] + c["BLOCK_R"]) * c["BLOCK_L"]
-            yield launch, layer.bits // 8 * launch.how.stages * step
+            yield launch, problem.bits // 8 * launch.how.num_stages * step
         else:
-            yield launch, shared_bytes(config, layer, device)
+            yield launch, shared_bytes(config, problem, device)
 
 
 @needs_compiler
@@ -58,12 +58,12 @@ def test_no_planned_launch_is_refused(device, bits, dropout):
 
     split = 0
     for m, r, backward in product(ROWS, RANKS, (False, True)):
-        layer = Layer(m, 4096, 4096, r, bits, dropout, True, backward)
-        for launch, shared in _launches(layer, device):
-            fit = resident(Resources(MOST_REGISTERS, 0, shared), launch.how.warps, device)
-            what = f"{layer}: {launch.kernel.__name__}, {launch.grid} programs, {launch.how}"
+        problem = Problem(m, 4096, 4096, r, bits, dropout, True, backward)
+        for launch, shared in _launches(problem, device):
+            fit = resident(Resources(MOST_REGISTERS, 0, shared), launch.how.num_warps, device)
+            what = f"{problem}: {launch.kernel.__name__}, {launch.grid} programs, {launch.how}"
             assert 1 <= launch.grid < 1 << 31, what
-            assert 32 * launch.how.warps <= MOST_THREADS, what
+            assert 32 * launch.how.num_warps <= MOST_THREADS, what
             assert shared <= device.shared_bytes, what
             assert fit >= 1, what
             split += launch.kernel.__name__ == "shrink_kernel"
@@ -73,19 +73,19 @@ def test_no_planned_launch_is_refused(device, bits, dropout):
 
 
 @needs_compiler
-@pytest.mark.parametrize("producers", [0, 1, 2, 4])
-def test_programs_that_must_run_together(producers):
+@pytest.mark.parametrize("xa_columns", [0, 1, 2, 4])
+def test_programs_that_must_run_together(xa_columns):
     """As many as columns of tiles make xa together; elsewhere one program goes on by itself."""
     from lora_kernels.impl.triton.plan.config import Config
     from lora_kernels.impl.triton.tools.record import launches
 
-    config = Config(128, 128, 64, 8, 3, producers)
-    layer = Layer(512, 512, 512, 16, 16, True, True)
-    *thin, large = launches(layer, config, GPUS[0], memory="meta")
-    assert large.how.together == max(producers, 1)
-    assert not any(launch.how.together > 1 for launch in thin)
+    config = Config(128, 128, 64, 8, 3, xa_columns)
+    problem = Problem(512, 512, 512, 16, 16, True, True)
+    *shrink, large = launches(problem, config, GPUS[0], memory="meta")
+    assert large.how.together == max(xa_columns, 1)
+    assert not any(launch.how.together > 1 for launch in shrink)
     (backward,) = launches(
-        layer._replace(backward=True), replace(config, producers=1), GPUS[0], memory="meta"
+        problem._replace(backward=True), replace(config, xa_columns=1), GPUS[0], memory="meta"
     )
     assert backward.how.together == 1
 
@@ -102,10 +102,10 @@ def test_any_number_of_running_programs_makes_progress(target, resident, monkeyp
             return 17
 
     monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
-    for producers in (1, 2, 4):
-        if producers > resident:
+    for xa_columns in (1, 2, 4):
+        if xa_columns > resident:
             continue
-        fix_plan(monkeypatch, producers=producers, descriptors=target > 80)
+        fix_plan(monkeypatch, xa_columns=xa_columns, descriptors=target > 80)
         case = Case((300,), 264, 136, 16, BF16, dropout_p=0.1)
         for seed in range(2):
             with running(Fewer(target, resident, seed, weak=1)):
@@ -115,22 +115,22 @@ def test_any_number_of_running_programs_makes_progress(target, resident, monkeyp
 
 @needs_machine
 def test_more_rows_than_the_first_launch_of_two_has_programs(monkeypatch):
-    """Of the thin product as many programs as are of use, each with several row panels."""
+    """Of the shrink as many programs as are of use, each with several row panels."""
     from lora_kernels.impl.triton.plan import cost
 
-    fix_plan(monkeypatch, producers=0)
+    fix_plan(monkeypatch, xa_columns=0)
     machine = Machine(80, resident=1)
     case = Case((300,), 40, 72, 16, BF16, dropout_p=0.1)
     with running(machine):
         assert_parity(case, make_inputs(case), "triton")
-    layer = Layer(300, 40, 72, 16, 16, True)
-    panels = -(-300 // cost.thin_config(layer, machine.device(torch.empty(0))).rows)
+    problem = Problem(300, 40, 72, 16, 16, True)
+    panels = -(-300 // cost.shrink_config(problem, machine.device(torch.empty(0))).block_m)
     assert panels > 4  # programs
 
 
 @needs_machine
 def test_the_machine_refuses_columns_that_it_can_not_run_together(monkeypatch):
-    fix_plan(monkeypatch, producers=3)
+    fix_plan(monkeypatch, xa_columns=3)
     case = Case((150,), 264, 136, 16, BF16)
     with (
         running(Machine(80, resident=2)),

@@ -29,23 +29,23 @@ MUTANTS = {
         "forward",
         "        store_factor(xa, made, rows, M, R, BLOCK_R)\n    publish(flag)\n",
         "        publish(flag)\n        store_factor(xa, made, rows, M, R, BLOCK_R)\n"
-        "    if part < PRODUCERS - 1:\n        publish(flag)\n",
+        "    if part < XA_COLUMNS - 1:\n        publish(flag)\n",
         True,
     ),
     "sums published before the store": (
         "forward",
-        "            hand_on(thin, high, low, panel, LOW)\n",
-        "            publish(flag)\n            hand_on(thin, high, low, panel, LOW)\n"
+        "            store_part(shrunk, high, low, panel, LOW)\n",
+        "            publish(flag)\n            store_part(shrunk, high, low, panel, LOW)\n"
         "            tl.atomic_add(flag, -1)\n",
         True,
     ),
     "sums not waited for": ("forward", "wait(flag, part)", "wait(flag, 0)", True),
     "dxa published before the store": (
         "backward",
-        "                    store_factor(dxa, thin, rows, M, R, BLOCK_R)\n"
+        "                    store_factor(dxa, shrunk, rows, M, R, BLOCK_R)\n"
         "                    publish(flags + panel)\n",
         "                    publish(flags + panel)\n"
-        "                    store_factor(dxa, thin, rows, M, R, BLOCK_R)\n",
+        "                    store_factor(dxa, shrunk, rows, M, R, BLOCK_R)\n",
         True,
     ),
     "flag not waited for": ("tiles", "early, seen, $2;", "early, seen, 0;", True),
@@ -78,7 +78,12 @@ MUTANTS = {
         "words << (3 - place), words << (7 - place)",
         False,
     ),
-    "sums of another panel": ("forward", "handed(high, low, panel,", "handed(high, low, 0,", True),
+    "sums of another panel": (
+        "forward",
+        "load_part(high, low, panel,",
+        "load_part(high, low, 0,",
+        True,
+    ),
     "sums of another part": ("forward", "begin = part * SHARE", "begin = 0 * part", True),
     "columns after K in another order": ("forward", "(step - LENGTH)", "(step - K)", True),
     "sums of sixteen bits": ("split_k", "pairs << (16 - LOW), MASK", "pairs, 0", True),
@@ -145,7 +150,7 @@ def _mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
             monkeypatch.setattr(linear, kernel, getattr(module, kernel))
     monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
     # The interpreter's one program can't wait for others.
-    fix_plan(monkeypatch, sum_columns=64, producers=1 if INTERPRETED else 3)
+    fix_plan(monkeypatch, sum_columns=64, xa_columns=1 if INTERPRETED else 3)
 
 
 def _runs(executor, case=CASE):

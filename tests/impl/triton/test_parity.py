@@ -78,13 +78,13 @@ def test_sizes_ranks_and_dtypes(executor, case):
         assert_parity(case, make_inputs(case, executor.memory), "triton")
 
 
-@pytest.mark.parametrize("producers", [0, 1], ids=["two launches", "one launch"])
+@pytest.mark.parametrize("xa_columns", [0, 1], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("index", range(len(float16_range_cases((), 1, 1, 1))))
 @pytest.mark.parametrize("executor", executors())
-def test_float16_range(executor, index, producers, monkeypatch):
+def test_float16_range(executor, index, xa_columns, monkeypatch):
     """Three row panels of dxa, the last of few rows; in two launches ten smaller ones."""
-    case = float16_range_cases((150,), 72, 136, (5, 24)[producers])[index]
-    fix_plan(monkeypatch, producers=producers)
+    case = float16_range_cases((150,), 72, 136, (5, 24)[xa_columns])[index]
+    fix_plan(monkeypatch, xa_columns=xa_columns)
     with running(executor()):
         assert_parity(case, make_inputs(case), "triton")
 
@@ -144,7 +144,7 @@ def test_bias_gradient_beside_large_ranks(target, r, descriptors, monkeypatch):
     """Both take dy from shared memory, one by an asynchronous product on sm_90."""
     if descriptors and target == 80:
         pytest.skip("sm_80 has no tensor descriptors")
-    fix_plan(monkeypatch, warps=8, descriptors=descriptors)
+    fix_plan(monkeypatch, num_warps=8, descriptors=descriptors)
     case = Case((300,), 256, 136, r, BF16, dropout_p=0.1, bias=True)
     with running(Machine(target, resident=5, seed=r)):
         assert_parity(case, make_inputs(case), "triton")
@@ -153,21 +153,21 @@ def test_bias_gradient_beside_large_ranks(target, r, descriptors, monkeypatch):
 TILES = list(product(TILES_16, (0, 1, 2, 4)))
 
 
-def _name(tile, producers):
-    return f"{tile.rows}x{tile.columns}x{tile.depth}-{tile.warps}-{producers}"
+def _name(tile, xa_columns):
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}-{tile.num_warps}-{xa_columns}"
 
 
 @needs_machine
 @pytest.mark.parametrize("index", range(len(TILES)), ids=lambda i: _name(*TILES[i]))
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_every_shipped_tile(target, index, monkeypatch):
-    """Each in one launch by one, two and four producers and in two launches, by both copies."""
-    tile, producers = TILES[index]
-    if target != 90 and tile.columns > 128:
+    """Each in one launch by one, two and four xa columns and in two launches, by both copies."""
+    tile, xa_columns = TILES[index]
+    if target != 90 and tile.block_n > 128:
         pytest.skip("tiles of 256 columns are sm_90's")
     descriptors = target > 80 and index // 4 % 2 == 0
-    fix_plan(monkeypatch, **(asdict(tile) | {"producers": producers, "descriptors": descriptors}))
-    n = max(280, tile.columns * producers - 24)
+    fix_plan(monkeypatch, **(asdict(tile) | {"xa_columns": xa_columns, "descriptors": descriptors}))
+    n = max(280, tile.block_n * xa_columns - 24)
     case = Case((150,), n, 264, 24, BF16, dropout_p=0.1 * ((index // 4 + index) % 2))
     with running(Machine(target, resident=5, seed=index)):
         assert_parity(case, make_inputs(case), "triton")
@@ -201,11 +201,11 @@ def test_mask_is_the_public_one(target, threshold):
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_parts_of_xa_are_handed_on(target, r, dtype, monkeypatch):
     """With and without dropout, by two and four parts of five steps; the last of four is empty."""
-    for producers, p in product((2, 4), (0.0, 0.1)):
-        fix_plan(monkeypatch, producers=producers)
+    for xa_columns, p in product((2, 4), (0.0, 0.1)):
+        fix_plan(monkeypatch, xa_columns=xa_columns)
         rows = 65 if dtype == FP32 else 129  # float32 takes longest to execute
         case = Case((rows,), 256, 264, r, dtype, dropout_p=p)
-        with running(Machine(target, resident=producers + r % 3, seed=r)):
+        with running(Machine(target, resident=xa_columns + r % 3, seed=r)):
             assert_parity(case, make_inputs(case), "triton")
 
 

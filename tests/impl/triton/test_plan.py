@@ -7,9 +7,9 @@ import lora_kernels as lk
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton.plan.config import (
     Config,
-    Layer,
+    Problem,
     illegal,
-    layer_of,
+    problem_of,
     shared_bytes,
     shipped,
 )
@@ -20,7 +20,7 @@ from lora_kernels.impl.triton.plan.plan import plan, segment_rows
 UNKNOWN = estimated("a GPU of tomorrow", (13, 1), 100)
 DEVICES = [*KNOWN, UNKNOWN, estimated("a small one", (8, 7), 16)]
 LAYERS = [
-    Layer(m, n, k, r, bits, dropout, True, backward)
+    Problem(m, n, k, r, bits, dropout, True, backward)
     for m in (1, 64, 300, 8192)
     for n, k in ((4096, 4096), (1024, 200), (14336, 4096), (64, 64))
     for r in (1, 16, 64, 256)
@@ -32,17 +32,17 @@ LAYERS = [
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
 def test_every_layer_has_a_legal_plan_everywhere(device):
-    for layer in LAYERS:
-        chosen = plan(layer, device)
-        assert illegal(chosen.config, layer._replace(m=1 << 14), device) is None
-        assert shared_bytes(chosen.config, layer, device) <= device.shared_bytes
-        assert (chosen.thin is not None) == (chosen.config.producers == 0)
+    for problem in LAYERS:
+        chosen = plan(problem, device)
+        assert illegal(chosen.config, problem._replace(m=1 << 14), device) is None
+        assert shared_bytes(chosen.config, problem, device) <= device.shared_bytes
+        assert (chosen.shrink is not None) == (chosen.config.xa_columns == 0)
         assert chosen.floor <= chosen.seconds
 
 
 def test_rank_beyond_the_limit_is_an_error():
     with pytest.raises(ValueError, match="layer: expected"):
-        plan(Layer(64, 64, 64, 257, 16), KNOWN[0])
+        plan(Problem(64, 64, 64, 257, 16), KNOWN[0])
 
 
 @pytest.mark.parametrize(
@@ -59,15 +59,15 @@ def test_rank_beyond_the_limit_is_an_error():
 def test_training_shapes_take_one_launch_of_large_tiles(name, descriptors):
     device = known(name)
     for backward in (False, True):
-        chosen = plan(Layer(8192, 4096, 4096, 16, 16, True, True, backward), device).config
+        chosen = plan(Problem(8192, 4096, 4096, 16, 16, True, True, backward), device).config
         # On sm_90 there are registers for more.
-        assert (chosen.rows, chosen.columns) == (128, 256 if device.wgmma else 128)
-        assert chosen.producers >= 1
+        assert (chosen.block_m, chosen.block_n) == (128, 256 if device.wgmma else 128)
+        assert chosen.xa_columns >= 1
         assert chosen.descriptors == descriptors
 
 
 def test_unaligned_rows_take_pointers():
-    chosen = plan(Layer(8192, 4096, 4097, 16, 16, aligned=False), known("NVIDIA H200"))
+    chosen = plan(Problem(8192, 4096, 4097, 16, 16, aligned=False), known("NVIDIA H200"))
     assert not chosen.config.descriptors
 
 
@@ -87,8 +87,8 @@ def test_unaligned_rows_take_pointers():
 def test_descriptors_describe_what_a_driver_takes(strides, aligned):
     x = torch.empty_strided((5, 64), strides, dtype=torch.bfloat16, device="meta")
     plain = x.new_empty(64, 64)
-    assert layer_of(x, plain, plain, False).aligned == aligned
-    assert layer_of(plain, x, plain, False).aligned == aligned
+    assert problem_of(x, plain, plain, False).aligned == aligned
+    assert problem_of(plain, x, plain, False).aligned == aligned
 
 
 def test_a_tensor_that_starts_within_a_vector_has_no_descriptor():
@@ -96,22 +96,22 @@ def test_a_tensor_that_starts_within_a_vector_has_no_descriptor():
     plain = torch.zeros(64, 64, dtype=torch.bfloat16)
     for offset in (0, 1, 4, 8):
         rows = x[offset : offset + 5 * 64].view(5, 64)
-        assert layer_of(rows, plain, plain, False).aligned == (rows.data_ptr() % 16 == 0)
+        assert problem_of(rows, plain, plain, False).aligned == (rows.data_ptr() % 16 == 0)
 
 
 @pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA B200"])
 @pytest.mark.parametrize("m", [1, 8, 16])
 def test_decoding_streams_the_weight_with_most_multiprocessors(name, m):
     device = known(name)
-    config = plan(Layer(m, 4096, 4096, 16, 16), device).config
-    assert config.rows <= 32
-    assert 4096 // config.columns >= device.multiprocessors / 2.5
+    config = plan(Problem(m, 4096, 4096, 16, 16), device).config
+    assert config.block_m <= 32
+    assert 4096 // config.block_n >= device.multiprocessors / 2.5
 
 
 def test_costs_grow_with_the_work():
     device = known("NVIDIA H200")
     config = Config(128, 128, 64, 8, 3, 1, True)
-    base = Layer(4096, 4096, 4096, 16, 16)
+    base = Problem(4096, 4096, 4096, 16, 16)
     for field in ("m", "n", "k"):
         larger = base._replace(**{field: 8192})
         assert seconds(config, larger, device) > 1.5 * seconds(config, base, device)
@@ -121,33 +121,33 @@ def test_costs_grow_with_the_work():
 
 def test_batch_sizes_of_one_power_share_a_plan():
     device = known("NVIDIA H200")
-    plans = {plan(Layer(m, 4096, 4096, 16, 16), device) for m in range(2049, 4097, 31)}
+    plans = {plan(Problem(m, 4096, 4096, 16, 16), device) for m in range(2049, 4097, 31)}
     assert len(plans) == 1
 
 
 def test_illegal_says_why():
-    device, layer = known("NVIDIA L40S"), Layer(512, 1024, 1024, 16, 16)
+    device, problem = known("NVIDIA L40S"), Problem(512, 1024, 1024, 16, 16)
     tile = Config(128, 128, 64, 8, 3)
     for config, at, reason in (
-        (Config(128, 128, 64, 8, 3, 1, True), layer, "descriptors"),
-        (Config(128, 128, 64, 8, 9), layer, "shared memory"),
-        (Config(128, 128, 64, 8, 3, 16), layer, "producing columns"),
-        (Config(128, 128, 64, 8, 3, 4), layer._replace(k=190), "4 parts of 3 steps"),
-        (Config(128, 128, 64, 8, 3, 2), layer._replace(backward=True), "dxa"),
-        (tile, layer._replace(r=300), "rank 300"),
-        (Config(128, 128, 32, 2, 3), layer, "spill"),
+        (Config(128, 128, 64, 8, 3, 1, True), problem, "descriptors"),
+        (Config(128, 128, 64, 8, 9), problem, "shared memory"),
+        (Config(128, 128, 64, 8, 3, 16), problem, "xa columns"),
+        (Config(128, 128, 64, 8, 3, 4), problem._replace(k=190), "4 parts of 3 steps"),
+        (Config(128, 128, 64, 8, 3, 2), problem._replace(backward=True), "dxa"),
+        (tile, problem._replace(r=300), "rank 300"),
+        (Config(128, 128, 32, 2, 3), problem, "spill"),
     ):
         assert reason in (illegal(config, at, device) or "")
-    assert illegal(tile, layer, device) is None
+    assert illegal(tile, problem, device) is None
     alone = estimated("one", (8, 0), 1)
-    assert "together" in (illegal(Config(128, 128, 64, 8, 3, 2), layer, alone) or "")
+    assert "together" in (illegal(Config(128, 128, 64, 8, 3, 2), problem, alone) or "")
 
 
 def test_partial_sums_stay_small():
     config = Config(128, 128, 64, 8, 3)
     for m, n, k, r in ((8192, 4096, 4096, 16), (65536, 14336, 4096, 64), (512, 1024, 1024, 16)):
         segment = segment_rows(m, n, r, config)
-        assert segment % config.rows == 0
+        assert segment % config.block_m == 0
         parts = -(-m // segment)
         written = 0 if parts == 1 else 8 * parts * (n + k) * r
         assert written <= 0.03 * 2 * (m * (2 * n + 2 * k) + n * k)
@@ -170,6 +170,6 @@ def test_explain_prints_plan_prediction_and_floor():
 
 
 def test_shipped_is_a_list_of_distinct_configurations():
-    for layer in LAYERS[:4]:
-        found = shipped(layer)
+    for problem in LAYERS[:4]:
+        found = shipped(problem)
         assert len(set(found)) == len(found)

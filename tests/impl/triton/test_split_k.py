@@ -1,11 +1,11 @@
-"""Sums handed from program to program: what of a float32 arrives, special values included."""
+"""Sums that a program leaves to the next: what of a float32 arrives, special values included."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.split_k import by_ranks, by_threads, hand_on, handed
+from lora_kernels.impl.triton.kernels.split_k import by_ranks, by_threads, load_part, store_part
 from lora_kernels.impl.triton.launch import launch
 from tests.support.executors import executors, running
 
@@ -20,13 +20,13 @@ def there_and_back(
     panel = tl.program_id(0)
     places = tl.arange(0, RANKS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
     sums = by_threads(tl.load(given + panel * ROWS * RANKS + places))
-    hand_on(sums, high, low, panel, LOW)
+    store_part(sums, high, low, panel, LOW)
     tl.debug_barrier()
-    back = by_ranks(handed(high, low, panel, ROWS * RANKS // 8, LOW), RANKS)
+    back = by_ranks(load_part(high, low, panel, ROWS * RANKS // 8, LOW), RANKS)
     tl.store(taken + panel * ROWS * RANKS + places, back)
 
 
-def _handed(given, rows, ranks, low):
+def _room_for_parts(given, rows, ranks, low):
     """What of given [panels, ranks, rows] arrives."""
     words, left = given.numel() // 2, given.numel() * low // 32
     args = {
@@ -34,7 +34,7 @@ def _handed(given, rows, ranks, low):
         "high": given.new_empty(words, dtype=torch.int32),
         "low": given.new_empty(left, dtype=torch.int32),
     }  # fmt: skip
-    constants = {"ROWS": rows, "RANKS": ranks, "LOW": low, "warps": 4, "stages": 2}
+    constants = {"ROWS": rows, "RANKS": ranks, "LOW": low, "num_warps": 4, "num_stages": 2}
     launch(there_and_back, given.shape[0], args, constants)
     return args["taken"]
 
@@ -46,7 +46,7 @@ def test_rounded_to_the_bits_kept(executor, size, low):
     rows, ranks = size
     given = (torch.randn(PANELS, ranks, rows) * torch.logspace(-30, 30, rows)).to(executor.memory)
     with running(executor()):
-        taken = _handed(given, rows, ranks, low)
+        taken = _room_for_parts(given, rows, ranks, low)
     assert ((taken - given).abs() <= given.abs() * 2.0 ** -(8 + low)).all()
     dropped = (1 << (16 - low)) - 1
     assert not (taken.view(torch.int32) & dropped).any()
@@ -61,7 +61,7 @@ def test_special_values(executor, low):
     nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).to(executor.memory)
     given[:, ::2, ::3] = nan
     with running(executor()):
-        taken = _handed(given, 16, 16, low)
+        taken = _room_for_parts(given, 16, 16, low)
     small = given.abs() == 2.0**-149
     assert torch.equal(taken.isnan(), given.isnan())
     same = ~given.isnan() & ~small

@@ -11,13 +11,13 @@ from lora_kernels._progress import Progress
 pytest.importorskip("triton")
 
 from lora_kernels.impl.triton.plan import tuned
-from lora_kernels.impl.triton.plan.config import Config, Layer, illegal, shipped
+from lora_kernels.impl.triton.plan.config import Config, Problem, illegal, shipped
 from lora_kernels.impl.triton.plan.device import known
 from lora_kernels.impl.triton.plan.plan import plan
 from lora_kernels.impl.triton.tools import tune
 
 DEVICE = known("NVIDIA H200")
-LAYER = Layer(3000, 1024, 1024, 16, 16)
+LAYER = Problem(3000, 1024, 1024, 16, 16)
 
 
 @pytest.fixture
@@ -29,17 +29,17 @@ def folder(tmp_path, monkeypatch):
     tuned._read.cache_clear()
 
 
-def _unloved(layer=LAYER):
+def _unloved(problem=LAYER):
     """Return a legal configuration that the cost model doesn't choose."""
-    legal = [c for c in shipped(layer) if illegal(c, layer, DEVICE) is None]
-    return next(c for c in legal if c != plan(layer, DEVICE).config)
+    legal = [c for c in shipped(problem) if illegal(c, problem, DEVICE) is None]
+    return next(c for c in legal if c != plan(problem, DEVICE).config)
 
 
 def test_fastest_is_kept_and_read_back(folder):
     said, winner = [], _unloved()
 
-    def timer(layer, config):
-        if config.rows == 32:
+    def timer(problem, config):
+        if config.block_m == 32:
             raise RuntimeError("out of resources")
         return 1e-5 if config == winner else 2e-5
 
@@ -62,7 +62,7 @@ def test_the_fewest_useful_configurations_are_kept_as_they_come():
     """In the order of the cost model, which is asked first and may be wrong."""
     timed, kept = [], []
 
-    def timer(layer, config):
+    def timer(problem, config):
         timed.append(config)
         return {1: 3e-5, 2: 4e-5, 3: 1e-5}.get(len(timed), 2e-5)
 
@@ -88,7 +88,7 @@ def test_the_command_counts_what_it_times(folder, monkeypatch, capsys):
     times = iter(range(1, 100))
     counted = []
 
-    def timer(layer, config):
+    def timer(problem, config):
         number = next(times)
         if number % 2:
             raise RuntimeError("out of resources")
@@ -117,8 +117,8 @@ def test_the_command_counts_what_it_times(folder, monkeypatch, capsys):
 
 def test_later_runs_add_to_the_file(folder):
     path = tuned.path_of(DEVICE)
-    for layer in (LAYER, LAYER._replace(backward=True)):
-        tuned.write(path, DEVICE, {tuned.key_of(layer): (_unloved(layer), 1e-5)})
+    for problem in (LAYER, LAYER._replace(backward=True)):
+        tuned.write(path, DEVICE, {tuned.key_of(problem): (_unloved(problem), 1e-5)})
     assert len(json.loads(path.read_text())["plans"]) == 2
 
 
@@ -136,7 +136,7 @@ def test_a_corrupt_file_is_named(folder, text):
 
 
 def test_nothing_fast_is_an_error():
-    def timer(layer, config):
+    def timer(problem, config):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no configuration"):

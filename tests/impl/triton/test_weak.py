@@ -43,7 +43,7 @@ def test_a_missing_order_is_found(name, monkeypatch):
     plain = executor.load
     monkeypatch.setattr(executor, "load", load)
     monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
-    fix_plan(monkeypatch, producers=2, descriptors=target > 80)
+    fix_plan(monkeypatch, xa_columns=2, descriptors=target > 80)
 
     def suite():
         for seed in range(3):

@@ -70,11 +70,11 @@ def _products(
     dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w, stride_b,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    BASE: tl.constexpr, THIN: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, SHRINK: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return dy W of the tile at (row, column) if BASE, and dy B of its rows if THIN, float32."""
+    """Return dy W of the tile at (row, column) if BASE, and dy B of its rows if SHRINK, float32."""
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    thin = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    shrunk = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     steps = tl.arange(0, BLOCK_N)
     columns = column + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
@@ -96,14 +96,14 @@ def _products(
             if MMA == "mma" and dy_tile.dtype != tl.float32:
                 base_tile = unfetched(dy_tile)
             acc = plus_product(acc, base_tile, w_tile, PRECISION)
-        if THIN:
+        if SHRINK:
             pointers = b_pointers + wide(n) * stride_b
             if N % BLOCK_N == 0 and R == BLOCK_R:
                 b_tile = tl.load(pointers)
             else:
                 b_tile = tl.load(pointers, mask=inside & (ranks < R)[None, :], other=0.0)
-            thin = plus_product(thin, dy_tile, b_tile.to(dy_tile.dtype), PRECISION)
-    return acc, thin
+            shrunk = plus_product(shrunk, dy_tile, b_tile.to(dy_tile.dtype), PRECISION)
+    return acc, shrunk
 
 
 @triton.jit
@@ -212,7 +212,7 @@ def backward_kernel(
     last_out = FUSED + COLUMNS * NEED_DX + DA_BLOCKS * NEED_DA - 1
     scale = scaling_of(scaling, scaling_pointer)
     # dxa carries the factor of kept elements, so that neither dx nor dA is multiplied by it.
-    thin_scale = scale * keep_scale(threshold)
+    shrink_scale = scale * keep_scale(threshold)
     seed = wide(0)
     if DROPOUT:
         seed = tl.load(seed_pointer)
@@ -229,17 +229,17 @@ def backward_kernel(
                 near_rows = tl.minimum(rows, M - 1)
                 dy_pointers = operand_pointers(dy, dy_descriptor, near_rows, stride_dy, 0, BLOCK_N)
                 if FUSED and tile < dxa_end:
-                    acc, thin = _products(
+                    acc, shrunk = _products(
                         dy_descriptor, w_descriptor, dy_pointers, w, b, row, column, stride_w,
                         stride_b, N, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, NEED_DX, True, MMA,
                         PRECISION,
                     )  # fmt: skip
-                    thin = read(thin, MMA) * thin_scale
+                    shrunk = read(shrunk, MMA) * shrink_scale
                     if units is not None:
-                        unit = unit_of(thin)
+                        unit = unit_of(shrunk)
                         tl.store(units + panel, unit)
-                        thin *= inverse_of(unit)
-                    store_factor(dxa, thin, rows, M, R, BLOCK_R)
+                        shrunk *= inverse_of(unit)
+                    store_factor(dxa, shrunk, rows, M, R, BLOCK_R)
                     publish(flags + panel)
                 else:
                     acc, _ = _products(

@@ -2,8 +2,8 @@
 
 A program takes tiles of y, [BLOCK_M, BLOCK_N], until there are none. What it does for one:
 
-1. It takes the tile's number. The lowest numbers are the xa columns: the first PRODUCERS columns of
-   tiles, which also shrink x. The others follow.
+1. It takes the tile's number. The lowest numbers are the xa columns: the first XA_COLUMNS columns
+   of tiles, which also shrink x. The others follow.
 2. It sums x Wᵀ over K, BLOCK_K columns a step. An xa column begins with its own part of K. There
    each tile of x serves a second product, D(x) Aᵀ; the sums of the part before are added to it, and
    the result is left for the part after, or stored as xa by the last one. Then comes the rest of K.
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.impl.triton.kernels.mask import keep_where, masks_by_element, seed_of
-from lora_kernels.impl.triton.kernels.split_k import by_ranks, by_threads, hand_on, handed
+from lora_kernels.impl.triton.kernels.split_k import by_ranks, by_threads, load_part, store_part
 from lora_kernels.impl.triton.kernels.tiles import (
     block_pointers,
     grouped_tile,
@@ -42,16 +42,16 @@ from lora_kernels.impl.triton.kernels.tiles import (
 
 
 @triton.jit
-def fused_tile(tile, rows, columns, PRODUCERS: tl.constexpr, GROUP: tl.constexpr):
+def fused_tile(tile, rows, columns, XA_COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     """Return (row, column): the xa columns of every row panel first, then the rest."""
-    if PRODUCERS == 0:
+    if XA_COLUMNS == 0:
         return grouped_tile(tile, rows, columns, GROUP)
     else:
-        rest = tl.maximum(tile - rows * PRODUCERS, 0)
-        row, column = grouped_tile(rest, rows, tl.maximum(columns - PRODUCERS, 1), GROUP)
-        producing = tile < rows * PRODUCERS
-        row = tl.where(producing, tile // PRODUCERS, row)
-        return row, tl.where(producing, tile % PRODUCERS, column + PRODUCERS)
+        rest = tl.maximum(tile - rows * XA_COLUMNS, 0)
+        row, column = grouped_tile(rest, rows, tl.maximum(columns - XA_COLUMNS, 1), GROUP)
+        shrinks = tile < rows * XA_COLUMNS
+        row = tl.where(shrinks, tile // XA_COLUMNS, row)
+        return row, tl.where(shrinks, tile % XA_COLUMNS, column + XA_COLUMNS)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _plain_steps(
 
 
 @triton.jit
-def _producing_steps(
+def _shrinking_steps(
     x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, begin, end, a, seed,
     threshold, stride_a, dtype: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -95,9 +95,9 @@ def _producing_steps(
     a_pointers = block_pointers(a, near_ranks, stride_a, 0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if DROPOUT:
-        thin = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+        shrunk = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     else:
-        thin = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        shrunk = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if CARRIED:
         inside = begin + tl.arange(0, BLOCK_K) < K
         x_next = tl.load(x_pointers + begin, mask=inside[None, :], other=0.0)
@@ -118,50 +118,50 @@ def _producing_steps(
                 acc = settled(acc)
             # As second operand it goes through shared memory: a register operand of an
             # asynchronous product could change while it is read.
-            thin = plus_product(thin, a_tile, keep_where(masks, x_tile).T, PRECISION)
+            shrunk = plus_product(shrunk, a_tile, keep_where(masks, x_tile).T, PRECISION)
         else:
-            thin = plus_product(thin, x_tile, a_tile.T, PRECISION)
-    thin = read(thin, MMA)
+            shrunk = plus_product(shrunk, x_tile, a_tile.T, PRECISION)
+    shrunk = read(shrunk, MMA)
     if DROPOUT:
-        return acc, thin
+        return acc, shrunk
     else:
-        return acc, thin.T
+        return acc, shrunk.T
 
 
 @triton.jit
 def _summed(
-    thin, xa, high, low, flag, panel, part, M, threshold, R: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr, PRODUCERS: tl.constexpr, DROPOUT: tl.constexpr,
+    shrunk, xa, high, low, flag, panel, part, M, threshold, R: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, XA_COLUMNS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of the part before to thin [BLOCK_R, BLOCK_M], this part's; leave the result.
+    """Add the sums of the part before to shrunk [BLOCK_R, BLOCK_M], this part's; leave the result.
 
-    The last of PRODUCERS parts stores and returns xa of the row panel, the others return zeros.
+    The last of XA_COLUMNS parts stores and returns xa of the row panel, the others return zeros.
     """
     dtype: tl.constexpr = xa.dtype.element_ty
     LOW: tl.constexpr = 4 if dtype == tl.bfloat16 else 8
     rows = panel * BLOCK_M + tl.arange(0, BLOCK_M)
     if high is not None:
-        thin = by_threads(thin)
+        shrunk = by_threads(shrunk)
     if part > 0:
         wait(flag, part)
         if high is None:
             near_rows = tl.minimum(rows, M - 1)
-            thin += load_factor(xa, near_rows, R, 0, R, BLOCK_R, R == BLOCK_R).T
+            shrunk += load_factor(xa, near_rows, R, 0, R, BLOCK_R, R == BLOCK_R).T
         else:
-            thin += handed(high, low, panel, thin.shape[0], LOW)
+            shrunk += load_part(high, low, panel, shrunk.shape[0], LOW)
         # All have read before any writes to the same place.
         tl.debug_barrier()
-    if part < PRODUCERS - 1:
+    if part < XA_COLUMNS - 1:
         if high is None:
-            store_factor(xa, thin.T, rows, M, R, BLOCK_R)
+            store_factor(xa, shrunk.T, rows, M, R, BLOCK_R)
         else:
-            hand_on(thin, high, low, panel, LOW)
+            store_part(shrunk, high, low, panel, LOW)
         made = tl.zeros((BLOCK_M, BLOCK_R), dtype)
     else:
         if high is None:
-            whole = thin
+            whole = shrunk
         else:
-            whole = by_ranks(thin, BLOCK_R)
+            whole = by_ranks(shrunk, BLOCK_R)
         if DROPOUT:
             whole *= keep_scale(threshold)
         made = whole.T.to(dtype)
@@ -174,7 +174,7 @@ def _summed(
 def _producing_tile(
     x_descriptor, w_descriptor, x_pointers, w_pointers, panel, column, a, xa, high, low, flag,
     seed, threshold, M, stride_a, part, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRODUCERS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, XA_COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -183,29 +183,29 @@ def _producing_tile(
     A tile begins with the columns of x that it sums for xa, so that xa is complete early.
     """
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    SHARE: tl.constexpr = (STEPS + PRODUCERS - 1) // PRODUCERS
+    SHARE: tl.constexpr = (STEPS + XA_COLUMNS - 1) // XA_COLUMNS
     row = panel * BLOCK_M
     begin = part * SHARE * BLOCK_K
     end = begin + SHARE * BLOCK_K
-    if STEPS % PRODUCERS != 0:
+    if STEPS % XA_COLUMNS != 0:
         begin = tl.minimum(begin, STEPS * BLOCK_K)
         end = tl.minimum(end, STEPS * BLOCK_K)
-    acc, thin = _producing_steps(
+    acc, shrunk = _shrinking_steps(
         x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, begin, end, a, seed,
         threshold, stride_a, xa.dtype.element_ty, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
         DROPOUT, WIDE, PACKED, MMA, PRECISION,
     )  # fmt: skip
     made = _summed(
-        thin, xa, high, low, flag, panel, part, M, threshold, R, BLOCK_M, BLOCK_R, PRODUCERS,
+        shrunk, xa, high, low, flag, panel, part, M, threshold, R, BLOCK_M, BLOCK_R, XA_COLUMNS,
         DROPOUT,
     )  # fmt: skip
-    if PRODUCERS > 1:
+    if XA_COLUMNS > 1:
         # The rest of K: from the end of this part on, and after K from 0 to its begin. A
         # part that ends at K starts at 0.
         start = tl.where(end < STEPS * BLOCK_K, end, 0)
         acc = _plain_steps(
             acc, x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, start,
-            start + STEPS * BLOCK_K - (end - begin), K, BLOCK_K, PRODUCERS > 2, PRECISION,
+            start + STEPS * BLOCK_K - (end - begin), K, BLOCK_K, XA_COLUMNS > 2, PRECISION,
         )  # fmt: skip
     return acc, made
 
@@ -244,13 +244,13 @@ def forward_kernel(
     w_descriptor, stride_x, stride_w, stride_a, stride_b, M, scaling, threshold,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr,
-    GROUP: tl.constexpr, PRODUCERS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, XA_COLUMNS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
     PACKED: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute y [M, N] and xa [M, R]; persistent, tiles in order.
 
-    A tile of an xa column waits for no later tile before it has left its own sums; so PRODUCERS
-    running programs are enough. PRODUCERS = 0 reads an xa made by an earlier launch.
+    A tile of an xa column waits for no later tile before it has left its own sums; so XA_COLUMNS
+    running programs are enough. XA_COLUMNS = 0 reads an xa made by an earlier launch.
     high, low: int32, where split-K's sums are left, `high` in xa's own memory; None where xa is
     float32 and holds them itself, or there is one part.
     x_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], or both None.
@@ -271,7 +271,7 @@ def forward_kernel(
         for tile in tl.range(
             number, tl.minimum(opaque(number + 1), tiles), num_stages=1, disable_licm=True
         ):
-            panel, panel_column = fused_tile(tile, panels, COLUMNS, PRODUCERS, GROUP)
+            panel, panel_column = fused_tile(tile, panels, COLUMNS, XA_COLUMNS, GROUP)
             row = panel * BLOCK_M
             column = panel_column * BLOCK_N
             rows = row + tl.arange(0, BLOCK_M)
@@ -281,26 +281,26 @@ def forward_kernel(
             near_columns = tl.minimum(columns, N - 1)
             x_pointers = operand_pointers(x, x_descriptor, near_rows, stride_x, 0, BLOCK_K)
             w_pointers = operand_pointers(w, w_descriptor, near_columns, stride_w, 0, BLOCK_K)
-            if PRODUCERS > 0 and panel_column < PRODUCERS:
+            if XA_COLUMNS > 0 and panel_column < XA_COLUMNS:
                 part = panel_column
-                if PRODUCERS == 1:
+                if XA_COLUMNS == 1:
                     part = 0
                 acc, made = _producing_tile(
                     x_descriptor, w_descriptor, x_pointers, w_pointers, panel, column, a, xa, high,
                     low, flags + panel, seed, threshold, M, stride_a, part, K, R, BLOCK_M, BLOCK_N,
-                    BLOCK_K, BLOCK_R, PRODUCERS, DROPOUT, WIDE, PACKED, MMA, PRECISION,
+                    BLOCK_K, BLOCK_R, XA_COLUMNS, DROPOUT, WIDE, PACKED, MMA, PRECISION,
                 )  # fmt: skip
                 if RANK_STEP == BLOCK_R:
                     # The last one needs no reading back of what it made.
-                    if part < PRODUCERS - 1:
-                        wait(flags + panel, PRODUCERS)
+                    if part < XA_COLUMNS - 1:
+                        wait(flags + panel, XA_COLUMNS)
                         made = load_factor(xa, near_rows, R, 0, R, BLOCK_R, R == BLOCK_R)
                     acc = _plus_low_rank(
                         acc, made, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
                         RANK_STEP, MMA, PRECISION,
                     )  # fmt: skip
                 else:
-                    wait(flags + panel, PRODUCERS)
+                    wait(flags + panel, XA_COLUMNS)
                     acc = _plus_low_rank(
                         acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
                         RANK_STEP, MMA, PRECISION,
@@ -311,8 +311,8 @@ def forward_kernel(
                     acc, x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, 0, K, K,
                     BLOCK_K, False, PRECISION,
                 )  # fmt: skip
-                if PRODUCERS > 0:
-                    wait(flags + panel, PRODUCERS)
+                if XA_COLUMNS > 0:
+                    wait(flags + panel, XA_COLUMNS)
                 acc = _plus_low_rank(
                     acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
                     RANK_STEP, MMA, PRECISION,
@@ -323,8 +323,8 @@ def forward_kernel(
                 else:
                     bias_row = tl.load(bias + columns, mask=columns < N, other=0.0)
             acc = read(acc, MMA)
-            if PRODUCERS > 0:
-                leave(flags + panel, PRODUCERS + COLUMNS - 1)
+            if XA_COLUMNS > 0:
+                leave(flags + panel, XA_COLUMNS + COLUMNS - 1)
             if bias is not None:
                 acc += bias_row.to(tl.float32)[None, :]
             store_tile(y, acc, rows, columns, M, N, N % BLOCK_N == 0)

@@ -35,7 +35,7 @@ def by_ranks(sums, RANKS: tl.constexpr):
 
 
 @triton.jit
-def hand_on(sums, high, low, panel, LOW: tl.constexpr):
+def store_part(sums, high, low, panel, LOW: tl.constexpr):
     """Leave sums [., 8] of a row panel, rounded, in `high` and `low`, both int32."""
     HALF: tl.constexpr = 1 << (15 - LOW)
     MASK: tl.constexpr = ((1 << LOW) - 1) << LOW
@@ -53,8 +53,8 @@ def hand_on(sums, high, low, panel, LOW: tl.constexpr):
 
 
 @triton.jit
-def handed(high, low, panel, COUNT: tl.constexpr, LOW: tl.constexpr):
-    """Return the sums [COUNT, 8], float32, that `hand_on` left."""
+def load_part(high, low, panel, COUNT: tl.constexpr, LOW: tl.constexpr):
+    """Return the sums [COUNT, 8], float32, that `store_part` left."""
     MASK: tl.constexpr = ((1 << LOW) - 1) << (16 - LOW)
     WORDS: tl.constexpr = LOW // 4
     places = panel * COUNT + tl.arange(0, COUNT)

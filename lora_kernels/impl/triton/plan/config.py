@@ -39,7 +39,7 @@ def rank_step(r: int, dtype: torch.dtype) -> int:
     return MIN_TILE if dtype == torch.float32 else padded_rank(r)
 
 
-class Layer(NamedTuple):
+class Problem(NamedTuple):
     """One call as the picker sees it: sizes as in y [M, N] = x [M, K] Wᵀ and rank R."""
 
     m: int
@@ -68,17 +68,17 @@ class Layer(NamedTuple):
         return self.n if self.backward else self.k
 
 
-def layer_of(
+def problem_of(
     rows: Tensor, weight: Tensor, a: Tensor, dropout: bool, needs: Sequence[bool] | None = None
-) -> Layer:
+) -> Problem:
     """Describe a call by its matrices: rows are x, or with backward's `needs` dy."""
     (n, k), bits = weight.shape, rows.element_size() * 8
     aligned = all(map(_describable, (rows, weight)))
-    layer = Layer(rows.shape[0], n, k, a.shape[0], bits, dropout, aligned)
+    problem = Problem(rows.shape[0], n, k, a.shape[0], bits, dropout, aligned)
     if needs is None:
-        return layer
+        return problem
     dx, da, db, dbias = needs
-    return layer._replace(backward=True, needs=(dx, da, db, dbias))
+    return problem._replace(backward=True, needs=(dx, da, db, dbias))
 
 
 def _describable(t: Tensor) -> bool:
@@ -96,19 +96,19 @@ def _describable(t: Tensor) -> bool:
 
 @dataclass(frozen=True, order=True)
 class Config:
-    """Tiles of the large product: `rows` tokens by `columns` of y or dx, `depth` a step.
+    """Tiles of the large product: block_m tokens by block_n columns of y or dx, block_k a step.
 
-    producers: columns of tiles that also make xa (dxa), each over a part of K; 0 is the split path,
-        in two launches.
+    xa_columns: columns of tiles that also make xa (dxa), each over a part of K; 0 is the split
+        path, in two launches.
     sum_columns, sum_rows: tiles of dA and dB, columns by rows a step, of the backward kernel only.
     """
 
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    producers: int = 1
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    xa_columns: int = 1
     descriptors: bool = False
     group: int = 8
     sum_columns: int = 128
@@ -116,13 +116,13 @@ class Config:
 
 
 @dataclass(frozen=True)
-class ThinConfig:
-    """Tiles of the split path's thin product: `rows` tokens, `depth` a step."""
+class ShrinkConfig:
+    """Tiles of the split path's shrink: block_m tokens, block_k a step."""
 
-    rows: int
-    depth: int
-    warps: int
-    stages: int
+    block_m: int
+    block_k: int
+    num_warps: int
+    num_stages: int
 
 
 # Largest first. Which of them serve a rank, in one launch or two, `spill_free` says.
@@ -145,93 +145,93 @@ TILES_32 = (
 )
 
 
-def shipped(layer: Layer) -> list[Config]:
+def shipped(problem: Problem) -> list[Config]:
     """Return every configuration that ships for a layer's kind, legal or not on a given device."""
     found = []
-    for tile in TILES_16 if layer.bits == 16 else TILES_32:
-        for producers in _producers(layer):
+    for tile in TILES_16 if problem.bits == 16 else TILES_32:
+        for xa_columns in _xa_columns(problem):
             for descriptors in (False, True):
-                found.append(replace(tile, producers=producers, descriptors=descriptors))
+                found.append(replace(tile, xa_columns=xa_columns, descriptors=descriptors))
     return found
 
 
-def _producers(layer: Layer) -> tuple[int, ...]:
-    """Return how many columns may make xa: more with dropout, which a producing tile draws."""
-    if layer.backward:
+def _xa_columns(problem: Problem) -> tuple[int, ...]:
+    """Return how many columns may make xa: more with dropout, which a shrinking tile draws."""
+    if problem.backward:
         return 0, 1
-    return (0, 1, 2, 4) if layer.dropout else (0, 1, 2)
+    return (0, 1, 2, 4) if problem.dropout else (0, 1, 2)
 
 
-def shared_bytes(config: Config, layer: Layer, device: Device) -> int:
+def shared_bytes(config: Config, problem: Problem, device: Device) -> int:
     """Return an upper bound of the shared memory that a program needs.
 
-    A buffer holds the operands of one step: both tiles of the large product, and of the thin one
+    A buffer holds the operands of one step: both tiles of the large product, and of the shrink
     the factor. Copies alone need stages - 1 buffers, asynchronous products, which still read the
-    last one, all of them. A thin product fed by registers puts x there once more.
+    last one, all of them. A shrink fed by registers puts x there once more.
     """
-    size = layer.bits // 8
+    size = problem.bits // 8
     asynchronous = device.wgmma or device.tensor_memory
-    buffers = config.stages if asynchronous else config.stages - 1
-    step = (config.rows + config.columns) * config.depth
-    if config.producers:
-        step += layer.block_r * config.depth
+    buffers = config.num_stages if asynchronous else config.num_stages - 1
+    step = (config.block_m + config.block_n) * config.block_k
+    if config.xa_columns:
+        step += problem.block_r * config.block_k
     total = buffers * step * size
-    if not layer.backward and config.producers and layer.dropout:
-        total += config.rows * config.depth * size
-    if layer.backward:
-        sums = (sum_ranks(layer.r) + config.sum_columns) * config.sum_rows * (buffers + 1)
+    if not problem.backward and config.xa_columns and problem.dropout:
+        total += config.block_m * config.block_k * size
+    if problem.backward:
+        sums = (sum_ranks(problem.r) + config.sum_columns) * config.sum_rows * (buffers + 1)
         total = max(total, sums * size)
-    last = MIN_TILE if layer.bits == 32 else layer.block_r
-    if layer.depth <= 2 * config.depth:  # unrolled: a step's operands may lie beside the last ones
-        last += config.depth
-    return max(total, last * (config.rows + config.columns) * size) + 2048
+    last = MIN_TILE if problem.bits == 32 else problem.block_r
+    if problem.depth <= 2 * config.block_k:  # unrolled: a step's operands may lie beside the last
+        last += config.block_k
+    return max(total, last * (config.block_m + config.block_n) * size) + 2048
 
 
-def illegal(config: Config, layer: Layer, device: Device) -> str | None:
+def illegal(config: Config, problem: Problem, device: Device) -> str | None:
     """Return why a configuration can't serve the layer on the device, or None if it can."""
-    if not 1 <= layer.r <= MAX_RANK:
-        return f"rank {layer.r} is outside 1 to {MAX_RANK}"
-    if config.descriptors and not (layer.aligned and layer.bits == 16 and device.descriptors):
+    if not 1 <= problem.r <= MAX_RANK:
+        return f"rank {problem.r} is outside 1 to {MAX_RANK}"
+    if config.descriptors and not (problem.aligned and problem.bits == 16 and device.descriptors):
         return "tensor descriptors need 16-bit operands, aligned rows and sm_90 or sm_100"
-    if config.columns > 128 and not device.wgmma:
-        # Elsewhere they spill or leave no room for the thin product; 128 reach as much of the peak.
+    if config.block_n > 128 and not device.wgmma:
+        # Elsewhere they spill or leave no room for the shrink; 128 reach as much of the peak.
         return "tiles of 256 columns need asynchronous products with sums in registers (sm_90)"
-    columns = -(-layer.out // config.columns)
-    if config.producers > columns:
-        return f"{config.producers} producing columns of {columns}"
-    if config.producers > device.multiprocessors:
-        return "producers of one row panel wait for each other and must run together"
-    if layer.backward and config.producers > 1:
+    columns = -(-problem.out // config.block_n)
+    if config.xa_columns > columns:
+        return f"{config.xa_columns} xa columns of {columns}"
+    if config.xa_columns > device.multiprocessors:
+        return "xa columns of one row panel wait for each other and must run together"
+    if problem.backward and config.xa_columns > 1:
         return "one column makes dxa"
-    steps = -(-layer.depth // config.depth)
-    if config.producers > steps:
-        return f"{config.producers} parts of {steps} steps"
-    needed = shared_bytes(config, layer, device)
+    steps = -(-problem.depth // config.block_k)
+    if config.xa_columns > steps:
+        return f"{config.xa_columns} parts of {steps} steps"
+    needed = shared_bytes(config, problem, device)
     if needed > device.shared_bytes:
         return f"{needed} bytes of shared memory of {device.shared_bytes}"
-    return _registers_exceeded(config, layer, device)
+    return _registers_exceeded(config, problem, device)
 
 
-def _registers_exceeded(config: Config, layer: Layer, device: Device) -> str | None:
-    if device.tensor_memory and layer.bits == 16:
+def _registers_exceeded(config: Config, problem: Problem, device: Device) -> str | None:
+    if device.tensor_memory and problem.bits == 16:
         # Twice the tile: Triton 3.6 gives the last product sums of its own.
-        used = 2 * config.columns + (layer.block_r if config.producers else 0)
+        used = 2 * config.block_n + (problem.block_r if config.xa_columns else 0)
         if used > TENSOR_MEMORY_COLUMNS:
             return f"{used} columns of tensor memory of {TENSOR_MEMORY_COLUMNS}"
-    ranks = spill_free().get(compiled_as(config, layer, device), ())
-    if layer.block_r not in ranks:
-        return f"registers would spill for a padded rank of {layer.block_r}"
+    ranks = spill_free().get(compiled_as(config, problem, device), ())
+    if problem.block_r not in ranks:
+        return f"registers would spill for a padded rank of {problem.block_r}"
     return None
 
 
-def compiled_as(config: Config, layer: Layer, device: Device) -> str:
+def compiled_as(config: Config, problem: Problem, device: Device) -> str:
     """Return the key of `spill_free` that a configuration has on a device."""
     target = device.target if device.capability[0] in (9, 10) else 80
     return (
         f"sm_{target // 10 * 10} {'descriptors' if config.descriptors else 'pointers'} "
-        f"{'backward' if layer.backward else 'forward'} {layer.bits}-bit "
-        f"{config.rows}x{config.columns}x{config.depth} {config.warps} warps "
-        f"{config.producers} producers {'dropout' if layer.dropout else 'no dropout'}"
+        f"{'backward' if problem.backward else 'forward'} {problem.bits}-bit "
+        f"{config.block_m}x{config.block_n}x{config.block_k} {config.num_warps} warps "
+        f"{config.xa_columns} xa columns {'dropout' if problem.dropout else 'no dropout'}"
     )
 
 

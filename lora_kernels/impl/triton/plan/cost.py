@@ -1,6 +1,6 @@
 """The cost model: seconds that a configuration should take on a layer, from rates and counts.
 
-    time = launches + max(products, memory) + a tenth of the other + producers' delay
+    time = launches + max(products, memory) + a tenth of the other + xa columns' delay
 
 products  waves of tiles, each at the tile's share of a multiprocessor's peak
 memory    what must be read and written once, at the bandwidth that the busy multiprocessors reach
@@ -11,7 +11,7 @@ The rates are the vendor's; the shares below are estimates until `tune` has meas
 smallest prediction, so only their order matters.
 """
 
-from lora_kernels.impl.triton.plan.config import MIN_TILE, Config, Layer, ThinConfig
+from lora_kernels.impl.triton.plan.config import MIN_TILE, Config, Problem, ShrinkConfig
 from lora_kernels.impl.triton.plan.device import Device
 
 LAUNCH_SECONDS = 4e-6
@@ -19,7 +19,7 @@ LAUNCH_SECONDS = 4e-6
 MASK_INSTRUCTIONS = 11 / 32
 ISSUES_PER_SECOND = 4 * 1.4e9
 # From one program's store to the next one's sum: a release, a poll and a load.
-HANDING_SECONDS = 2e-6
+SPLIT_K_SECONDS = 2e-6
 # A multiprocessor alone reaches this multiple of its share of the memory bandwidth.
 SOLO_BANDWIDTH = 1.7
 # Share of the peak by elements of the tile: small tiles read more operands per product.
@@ -33,92 +33,92 @@ NOT_OVERLAPPED = 0.1
 PLAIN_COPIES = 1.05  # copies by pointers cost issue slots that descriptors save
 
 
-def floor_seconds(layer: Layer, device: Device) -> float:
+def floor_seconds(problem: Problem, device: Device) -> float:
     """Return the time of the frozen layer's own product at the device's peaks."""
-    flops = 2 * layer.m * layer.n * layer.k
-    rate = device.flops_16 if layer.bits == 16 else device.flops_32
-    size = layer.bits // 8
-    data = size * (layer.m * layer.n + layer.m * layer.k + layer.n * layer.k)
+    flops = 2 * problem.m * problem.n * problem.k
+    rate = device.flops_16 if problem.bits == 16 else device.flops_32
+    size = problem.bits // 8
+    data = size * (problem.m * problem.n + problem.m * problem.k + problem.n * problem.k)
     return max(flops / rate, data / device.bandwidth)
 
 
-def seconds(config: Config, layer: Layer, device: Device) -> float:
+def seconds(config: Config, problem: Problem, device: Device) -> float:
     """Return the predicted time of a call, launches included."""
-    tiles = -(-layer.m // config.rows) * -(-layer.out // config.columns)
+    tiles = -(-problem.m // config.block_m) * -(-problem.out // config.block_n)
     waves = -(-tiles // device.multiprocessors)
-    steps = -(-layer.depth // config.depth)
-    tile = steps * _step_seconds(config, layer, device) + TILE_SECONDS
+    steps = -(-problem.depth // config.block_k)
+    tile = steps * _step_seconds(config, problem, device) + TILE_SECONDS
     products = waves * tile
     busy = min(tiles, device.multiprocessors)
     reach = device.bandwidth * min(1.0, SOLO_BANDWIDTH * busy / device.multiprocessors)
-    memory = _bytes(layer) / reach
-    if layer.backward:
-        products += _sums_seconds(layer, device)
+    memory = _bytes(problem) / reach
+    if problem.backward:
+        products += _sums_seconds(problem, device)
     total = LAUNCH_SECONDS + max(products, memory) + NOT_OVERLAPPED * min(products, memory)
-    if config.producers:
-        return total + _producer_delay(config, layer, tile)
-    if not layer.backward or layer.needs[0] or layer.needs[1]:
-        return total + thin_seconds(layer, device)
+    if config.xa_columns:
+        return total + _xa_delay(config, problem, tile)
+    if not problem.backward or problem.needs[0] or problem.needs[1]:
+        return total + shrink_seconds(problem, device)
     return total
 
 
-def thin_seconds(layer: Layer, device: Device) -> float:
+def shrink_seconds(problem: Problem, device: Device) -> float:
     """Return the time of the split path's first launch: x (or dy) read once more, and masked."""
-    data = layer.m * layer.depth * layer.bits // 8
-    busy = min(-(-layer.m // thin_config(layer, device).rows), device.multiprocessors)
+    data = problem.m * problem.depth * problem.bits // 8
+    busy = min(-(-problem.m // shrink_config(problem, device).block_m), device.multiprocessors)
     reach = device.bandwidth * min(1.0, SOLO_BANDWIDTH * busy / device.multiprocessors)
-    masked = layer.m * layer.k if layer.dropout and not layer.backward else 0
+    masked = problem.m * problem.k if problem.dropout and not problem.backward else 0
     mask = masked * MASK_INSTRUCTIONS / (ISSUES_PER_SECOND * busy)
     return LAUNCH_SECONDS + max(data / reach, mask)
 
 
-def thin_config(layer: Layer, device: Device) -> ThinConfig:
-    """Return the thin product's tile: few rows, so that many multiprocessors stream.
+def shrink_config(problem: Problem, device: Device) -> ShrinkConfig:
+    """Return the shrink's tile: few rows, so that many multiprocessors stream.
 
     Of the rank's tiles those that spill no registers on any architecture (`inspect` says).
     """
-    if layer.bits == 32:  # operands lie in registers: the larger the rank, the fewer rows
-        most, depth, stages = max(MIN_TILE, min(64, 2048 // layer.block_r)), 32, 2
+    if problem.bits == 32:  # operands lie in registers: the larger the rank, the fewer rows
+        most, depth, stages = max(MIN_TILE, min(64, 2048 // problem.block_r)), 32, 2
     else:
-        most, depth, stages = 32 if layer.block_r in (16, 256) else 64, 64, 3
+        most, depth, stages = 32 if problem.block_r in (16, 256) else 64, 64, 3
     rows = MIN_TILE
-    while rows < most and layer.m > 2 * rows * device.multiprocessors:
+    while rows < most and problem.m > 2 * rows * device.multiprocessors:
         rows *= 2
-    if layer.block_r == 256:
+    if problem.block_r == 256:
         depth //= 2
-    elif layer.bits == 16 and layer.block_r == 32 and rows > MIN_TILE:
+    elif problem.bits == 16 and problem.block_r == 32 and rows > MIN_TILE:
         depth = 128
     # With four warps ptxas gives such small tiles 32 or 72 registers, and spills 8 bytes of dxa's.
-    few = layer.bits == 32 and rows == MIN_TILE and layer.block_r <= 64
-    return ThinConfig(rows, depth, 2 if few else 4, stages)
+    few = problem.bits == 32 and rows == MIN_TILE and problem.block_r <= 64
+    return ShrinkConfig(rows, depth, 2 if few else 4, stages)
 
 
-def _step_seconds(config: Config, layer: Layer, device: Device) -> float:
-    rate = device.flops_16 if layer.bits == 16 else device.flops_32
-    area = config.rows * config.columns
+def _step_seconds(config: Config, problem: Problem, device: Device) -> float:
+    rate = device.flops_16 if problem.bits == 16 else device.flops_32
+    area = config.block_m * config.block_n
     share = next(share for size, share in _SHARE_BY_TILE if area >= size)
-    time = 2 * area * config.depth * device.multiprocessors / (rate * share)
+    time = 2 * area * config.block_k * device.multiprocessors / (rate * share)
     if device.descriptors and not config.descriptors:
         time *= PLAIN_COPIES
     return time + STEP_SECONDS
 
 
-def _bytes(layer: Layer) -> int:
-    size = layer.bits // 8
-    large = layer.n * layer.k + layer.m * (layer.n + layer.k)
-    if layer.backward:
-        large += layer.m * layer.k * layer.needs[1] + layer.m * layer.n * layer.needs[2]
-    return size * (large + layer.r * (layer.n + layer.k + 2 * layer.m))
+def _bytes(problem: Problem) -> int:
+    size = problem.bits // 8
+    large = problem.n * problem.k + problem.m * (problem.n + problem.k)
+    if problem.backward:
+        large += problem.m * problem.k * problem.needs[1] + problem.m * problem.n * problem.needs[2]
+    return size * (large + problem.r * (problem.n + problem.k + 2 * problem.m))
 
 
-def _sums_seconds(layer: Layer, device: Device) -> float:
+def _sums_seconds(problem: Problem, device: Device) -> float:
     """Return what dA and dB add to the products: issue slots of the mask; their reads are bytes."""
-    masked = layer.m * layer.k if layer.dropout and any(layer.needs[:2]) else 0
+    masked = problem.m * problem.k if problem.dropout and any(problem.needs[:2]) else 0
     return masked * MASK_INSTRUCTIONS / (ISSUES_PER_SECOND * device.multiprocessors)
 
 
-def _producer_delay(config: Config, layer: Layer, tile: float) -> float:
-    thin = tile * layer.block_r / config.columns
-    masked = config.rows * layer.depth if layer.dropout and not layer.backward else 0
-    made = thin + masked * MASK_INSTRUCTIONS / ISSUES_PER_SECOND
-    return made / config.producers + HANDING_SECONDS * (config.producers - 1)
+def _xa_delay(config: Config, problem: Problem, tile: float) -> float:
+    shrink = tile * problem.block_r / config.block_n
+    masked = config.block_m * problem.depth if problem.dropout and not problem.backward else 0
+    made = shrink + masked * MASK_INSTRUCTIONS / ISSUES_PER_SECOND
+    return made / config.xa_columns + SPLIT_K_SECONDS * (config.xa_columns - 1)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels._version import __version__
-from lora_kernels.impl.triton.plan.config import Config, Layer, illegal
+from lora_kernels.impl.triton.plan.config import Config, Problem, illegal
 from lora_kernels.impl.triton.plan.cost import floor_seconds
 from lora_kernels.impl.triton.plan.device import Device
-from lora_kernels.impl.triton.plan.plan import Plan, plan, rounded, thin_of
+from lora_kernels.impl.triton.plan.plan import Plan, plan, rounded, shrink_of
 
 ENVIRONMENT = "LORA_KERNELS_TUNED"
 
@@ -37,9 +37,9 @@ def _folder() -> Path:
     return user_cache_path("lora_kernels", appauthor=False) / "tuned"
 
 
-def key_of(layer: Layer) -> str:
+def key_of(problem: Problem) -> str:
     """Return the name of a layer in the file; M counts as the next power of two."""
-    m, n, k, r, bits, dropout, aligned, backward, _ = rounded(layer)
+    m, n, k, r, bits, dropout, aligned, backward, _ = rounded(problem)
     return (
         f"{'backward' if backward else 'forward'} {m}x{n}x{k}x{r} {bits}-bit "
         f"{'dropout' if dropout else 'no dropout'} {'aligned' if aligned else 'unaligned'}"
@@ -47,19 +47,21 @@ def key_of(layer: Layer) -> str:
 
 
 @lru_cache(maxsize=4096)
-def planned(layer: Layer, device: Device) -> Plan:
+def planned(problem: Problem, device: Device) -> Plan:
     """Return the measured plan of a layer if there is one and it is legal, else the predicted one.
 
     Raises:
         ValueError: the file is not what `tune` writes; or as `plan`.
     """
-    entry = _read(path_of(device)).get(key_of(layer))
+    entry = _read(path_of(device)).get(key_of(problem))
     if entry is None:
-        return plan(layer, device)
+        return plan(problem, device)
     config, seconds = entry
-    if illegal(config, layer, device) is not None:
-        return plan(layer, device)
-    return Plan(config, thin_of(config, layer, device), seconds, floor_seconds(layer, device), True)
+    if illegal(config, problem, device) is not None:
+        return plan(problem, device)
+    return Plan(
+        config, shrink_of(config, problem, device), seconds, floor_seconds(problem, device), True
+    )
 
 
 def write(path: Path, device: Device, found: dict[str, tuple[Config, float]]) -> None:

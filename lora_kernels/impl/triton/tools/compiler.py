@@ -97,7 +97,7 @@ def _compiled(target: int, wanted: Variant) -> Any:
         attrs=aligned,
     )
     how = wanted.how
-    options = {"num_warps": how.warps, "num_stages": how.stages, "enable_fp_fusion": True}
+    options = {"num_warps": how.num_warps, "num_stages": how.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 

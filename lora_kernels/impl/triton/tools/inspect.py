@@ -19,14 +19,14 @@ import torch
 
 from lora_kernels._progress import Progress
 from lora_kernels.impl.triton.launch import Options
-from lora_kernels.impl.triton.plan.config import Config, Layer, illegal, shipped
+from lora_kernels.impl.triton.plan.config import Config, Problem, illegal, shipped
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.tools.compiler import Resources, compile_for, resources, variant
 from lora_kernels.impl.triton.tools.machine import GPUS
 from lora_kernels.impl.triton.tools.record import Launch, launches
 
 N, K = 1024, 1024  # of the layer that is compiled for; they are constants of a kernel
-# Rows of it: few, and as many as make the split path's thin kernel take each of its tiles.
+# Rows of it: few, and as many as make the split path's shrink kernel take each of its tiles.
 M, MORE = 256, (5000, 1 << 14)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 REGISTERS, RESERVED_SHARED = 65536, 1024  # of a multiprocessor, and of each program on it
@@ -62,55 +62,55 @@ class Job(NamedTuple):
     """A configuration to compile for an architecture."""
 
     arch: int
-    layer: Layer
+    problem: Problem
     config: Config
 
 
 def shipped_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
     """Yield every configuration for each architecture, element size, mode and rank."""
-    for layer, arch in _layers(archs, ranks):
-        yield from (Job(arch, layer, config) for config in shipped(layer))
+    for problem, arch in _layers(archs, ranks):
+        yield from (Job(arch, problem, config) for config in shipped(problem))
 
 
-def thin_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
-    """Yield a split configuration with more rows: the thin kernel in its other tiles."""
-    for (layer, arch), m in product(_layers(archs, ranks), MORE):
-        jobs = (Job(arch, layer._replace(m=m), c) for c in shipped(layer) if c.producers == 0)
+def shrink_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
+    """Yield a split configuration with more rows: the shrink kernel in its other tiles."""
+    for (problem, arch), m in product(_layers(archs, ranks), MORE):
+        jobs = (Job(arch, problem._replace(m=m), c) for c in shipped(problem) if c.xa_columns == 0)
         yield from islice((job for job in jobs if refusal(job) is None), 1)
 
 
-def _layers(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[tuple[Layer, int]]:
+def _layers(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[tuple[Problem, int]]:
     for arch, bits, backward, dropout, r in product(archs, DTYPES, _BOTH, _BOTH, ranks):
-        yield Layer(M, N, K, r, bits, dropout, True, backward), arch
+        yield Problem(M, N, K, r, bits, dropout, True, backward), arch
 
 
 def refusal(job: Job) -> str | None:
     """Return why a configuration is never chosen for the job's layer, or None if it may be."""
-    return illegal(job.config, job.layer, GPUS[job.arch])
+    return illegal(job.config, job.problem, GPUS[job.arch])
 
 
 def label(job: Job) -> str:
     """Return the configuration in words, as in the table."""
     c = job.config
     copies = "descriptors" if c.descriptors else "pointers"
-    path = f"{c.producers} producing" if c.producers else "split"
+    path = f"{c.xa_columns} xa columns" if c.xa_columns else "split"
     return (
-        f"{job.layer.bits}-bit {c.rows}x{c.columns}x{c.depth} {c.warps} warps {c.stages} stages "
-        f"{copies} {path}"
+        f"{job.problem.bits}-bit {c.block_m}x{c.block_n}x{c.block_k} {c.num_warps} warps "
+        f"{c.num_stages} stages {copies} {path}"
     )
 
 
-def _thin_label(launch: Launch) -> str:
+def _shrink_label(launch: Launch) -> str:
     tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_L']}"
     bits = launch.args["v"].element_size() * 8
-    return f"{bits}-bit {tile} {launch.how.warps} warps {launch.how.stages} stages"
+    return f"{bits}-bit {tile} {launch.how.num_warps} warps {launch.how.num_stages} stages"
 
 
 def inspect_job(job: Job, dump: Path | None = None) -> list[Report]:
     """Compile the launches of a job and return a report of each; `dump` also keeps the code."""
     reports = []
-    dtype = DTYPES[job.layer.bits]
-    for launch in launches(job.layer, job.config, GPUS[job.arch], dtype, bias=True):
+    dtype = DTYPES[job.problem.bits]
+    for launch in launches(job.problem, job.config, GPUS[job.arch], dtype, bias=True):
         compiled = compile_for(job.arch, *code_of(launch))
         with tempfile.TemporaryDirectory() as scratch:
             used = resources(compiled, Path(scratch))
@@ -131,15 +131,15 @@ def _report(job: Job, launch: Launch, compiled: Any, used: Resources) -> Report:
     return Report(
         arch=job.arch,
         kernel=launch.kernel.__name__,
-        config=label(job) if launch.kernel.__name__ != "shrink_kernel" else _thin_label(launch),
-        rank=job.layer.r,
-        dropout=job.layer.dropout,
+        config=label(job) if launch.kernel.__name__ != "shrink_kernel" else _shrink_label(launch),
+        rank=job.problem.r,
+        dropout=job.problem.dropout,
         registers=used.registers,
         spill_bytes=used.spill_bytes,
         shared_bytes=used.shared_bytes,
         mma=kind,
         steps=steps,
-        resident=resident(used, launch.how.warps, device),
+        resident=resident(used, launch.how.num_warps, device),
         faults=list(faults(job, launch, used, ptx)),
     )
 
@@ -151,7 +151,7 @@ def faults(job: Job, launch: Launch, used: Resources, ptx: str) -> Iterator[str]
         yield f"spills {used.spill_bytes} bytes"
     if used.shared_bytes > device.shared_bytes:
         yield f"{used.shared_bytes} bytes of shared memory of {device.shared_bytes}"
-    if job.layer.bits == 16 and large:
+    if job.problem.bits == 16 and large:
         wanted = expected_instruction(job)
         if wanted not in ptx:
             yield f"no {wanted}"
@@ -159,7 +159,7 @@ def faults(job: Job, launch: Launch, used: Resources, ptx: str) -> Iterator[str]
         yield "an asynchronous product takes registers in a loop (Triton issue 9433)"
     if reads_before_wait(ptx):
         yield "reads what tensor memory brings before it waits for it"
-    if device.tensor_memory and job.layer.bits == 32 and job.config.descriptors:
+    if device.tensor_memory and job.problem.bits == 32 and job.config.descriptors:
         yield "float32 by descriptors, which Triton 3.8 compiles wrongly"
 
 
@@ -185,7 +185,7 @@ def spill_limit(arch: int) -> int:
 def expected_instruction(job: Job) -> str:
     """Return the matrix instruction that a configuration's large product should use."""
     device = GPUS[job.arch]
-    if job.config.rows >= 64 and job.config.warps >= 4:
+    if job.config.block_m >= 64 and job.config.num_warps >= 4:
         if device.wgmma:
             return "wgmma.mma_async"
         if device.tensor_memory:
@@ -233,9 +233,9 @@ def _dump(folder: Path, job: Job, launch: Launch, compiled: Any) -> None:
     wanted = variant(*code_of(launch))
     entry = {
         "arch": job.arch, "kernel": launch.kernel.__name__, "config": label(job),
-        "rank": job.layer.r, "dropout": job.layer.dropout, "entry": compiled.metadata.name,
+        "rank": job.problem.r, "dropout": job.problem.dropout, "entry": compiled.metadata.name,
         "parameters": [{"name": n, "type": t} for n, t in wanted.signature if t != "constexpr"],
-        "constexprs": dict(wanted.constants), "num_warps": launch.how.warps,
+        "constexprs": dict(wanted.constants), "num_warps": launch.how.num_warps,
         "shared_bytes": compiled.metadata.shared, "ptx": f"{stem}.ptx", "cubin": f"{stem}.cubin",
     }  # fmt: skip
     (folder / f"{stem}.json").write_text(json.dumps(entry))
@@ -278,7 +278,7 @@ def main(
     archs: list[int], ranks: list[int], only: str, json_file: Path | None, dump: Path | None
 ) -> int:
     """Print the table; return 1 if a kernel has a fault or there is none, else 0."""
-    everything = chain(shipped_jobs(archs, ranks), thin_jobs(archs, ranks))
+    everything = chain(shipped_jobs(archs, ranks), shrink_jobs(archs, ranks))
     jobs = [j for j in everything if refusal(j) is None and only in label(j)]
     print(TABLE_HEAD)
     reports: list[Report] = []

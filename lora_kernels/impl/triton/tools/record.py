@@ -8,8 +8,8 @@ import torch
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton import linear
 from lora_kernels.impl.triton.launch import Options
-from lora_kernels.impl.triton.plan.config import Config, Layer
-from lora_kernels.impl.triton.plan.cost import thin_config
+from lora_kernels.impl.triton.plan.config import Config, Problem
+from lora_kernels.impl.triton.plan.cost import shrink_config
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.plan.plan import Plan
 
@@ -49,7 +49,7 @@ class Recorder:
 
 
 def launches(
-    layer: Layer,
+    problem: Problem,
     config: Config,
     device: Device,
     dtype: torch.dtype = torch.bfloat16,
@@ -59,33 +59,33 @@ def launches(
     """Return the launches of a layer's call with a configuration, on tensors of random numbers.
 
     Args:
-        layer: sizes and mode; contiguous tensors.
+        problem: sizes and mode; contiguous tensors.
         config: the configuration, legal or not.
         device: the GPU that is planned for.
-        dtype: of x, W, A and B, of `layer.bits` bits.
+        dtype: of x, W, A and B, of `problem.bits` bits.
         memory: where the tensors lie.
         bias: whether the layer has one; backward doesn't read it.
     """
-    m, n, k, r = layer[:4]
+    m, n, k, r = problem[:4]
     normal, empty = (partial(f, device=memory, dtype=dtype) for f in (torch.randn, torch.empty))
     x, w, a, b = normal(m, k), normal(n, k), normal(r, k), normal(n, r)
-    seed = torch.tensor(0, device=memory) if layer.dropout else None
-    operands = linear.Operands(w, a, b, seed, 1.5, 6554 if layer.dropout else 0)
-    thin = None if config.producers else thin_config(layer, device)
-    chosen, recorder = Plan(config, thin, 0.0, 0.0), Recorder(device)
-    rows = normal(m, n) if layer.backward else x
+    seed = torch.tensor(0, device=memory) if problem.dropout else None
+    operands = linear.Operands(w, a, b, seed, 1.5, 6554 if problem.dropout else 0)
+    shrink = None if config.xa_columns else shrink_config(problem, device)
+    chosen, recorder = Plan(config, shrink, 0.0, 0.0), Recorder(device)
+    rows = normal(m, n) if problem.backward else x
     with using(recorder):
-        if layer.backward:
-            dxa = linear.new_dxa(rows, r, chosen) if layer.needs[0] or layer.needs[1] else None
-            if thin and dxa is not None:
-                linear._thin(rows, operands._replace(seed=None), b, dxa, chosen)
+        if problem.backward:
+            dxa = linear.new_dxa(rows, r, chosen) if problem.needs[0] or problem.needs[1] else None
+            if shrink and dxa is not None:
+                linear._shrink(rows, operands._replace(seed=None), b, dxa, chosen)
             shapes = {"dx": (m, k), "da": (r, k), "db": (n, r), "dbias": (n,)}
-            wanted = zip(shapes.items(), layer.needs, strict=True)
+            wanted = zip(shapes.items(), problem.needs, strict=True)
             results = {name: empty(*shape) if need else None for (name, shape), need in wanted}
             linear._backward(rows, x, normal(m, r), operands, dxa, results, chosen)
         else:
             xa = linear.new_xa(x, r, config)
-            if thin:
-                linear._thin(rows, operands, a, xa, chosen)
+            if shrink:
+                linear._shrink(rows, operands, a, xa, chosen)
             linear._forward(rows, operands, normal(n) if bias else None, empty(m, n), xa, chosen)
     return recorder.launches

@@ -47,7 +47,7 @@ def fits(job: Job) -> bool | None:
     try:
         used = inspect_job(job)[-1]
     except Exception as error:  # Triton raises many kinds where a kernel can't be compiled
-        print(f"{key_of(job)} rank {job.layer.r}: {str(error)[:100]}")
+        print(f"{key_of(job)} rank {job.problem.r}: {str(error)[:100]}")
         return None
     return used.registers >= LEAST_REGISTERS and used.spill_bytes <= spill_limit(job.arch)
 
@@ -59,11 +59,11 @@ def spill_free_ranks(of_a_row: list[Job]) -> tuple[list[int], bool]:
     """
     found: list[int] = []
     compiled, failures = False, 0
-    for job in sorted(of_a_row, key=lambda job: job.layer.r):
+    for job in sorted(of_a_row, key=lambda job: job.problem.r):
         fitting = fits(job)
         compiled |= fitting is not None
         if fitting:
-            found.append(job.layer.r)
+            found.append(job.problem.r)
             failures = 0
         elif (failures := failures + 1) == 2:
             break
@@ -72,7 +72,7 @@ def spill_free_ranks(of_a_row: list[Job]) -> tuple[list[int], bool]:
 
 def key_of(job: Job) -> str:
     """Return the row of the table."""
-    return compiled_as(job.config, job.layer, GPUS[job.arch])
+    return compiled_as(job.config, job.problem, GPUS[job.arch])
 
 
 def main() -> None:

@@ -14,25 +14,25 @@ import torch
 
 from lora_kernels._progress import Progress
 from lora_kernels.impl.triton.launch import Gpu
-from lora_kernels.impl.triton.plan.config import Config, Layer, illegal, shipped
+from lora_kernels.impl.triton.plan.config import Config, Problem, illegal, shipped
 from lora_kernels.impl.triton.plan.cost import seconds
 from lora_kernels.impl.triton.plan.device import Device, of_gpu
 from lora_kernels.impl.triton.plan.plan import plan
 from lora_kernels.impl.triton.plan.tuned import key_of, path_of, write
 from lora_kernels.impl.triton.tools.record import launches
 
-Timer = Callable[[Layer, Config], float]
+Timer = Callable[[Problem, Config], float]
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)")
 NO_GPU = "tune: needs a CUDA GPU of compute capability 8.0 or newer; none is visible to torch"
 
 
-def layers_of(shapes: Iterable[str], bits: int) -> list[Layer]:
+def layers_of(shapes: Iterable[str], bits: int) -> list[Problem]:
     """Return the calls that a shape MxNxKxR stands for: both directions, with and without dropout.
 
     Raises:
         ValueError: a shape is not four positive numbers.
     """
-    layers = []
+    problems = []
     for shape in shapes:
         found = _SHAPE.fullmatch(shape)
         m, n, k, r = map(int, found.groups()) if found else (0, 0, 0, 0)
@@ -40,18 +40,18 @@ def layers_of(shapes: Iterable[str], bits: int) -> list[Layer]:
             raise ValueError(f"shapes: expected MxNxKxR like 8192x4096x4096x16, got {shape!r}")
         for backward in (False, True):
             for dropout in (False, True):
-                layers.append(Layer(m, n, k, r, bits, dropout, True, backward))
-    return layers
+                problems.append(Problem(m, n, k, r, bits, dropout, True, backward))
+    return problems
 
 
-def candidates(layer: Layer, device: Device, most: int | None = None) -> list[Config]:
+def candidates(problem: Problem, device: Device, most: int | None = None) -> list[Config]:
     """Return the legal configurations, or `most` of them, the fastest by the cost model first."""
-    legal = [config for config in shipped(layer) if illegal(config, layer, device) is None]
-    return sorted(legal, key=lambda config: (seconds(config, layer, device), config))[:most]
+    legal = [config for config in shipped(problem) if illegal(config, problem, device) is None]
+    return sorted(legal, key=lambda config: (seconds(config, problem, device), config))[:most]
 
 
 def fastest(
-    layer: Layer,
+    problem: Problem,
     device: Device,
     timer: Timer,
     say: Callable[[str], object],
@@ -63,7 +63,7 @@ def fastest(
     A configuration that this GPU or this Triton can't run is reported and left out.
 
     Args:
-        layer: the call.
+        problem: the call.
         device: the GPU that is measured.
         timer: returns the seconds of a configuration.
         say: gets a line of progress.
@@ -71,9 +71,9 @@ def fastest(
         keep: gets the best so far, whenever there is a better one.
     """
     times: dict[Config, float] = {}
-    for config in candidates(layer, device, most):
+    for config in candidates(problem, device, most):
         try:
-            time = timer(layer, config)
+            time = timer(problem, config)
         except Exception as error:  # Triton and the driver raise many kinds
             say(f"  left out, {type(error).__name__}: {error} ({config})")
             continue
@@ -81,11 +81,11 @@ def fastest(
             keep(config, time)
         times[config] = time
     if not times:
-        raise RuntimeError(f"tune: no configuration of {key_of(layer)} ran")
+        raise RuntimeError(f"tune: no configuration of {key_of(problem)} ran")
     best = min(times, key=lambda config: times[config])
-    predicted = plan(layer, device).config
+    predicted = plan(problem, device).config
     ratio = times[predicted] / times[best] if predicted in times else float("nan")
-    say(f"{key_of(layer)}: {times[best] * 1e6:.1f} us, the cost model's choice {ratio:.2f} of it")
+    say(f"{key_of(problem)}: {times[best] * 1e6:.1f} us, the cost model's choice {ratio:.2f} of it")
     return best, times[best]
 
 
@@ -95,9 +95,9 @@ def gpu_timer(dtype: torch.dtype) -> Timer:
 
     gpu = Gpu()
 
-    def time(layer: Layer, config: Config) -> float:
+    def time(problem: Problem, config: Config) -> float:
         device = of_gpu(torch.cuda.current_device())
-        recorded = launches(layer, config, device, dtype, "cuda")
+        recorded = launches(problem, config, device, dtype, "cuda")
 
         def call() -> None:
             for launch in recorded:
@@ -112,7 +112,7 @@ def main(shapes: list[str], dtype: str, out: Path | None, most: int | None = Non
     """Tune on the current GPU and write the file as results come; return an exit status."""
     wanted = getattr(torch, dtype)
     try:
-        layers = layers_of(shapes, wanted.itemsize * 8)
+        problems = layers_of(shapes, wanted.itemsize * 8)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -121,19 +121,19 @@ def main(shapes: list[str], dtype: str, out: Path | None, most: int | None = Non
         return 2
     device = of_gpu(torch.cuda.current_device())
     path, timer = out or path_of(device), gpu_timer(wanted)
-    total = sum(len(candidates(layer, device, most)) for layer in layers)
+    total = sum(len(candidates(problem, device, most)) for problem in problems)
     with Progress(total, "configuration") as progress:
-        for layer in layers:
-            keep = partial(_keep, path, device, key_of(layer))
-            fastest(layer, device, _counted(timer, progress), progress.say, most, keep)
+        for problem in problems:
+            keep = partial(_keep, path, device, key_of(problem))
+            fastest(problem, device, _counted(timer, progress), progress.say, most, keep)
     print(f"written to {path}")
     return 0
 
 
 def _counted(timer: Timer, progress: Progress) -> Timer:
-    def time(layer: Layer, config: Config) -> float:
+    def time(problem: Problem, config: Config) -> float:
         try:
-            return timer(layer, config)
+            return timer(problem, config)
         finally:
             progress.advance()
 
