@@ -99,27 +99,51 @@ def test_strided_tensors(executor, layout, dropout_p):
         assert_parity(case, inputs, "triton")
 
 
+def _scaling_in_memory(dtype, memory):
+    case = Case((9,), 16, 24, 4, dtype, scaling=torch.tensor(1.7, device=memory))
+    return case, make_inputs(case, memory)
+
+
+def _expanded_gradient(dtype, memory):
+    case = Case((6, 20), 48, 40, 8, dtype)
+    inputs = make_inputs(case, memory)
+    inputs.dy = inputs.x.new_ones(()).expand(6, 20, 48)
+    return case, inputs
+
+
+def _overlapping_rows(dtype, memory):
+    """Rows that overlap, or are all one: no descriptor describes them."""
+    case = Case((33,), 48, 64, 8, dtype)
+    inputs = make_inputs(case, memory)
+    inputs.x = inputs.x.flatten()[: 32 * 8 + 64].as_strided((33, 64), (8, 1))
+    inputs.dy = inputs.dy[:1].expand(33, 48)
+    return case, inputs
+
+
+def _below_a_vector(m, n, k, r):
+    def make(dtype, memory):
+        case = Case((m,), n, k, r, dtype, dropout_p=0.1)
+        return case, make_inputs(case, memory)
+
+    return make
+
+
+OTHER_TENSORS = {
+    "scaling in memory": _scaling_in_memory,
+    "expanded gradient": _expanded_gradient,
+    "overlapping rows": _overlapping_rows,
+    "1x1x1x1": _below_a_vector(1, 1, 1, 1),
+    "3x1x7x1": _below_a_vector(3, 1, 7, 1),
+    "2x129x3x2": _below_a_vector(2, 129, 3, 2),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TENSORS)
 @pytest.mark.parametrize("executor", executors())
-def test_other_tensors(executor):
-    """A scaling in memory, a gradient of one element expanded, sizes below a vector."""
-    dtype, memory = FP32 if INTERPRETED else BF16, executor.memory
+def test_other_tensors(executor, name):
     with running(executor()):
-        case = Case((9,), 16, 24, 4, dtype, scaling=torch.tensor(1.7, device=memory))
-        assert_parity(case, make_inputs(case, memory), "triton")
-        case = Case((6, 20), 48, 40, 8, dtype)
-        inputs = make_inputs(case, memory)
-        inputs.dy = inputs.x.new_ones(()).expand(6, 20, 48)
+        case, inputs = OTHER_TENSORS[name](FP32 if INTERPRETED else BF16, executor.memory)
         assert_parity(case, inputs, "triton")
-        # Rows that overlap, or are all one: no descriptor describes them.
-        case = Case((33,), 48, 64, 8, dtype)
-        inputs = make_inputs(case, memory)
-        inputs.x = inputs.x.flatten()[: 32 * 8 + 64].as_strided((33, 64), (8, 1))
-        inputs.dy = inputs.dy[:1].expand(33, 48)
-        assert_parity(case, inputs, "triton")
-        for shape in ((1, 1, 1, 1), (3, 1, 7, 1), (2, 129, 3, 2)):
-            m, n, k, r = shape
-            case = Case((m,), n, k, r, dtype, dropout_p=0.1)
-            assert_parity(case, make_inputs(case, memory), "triton")
 
 
 @pytest.mark.parametrize("executor", executors())
@@ -196,17 +220,18 @@ def test_mask_is_the_public_one(target, threshold):
 
 
 @needs_machine
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
+@pytest.mark.parametrize("xa_columns", [2, 4])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("r", [5, 16, 64])
 @pytest.mark.parametrize("target", [80, 90, 100])
-def test_parts_of_xa_are_handed_on(target, r, dtype, monkeypatch):
-    """With and without dropout, by two and four parts of five steps; the last of four is empty."""
-    for xa_columns, p in product((2, 4), (0.0, 0.1)):
-        fix_plan(monkeypatch, xa_columns=xa_columns)
-        rows = 65 if dtype == FP32 else 129  # float32 takes longest to execute
-        case = Case((rows,), 256, 264, r, dtype, dropout_p=p)
-        with running(Machine(target, resident=xa_columns + r % 3, seed=r)):
-            assert_parity(case, make_inputs(case), "triton")
+def test_parts_of_xa_are_handed_on(target, r, dtype, xa_columns, dropout_p, monkeypatch):
+    """By two and four parts of five steps; the last of four is empty."""
+    fix_plan(monkeypatch, xa_columns=xa_columns)
+    rows = 65 if dtype == FP32 else 129  # float32 takes longest to execute
+    case = Case((rows,), 256, 264, r, dtype, dropout_p=dropout_p)
+    with running(Machine(target, resident=xa_columns + r % 3, seed=r)):
+        assert_parity(case, make_inputs(case), "triton")
 
 
 @needs_machine
