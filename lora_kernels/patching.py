@@ -110,7 +110,7 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
     """
     check_impl(impl)
     _check_peft_version()
-    from lora_kernels import _peft_layer as ours
+    from lora_kernels._peft import linear as ours
 
     layers = _lora_layers(model)
     if not layers:
@@ -164,7 +164,7 @@ def unpatch_peft(model: nn.Module) -> int:
         >>> len(lk.patch_peft(model).patched), lk.unpatch_peft(model), lk.unpatch_peft(model)
         (1, 1, 0)
     """
-    from lora_kernels import _peft_layer as ours
+    from lora_kernels._peft import linear as ours
 
     patched = [layer for _, layer in _lora_layers(model) if ours.is_fused(layer)]
     for layer in patched:
@@ -245,7 +245,7 @@ def _state_of(layer: nn.Module) -> str | None:
     """Return why a call would be left now, as far as the layer itself says."""
     if isinstance(layer, LoRALinear):
         return "merged" if layer.merged else layer.left_reason()
-    from lora_kernels._peft_layer import FusedLinear, left_reason
+    from lora_kernels._peft.linear import FusedLinear, left_reason
 
     if isinstance(layer, FusedLinear):
         return left_reason(layer)
@@ -285,7 +285,7 @@ def _tell(found: PatchReport, impl: str, requests: dict[str, Request]) -> None:
 
 def _left_for_its_type(layer: "LoraLayer") -> str | None:
     """Return why a layer can't be fused whatever its state, or None."""
-    from lora_kernels._peft_layer import FusedLinear, Linear
+    from lora_kernels._peft.linear import FusedLinear, Linear
 
     if type(layer) not in (Linear, FusedLinear):
         return f"{_qualified_name(layer)} has no fused forward"

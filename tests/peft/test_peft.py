@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
-import lora_kernels._peft_layer as peft_layer
+import lora_kernels._peft.linear as peft_layer
 
 hooks = pytest.importorskip("accelerate.hooks")
 peft = pytest.importorskip("peft")

@@ -16,7 +16,7 @@ import transformers
 from peft.tuners.lora import LoraModel, layer
 
 import lora_kernels as lk
-import lora_kernels._peft_layer as peft_layer
+import lora_kernels._peft.linear as peft_layer
 
 PATCH = os.environ.get("LORA_KERNELS_PATCH") == "1"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1024}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 import lora_kernels as lk
-from lora_kernels._peft_layer import FusedLinear
+from lora_kernels._peft.linear import FusedLinear
 from tests.stacks.models import FusedCalls, adapted_llama, assert_close, tokens
 from tests.support.adapters import Net, adapt, listing
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import lora_kernels as lk
-import lora_kernels._peft_layer as peft_layer
+import lora_kernels._peft.linear as peft_layer
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels._peft_layer import FusedLinear
+from lora_kernels._peft.linear import FusedLinear
 from tests.stacks.models import (
     LINEARS,
     FusedCalls,
