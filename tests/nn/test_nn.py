@@ -228,7 +228,7 @@ def test_float32_adapter_on_a_bfloat16_base(make):
 
 def test_settings_reach_the_function(monkeypatch):
     calls = []
-    monkeypatch.setattr(lk.nn, "run", lambda *args: calls.append(args[1:]))
+    monkeypatch.setattr(lk.nn.linear, "run", lambda *args: calls.append(args[1:]))
     layer = make_layer(lora_dropout=0.25, impl="reference")
     layer(make_x())
     layer.eval()(make_x())
