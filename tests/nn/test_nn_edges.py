@@ -31,8 +31,8 @@ def by_modules(layer, x):
 @pytest.fixture
 def fused(monkeypatch):
     """The number of fused calls so far."""
-    calls, function = [], lk.nn.run
-    monkeypatch.setattr(lk.nn, "run", lambda *args: calls.append(args) or function(*args))
+    calls, function = [], lk.nn.linear.run
+    monkeypatch.setattr(lk.nn.linear, "run", lambda *args: calls.append(args) or function(*args))
     return calls
 
 
