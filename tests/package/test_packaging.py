@@ -83,7 +83,7 @@ def test_wheel_and_sdist_hold_what_they_should(packed):
     wheel, sdist = packed
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
-    assert {"lora_kernels/py.typed", "lora_kernels/impl/triton/plan/spill_free.json"} <= files
+    assert {"lora_kernels/py.typed", "lora_kernels/impl/triton/plan/spill_free.csv"} <= files
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"lora_kernels/py.typed", "CHANGELOG.md", "LICENSE", "README.md", "setup.py"}

@@ -248,7 +248,7 @@ def test_triton_tools_fail_where_nothing_is_compiled(monkeypatch, capsys, tmp_pa
 
     assert inspect.main([80], [16], "no such configuration", None, None) == 1
     assert "0 kernels" in capsys.readouterr().out
-    table = tmp_path / "table.json"
+    table = tmp_path / "table.csv"
     monkeypatch.setattr(spill_free, "TABLE", table)
     monkeypatch.setattr(sys, "argv", ["spill_free.py", "--only", "no such row"])
     with pytest.raises(SystemExit, match="2"):

@@ -58,8 +58,7 @@ def executors() -> list[Any]:
 def fix_plan(monkeypatch: Any, **fields: Any) -> None:
     """Let every call take one configuration: small tiles, one launch, unless `fields` differ."""
     from lora_kernels.impl.triton import linear
-    from lora_kernels.impl.triton.plan.config import Config
-    from lora_kernels.impl.triton.plan.cost import shrink_config
+    from lora_kernels.impl.triton.plan.config import Config, shrink_config
     from lora_kernels.impl.triton.plan.plan import Plan
 
     small = {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 3}

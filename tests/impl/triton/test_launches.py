@@ -9,7 +9,7 @@ import torch
 
 from lora_kernels import lora_linear
 from lora_kernels.impl.triton.launch import Gpu, Options
-from lora_kernels.impl.triton.plan.config import Problem, shared_bytes
+from lora_kernels.impl.triton.plan.config import Problem, shared_bytes, shrink_config
 from lora_kernels.impl.triton.plan.device import estimated, known, of_gpu
 from lora_kernels.impl.triton.plan.plan import plan
 from lora_kernels.testing import Case, assert_parity, make_inputs
@@ -116,15 +116,13 @@ def test_any_number_of_running_programs_makes_progress(target, resident, monkeyp
 @needs_machine
 def test_more_rows_than_the_first_launch_of_two_has_programs(monkeypatch):
     """Of the shrink as many programs as are of use, each with several row panels."""
-    from lora_kernels.impl.triton.plan import cost
-
     fix_plan(monkeypatch, xa_columns=0)
     machine = Machine(80, resident=1)
     case = Case((300,), 40, 72, 16, BF16, dropout_p=0.1)
     with running(machine):
         assert_parity(case, make_inputs(case), "triton")
     problem = Problem(300, 40, 72, 16, 16, True)
-    panels = -(-300 // cost.shrink_config(problem, machine.device(torch.empty(0))).block_m)
+    panels = -(-300 // shrink_config(problem, machine.device(torch.empty(0))).block_m)
     assert panels > 4  # programs
 
 

@@ -41,7 +41,7 @@ def test_every_layer_has_a_legal_plan_everywhere(device):
 
 
 def test_rank_beyond_the_limit_is_an_error():
-    with pytest.raises(ValueError, match="layer: expected"):
+    with pytest.raises(ValueError, match="problem: expected"):
         plan(Problem(64, 64, 64, 257, 16), KNOWN[0])
 
 

@@ -1,10 +1,7 @@
 """Tile configurations: what ships, and the one predicate that says which are legal where."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.resources import files
 from typing import NamedTuple
 
 import torch
@@ -12,9 +9,9 @@ from torch import Tensor
 
 from lora_kernels.impl.gpu import MAX_RANK
 from lora_kernels.impl.triton.plan.device import Device
+from lora_kernels.impl.triton.plan.spill_free import Row, spill_free
 
 MIN_TILE = 16  # the smallest side of a matrix product
-TABLE = "spill_free.json"
 TENSOR_MEMORY_COLUMNS = 512
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of addresses and row strides
 DESCRIPTOR_STRIDE = 1 << 40  # bytes, beyond every row stride
@@ -162,6 +159,27 @@ def _xa_columns(problem: Problem) -> tuple[int, ...]:
     return (0, 1, 2, 4) if problem.dropout else (0, 1, 2)
 
 
+def shrink_config(problem: Problem, device: Device) -> ShrinkConfig:
+    """Return the shrink's tile: few rows, so that many multiprocessors stream.
+
+    Of the rank's tiles those that spill no registers on any architecture (`inspect` says).
+    """
+    if problem.bits == 32:  # operands lie in registers: the larger the rank, the fewer rows
+        most, depth, stages = max(MIN_TILE, min(64, 2048 // problem.block_r)), 32, 2
+    else:
+        most, depth, stages = 32 if problem.block_r in (16, 256) else 64, 64, 3
+    rows = MIN_TILE
+    while rows < most and problem.m > 2 * rows * device.multiprocessors:
+        rows *= 2
+    if problem.block_r == 256:
+        depth //= 2
+    elif problem.bits == 16 and problem.block_r == 32 and rows > MIN_TILE:
+        depth = 128
+    # With four warps ptxas gives such small tiles 32 or 72 registers, and spills 8 bytes of dxa's.
+    few = problem.bits == 32 and rows == MIN_TILE and problem.block_r <= 64
+    return ShrinkConfig(rows, depth, 2 if few else 4, stages)
+
+
 def shared_bytes(config: Config, problem: Problem, device: Device) -> int:
     """Return an upper bound of the shared memory that a program needs.
 
@@ -224,24 +242,18 @@ def _registers_exceeded(config: Config, problem: Problem, device: Device) -> str
     return None
 
 
-def compiled_as(config: Config, problem: Problem, device: Device) -> str:
-    """Return the key of `spill_free` that a configuration has on a device."""
+def compiled_as(config: Config, problem: Problem, device: Device) -> Row:
+    """Return the row of `spill_free` that a configuration has on a device."""
     target = device.target if device.capability[0] in (9, 10) else 80
-    return (
-        f"sm_{target // 10 * 10} {'descriptors' if config.descriptors else 'pointers'} "
-        f"{'backward' if problem.backward else 'forward'} {problem.bits}-bit "
-        f"{config.block_m}x{config.block_n}x{config.block_k} {config.num_warps} warps "
-        f"{config.xa_columns} xa columns {'dropout' if problem.dropout else 'no dropout'}"
+    return Row(
+        target // 10 * 10,
+        "descriptors" if config.descriptors else "pointers",
+        "backward" if problem.backward else "forward",
+        problem.bits,
+        config.block_m,
+        config.block_n,
+        config.block_k,
+        config.num_warps,
+        config.xa_columns,
+        int(problem.dropout),
     )
-
-
-@cache
-def spill_free() -> dict[str, list[int]]:
-    """Return the padded ranks for which each configuration compiles without spilling registers.
-
-    Written by tools/spill_free.py from what ptxas reports: at most 64 bytes on sm_80, none on
-    sm_90 and sm_100, whose rows serve the other architectures of their generation; what is
-    neither is taken as sm_80.
-    """
-    table: dict[str, list[int]] = json.loads(files(__package__).joinpath(TABLE).read_text())
-    return table

@@ -11,7 +11,7 @@ The rates are the vendor's; the shares below are estimates until `tune` has meas
 smallest prediction, so only their order matters.
 """
 
-from lora_kernels.impl.triton.plan.config import MIN_TILE, Config, Problem, ShrinkConfig
+from lora_kernels.impl.triton.plan.config import Config, Problem, shrink_config
 from lora_kernels.impl.triton.plan.device import Device
 
 LAUNCH_SECONDS = 4e-6
@@ -70,27 +70,6 @@ def shrink_seconds(problem: Problem, device: Device) -> float:
     masked = problem.m * problem.k if problem.dropout and not problem.backward else 0
     mask = masked * MASK_INSTRUCTIONS / (ISSUES_PER_SECOND * busy)
     return LAUNCH_SECONDS + max(data / reach, mask)
-
-
-def shrink_config(problem: Problem, device: Device) -> ShrinkConfig:
-    """Return the shrink's tile: few rows, so that many multiprocessors stream.
-
-    Of the rank's tiles those that spill no registers on any architecture (`inspect` says).
-    """
-    if problem.bits == 32:  # operands lie in registers: the larger the rank, the fewer rows
-        most, depth, stages = max(MIN_TILE, min(64, 2048 // problem.block_r)), 32, 2
-    else:
-        most, depth, stages = 32 if problem.block_r in (16, 256) else 64, 64, 3
-    rows = MIN_TILE
-    while rows < most and problem.m > 2 * rows * device.multiprocessors:
-        rows *= 2
-    if problem.block_r == 256:
-        depth //= 2
-    elif problem.bits == 16 and problem.block_r == 32 and rows > MIN_TILE:
-        depth = 128
-    # With four warps ptxas gives such small tiles 32 or 72 registers, and spills 8 bytes of dxa's.
-    few = problem.bits == 32 and rows == MIN_TILE and problem.block_r <= 64
-    return ShrinkConfig(rows, depth, 2 if few else 4, stages)
 
 
 def _step_seconds(config: Config, problem: Problem, device: Device) -> float:

@@ -10,8 +10,9 @@ from lora_kernels.impl.triton.plan.config import (
     illegal,
     padded_rank,
     shipped,
+    shrink_config,
 )
-from lora_kernels.impl.triton.plan.cost import floor_seconds, seconds, shrink_config
+from lora_kernels.impl.triton.plan.cost import floor_seconds, seconds
 from lora_kernels.impl.triton.plan.device import Device
 
 

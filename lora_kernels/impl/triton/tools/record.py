@@ -8,8 +8,7 @@ import torch
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton import linear
 from lora_kernels.impl.triton.launch import Options
-from lora_kernels.impl.triton.plan.config import Config, Problem
-from lora_kernels.impl.triton.plan.cost import shrink_config
+from lora_kernels.impl.triton.plan.config import Config, Problem, shrink_config
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.plan.plan import Plan
 

@@ -3,12 +3,11 @@
     python -m lora_kernels.impl.triton.tools.spill_free [--only TEXT] [--processes 2]
 
 Compiles every configuration of plan/config.py for every padded rank and each of sm_80, sm_90 and
-sm_100, most of an hour on two cores. With --only, rows whose key holds TEXT are
-compiled again and the others kept. The layer has N = K = 1024.
+sm_100, most of an hour on two cores. With --only, rows that hold TEXT, such as
+"90,descriptors,backward", are compiled again and the others kept. The layer has N = K = 1024.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,8 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lora_kernels.impl.triton.plan import config as config_module
-from lora_kernels.impl.triton.plan.config import compiled_as, spill_free
+from lora_kernels.impl.triton.plan import spill_free as table_module
+from lora_kernels.impl.triton.plan.config import compiled_as
+from lora_kernels.impl.triton.plan.spill_free import Row, spill_free, write
 from lora_kernels.impl.triton.tools.inspect import (
     Job,
     inspect_job,
@@ -31,7 +31,7 @@ ARCHS = (80, 90, 100)
 RANKS = (16, 32, 64, 128, 256)
 # Fewer mean that ptxas gave the kernel up as too large for the machine.
 LEAST_REGISTERS = 32
-TABLE = Path(config_module.__file__).with_name(config_module.TABLE)
+TABLE = Path(table_module.__file__).with_name(table_module.TABLE)
 
 
 def jobs() -> Iterator[Job]:
@@ -47,7 +47,7 @@ def fits(job: Job) -> bool | None:
     try:
         used = inspect_job(job)[-1]
     except Exception as error:  # Triton raises many kinds where a kernel can't be compiled
-        print(f"{key_of(job)} rank {job.problem.r}: {str(error)[:100]}")
+        print(f"{row_of(job)} rank {job.problem.r}: {str(error)[:100]}")
         return None
     return used.registers >= LEAST_REGISTERS and used.spill_bytes <= spill_limit(job.arch)
 
@@ -70,7 +70,7 @@ def spill_free_ranks(of_a_row: list[Job]) -> tuple[list[int], bool]:
     return found, compiled
 
 
-def key_of(job: Job) -> str:
+def row_of(job: Job) -> Row:
     """Return the row of the table."""
     return compiled_as(job.config, job.problem, GPUS[job.arch])
 
@@ -81,22 +81,21 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    everything: dict[str, list[Job]] = {}
+    everything: dict[Row, list[Job]] = {}
     for job in jobs():
-        everything.setdefault(key_of(job), []).append(job)
-    table = {key: ranks for key, ranks in spill_free().items() if key in everything}
-    todo = {key: row for key, row in everything.items() if options.only in key}
+        everything.setdefault(row_of(job), []).append(job)
+    table = {row: ranks for row, ranks in spill_free().items() if row in everything}
+    todo = {row: jobs for row, jobs in everything.items() if options.only in str(row)}
     if not todo:
-        parser.error(f"--only: expected a part of a row's key, got {options.only!r}")
+        parser.error(f"--only: expected a part of a row, got {options.only!r}")
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         found = tqdm(pool.map(spill_free_ranks, todo.values()), total=len(todo))
         ranks, compiled = zip(*found, strict=True)
     if not any(compiled):
         raise SystemExit(f"nothing could be compiled; {TABLE} stays as it is")
     table |= dict(zip(todo, ranks, strict=True))
-    table = {key: ranks for key, ranks in table.items() if ranks}
-    rows = (f"  {json.dumps(key)}: {json.dumps(ranks)}" for key, ranks in sorted(table.items()))
-    TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    with TABLE.open("w") as file:
+        write(file, {row: ranks for row, ranks in table.items() if ranks})
 
 
 if __name__ == "__main__":
