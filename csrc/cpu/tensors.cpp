@@ -152,19 +152,19 @@ Buffer<float> to_columns(const Tensor& t, int64_t stride) {
 }
 
 void column_pass(
-    const OptionalTensor& dx, const OptionalTensor& x, const Panel& f, const float* q, int64_t stride,
-    const Dropout& dropout, const Sums& sums) {
-  const Matrix none{nullptr, 0, 0, 0, false};
+    const OptionalTensor& dx, const OptionalTensor& x, const Panel& f, const FloatRows& q, const Mask& mask,
+    const Sums& sums) {
+  const Matrix none{};
   const Matrix into = dx ? matrix(*dx) : none, from = x ? matrix(*x) : none;
   const Matrix& shape = dx ? into : from;
   float* data = x ? sums.data.get() : nullptr;
-  in_parallel(shape.columns, kColumnBlock, shape.rows * stride, [&](int64_t begin, int64_t end) {
-    kernels().column_pass(into, from, f, q, stride, data, sums.pitch, dropout, begin, end);
+  in_parallel(shape.columns, kColumnBlock, shape.rows * q.stride, [&](int64_t begin, int64_t end) {
+    kernels().column_pass(into, from, f, q.data, q.stride, data, sums.pitch, mask, begin, end);
   });
 }
 
-void column_sums(const Tensor& v, const float* q, int64_t stride, const Sums& sums) {
-  column_pass(std::nullopt, v, Panel(0, 0), q, stride, {}, sums);
+void column_sums(const Tensor& v, const FloatRows& q, const Sums& sums) {
+  column_pass(std::nullopt, v, Panel(0, 0), q, {}, sums);
 }
 
 Tensor Sums::as_rows(int64_t rows, const Tensor& parameter, float scale) const {

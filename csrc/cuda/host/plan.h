@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "params.h"
 
@@ -14,6 +15,9 @@ struct Device {
   int multiprocessors;
   int shared_bytes;    // a program may have at most
   bool sm90a;          // whether kernels for sm_90a run on it
+
+  // Of compute capability, multiprocessors and bytes of shared memory: a GPU that has all kernels.
+  static Device of(const std::vector<int64_t>& numbers);
 };
 
 // What a plan depends on of a call.
