@@ -32,7 +32,7 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
     for (int depth = 0; depth < layer.k; depth += S::kDepth) {
       side.begin(2);
       side.left(params.x_map, tile.row, depth);
-      side.right(params.w_map, tile.column, depth);
+      side.weight(params.w_map, tile.column, depth);
       side.end(tile.shrinks, a, tile.rank, depth);
     }
     const int arrivals = p.mask.draws + p.shrink.slices;
