@@ -125,7 +125,8 @@ def _loading_body(direction: Direction, op: str, impl: str, *args: Any) -> Any:
         return handle(*args)
     if impl == "cuda" and executor.of(impl) is not None:
         return launch.call(handle, args)
-    raise RuntimeError(f"impl: {impl!r} can't serve this call: needs {COMPILED[impl]}, got {device}")
+    needed = COMPILED[impl]
+    raise RuntimeError(f"impl: {impl!r} can't serve this call: needs {needed}, got {device}")
 
 
 def _cast_and_call(direction: Direction, impl: str, handle: Any, *args: Any) -> Any:

@@ -142,7 +142,7 @@ Tensor times_transposed(const Tensor& v, const Tensor& w, const OptionalTensor& 
   return y;
 }
 
-// v w + bias, for w with adjacent rows; by the package's own products for as many rows of v as are said.
+// v w + bias, for w with adjacent rows; by the package's own products for as many rows of v as are named.
 Tensor times(const Tensor& v, const Tensor& w, const OptionalTensor& bias, Rows of_bf16, Rows of_float) {
   if (!within(v, w, of_bf16, of_float)) return product(v, w, bias);
   const int64_t m = v.size(0), n = w.size(1), stride = round_up(m, kLanes);

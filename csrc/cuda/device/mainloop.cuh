@@ -146,7 +146,7 @@ struct Operands {
   const Layer& layer;
   Source left, right, shrink;  // right: W, but for low-rank products and sums
   int row, column, depth;
-  DrawnWords mask = {};
+  PackedMask mask = {};
   int rank = 0;  // the shrink's first that counts
 };
 

@@ -184,16 +184,17 @@ __device__ __forceinline__ void add_rows(BlockSums<S, kRanks>& sums, const LeftR
   });
 }
 
-// sums = leftT D(right) and the columns' totals, of the operands' rows from `row` to `depth`. left: ranks from `rank` on.
+// sums = leftT D(right) and the columns' totals, of rows from the operands' row on. left: ranks from `rank` on.
 template <class T, class S, int kRanks, SumMode kMode, class TheUnits>
 __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Operands& operands, const DrawnMask& drawn,
                                          const TheUnits& units, const SumsWanted& wanted, uint32_t shared) {
   constexpr bool kDropout = kMode.dropout, kInChunks = kMode.in_chunks;
-  const auto& [layer, left, right, no_shrink, row, column, end, no_words, rank] = operands;
+  const Source &left = operands.left, &right = operands.right;
+  const int row = operands.row, column = operands.column;
   using C = SumShape<S, kRanks>;
   using LeftTile = DeepTile<T, C::kRowsOfStep, kRanks>;
   using RightTile = DeepTile<T, C::kRowsOfStep, C::kColumns>;
-  const Mask mask(layer);
+  const Mask mask(operands.layer);
   const int steps = (right.rows - row + C::kRowsOfStep - 1) / C::kRowsOfStep;
   const LeftReaderByDepth<LeftTile> left_reader(0);
   const RightReader<RightTile, true> right_reader(threadIdx.x / 32 * C::kWarpColumns);
@@ -205,7 +206,7 @@ __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Opera
         stage + C::kLeftBytes, right, at, column);
   };
   sums.clear();
-  RunningUnit<TheUnits> unit(units, row, rank);
+  RunningUnit<TheUnits> unit(units, row, operands.rank);
   for (int step = 0; step < C::kStages - 1; ++step) {
     if (step < steps) copy(step);
     commit_copies();

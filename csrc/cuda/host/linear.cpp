@@ -138,7 +138,7 @@ void launch_few_rows(Target& target, const Prepared& p, const Problem& problem, 
 void launch_large(Target& target, const Prepared& p, const Problem& problem, ForwardParams params) {
   const Plan plan = lora_kernels::plan(problem, target.device());
   const Tensor flags = target.zeros(p.v, plan.counters);
-  const Tensor mask = target.empty(p.v, {plan.words}, ScalarType::Float);  // 32 bits each
+  const Tensor mask = target.empty(p.v, {plan.mask_words}, ScalarType::Float);  // 32 bits each
   params.grid = plan.grid;
   params.mask = {static_cast<uint32_t*>(data(mask)), plan.draws, plan.share};
   params.flags = static_cast<int*>(data(flags));

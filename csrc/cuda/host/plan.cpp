@@ -136,7 +136,7 @@ void share_mask(Plan& plan, const Problem& p) {
   const int64_t chunks = ceil_div(p.k, kDrawnColumns);
   plan.share = static_cast<int>(std::min(chunks, (plan.grid.panels * chunks + plan.large.grid - 1) / plan.large.grid));
   plan.draws = ceil_div(chunks, plan.share);
-  plan.words = int64_t{plan.grid.panels} * plan.rows * chunks * kDrawnColumns / 32;
+  plan.mask_words = int64_t{plan.grid.panels} * plan.rows * chunks * kDrawnColumns / 32;
 }
 
 void check(const Problem& p) {

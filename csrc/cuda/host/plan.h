@@ -51,8 +51,8 @@ struct Plan {
   int numbers;         // that programs take from it: of tiles, and of shares of forward's mask
   int64_t partials;    // float32 numbers that the call needs
   int mask_rows;       // that tiles of da leave the mask of to those of dx; 0: each draws its own
-  int draws, share;    // of forward's mask, as in DrawnWords
-  int64_t words;       // 32-bit numbers of it that the call needs
+  int draws, share;    // of forward's mask, as in PackedMask
+  int64_t mask_words;  // 32-bit numbers of it that the call needs
 };
 
 // A forward call that is bound by reading the weight: one launch of the kernel for few rows.

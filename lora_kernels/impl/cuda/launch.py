@@ -50,7 +50,7 @@ class Executor(executor.Executor, Protocol):
 
 
 class _Asked:
-    """An executor while a call is under way; C++ passes no exception of Python's on, so it's kept."""
+    """An executor in a call, with its error: C++ doesn't pass on an exception of Python's."""
 
     impl = "cuda"
 
@@ -87,7 +87,9 @@ def _zeros(like: Tensor, count: int) -> Tensor:
 
 
 def _launch(kernel: str, numbers: list[int], params: list[int], memory: list[Tensor]) -> None:
-    executor.of("cuda").ask("run", Launch(kernel, *numbers, bytes(params), memory))
+    programs, threads, shared_bytes, together = numbers
+    launch = Launch(kernel, programs, threads, shared_bytes, together, bytes(params), memory)
+    executor.of("cuda").ask("run", launch)
 
 
 # What the library asks in a call, each by an operator: its schema and its body.

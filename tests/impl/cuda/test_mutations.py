@@ -58,7 +58,7 @@ TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat", r
 DRAWN_FIRST = """
     for (; number < draws; number = numbers.next()) {
       numbers.take();
-      draw_words<S>(p.mask, layer, number, p.flags);
+      pack_mask<S>(p.mask, layer, number, p.flags);
     }
   }
   for (; number < p.ticket.count; number = numbers.next()) {
@@ -71,7 +71,7 @@ DRAWN_LAST = """
     const int tile = number;
     if (tile >= tiles) {
       numbers.take();
-      draw_words<S>(p.mask, layer, tile - tiles, p.flags);
+      pack_mask<S>(p.mask, layer, tile - tiles, p.flags);
       continue;
     }
 """

@@ -51,7 +51,7 @@ __device__ inline void multiply_forward(const ForwardParams& p, const HopperMemo
   if constexpr (kDropout) {
     for (; number < draws; number = side.next()) {
       side.pass();
-      draw_words<S>(p.mask, layer, number, p.flags);
+      pack_mask<S>(p.mask, layer, number, p.flags);
     }
   }
   for (; number < p.ticket.count; number = side.next()) {

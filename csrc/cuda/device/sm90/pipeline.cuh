@@ -184,7 +184,7 @@ struct MultiplyingSide {
 
   // sums = left right over all steps of a tile whose first row is `row`; a shrinking tile: shrink_sums = D(left) times the factor.
   template <bool kDropout>
-  __device__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrink_sums, const Layer& layer, const DrawnWords& mask, int row,
+  __device__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrink_sums, const Layer& layer, const PackedMask& mask, int row,
                           int steps, bool shrinks) {
     static_assert(S::kDepth == kWordColumns, "a word a step");
     const int group_row = threadIdx.x / 128 * 64;

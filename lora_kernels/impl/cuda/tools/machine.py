@@ -1,4 +1,4 @@
-"""An executor of the compiled CUDA kernels: their PTX in a virtual machine, the optional `ptxvm`."""
+"""The compiled CUDA kernels without a GPU: their PTX in the virtual machine `ptxvm`, optional."""
 
 import struct
 from collections.abc import Sequence
