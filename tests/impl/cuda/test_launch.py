@@ -1,5 +1,6 @@
 """The seam between the compiled CUDA part and whoever runs its launches in a GPU's stead."""
 
+import importlib.util
 from dataclasses import dataclass, field
 from threading import Barrier, Thread
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from lora_kernels.impl import executor
+from lora_kernels.impl.cuda.tools.machine import Machine
 from lora_kernels.native import absence
 from lora_kernels.registration import operators
 from lora_kernels.testing import Case, make_inputs, run
+from tests.ops.test_dropout import check_that_nothing_is_dropped
 from tests.support.implementations import linear_call
 
 ABSENT = absence("cuda")
@@ -114,3 +117,12 @@ def test_without_an_executor_tensors_of_a_cpu_are_refused():
         operators("lora_linear", "cuda").forward(inputs.x, *call.flat())
     with pytest.raises(ValueError, match=refused):
         run(SMALL, inputs, "cuda")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("ptxvm") is None or importlib.util.find_spec("triton") is None,
+    reason="needs the PTX virtual machine (module ptxvm on PYTHONPATH) and Triton's cuobjdump",
+)
+def test_no_seed_or_no_threshold_is_no_dropout():
+    with executor.using(Machine()):
+        check_that_nothing_is_dropped("cuda")
