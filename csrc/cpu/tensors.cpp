@@ -62,15 +62,6 @@ Tensor as_type_of(const Tensor& parameter, const Tensor& t) {
 
 }  // namespace
 
-Tensor as_matrix(const Tensor& v) {
-  Tensor flat = v;
-  if (v.dim() != 2) {
-    flat = torch::stable::reshape(v, {v.size(-1) ? v.numel() / v.size(-1) : 0, v.size(-1)});
-  }
-  const bool adjacent = flat.size(1) <= 1 || flat.stride(1) == 1;
-  return adjacent ? flat : torch::stable::contiguous(flat);
-}
-
 Tensor left_operand(const Tensor& v) {
   const Tensor rows = as_matrix(v);
   const bool apart = rows.stride(0) != rows.size(1), whole_steps = rows.size(1) % kOnednnStep == 0;

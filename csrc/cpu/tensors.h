@@ -8,6 +8,7 @@
 
 #include <optional>
 
+#include "../common/as_matrix.h"
 #include "kernels.h"
 
 namespace lora_kernels {
@@ -22,10 +23,7 @@ struct FloatRows {
   int64_t stride;
 };
 
-// v [..., C] as [M, C]; a copy only where rows are not evenly spaced or their numbers not adjacent.
-Tensor as_matrix(const Tensor& v);
-
-// The same for the left operand of a large product. On processors with AMX oneDNN 3.12 reads on beyond a row's last
+// as_matrix for the left operand of a large product. On processors with AMX oneDNN 3.12 reads on beyond a row's last
 // columns, by a zero, but a NaN in the gap between two rows spreads: such rows are copied.
 Tensor left_operand(const Tensor& v);
 

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "../../common/as_matrix.h"
 #include "plan.h"
 #include "python.h"
 #include "shapes.h"
@@ -14,15 +15,6 @@ namespace lora_kernels {
 namespace {
 
 constexpr int64_t kMost = 0x7FFFFFFF;  // rows and columns are numbered by int; offsets are 64-bit
-
-Tensor as_matrix(const Tensor& v) {
-  Tensor flat = v;
-  if (v.dim() != 2) {
-    flat = torch::stable::reshape(v, {v.size(-1) ? v.numel() / v.size(-1) : 0, v.size(-1)});
-  }
-  const bool adjacent = flat.size(1) <= 1 || flat.stride(1) == 1;
-  return adjacent ? flat : torch::stable::contiguous(flat);
-}
 
 // lora_A or lora_B: in x's type or float32 as they are, in another type rounded to x's.
 Tensor factor(const Tensor& parameter, const Tensor& x) {
