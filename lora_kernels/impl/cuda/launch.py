@@ -56,12 +56,12 @@ class _Asked:
 
     def __init__(self, running: Executor) -> None:
         self.running = running
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def ask(self, name: str, *args: Any) -> Any:
         try:
             return getattr(self.running, name)(*args)
-        except Exception as error:
+        except BaseException as error:
             self.error = error
             raise
 
