@@ -225,11 +225,9 @@ Gradients linear_backward(
   if (layer.m == 0) {
     for (Tensor t : {made.da, made.db, made.dbias}) torch::stable::zero_(t);
   } else if (wanted.dx || wanted.da || wanted.db || wanted.dbias) {
-    const OptionalTensor x_rows = wanted.da ? OptionalTensor(as_matrix(*x)) : std::nullopt;
-    const OptionalTensor xa_rows = wanted.db ? OptionalTensor(torch::stable::contiguous(*xa)) : std::nullopt;
-    for (const OptionalTensor& t : {x_rows, xa_rows}) {
-      if (t) target->reads(*t);
-    }
+    OptionalTensor x_rows, xa_rows;
+    if (wanted.da) target->reads(x_rows.emplace(as_matrix(*x)));
+    if (wanted.db) target->reads(xa_rows.emplace(torch::stable::contiguous(*xa)));
     Problem problem = problem_of(p, x_rows);
     problem.backward = true;
     problem.dx = wanted.dx, problem.da = wanted.da, problem.db = wanted.db, problem.dbias = wanted.dbias;
