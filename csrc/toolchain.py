@@ -47,15 +47,15 @@ def run(command: Sequence[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise BuildError(f"{command[0]}: {error.strerror}") from error
-    said = done.stdout + done.stderr
-    sys.stderr.write(said)
+    output = done.stdout + done.stderr
+    sys.stderr.write(output)
     if done.returncode:
-        raise BuildError(f"{shlex.join(command[:1])} failed: {reason_in(said)}")
+        raise BuildError(f"{shlex.join(command[:1])} failed: {reason_in(output)}")
 
 
-def reason_in(said: str) -> str:
-    """Return the line that tells most of what a compiler said."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
+def reason_in(output: str) -> str:
+    """Return the line of a compiler's output that tells most."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
     errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines[-1:])[0][:LONGEST_REASON]
 

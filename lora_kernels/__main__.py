@@ -82,7 +82,7 @@ def _inspect(options: argparse.Namespace) -> int:
         # What it holds is read by a program of Triton's.
         if absence("cuda") is None and _lacks_triton():
             return 2
-        from lora_kernels.impl.cuda.inspect import main as inspect_built
+        from lora_kernels.impl.cuda.tools.inspect import main as inspect_built
 
         return inspect_built(options.json)
     if _lacks_triton():

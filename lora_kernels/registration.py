@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch._C import _is_any_autocast_enabled
 
-from lora_kernels.impl import gpu
+from lora_kernels.impl import executor, gpu
+from lora_kernels.impl.cuda import launch
 from lora_kernels.native import absence
 
 PYTHON = ("reference", "eager", "triton")
-COMPILED = ("cpu", "cuda")
-# Where a compiled part's kernels are executed on tensors that are not a GPU's.
-_EXECUTED = {"cuda": "lora_kernels.impl.cuda.machine"}
+COMPILED = {"cpu": "a CPU", "cuda": "a CUDA device"}  # and what each needs
 
 library = torch.library.Library("lora_kernels", "DEF")
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -124,9 +123,10 @@ def _loading_body(direction: Direction, op: str, impl: str, *args: Any) -> Any:
     if torch._C._dispatch_has_kernel_for_dispatch_key(handle.name(), device.upper()):
         # The library's kernel takes precedence over this body from now on.
         return handle(*args)
-    if impl not in _EXECUTED:
-        raise RuntimeError(f"impl: {impl!r} can't serve this call: x is on {device}")
-    return getattr(_module(_EXECUTED[impl]), f"{op}_{direction.name}")(*args)
+    if impl == "cuda" and executor.of(impl) is not None:
+        return launch.call(handle, args)
+    needed = COMPILED[impl]
+    raise RuntimeError(f"impl: {impl!r} can't serve this call: needs {needed}, got {device}")
 
 
 def _cast_and_call(direction: Direction, impl: str, handle: Any, *args: Any) -> Any:
@@ -151,14 +151,18 @@ library.impl("in_shared_pool", gpu.in_shared_pool, "CompositeExplicitAutograd")
 # How many multiprocessors torch leaves to others, as its switch is now: asked at each call.
 library.define("spared_multiprocessors() -> int")
 library.impl("spared_multiprocessors", gpu.spared_multiprocessors, "CompositeExplicitAutograd")
+for _schema, _body in launch.ASKED.items():
+    library.define(_schema)
+    library.impl(_schema.partition("(")[0], _body, "CompositeExplicitAutograd")
 
 # Body in csrc/cpu/keep_lanes.cpp. Writes 1 (keep) or 0 (drop) to lanes, contiguous int16
 # [count, 8], for Philox counters start, start + 1, ...; seed is the key, threshold in 1/65536.
 library.define("keep_lanes_(Tensor(a!) lanes, int start, int seed, int threshold) -> ()")
-# Body in csrc/cpu/lora_linear.cpp: which version of the compiled kernels this processor runs.
+# Body in csrc/cpu/linear.cpp: which version of the compiled kernels this processor runs.
 library.define("cpu_isa() -> str")
 
 # Bodies in csrc/cuda/host/bindings.cpp. The kernel that serves a call; its programs, threads, bytes
 # of shared memory. problem: [M, N, K, R, type (0 bfloat16, 1 float16, 2 float32, 3 float32 by
-# TF32), dropout, rows at multiples of 16 bytes, backward, dx, dA, dB, dbias]; device as below.
+# TF32), dropout, rows at multiples of 16 bytes, backward, dx, dA, dB, dbias]; device: [arch,
+# multiprocessors, bytes of shared memory a program may have].
 library.define("cuda_plan(int[] problem, int[] device) -> (str, int[])")

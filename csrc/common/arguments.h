@@ -1,5 +1,5 @@
-// What the kernels take on trust about an operator's arguments, checked once for all of them: a parameter may have
-// been resized, emptied or cast since Python looked at it, and a kernel that believed its sizes would read past its end.
+// What the kernels take on trust about a tensor: a parameter may have been resized, emptied or cast since Python looked at
+// it, and a kernel that believed its sizes would read past its end. call.h checks a whole call so.
 
 #pragma once
 
@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -21,10 +20,8 @@ namespace arguments {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-// What an operator takes of W's format, and of W besides W itself: neither of a dense one.
+// As operators have it: none of a dense weight.
 using Format = std::optional<StringHandle>;
-using Parts = std::optional<std::vector<Tensor>>;
 
 inline std::string shape_of(const Tensor& t) {
   std::ostringstream text;
@@ -87,93 +84,16 @@ inline void check_adapter_type(const char* name, const Tensor& t) {
       name, ": expected float16, bfloat16, float32 or float64");
 }
 
-// An operator's text. Torch's own conversion to std::string loses 32 bytes a call (2.13).
-inline std::string taken(StringHandle handle) {
+// W's format. Torch's own conversion to std::string loses 32 bytes a call (2.13).
+inline std::string taken(const Format& format) {
+  if (!format) return "dense";
   size_t length = 0;
   const char* data = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(*format, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(*format, &data));
   std::string text(data, length);
-  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(*format));
   return text;
-}
-
-// The format of W, dense where none is said, is one of those that an implementation reads.
-inline void check_format(const Format& handle, const Parts& parts, std::initializer_list<const char*> known) {
-  const std::string format = handle ? taken(*handle) : "dense";
-  if (std::none_of(known.begin(), known.end(), [&](const char* name) { return format == name; })) {
-    std::string names;
-    for (const char* name : known) names += (names.empty() ? "" : " or ") + std::string(name);
-    STD_TORCH_CHECK(false, "format: expected ", names, ", got ", format);
-  }
-  STD_TORCH_CHECK(format != "dense" || !parts, "parts: expected none of a dense weight, got some");
-}
-
-// The parameters that forward and backward share, beside v: x [..., K] or dy [..., N].
-inline void check_parameters(
-    const Tensor& v, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const OptionalTensor& seed,
-    const OptionalTensor& scaling, int64_t threshold) {
-  check_memory("weight", weight, v);
-  check_memory("lora_A", lora_A, v);
-  check_memory("lora_B", lora_B, v);
-  check_size(weight.dim() == 2, "weight", "[N, K]", weight);
-  check_size(lora_A.dim() == 2 && lora_A.size(1) == weight.size(1), "lora_A", "[R, K]", lora_A);
-  check_size(
-      lora_B.dim() == 2 && lora_B.size(0) == weight.size(0) && lora_B.size(1) == lora_A.size(0), "lora_B", "[N, R]",
-      lora_B);
-  check_size(lora_A.size(0) >= 1, "lora_A", "[R, K] with R of at least 1", lora_A);
-  check_type("weight", weight, v.scalar_type());
-  check_adapter_type("lora_A", lora_A);
-  check_adapter_type("lora_B", lora_B);
-  STD_TORCH_CHECK(0 <= threshold && threshold < 65536, "threshold: expected 0 to 65535, got ", threshold);
-  if (seed) {
-    check_memory("seed", *seed, v);
-    check_size(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, "seed", "[] of int64", *seed);
-  }
-  if (scaling) {
-    check_memory("scaling", *scaling, v);
-    check_size(scaling->numel() == 1, "scaling", "[]", *scaling);
-  }
-}
-
-// x [..., K] and bias [N] or none.
-inline void check_forward(
-    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const OptionalTensor& bias,
-    const OptionalTensor& seed, const OptionalTensor& scaling, int64_t threshold) {
-  check_memory("x", x, x);
-  check_parameters(x, weight, lora_A, lora_B, seed, scaling, threshold);
-  check_size(x.dim() >= 1 && x.size(-1) == weight.size(1), "x", "[..., K]", x);
-  if (!bias) return;
-  check_memory("bias", *bias, x);
-  check_size(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias", "[N]", *bias);
-  check_type("bias", *bias, x.scalar_type());
-}
-
-// dy [..., N]; x [..., K] and xa [M, R] where the wanted gradients need them.
-inline void check_backward(
-    const Tensor& dy, const OptionalTensor& x, const OptionalTensor& xa, const Tensor& weight, const Tensor& lora_A,
-    const Tensor& lora_B, const OptionalTensor& seed, const OptionalTensor& scaling, int64_t threshold,
-    const std::vector<bool>& wanted) {
-  check_memory("dy", dy, dy);
-  check_parameters(dy, weight, lora_A, lora_B, seed, scaling, threshold);
-  check_size(dy.dim() >= 1 && dy.size(-1) == weight.size(0), "dy", "[..., N]", dy);
-  STD_TORCH_CHECK(wanted.size() == 4, "wanted: expected four, got ", wanted.size());
-  STD_TORCH_CHECK(x || !wanted[1], "x: expected a tensor, which lora_A's gradient needs, got none");
-  STD_TORCH_CHECK(xa || !wanted[2], "xa: expected a tensor, which lora_B's gradient needs, got none");
-  const int64_t rows = dy.size(-1) ? dy.numel() / dy.size(-1) : -1;
-  if (x) {
-    const int64_t columns = weight.size(1);
-    check_memory("x", *x, dy);
-    check_type("x", *x, dy.scalar_type());
-    check_size(x->dim() >= 1 && x->size(-1) == columns, "x", "[..., K]", *x);
-    check_size(rows < 0 || x->numel() == rows * columns, "x", "[..., K] with the rows of dy", *x);
-  }
-  if (xa) {
-    check_memory("xa", *xa, dy);
-    check_type("xa", *xa, dy.scalar_type());
-    check_size(xa->dim() == 2 && xa->size(1) == lora_A.size(0), "xa", "[M, R]", *xa);
-    check_size(rows < 0 || xa->size(0) == rows, "xa", "[M, R] with the rows of dy", *xa);
-  }
 }
 
 }  // namespace arguments

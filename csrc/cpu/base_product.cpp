@@ -142,13 +142,13 @@ Tensor times_transposed(const Tensor& v, const Tensor& w, const OptionalTensor& 
   return y;
 }
 
-// v w + bias, for w with adjacent rows; by the package's own products for as many rows of v as are said.
+// v w + bias, for w with adjacent rows; by the package's own products for as many rows of v as are named.
 Tensor times(const Tensor& v, const Tensor& w, const OptionalTensor& bias, Rows of_bf16, Rows of_float) {
   if (!within(v, w, of_bf16, of_float)) return product(v, w, bias);
   const int64_t m = v.size(0), n = w.size(1), stride = round_up(m, kLanes);
   const Buffer<float> columns = to_columns(v, stride);
   const Sums sums(stride, n);
-  column_sums(w, columns.get(), stride, sums);
+  column_sums(w, {columns.get(), stride}, sums);
   if (bias) {
     const Buffer<float> added = padded_floats(torch::stable::reshape(*bias, {1, n}), n);
     for (int64_t i = 0; i < m; ++i) {
@@ -173,20 +173,22 @@ void check_parts(const Parts& parts, int64_t rows, int64_t columns, const Tensor
   STD_TORCH_CHECK(sum == columns, "parts: expected ", columns, " columns in all, got ", sum);
 }
 
-Tensor base_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Parts& parts) {
+Tensor base_forward(const Tensor& x, const LinearCall& call) {
+  const auto& [w, parts, format] = call.weight;
   // Few rows of float32 take 0.6 to 0.8 of the time that they take with a packed weight, and err half
   // as much; of bfloat16 0.7 to 1.2. 2026-11-26, Xeon, three sizes. Not where W would be copied.
-  const bool beats_packed = within(x, weight, kForwardBf16, kForwardFloat) &&
-                            x.scalar_type() == ScalarType::Float && weight.stride(1) == 1;
-  if (parts && x.size(0) > 0 && !beats_packed) return packed_linear(x, *parts, bias);
-  if (by_columns(weight)) return times(x, transposed(weight), bias, kStoredBf16, kStoredFloat);
-  return times_transposed(x, as_matrix(weight), bias);
+  const bool beats_packed =
+      within(x, w, kForwardBf16, kForwardFloat) && x.scalar_type() == ScalarType::Float && w.stride(1) == 1;
+  if (parts && x.size(0) > 0 && !beats_packed) return packed_linear(x, *parts, call.bias);
+  if (by_columns(w)) return times(x, transposed(w), call.bias, kStoredBf16, kStoredFloat);
+  return times_transposed(x, as_matrix(w), call.bias);
 }
 
-Tensor base_backward(const Tensor& dy, const Tensor& weight, const Parts& parts) {
+Tensor base_backward(const Tensor& dy, const Weight& weight) {
+  const auto& [w, parts, format] = weight;
   if (parts && dy.size(0) > 0) return packed_linear(dy, *parts, std::nullopt);
-  if (by_columns(weight)) return times_transposed(dy, transposed(weight), std::nullopt);
-  return times(dy, as_matrix(weight), std::nullopt, kBackwardBf16, kBackwardFloat);
+  if (by_columns(w)) return times_transposed(dy, transposed(w), std::nullopt);
+  return times(dy, as_matrix(w), std::nullopt, kBackwardBf16, kBackwardFloat);
 }
 
 }  // namespace lora_kernels

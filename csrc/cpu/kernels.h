@@ -54,9 +54,9 @@ struct Matrix {
   bool is_bf16;
 };
 
-// Dropout of a matrix [*, columns]: element (m, k) stays iff lane k % 8 of Philox counter
+// The mask of a matrix [*, columns]: element (m, k) stays iff lane k % 8 of Philox counter
 // m * ceil(columns / 8) + k / 8 is at least the threshold. Threshold 0: everything stays.
-struct Dropout {
+struct Mask {
   int64_t columns = 0;
   uint64_t seed = 0;
   uint32_t threshold = 0;
@@ -87,7 +87,7 @@ struct Kernels {
   // q[i, r] = factor * sum over l of D(v)[i, l] f[l, r] for rows [begin, end); q is [., f.pitch],
   // zero beyond f.width.
   void (*rows_product)(
-      Matrix v, const Panel& f, float factor, float* q, Dropout dropout, int64_t begin, int64_t end);
+      Matrix v, const Panel& f, float factor, float* q, Mask mask, int64_t begin, int64_t end);
   // y[i, c] += sum over r of q[i, r] f[r, c] for rows [begin, end) of y.
   void (*add_low_rank)(
       Matrix y, const Panel& f, const float* q, int64_t q_stride, int64_t begin, int64_t end);
@@ -96,7 +96,7 @@ struct Kernels {
   // computes them. dx may be absent (null data), or x and sums (null).
   void (*column_pass)(
       Matrix dx, Matrix x, const Panel& f, const float* q, int64_t q_stride, float* sums,
-      int64_t pitch, Dropout dropout, int64_t begin, int64_t end);
+      int64_t pitch, Mask mask, int64_t begin, int64_t end);
   // y[i, n] = x[i] . w[n] + bias[n] for rows [begin, end) of w; bias [1, N] may be absent.
   void (*few_rows)(Matrix x, Matrix w, Matrix bias, Matrix y, int64_t begin, int64_t end);
   // Writes a byte a counter, its bit j set iff lane j stays.

@@ -62,15 +62,6 @@ Tensor as_type_of(const Tensor& parameter, const Tensor& t) {
 
 }  // namespace
 
-Tensor as_matrix(const Tensor& v) {
-  Tensor flat = v;
-  if (v.dim() != 2) {
-    flat = torch::stable::reshape(v, {v.size(-1) ? v.numel() / v.size(-1) : 0, v.size(-1)});
-  }
-  const bool adjacent = flat.size(1) <= 1 || flat.stride(1) == 1;
-  return adjacent ? flat : torch::stable::contiguous(flat);
-}
-
 Tensor left_operand(const Tensor& v) {
   const Tensor rows = as_matrix(v);
   const bool apart = rows.stride(0) != rows.size(1), whole_steps = rows.size(1) % kOnednnStep == 0;
@@ -152,19 +143,19 @@ Buffer<float> to_columns(const Tensor& t, int64_t stride) {
 }
 
 void column_pass(
-    const OptionalTensor& dx, const OptionalTensor& x, const Panel& f, const float* q, int64_t stride,
-    const Dropout& dropout, const Sums& sums) {
-  const Matrix none{nullptr, 0, 0, 0, false};
+    const OptionalTensor& dx, const OptionalTensor& x, const Panel& f, const FloatRows& q, const Mask& mask,
+    const Sums& sums) {
+  const Matrix none{};
   const Matrix into = dx ? matrix(*dx) : none, from = x ? matrix(*x) : none;
   const Matrix& shape = dx ? into : from;
   float* data = x ? sums.data.get() : nullptr;
-  in_parallel(shape.columns, kColumnBlock, shape.rows * stride, [&](int64_t begin, int64_t end) {
-    kernels().column_pass(into, from, f, q, stride, data, sums.pitch, dropout, begin, end);
+  in_parallel(shape.columns, kColumnBlock, shape.rows * q.stride, [&](int64_t begin, int64_t end) {
+    kernels().column_pass(into, from, f, q.data, q.stride, data, sums.pitch, mask, begin, end);
   });
 }
 
-void column_sums(const Tensor& v, const float* q, int64_t stride, const Sums& sums) {
-  column_pass(std::nullopt, v, Panel(0, 0), q, stride, {}, sums);
+void column_sums(const Tensor& v, const FloatRows& q, const Sums& sums) {
+  column_pass(std::nullopt, v, Panel(0, 0), q, {}, sums);
 }
 
 Tensor Sums::as_rows(int64_t rows, const Tensor& parameter, float scale) const {

@@ -8,6 +8,7 @@
 
 #include <optional>
 
+#include "../common/as_matrix.h"
 #include "kernels.h"
 
 namespace lora_kernels {
@@ -16,10 +17,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// v [..., C] as [M, C]; a copy only where rows are not evenly spaced or their numbers not adjacent.
-Tensor as_matrix(const Tensor& v);
+// Float32 rows, `stride` numbers each, zero beyond those that count.
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+};
 
-// The same for the left operand of a large product. On processors with AMX oneDNN 3.12 reads on beyond a row's last
+// as_matrix for the left operand of a large product. On processors with AMX oneDNN 3.12 reads on beyond a row's last
 // columns, by a zero, but a NaN in the gap between two rows spreads: such rows are copied.
 Tensor left_operand(const Tensor& v);
 
@@ -62,13 +66,12 @@ struct Sums {
   Tensor as_columns(int64_t rows, const Tensor& parameter, float scale) const;
 };
 
-// dx += D(q f) and sums = qT D(x) for q [rows, stride]; dx, or x with the sums, may be absent. The
-// bits don't depend on the number of threads.
+// dx += D(q f) and sums = qT D(x); dx, or x with the sums, may be absent. The bits don't depend on the number of threads.
 void column_pass(
-    const OptionalTensor& dx, const OptionalTensor& x, const Panel& f, const float* q, int64_t stride,
-    const Dropout& dropout, const Sums& sums);
+    const OptionalTensor& dx, const OptionalTensor& x, const Panel& f, const FloatRows& q, const Mask& mask,
+    const Sums& sums);
 
 // sums = qT v.
-void column_sums(const Tensor& v, const float* q, int64_t stride, const Sums& sums);
+void column_sums(const Tensor& v, const FloatRows& q, const Sums& sums);
 
 }  // namespace lora_kernels

@@ -79,19 +79,19 @@ def left_out_reason() -> str | None:
 
 def nvcc_version() -> tuple[int, int]:
     """Return nvcc's release; (0, 0) where it doesn't say one."""
-    found = re.search(r"release (\d+)\.(\d+)", _said_by_nvcc("--version"))
+    found = re.search(r"release (\d+)\.(\d+)", _nvcc_output("--version"))
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def known_archs() -> set[int]:
     """Return the architectures that nvcc compiles for, as it lists them or by its version."""
-    listed = re.findall(r"compute_(\d+)", _said_by_nvcc("--list-gpu-arch"))
+    listed = re.findall(r"compute_(\d+)", _nvcc_output("--list-gpu-arch"))
     version = nvcc_version()
     by_version = (archs for first, archs in KNOWN_FROM.items() if first <= version)
     return set(map(int, listed)) or set().union(*by_version)
 
 
-def _said_by_nvcc(option: str) -> str:
+def _nvcc_output(option: str) -> str:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return ""
@@ -103,8 +103,8 @@ def runtime_library() -> Path | None:
     """Return CUDA's static runtime, which needs no CUDA build of torch."""
     nvcc = shutil.which("nvcc")
     dry_run = [nvcc, "--dryrun", "-x", "cu", os.devnull] if nvcc else ["false"]
-    said = subprocess.run(dry_run, capture_output=True, text=True).stderr
-    found = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+    steps = subprocess.run(dry_run, capture_output=True, text=True).stderr
+    found = re.search(r"^#\$ TOP=(.*)$", steps, re.MULTILINE)
     root = Path(found[1].strip()) if found else Path("/usr/local/cuda")
     folders = [root / "lib64", root / "lib", *root.glob("targets/*-linux/lib")]
     names = [folder / "libcudart_static.a" for folder in folders]
@@ -113,12 +113,12 @@ def runtime_library() -> Path | None:
 
 def entries(archs: str) -> list[str]:
     """Return the entries of a list of architectures, names replaced by what they stand for."""
-    words = [word for word in re.split(r"[;, ]+", archs) if word]
-    return [entry for word in words for entry in NAMES.get(word, word).split(";")]
+    names = [name for name in re.split(r"[;, ]+", archs) if name]
+    return [entry for name in names for entry in NAMES.get(name, name).split(";")]
 
 
 def usable(archs: str, known: Iterable[int]) -> list[str]:
-    """Return the entries that can be compiled; the others are said and left out.
+    """Return the entries that can be compiled; the others are named and left out.
 
     9.0 is taken as 9.0a, whose instructions the kernels use.
 

@@ -167,14 +167,6 @@ register(
     ),
 )  # fmt: skip
 _OPERATORS = {i.name: operators("lora_linear", i.name) for i in IMPLEMENTATIONS}
-# The compiled kernels' calls with their launches written down instead of made, for machines that
-# execute them. device: [arch, multiprocessors, bytes of shared memory]; zeros: flags to use.
-_RECORD = "str names, Tensor numbers, Tensor params, Tensor[] scratch)"
-for _name, _schema in (("forward", _FORWARD), ("backward", _BACKWARD)):
-    _head, _results = _schema.removesuffix(")").split(") -> (")
-    library.define(
-        f"cuda_{_name}_recorded{_head}, int[] device, Tensor? zeros) -> ({_results}, {_RECORD}"
-    )
 # The layer as torch.export records it, whatever the implementation: it keeps its gradient, runs
 # fused, and `run_decompositions` makes it torch's own operators.
 library.define(f"lora_linear({_CALL}, str impl) -> Tensor")

@@ -58,7 +58,7 @@ Results run(const Kernels& kernel, bool is_bf16, int threads) {
                                b = numbers(kOut * kRank), start = numbers(kRows * kIn);
   const Matrix inputs = matrix(x, kRows, kIn, is_bf16), weight = matrix(w, kOut, kIn, is_bf16);
   const Matrix first = matrix(a, kRank, kIn, is_bf16), second = matrix(b, kOut, kRank, is_bf16);
-  const Dropout dropout{kIn, 12345, 9000};
+  const Mask mask{kIn, 12345, 9000};
   const Panel over_k = kernel.panel_over_columns(first), over_r = kernel.panel_over_columns(second);
   const Panel by_rows = kernel.panel_over_rows(first);
   const int64_t stride = over_k.pitch, pitch = round_up(kIn, kColumnBlock);
@@ -66,11 +66,11 @@ Results run(const Kernels& kernel, bool is_bf16, int threads) {
               std::vector<uint16_t>(2 * 5 * kOut)};
   const Matrix y = matrix(out.y, kRows, kOut, is_bf16), dx = matrix(out.dx, kRows, kIn, is_bf16);
   split(kRows, 8, threads, [&](int64_t begin, int64_t end) {
-    kernel.rows_product(inputs, over_k, 0.5f, out.q.data(), dropout, begin, end);
+    kernel.rows_product(inputs, over_k, 0.5f, out.q.data(), mask, begin, end);
     kernel.add_low_rank(y, over_r, out.q.data(), stride, begin, end);
   });
   split(kIn, kColumnBlock, threads, [&](int64_t begin, int64_t end) {
-    kernel.column_pass(dx, inputs, by_rows, out.q.data(), stride, out.sums.data(), pitch, dropout, begin, end);
+    kernel.column_pass(dx, inputs, by_rows, out.q.data(), stride, out.sums.data(), pitch, mask, begin, end);
   });
   const Matrix few{x.data(), kIn, 5, kIn, is_bf16}, into{out.few.data(), kOut, 5, kOut, is_bf16};
   split(kOut, 8, threads, [&](int64_t begin, int64_t end) {

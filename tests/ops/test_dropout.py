@@ -8,6 +8,7 @@ from lora_kernels.impl.eager import mask as eager_mask
 from lora_kernels.impl.reference import mask as reference_mask
 from lora_kernels.native import absence
 from lora_kernels.operands.dropout import Dropout, drop_threshold, keep_scale
+from lora_kernels.registration import operators
 from tests.support.implementations import IMPLS, skip_if_refused
 
 WORD = 0xFFFFFFFF
@@ -176,3 +177,25 @@ def test_seed_as_tensor_and_as_number_agree():
     number = lk.lora_linear(x, w, a, b, dropout_p=0.5, training=True, seed=-5)
     tensor = lk.lora_linear(x, w, a, b, dropout_p=0.5, training=True, seed=torch.tensor(-5))
     assert torch.equal(number, tensor)
+
+
+def check_that_nothing_is_dropped(impl):
+    """Check that an operator without a seed, or without a threshold, has no dropout at all."""
+    x, w, a, b = (torch.randn(shape) for shape in ((40, 24), (16, 24), (4, 24), (16, 4)))
+    forward, backward = operators("lora_linear", impl)
+
+    def results(seed, threshold):
+        rest = (seed, threshold, None, 1.0)
+        y, xa = forward(x, w, None, None, a, b, None, *rest)
+        return y, xa, *backward(torch.ones_like(y), x, xa, w, None, None, a, b, *rest, [True] * 4)
+
+    plain = results(None, 0)
+    for seed, threshold in ((None, 30000), (torch.tensor(3), 0)):
+        for expected, actual in zip(plain, results(seed, threshold), strict=True):
+            assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_seed_or_no_threshold_is_no_dropout(impl):
+    skip_if_refused(impl)
+    check_that_nothing_is_dropped(impl)

@@ -89,7 +89,7 @@ def test_without_triton_one_line_says_so(command, without_triton, capsys):
 @pytest.mark.parametrize("absent", [None, "not built"])
 def test_the_built_part_is_read_by_tritons_program(absent, without_triton, monkeypatch, capsys):
     from lora_kernels import __main__
-    from lora_kernels.impl.cuda import inspect
+    from lora_kernels.impl.cuda.tools import inspect
 
     for module in (__main__, inspect):
         monkeypatch.setattr(module, "absence", lambda part: absent)

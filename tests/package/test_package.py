@@ -16,7 +16,8 @@ FLOW = (
     "__main__", "info", "testing", "__init__", "integrations", "adapter_files", "adapter_layout",
     "patching", "_peft", "nn", "merging", "ops", "explanation", "tensor_parallel", "sharding",
     "serving", "prepack", "bypass", "usage", "summary", "dispatch", "registration", "transforms",
-    "impl.cuda", "impl.triton.tools", "impl.triton", "impl.triton.kernels", "impl.triton.plan",
+    "impl.cuda.tools", "impl.cuda",
+    "impl.triton.tools", "impl.triton", "impl.triton.kernels", "impl.triton.plan",
     "impl.cpu", "impl.eager", "impl.reference", "impl",
     "_progress", "_version", "native", "wrappers", "checks", "operands",
 )  # fmt: skip

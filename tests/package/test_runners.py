@@ -280,7 +280,7 @@ class _InThisProcess:
 
 
 def test_cuda_inspect_fails_where_it_reads_no_kernel(monkeypatch, capsys):
-    from lora_kernels.impl.cuda import inspect
+    from lora_kernels.impl.cuda.tools import inspect
 
     monkeypatch.setattr(inspect, "absence", lambda part: None)
     monkeypatch.setattr(inspect, "cuobjdump", lambda *arguments: "")

@@ -82,12 +82,13 @@ __device__ inline void dx_tile(const BackwardParams& p, int tile, Numbers& numbe
   const bool alone = tile < p.shrink.alone;
   const LargeTile of = alone ? shrink_tile<S, kRanks>(p.shrink, tile) : dx_tile_at<S, kRanks>(p, tile);
   const auto [row, column, panel, rank, shrinks] = of;
-  const Operands operands{layer, matrix<T>(p.dy, layer.m, layer.n), matrix<T>(layer.w, layer.n, layer.k),
+  const Operands operands{layer, matrix<T>(p.dy, layer.m, layer.n), weight<T>(layer),
                           adapter<T>(layer, layer.b, layer.n, layer.r), row, column, layer.n, {}, rank};
   const Place<S> place;
   Sums<S> sums;
   ShrinkSums<kRanks> shrink;
-  products<T, S, kRanks, true, false, kInChunks>(sums, shrink, operands, shrinks, alone, shared);
+  products<T, S, kRanks, ProductMode{.by_depth = true, .dropout = false, .in_chunks = kInChunks}>(
+      sums, shrink, operands, shrinks, alone, shared);
   if (shrinks) {
     store_dxa<T>(p, shrink, of, place, shared);
     publish(p.flags + panel);
@@ -124,6 +125,11 @@ struct SumTile {
   }
 };
 
+// What a tile of dB and dbias sums.
+__device__ inline SumsWanted wanted_of_db(const BackwardParams& p, const SumTile& tile) {
+  return {.product = p.db != nullptr, .totals = p.dbias && tile.rank == 0};
+}
+
 // Adds a tile's sums to those of its other parts and stores the whole if it is the last one.
 template <class T, class S, int kRanks>
 __device__ inline void finish_sums(const BackwardParams& p, const SumTile& tile, BlockSums<S, kRanks>& sums, uint32_t shared) {
@@ -150,11 +156,11 @@ __device__ inline void sum_tile(const BackwardParams& p, int index, Numbers& num
   const Source right = tile.of_da ? matrix<T>(p.x, tile.end, layer.k) : matrix<T>(p.dy, tile.end, layer.n);
   BlockSums<S, kRanks> sums;
   if (tile.of_da) {
-    row_sums<T, S, kRanks, kDropout, kInChunks>(
-        sums, layer, p.mask, left, units_of<T, S, kRanks>(p), right, tile.row, tile.column, tile.rank, true, false, shared);
+    row_sums<T, S, kRanks, SumMode{.dropout = kDropout, .in_chunks = kInChunks}>(
+        sums, {layer, left, right, {}, tile.row, tile.column, tile.end, {}, tile.rank}, p.mask, units_of<T, S, kRanks>(p), SumsWanted{.product = true, .totals = false}, shared);
   } else {
-    row_sums<T, S, kRanks, false, kInChunks>(
-        sums, layer, {}, left, NoUnits{}, right, tile.row, tile.column, tile.rank, p.db, p.dbias && tile.rank == 0, shared);
+    row_sums<T, S, kRanks, SumMode{.dropout = false, .in_chunks = kInChunks}>(
+        sums, {layer, left, right, {}, tile.row, tile.column, tile.end, {}, tile.rank}, {}, NoUnits{}, wanted_of_db(p, tile), shared);
   }
   numbers.take();
   if (tile.of_da) tile.for_each_panel<S>([&](int panel) { leave(p.flags + panel, last_to_leave(p)); });

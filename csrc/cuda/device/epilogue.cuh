@@ -6,24 +6,6 @@
 
 namespace lora_kernels {
 
-template <class T>
-__device__ inline bool in_chunks(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kChunk<T> == 0;
-}
-
-// A matrix of the layer's type.
-template <class T>
-__device__ inline Source matrix(const Rows& t, int rows, int columns) {
-  return {t.data, t.stride, rows, columns, sizeof(T) == 4, in_chunks<T>(t.data, t.stride)};
-}
-
-// lora_A or lora_B, which may be float32 beside 16-bit elements.
-template <class T>
-__device__ inline Source adapter(const Layer& layer, const Rows& t, int rows, int columns) {
-  const bool is_float = layer.adapters_are_float;
-  return {t.data, t.stride, rows, columns, is_float, is_float == (sizeof(T) == 4) && in_chunks<T>(t.data, t.stride)};
-}
-
 // The mask of a tile of dx as a thread's sums lie: drawn, or loaded where tiles of dA have left it.
 template <class S>
 struct TileMask {

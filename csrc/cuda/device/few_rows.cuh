@@ -238,7 +238,7 @@ __device__ inline void few_rows(const FewRowsParams& p) {
     const int tile = index / p.parts, part = index % p.parts;
     const bool shrink = tile < shrink_tiles;
     const int row = (shrink ? tile : tile - shrink_tiles) * kFewRowsColumns;
-    const Source w = shrink ? adapter<T>(layer, layer.a, layer.r, layer.k) : matrix<T>(layer.w, layer.n, layer.k);
+    const Source w = shrink ? adapter<T>(layer, layer.a, layer.r, layer.k) : weight<T>(layer);
     float sums[kFewRowsNumbers];
     few_rows_sums<T>(sums, x, w, row, part, p.parts, memory);
     float* space = p.partials + static_cast<int64_t>(tile) * p.parts * kFewRowsTile;

@@ -24,7 +24,7 @@ namespace lora_kernels {
 
 // Draws a share of the mask of x for its shrinking tiles: a warp has 16 rows of a row panel.
 template <class S>
-__device__ inline void draw_words(const DrawnWords& drawn, const Layer& layer, int draw, int* flags) {
+__device__ inline void pack_mask(const PackedMask& drawn, const Layer& layer, int draw, int* flags) {
   static_assert(16 * S::kThreads / 32 == S::kRows, "16 rows a warp");
   const Mask mask(layer);
   const int lane = threadIdx.x % 32, end = (layer.k + kDrawnColumns - 1) / kDrawnColumns * kDrawnColumns;
@@ -52,7 +52,7 @@ __device__ inline void forward(const ForwardParams& p) {
   if constexpr (kDropout && sizeof(T) == 2) {
     for (; number < draws; number = numbers.next()) {
       numbers.take();
-      draw_words<S>(p.mask, layer, number, p.flags);
+      pack_mask<S>(p.mask, layer, number, p.flags);
     }
   }
   for (; number < p.ticket.count; number = numbers.next()) {
@@ -61,12 +61,13 @@ __device__ inline void forward(const ForwardParams& p) {
     const auto [row, column, panel, rank, shrinks] =
         alone ? shrink_tile<S, kRanks>(p.shrink, tile) : large_tile<S, kRanks>(grid, p.shrink, tile, 0);
     const Operands operands{
-        layer, matrix<T>(p.x, layer.m, layer.k), matrix<T>(layer.w, layer.n, layer.k),
+        layer, matrix<T>(p.x, layer.m, layer.k), weight<T>(layer),
         adapter<T>(layer, layer.a, layer.r, layer.k), row, column, layer.k, p.mask, rank};
     Sums<S> sums;
     ShrinkSums<kRanks> shrink;
     if (kDropout && sizeof(T) == 2 && shrinks) wait(p.flags + panel, p.mask.draws);
-    products<T, S, kRanks, false, kDropout, kInChunks>(sums, shrink, operands, shrinks, alone, shared);
+    products<T, S, kRanks, ProductMode{.by_depth = false, .dropout = kDropout, .in_chunks = kInChunks}>(
+        sums, shrink, operands, shrinks, alone, shared);
     if (shrinks) {
       store_shrink<T>(shrink, keep_scale(layer), p.xa, row + Place<S>().shrink_row, layer.m, rank, layer.r);
       publish(p.flags + panel);

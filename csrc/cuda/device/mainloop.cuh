@@ -7,7 +7,7 @@
 
 #include "mask.cuh"
 #include "../host/shapes.h"
-#include "tiles.cuh"
+#include "weights.cuh"
 
 namespace lora_kernels {
 
@@ -60,13 +60,19 @@ struct ShrinkSums {
 
 enum class Makes { kLarge, kBoth, kShrink };  // of the two products
 
+struct ProductMode {
+  bool by_depth;   // whether W lies [depth, columns]
+  bool dropout;    // whether the shrink is of D(left)
+  bool in_chunks;  // whether rows of both operands are known to allow chunks
+};
+
 // Shared memory of a loop: a ring of stages, each with both operands and the shrink's.
 // kByDepth: the right operand lies [depth, columns], not [columns, depth]; so does the shrink's.
 template <class T, class S, int kRanks, bool kByDepth>
 struct Ring {
   static_assert(sizeof(T) == S::kSize, "a shape for elements of this size");
   using Left = Tile<T, S::kRows, S::kDepth>;
-  using Right = std::conditional_t<kByDepth, DeepTile<T, S::kDepth, S::kColumns>, Tile<T, S::kColumns, S::kDepth>>;
+  using Right = WeightTile<T, S, kByDepth>;
   using Shrink = std::conditional_t<kByDepth, DeepTile<T, S::kDepth, kRanks>, Tile<T, kRanks, S::kDepth>>;
   static constexpr int kRight = Left::kBytes, kShrink = kRight + Right::kBytes;
   static constexpr int kStageBytes = kShrink + Shrink::kBytes, kBytes = S::kStages * kStageBytes;
@@ -138,20 +144,21 @@ struct ShrinkStream {
 // The operands of a tile's product at (row, column) and, for a shrinking tile, the low-rank factor.
 struct Operands {
   const Layer& layer;
-  Source left, right, shrink;
+  Source left, right, shrink;  // right: W, but for low-rank products and sums
   int row, column, depth;
-  DrawnWords mask = {};
+  PackedMask mask = {};
   int rank = 0;  // the shrink's first that counts
 };
 
 // The copies of a loop's steps into its ring, in order.
-template <class T, class S, int kRanks, bool kByDepth, Makes kMakes, bool kInChunks>
+template <class T, class S, int kRanks, ProductMode kMode, Makes kMakes>
 struct Copies {
+  static constexpr bool kByDepth = kMode.by_depth;
   using R = Ring<T, S, kRanks, kByDepth>;
   using Shrink = typename R::Shrink;
 
-  Stream<T, typename R::Left, S::kThreads, false, kInChunks> left;
-  Stream<T, typename R::Right, S::kThreads, kByDepth, kInChunks> right;
+  Stream<T, typename R::Left, S::kThreads, StreamMode{.along_rows = false, .in_chunks = kMode.in_chunks}> left;
+  WeightStream<T, S, kByDepth, kMode.in_chunks> right;
   ShrinkFetch<T, Shrink, S::kThreads> fetched;
   ShrinkStream<T, Shrink, S::kThreads, kByDepth> shrink;
   const Operands& operands;
@@ -163,7 +170,7 @@ struct Copies {
 
   __device__ Copies(const Operands& o, uint32_t shared)
       : left(o.left, o.row, 0),
-        right(o.right, kByDepth ? 0 : o.column, kByDepth ? o.column : 0),
+        right(o.right, o.column),
         shrink(kByDepth ? from_column(o.shrink, o.rank) : from_row(o.shrink, o.rank)),
         operands(o),
         stage(shared),
@@ -189,16 +196,17 @@ struct Copies {
   }
 };
 
-// sums = left right over all of depth, shrink_sums = D(left) times the factor, D where kDropout: both, or as kMakes says.
-template <class T, class S, int kRanks, bool kByDepth, Makes kMakes, bool kDropout, bool kInChunks>
+// sums = left right over all of depth, shrink_sums = D(left) times the factor, D with dropout: both, or as kMakes says.
+template <class T, class S, int kRanks, ProductMode kMode, Makes kMakes>
 __device__ __forceinline__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrink_sums, const Operands& operands, uint32_t shared) {
+  constexpr bool kByDepth = kMode.by_depth, kDropout = kMode.dropout;
   using R = Ring<T, S, kRanks, kByDepth>;
   const Place<S> place;
   const Mask mask(operands.layer);
   constexpr bool kShrink = kMakes != Makes::kLarge, kDrawn = kShrink && kDropout && sizeof(T) == 2;
   std::conditional_t<kDrawn, DrawnLeft<S::kDepth>, NothingDrawn> drawn(operands.mask, operands.layer, operands.row + place.shrink_row);
   const int steps = (operands.depth + S::kDepth - 1) / S::kDepth;
-  Copies<T, S, kRanks, kByDepth, kMakes, kInChunks> copies(operands, shared);
+  Copies<T, S, kRanks, kMode, kMakes> copies(operands, shared);
   const LeftReader<typename R::Left> left(place.warp_row);
   const RightReader<typename R::Right, kByDepth> right(place.warp_column);
   const RightReader<typename R::Shrink, kByDepth> shrink(0);
@@ -300,15 +308,15 @@ __device__ __forceinline__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrin
 
 // The products of a tile, the shrink's where it is a shrinking one; that alone where the other isn't wanted. float32 has
 // no registers to spare for a third loop: it makes both then.
-template <class T, class S, int kRanks, bool kByDepth, bool kDropout, bool kInChunks>
+template <class T, class S, int kRanks, ProductMode kMode>
 __device__ __forceinline__ void products(Sums<S>& sums, ShrinkSums<kRanks>& shrink, const Operands& operands, bool shrinks,
                                          bool alone, uint32_t shared) {
   if (alone && sizeof(T) == 2) {
-    product<T, S, kRanks, kByDepth, Makes::kShrink, kDropout, kInChunks>(sums, shrink, operands, shared);
+    product<T, S, kRanks, kMode, Makes::kShrink>(sums, shrink, operands, shared);
   } else if (shrinks) {
-    product<T, S, kRanks, kByDepth, Makes::kBoth, kDropout, kInChunks>(sums, shrink, operands, shared);
+    product<T, S, kRanks, kMode, Makes::kBoth>(sums, shrink, operands, shared);
   } else {
-    product<T, S, kRanks, kByDepth, Makes::kLarge, kDropout, kInChunks>(sums, shrink, operands, shared);
+    product<T, S, kRanks, kMode, Makes::kLarge>(sums, shrink, operands, shared);
   }
 }
 

@@ -191,7 +191,7 @@ struct LeftMask<Tf32> {
 };
 
 // Where the words of 16 rows and kWordColumns columns lie.
-__device__ inline uint32_t* words_of(const DrawnWords& mask, const Layer& layer, int row, int column) {
+__device__ inline uint32_t* words_of(const PackedMask& mask, const Layer& layer, int row, int column) {
   const int64_t blocks = static_cast<uint32_t>(layer.k + kDrawnColumns - 1) / kDrawnColumns * (kDrawnColumns / kWordColumns);
   return mask.words + 32 * (row / 16 * blocks + column / kWordColumns);
 }
@@ -213,7 +213,7 @@ struct DrawnLeft {
   uint32_t word, ahead;
 
   // row: the first of the warp's 16.
-  __device__ DrawnLeft(const DrawnWords& mask, const Layer& layer, int row)
+  __device__ DrawnLeft(const PackedMask& mask, const Layer& layer, int row)
       : next(words_of(mask, layer, row, 0) + threadIdx.x % 32), word(0), ahead(load_fresh_word(next)) {}
 
   // Takes a step's words and fetches those after them, if there are any.
@@ -236,7 +236,7 @@ struct DrawnLeft {
 };
 
 struct NothingDrawn {
-  __device__ NothingDrawn(const DrawnWords&, const Layer&, int) {}
+  __device__ NothingDrawn(const PackedMask&, const Layer&, int) {}
   __device__ void advance(int, int) {}
 };
 

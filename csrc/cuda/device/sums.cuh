@@ -135,10 +135,20 @@ __device__ inline void drop(uint32_t tile, int row, int column, const Mask& mask
   }
 }
 
+struct SumMode {
+  bool dropout;    // whether the product is of D(right)
+  bool in_chunks;  // whether the right operand's rows are known to allow chunks
+};
+
+// What a tile sums: leftT D(right), the totals of the right operand's columns, or both.
+struct SumsWanted {
+  bool product, totals;
+};
+
 // sums += leftT right, and the columns' totals, of the rows of one step in shared memory.
 template <class T, class S, int kRanks, class LeftReader, class RightReader>
 __device__ __forceinline__ void add_rows(BlockSums<S, kRanks>& sums, const LeftReader& left_reader, uint32_t left,
-                                         const RightReader& right_reader, uint32_t right, bool want_product, bool want_total) {
+                                         const RightReader& right_reader, uint32_t right, const SumsWanted& wanted) {
   using C = SumShape<S, kRanks>;
   repeat<C::kRowsOfStep / kDeep<T>>([&](auto slice) {
     if (kPlain<T>) __syncwarp();  // as in mainloop.cuh
@@ -151,13 +161,13 @@ __device__ __forceinline__ void add_rows(BlockSums<S, kRanks>& sums, const LeftR
         multiply<T>(sums_of[j], a, b[j / 2][2 * (j % 2)], b[j / 2][2 * (j % 2) + 1]);
       }
     };
-    if (want_product) {
+    if (wanted.product) {
       repeat<C::kBlocksM>([&](auto i) {
         left_reader.template read<16 * i, slice>(a, left);
         add_block(sums.v[i]);
       });
     }
-    if (want_total) {
+    if (wanted.totals) {
       set_ones<T>(a);
       add_block(sums.total);
       if constexpr (std::is_same_v<T, Tf32>) {
@@ -174,26 +184,29 @@ __device__ __forceinline__ void add_rows(BlockSums<S, kRanks>& sums, const LeftR
   });
 }
 
-// sums = leftT D(right) and the columns' totals, of rows from `row` to the matrices' end. left: ranks from `rank` on.
-template <class T, class S, int kRanks, bool kDropout, bool kInChunks, class TheUnits>
-__device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer& layer, const DrawnMask& drawn, const Source& left,
-                                         const TheUnits& units, const Source& right, int row, int column, int rank,
-                                         bool want_product, bool want_total, uint32_t shared) {
+// sums = leftT D(right) and the columns' totals, of rows from the operands' row on. left: ranks from `rank` on.
+template <class T, class S, int kRanks, SumMode kMode, class TheUnits>
+__device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Operands& operands, const DrawnMask& drawn,
+                                         const TheUnits& units, const SumsWanted& wanted, uint32_t shared) {
+  constexpr bool kDropout = kMode.dropout, kInChunks = kMode.in_chunks;
+  const Source &left = operands.left, &right = operands.right;
+  const int row = operands.row, column = operands.column;
   using C = SumShape<S, kRanks>;
   using LeftTile = DeepTile<T, C::kRowsOfStep, kRanks>;
   using RightTile = DeepTile<T, C::kRowsOfStep, C::kColumns>;
-  const Mask mask(layer);
+  const Mask mask(operands.layer);
   const int steps = (right.rows - row + C::kRowsOfStep - 1) / C::kRowsOfStep;
   const LeftReaderByDepth<LeftTile> left_reader(0);
   const RightReader<RightTile, true> right_reader(threadIdx.x / 32 * C::kWarpColumns);
   const auto copy = [&](int step) {
     const uint32_t stage = shared + step % C::kStages * C::kStageBytes;
     const int at = row + step * C::kRowsOfStep;
-    if (want_product) copy_tile<T, LeftTile, S::kThreads>(stage, left, at, 0);
-    copy_tile<T, RightTile, S::kThreads, 0, kInChunks, !kInChunks && sizeof(T) == 4>(stage + C::kLeftBytes, right, at, column);
+    if (wanted.product) copy_tile<T, LeftTile, S::kThreads>(stage, left, at, 0);
+    copy_tile<T, RightTile, S::kThreads, CopyMode{.in_chunks = kInChunks, .rolled = !kInChunks && sizeof(T) == 4}>(
+        stage + C::kLeftBytes, right, at, column);
   };
   sums.clear();
-  RunningUnit<TheUnits> unit(units, row, rank);
+  RunningUnit<TheUnits> unit(units, row, operands.rank);
   for (int step = 0; step < C::kStages - 1; ++step) {
     if (step < steps) copy(step);
     commit_copies();
@@ -210,7 +223,7 @@ __device__ __forceinline__ void row_sums(BlockSums<S, kRanks>& sums, const Layer
     }
     unit.advance(sums, min(row + (step + 1) * C::kRowsOfStep, right.rows - 1));
     const auto add_step = [&](BlockSums<S, kRanks>& to) {
-      add_rows<T>(to, left_reader, stage, right_reader, tile, want_product, want_total);
+      add_rows<T>(to, left_reader, stage, right_reader, tile, wanted);
     };
     if constexpr (kPlain<T>) {
       BlockSums<S, kRanks> of_step;

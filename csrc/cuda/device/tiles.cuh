@@ -125,21 +125,27 @@ __device__ inline V load_floats(uint32_t from) {
   return v;
 }
 
-// Copies a tile at (row, column) of a matrix, by kThreads threads from kFirstThread on; zeros beyond the matrix.
-// Asynchronous where rows allow chunks. kInChunks: whether that is known when compiled; kRolled: chunk after chunk,
-// for threads of few registers.
-template <class T, class Tile, int kThreads, int kFirstThread = 0, bool kInChunks = false, bool kRolled = kFirstThread != 0>
+struct CopyMode {
+  int first_thread = 0;    // that copies
+  bool in_chunks = false;  // whether rows are known to allow chunks when compiled
+  bool rolled = false;     // chunk after chunk, for threads of few registers
+};
+
+// Copies a tile at (row, column) of a matrix, by kThreads threads; zeros beyond the matrix. Asynchronous where rows allow
+// chunks.
+template <class T, class Tile, int kThreads, CopyMode kMode = CopyMode{}>
 __device__ inline void copy_tile(uint32_t to, const Source& from, int row, int column) {
+  constexpr bool kRolled = kMode.rolled;
   constexpr int kAll = Tile::kRows * Tile::kChunks;
   constexpr int kAtOnce = kRolled ? 1 : (kAll + kThreads - 1) / kThreads;
 #pragma unroll kAtOnce
   for (int first = 0; first < kAll; first += kThreads) {
-    const int index = first + threadIdx.x - kFirstThread;
+    const int index = first + threadIdx.x - kMode.first_thread;
     if (kAll % kThreads && index >= kAll) break;
     const int r = index / Tile::kChunks, c = index % Tile::kChunks;
     const uint32_t at = to + Tile::offset(r, c);
     const int first_column = column + c * kChunk<T>;
-    if (kInChunks || from.in_chunks) {
+    if (kMode.in_chunks || from.in_chunks) {
       // Both numbers first, so that the choice isn't a branch, which would divide the warp.
       const int columns = min(max(from.columns - first_column, 0), kChunk<T>), inside = row + r < from.rows ? columns : 0;
       const int64_t offset = inside ? (row + r) * from.stride + first_column : 0;
@@ -152,9 +158,13 @@ __device__ inline void copy_tile(uint32_t to, const Source& from, int row, int c
   if (kRolled) __syncwarp();
 }
 
-// Copies equal tiles along one dimension, the rows' or the columns': addresses are computed once and advanced.
-// kInChunks: what `Source::in_chunks` says, known when compiled.
-template <class T, class Tile, int kThreads, bool kAlongRows, bool kInChunks>
+struct StreamMode {
+  bool along_rows;  // or columns
+  bool in_chunks;   // what `Source::in_chunks` says, known when compiled
+};
+
+// Copies equal tiles along one dimension: addresses are computed once and advanced.
+template <class T, class Tile, int kThreads, StreamMode kMode>
 class Stream {
  public:
   static constexpr int kCopies = Tile::kRows * Tile::kChunks / kThreads;
@@ -177,7 +187,7 @@ class Stream {
     const bool inside = kAlongRows ? row_ + Tile::kRows <= from_.rows && column_ + Tile::kColumns <= from_.columns
                                    : column_ + Tile::kColumns <= from_.columns;
     if (!kInChunks) {
-      copy_tile<T, Tile, kThreads, 0, false, sizeof(T) == 4>(to, from_, row_, column_);
+      copy_tile<T, Tile, kThreads, CopyMode{.rolled = sizeof(T) == 4}>(to, from_, row_, column_);
     } else if (inside) {
       repeat<kCopies>([&](auto i) { copy_async<i * kThreads * 16>(to + first_, pointers_[i]); });
     } else {
@@ -194,6 +204,7 @@ class Stream {
   }
 
  private:
+  static constexpr bool kAlongRows = kMode.along_rows, kInChunks = kMode.in_chunks;
   static constexpr int kRowStep = kThreads / Tile::kChunks;
   __device__ static int own_row() { return threadIdx.x / Tile::kChunks; }
   __device__ static int own_chunk() { return threadIdx.x % Tile::kChunks; }

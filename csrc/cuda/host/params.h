@@ -40,7 +40,7 @@ struct Shrink {
 
 // Dropout's bits for the tiles that make xa, drawn before these: for each 16 rows and kWordColumns columns of x, one after
 // the other, 32 words for the lanes of a warp.
-struct DrawnWords {
+struct PackedMask {
   uint32_t* words;
   int draws, share;         // of a row panel: shares, and how many times kDrawnColumns each has; no draws: no bits
 };
@@ -54,7 +54,7 @@ struct Ticket {
 struct ForwardParams {
   Layer layer;
   Grid grid;
-  DrawnWords mask;
+  PackedMask mask;
   Rows x;                   // [m, k]
   void *bias, *y, *xa;      // [n] or null, [m, n], [m, r]; contiguous
   int* flags;               // one a row panel, zero before and after

@@ -7,6 +7,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <vector>
 
@@ -29,29 +30,30 @@ struct Choice {
 
 template <class S>
 Choice choice(const char* shape, int ranks, bool dropout, bool in_chunks, int shared_bytes) {
-  return {shape, S::kRows, S::kColumns, S::kDepth, S::kThreads, ranks, shared_bytes + kNumberBytes, dropout, in_chunks, false};
+  return {.shape = shape, .rows = S::kRows, .columns = S::kColumns, .depth = S::kDepth, .threads = S::kThreads, .ranks = ranks,
+          .shared_bytes = shared_bytes + kNumberBytes, .dropout = dropout, .in_chunks = in_chunks, .sm90a = false};
 }
 
 Choice hopper_choice(int ranks, bool dropout) {
   using S = Hopper;
-  return {"Hopper", S::kRows, S::kColumns, S::kDepth, S::kThreads + kHopperCopying, ranks, hopper_bytes(ranks), dropout, true, true};
+  return {.shape = "Hopper", .rows = S::kRows, .columns = S::kColumns, .depth = S::kDepth, .threads = S::kThreads + kHopperCopying,
+          .ranks = ranks, .shared_bytes = hopper_bytes(ranks), .dropout = dropout, .in_chunks = true, .sm90a = true};
 }
 
 bool is_16_bit(Type type) { return type == Type::kBf16 || type == Type::kHalf; }
 
 const std::vector<Choice>& choices(bool backward, Type type) {
-#define LORA_X(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, forward_bytes<S>(ranks)),
-#define LORA_Y(ranks, dropout) hopper_choice(ranks, dropout),
-  static const std::vector<Choice> forwards[] = {{LORA_EACH_FORWARD(LORA_X) LORA_EACH_HOPPER(LORA_Y)},
-                                                 {LORA_EACH_FORWARD_FLOAT(LORA_X)},
-                                                 {LORA_EACH_FORWARD_TF32(LORA_X)}};
-#undef LORA_X
-#define LORA_X(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, backward_bytes<S>(ranks)),
-  static const std::vector<Choice> backwards[] = {{LORA_EACH_BACKWARD(LORA_X) LORA_EACH_HOPPER(LORA_Y)},
-                                                  {LORA_EACH_BACKWARD_FLOAT(LORA_X)},
-                                                  {LORA_EACH_BACKWARD_TF32(LORA_X)}};
-#undef LORA_X
-#undef LORA_Y
+#define LORA_FORWARD_CHOICE(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, forward_bytes<S>(ranks)),
+#define LORA_BACKWARD_CHOICE(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, backward_bytes<S>(ranks)),
+#define LORA_HOPPER_CHOICE(ranks, dropout) hopper_choice(ranks, dropout),
+  static const std::vector<Choice> forwards[] = {
+      {LORA_EACH_FORWARD(LORA_FORWARD_CHOICE) LORA_EACH_HOPPER(LORA_HOPPER_CHOICE)},
+      {LORA_EACH_FORWARD_FLOAT(LORA_FORWARD_CHOICE)},
+      {LORA_EACH_FORWARD_TF32(LORA_FORWARD_CHOICE)}};
+  static const std::vector<Choice> backwards[] = {
+      {LORA_EACH_BACKWARD(LORA_BACKWARD_CHOICE) LORA_EACH_HOPPER(LORA_HOPPER_CHOICE)},
+      {LORA_EACH_BACKWARD_FLOAT(LORA_BACKWARD_CHOICE)},
+      {LORA_EACH_BACKWARD_TF32(LORA_BACKWARD_CHOICE)}};
   const int list = is_16_bit(type) ? 0 : type == Type::kFloat ? 1 : 2;
   return (backward ? backwards : forwards)[list];
 }
@@ -60,12 +62,12 @@ const char* name_of(Type type) {
   return type == Type::kBf16 ? "bf16" : type == Type::kHalf ? "half" : type == Type::kFloat ? "float" : "tf32";
 }
 
-int over(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // Columns of tiles that make the shrink beside the large one, each a slice of ranks; 0: tiles of its own make it,
 // or nobody needs it. The tiles of a row panel wait for each other, so that as many programs have to run together.
 int xa_columns(const Choice& c, const Problem& p, const Device& d) {
-  const int slices = over(p.r, c.ranks), columns = over(p.backward ? p.k : p.n, c.columns);
+  const int slices = ceil_div(p.r, c.ranks), columns = ceil_div(p.backward ? p.k : p.n, c.columns);
   return slices > std::min(columns, d.multiprocessors) || (p.backward && !p.dx) ? 0 : slices;
 }
 
@@ -84,20 +86,20 @@ std::string refusal(const Choice& c, const Problem& p, const Device& d) {
 // a few steps' time to fill the pipeline and to store.
 double cost(const Choice& c, const Problem& p, const Device& d) {
   const int out = p.backward ? p.k : p.n, depth = p.backward ? p.n : p.k;
-  const double tiles = static_cast<double>(over(p.m, c.rows)) * over(out, c.columns);
+  const double tiles = static_cast<double>(ceil_div(p.m, c.rows)) * ceil_div(out, c.columns);
   const double waves = std::max(1.0, tiles / d.multiprocessors);
   const int area = c.rows * c.columns;
   const double share = c.sm90a ? 1.0 : area >= 16384 ? 0.75 : area >= 8192 ? 0.62 : 0.5;
-  const double tile = area / share * (over(depth, c.depth) * c.depth + 192.0);
-  return (waves < 2 ? over(static_cast<int64_t>(tiles), d.multiprocessors) : waves) * tile;
+  const double tile = area / share * (ceil_div(depth, c.depth) * c.depth + 192.0);
+  return (waves < 2 ? ceil_div(static_cast<int64_t>(tiles), d.multiprocessors) : waves) * tile;
 }
 
-// Shrinks beside the large product come first, then fewer slices of ranks, then the cost.
-bool better(const Choice& c, const Choice& than, const Problem& p, const Device& d) {
-  const bool beside = xa_columns(c, p, d), beside_than = xa_columns(than, p, d);
-  const int slices = over(p.r, c.ranks), slices_than = over(p.r, than.ranks);
-  if (beside != beside_than) return beside;
-  return slices != slices_than ? slices < slices_than : cost(c, p, d) < cost(than, p, d);
+// Whether a is the better of two: shrinks beside the large product come first, then fewer slices of ranks, then the cost.
+bool better(const Choice& a, const Choice& b, const Problem& p, const Device& d) {
+  const bool beside_a = xa_columns(a, p, d), beside_b = xa_columns(b, p, d);
+  if (beside_a != beside_b) return beside_a;
+  const int slices_a = ceil_div(p.r, a.ranks), slices_b = ceil_div(p.r, b.ranks);
+  return slices_a != slices_b ? slices_a < slices_b : cost(a, p, d) < cost(b, p, d);
 }
 
 std::string name_of(const char* kind, const Choice& c, const Problem& p) {
@@ -110,31 +112,31 @@ std::string name_of(const char* kind, const Choice& c, const Problem& p) {
 int segment_rows(const Problem& p, const Choice& c) {
   const int balanced = static_cast<int>(static_cast<int64_t>(c.rows + c.columns) * p.n / (4 * kSumColumns));
   const int rows = std::max(balanced, 128 * std::max(16, p.r)), step = std::max(c.rows, kSumRows);
-  return over(std::min(rows, p.m), step) * step;
+  return ceil_div(std::min(rows, p.m), step) * step;
 }
 
 void number_tiles(Plan& plan, const Problem& p, const Choice& c) {
   Kinds& k = plan.kinds;
   plan.segment = segment_rows(p, c);
-  k.parts = over(p.m, plan.segment);
-  k.slabs = over(p.r, c.ranks);
-  k.db_blocks = over(p.n, kSumColumns) * k.slabs;
-  k.da_blocks = over(p.k, kSumColumns) * k.slabs;
+  k.parts = ceil_div(p.m, plan.segment);
+  k.slabs = ceil_div(p.r, c.ranks);
+  k.db_blocks = ceil_div(p.n, kSumColumns) * k.slabs;
+  k.da_blocks = ceil_div(p.k, kSumColumns) * k.slabs;
   k.dxa = plan.grid.panels * plan.shrink.xa_columns + plan.shrink.alone;
   k.db = k.dxa + (p.db || p.dbias ? k.db_blocks * k.parts : 0);
   k.da = k.db + (p.da ? k.da_blocks * k.parts : 0);
   k.all = k.da + (p.dx ? plan.grid.panels * (plan.grid.columns - plan.shrink.xa_columns) : 0);
   plan.partials = k.parts > 1 ? int64_t{k.db_blocks + k.da_blocks} * k.parts * (c.ranks + 1) * kSumColumns : 0;
   plan.counters += k.db_blocks + k.da_blocks;
-  plan.mask_rows = p.dropout && p.dx && p.da ? over(p.m, kSumRows) * kSumRows : 0;
+  plan.mask_rows = p.dropout && p.dx && p.da ? ceil_div(p.m, kSumRows) * kSumRows : 0;
 }
 
 // As many shares of each row panel's mask as give every program one, if the columns allow.
 void share_mask(Plan& plan, const Problem& p) {
-  const int64_t chunks = over(p.k, kDrawnColumns);
+  const int64_t chunks = ceil_div(p.k, kDrawnColumns);
   plan.share = static_cast<int>(std::min(chunks, (plan.grid.panels * chunks + plan.large.grid - 1) / plan.large.grid));
-  plan.draws = over(chunks, plan.share);
-  plan.words = int64_t{plan.grid.panels} * plan.rows * chunks * kDrawnColumns / 32;
+  plan.draws = ceil_div(chunks, plan.share);
+  plan.mask_words = int64_t{plan.grid.panels} * plan.rows * chunks * kDrawnColumns / 32;
 }
 
 void check(const Problem& p) {
@@ -142,6 +144,12 @@ void check(const Problem& p) {
 }
 
 }  // namespace
+
+Device Device::of(const std::vector<int64_t>& numbers) {
+  if (numbers.size() != 3) throw std::invalid_argument("device: expected [arch, multiprocessors, bytes of shared memory]");
+  const auto [arch, multiprocessors, shared_bytes] = std::array{numbers[0], numbers[1], numbers[2]};
+  return {static_cast<int>(arch), static_cast<int>(multiprocessors), static_cast<int>(shared_bytes), arch == 90};
+}
 
 bool has_few_rows(const Problem& p) {
   return !p.backward && p.m <= kFewRows && !p.dropout && p.in_chunks;
@@ -151,14 +159,14 @@ bool has_few_rows(const Problem& p) {
 // time in which memory waits, estimated as that of 16 KB.
 FewRowsPlan few_rows_plan(const Problem& p, const Device& d) {
   check(p);
-  const int tiles = over(p.r, kFewRowsColumns) + over(p.n, kFewRowsColumns);
+  const int tiles = ceil_div(p.r, kFewRowsColumns) + ceil_div(p.n, kFewRowsColumns);
   const int bytes = is_16_bit(p.type) ? 2 : 4;
   const int most = std::max(1, std::min(16, bytes * p.k / (64 * kFewRowsWarps)));
   int parts = 1;
   double least = 0;
   for (int tried = 1; tried <= most; ++tried) {
     const double round = 1.0 * bytes * kFewRowsColumns * p.k / tried + 16384;
-    const double time = round * over(static_cast<int64_t>(tiles) * tried, d.multiprocessors);
+    const double time = round * ceil_div(static_cast<int64_t>(tiles) * tried, d.multiprocessors);
     if (tried == 1 || time < least) parts = tried, least = time;
   }
   const int64_t all = static_cast<int64_t>(tiles) * parts;
@@ -180,9 +188,9 @@ Plan plan(const Problem& p, const Device& d) {
   plan.rows = c.rows;
   plan.columns = c.columns;
   plan.ranks = c.ranks;
-  plan.grid = {over(p.m, c.rows), over(p.backward ? p.k : p.n, c.columns)};
+  plan.grid = {ceil_div(p.m, c.rows), ceil_div(p.backward ? p.k : p.n, c.columns)};
   const bool wants_shrink = !p.backward || p.dx || p.da;
-  plan.shrink.slices = wants_shrink ? over(p.r, c.ranks) : 0;
+  plan.shrink.slices = wants_shrink ? ceil_div(p.r, c.ranks) : 0;
   plan.shrink.xa_columns = xa_columns(c, p, d);
   if (int64_t{plan.grid.panels} * (plan.grid.columns + plan.shrink.slices) > kMostTiles)
     throw std::invalid_argument("x: expected fewer rows: their tiles are numbered by 31 bits");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "params.h"
 
@@ -14,6 +15,9 @@ struct Device {
   int multiprocessors;
   int shared_bytes;    // a program may have at most
   bool sm90a;          // whether kernels for sm_90a run on it
+
+  // Of compute capability, multiprocessors and bytes of shared memory: a GPU that has all kernels.
+  static Device of(const std::vector<int64_t>& numbers);
 };
 
 // What a plan depends on of a call.
@@ -47,8 +51,8 @@ struct Plan {
   int numbers;         // that programs take from it: of tiles, and of shares of forward's mask
   int64_t partials;    // float32 numbers that the call needs
   int mask_rows;       // that tiles of da leave the mask of to those of dx; 0: each draws its own
-  int draws, share;    // of forward's mask, as in DrawnWords
-  int64_t words;       // 32-bit numbers of it that the call needs
+  int draws, share;    // of forward's mask, as in PackedMask
+  int64_t mask_words;  // 32-bit numbers of it that the call needs
 };
 
 // A forward call that is bound by reading the weight: one launch of the kernel for few rows.

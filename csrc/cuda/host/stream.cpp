@@ -14,9 +14,9 @@ namespace {
 constexpr char kLibrary[] = "libtorch_cuda.so", kName[] = "aoti_torch_get_current_cuda_stream";
 using CurrentStream = int32_t (*)(int32_t device_index, void** stream);
 
-std::string said_by_loader() {
-  const char* said = dlerror();
-  return said ? std::string(": ") + said : "";
+std::string loader_error() {
+  const char* text = dlerror();
+  return text ? std::string(": ") + text : "";
 }
 
 // Python loads torch's libraries locally, so that no symbol linked weakly is found in one which this library doesn't
@@ -26,12 +26,12 @@ CurrentStream find() {
   if (!library) {
     throw std::runtime_error(
         std::string("impl: 'cuda' needs a CUDA build of torch, expected ") + kLibrary + " among the loaded libraries" +
-        said_by_loader());
+        loader_error());
   }
   void* found = dlsym(library, kName);
   if (!found) {
     throw std::runtime_error(
-        std::string("impl: 'cuda' needs torch 2.10 or newer, expected ") + kName + " in " + kLibrary + said_by_loader());
+        std::string("impl: 'cuda' needs torch 2.10 or newer, expected ") + kName + " in " + kLibrary + loader_error());
   }
   return reinterpret_cast<CurrentStream>(found);
 }

@@ -20,32 +20,28 @@
       LORA_NAME(kind, shape, ranks, dropout, chunks)(const __grid_constant__ Params params) { \
     kind<LORA_ELEMENT, shape, ranks, dropout, chunks>(params);                          \
   }
-#define LORA_X(...) LORA_DEFINE(forward, ForwardParams, __VA_ARGS__)
-#define LORA_Y(...) LORA_DEFINE(backward, BackwardParams, __VA_ARGS__)
-#define LORA_W()                                                                   \
-  extern "C" __global__ void __launch_bounds__(kFewRowsThreads, 1)                  \
-      LORA_FEW_ROWS_NAME()(const __grid_constant__ FewRowsParams params) {            \
-    few_rows<LORA_ELEMENT>(params);                                                  \
+#define LORA_DEFINE_FORWARD(...) LORA_DEFINE(forward, ForwardParams, __VA_ARGS__)
+#define LORA_DEFINE_BACKWARD(...) LORA_DEFINE(backward, BackwardParams, __VA_ARGS__)
+#define LORA_DEFINE_FEW_ROWS()                                               \
+  extern "C" __global__ void __launch_bounds__(kFewRowsThreads, 1)           \
+      LORA_FEW_ROWS_NAME()(const __grid_constant__ FewRowsParams params) {   \
+    few_rows<LORA_ELEMENT>(params);                                          \
   }
 
 namespace lora_kernels {
 
-LORA_FORWARD(LORA_X)
-LORA_BACKWARD(LORA_Y)
-LORA_FEW_ROWS(LORA_W)
-
-#undef LORA_X
-#undef LORA_Y
-#undef LORA_W
+LORA_FORWARD(LORA_DEFINE_FORWARD)
+LORA_BACKWARD(LORA_DEFINE_BACKWARD)
+LORA_FEW_ROWS(LORA_DEFINE_FEW_ROWS)
 
 Kernels LORA_TABLE() {
 #define LORA_STRING(name) #name
 #define LORA_ENTRY(name) {LORA_STRING(name), reinterpret_cast<const void*>(&name)},
-#define LORA_X(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(forward, __VA_ARGS__))
-#define LORA_Y(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(backward, __VA_ARGS__))
-#define LORA_W() LORA_EXPAND(LORA_ENTRY, LORA_FEW_ROWS_NAME())
+#define LORA_FORWARD_ENTRY(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(forward, __VA_ARGS__))
+#define LORA_BACKWARD_ENTRY(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(backward, __VA_ARGS__))
+#define LORA_FEW_ROWS_ENTRY() LORA_EXPAND(LORA_ENTRY, LORA_FEW_ROWS_NAME())
   static const Kernel kernels[] = {
-      LORA_FORWARD(LORA_X) LORA_BACKWARD(LORA_Y) LORA_FEW_ROWS(LORA_W)};
+      LORA_FORWARD(LORA_FORWARD_ENTRY) LORA_BACKWARD(LORA_BACKWARD_ENTRY) LORA_FEW_ROWS(LORA_FEW_ROWS_ENTRY)};
   return {kernels, sizeof kernels / sizeof *kernels};
 }
 

@@ -1,4 +1,4 @@
-// The kernels of kernels_sm80.cuh for float32.
+// The kernels of linear_sm80.cuh for float32.
 
 #define LORA_TYPE float
 #define LORA_ELEMENT float

@@ -1,4 +1,4 @@
-// The kernels of kernels_sm80.cuh for float16.
+// The kernels of linear_sm80.cuh for float16.
 
 #define LORA_TYPE half
 #define LORA_ELEMENT __half

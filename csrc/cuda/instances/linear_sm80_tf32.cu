@@ -1,4 +1,4 @@
-// The kernels of kernels_sm80.cuh for float32 whose products may be TF32's.
+// The kernels of linear_sm80.cuh for float32 whose products may be TF32's.
 
 #define LORA_TYPE tf32
 #define LORA_ELEMENT Tf32

@@ -1,4 +1,4 @@
-// Kernels for sm_90a, of one 16-bit element type, and their table; as kernels_sm80.cuh.
+// Kernels for sm_90a, of one 16-bit element type, and their table; as linear_sm80.cuh.
 
 #include "../device/sm90/backward.cuh"
 #include "../device/sm90/forward.cuh"
@@ -13,23 +13,20 @@
       LORA_NAME(kind, ranks, dropout)(const __grid_constant__ Params params) { \
     kind##_sm90<LORA_ELEMENT, ranks, dropout>(params);                         \
   }
-#define LORA_X(...) LORA_DEFINE(forward, HopperForwardParams, __VA_ARGS__)
-#define LORA_Y(...) LORA_DEFINE(backward, HopperBackwardParams, __VA_ARGS__)
+#define LORA_DEFINE_FORWARD(...) LORA_DEFINE(forward, HopperForwardParams, __VA_ARGS__)
+#define LORA_DEFINE_BACKWARD(...) LORA_DEFINE(backward, HopperBackwardParams, __VA_ARGS__)
 
 namespace lora_kernels {
 
-LORA_EACH_HOPPER(LORA_X)
-LORA_EACH_HOPPER(LORA_Y)
-
-#undef LORA_X
-#undef LORA_Y
+LORA_EACH_HOPPER(LORA_DEFINE_FORWARD)
+LORA_EACH_HOPPER(LORA_DEFINE_BACKWARD)
 
 Kernels LORA_TABLE() {
 #define LORA_STRING(name) #name
 #define LORA_ENTRY(name) {LORA_STRING(name), reinterpret_cast<const void*>(&name)},
-#define LORA_X(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(forward, __VA_ARGS__))
-#define LORA_Y(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(backward, __VA_ARGS__))
-  static const Kernel kernels[] = {LORA_EACH_HOPPER(LORA_X) LORA_EACH_HOPPER(LORA_Y)};
+#define LORA_FORWARD_ENTRY(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(forward, __VA_ARGS__))
+#define LORA_BACKWARD_ENTRY(...) LORA_EXPAND(LORA_ENTRY, LORA_NAME(backward, __VA_ARGS__))
+  static const Kernel kernels[] = {LORA_EACH_HOPPER(LORA_FORWARD_ENTRY) LORA_EACH_HOPPER(LORA_BACKWARD_ENTRY)};
   return {kernels, sizeof kernels / sizeof *kernels};
 }
 

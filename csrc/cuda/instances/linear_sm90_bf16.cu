@@ -1,4 +1,4 @@
-// The kernels of kernels_sm90.cuh for bfloat16.
+// The kernels of linear_sm90.cuh for bfloat16.
 
 #define LORA_TYPE bf16
 #define LORA_ELEMENT __nv_bfloat16

@@ -1,1 +1,1 @@
-"""impl="cuda": compiled CUDA C++, in csrc/cuda; a machine that executes it, what it takes."""
+"""impl="cuda": compiled CUDA C++, in csrc/cuda; what it serves, who else runs its launches."""

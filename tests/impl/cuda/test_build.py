@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from lora_kernels.impl.cuda.inspect import Report, reports
+from lora_kernels.impl.cuda.tools.inspect import Report, reports
 from lora_kernels.native import LIBRARIES, absence
 from tests.support.paths import ROOT
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lora_kernels.impl import executor
-from lora_kernels.impl.cuda import machine
-from lora_kernels.impl.cuda.machine import Machine
+from lora_kernels.impl.cuda.tools import machine
+from lora_kernels.impl.cuda.tools.machine import Machine
 from lora_kernels.impl.executor import using
 from lora_kernels.testing import (
     Case,

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lora_kernels.impl import executor
-from lora_kernels.impl.cuda import machine
-from lora_kernels.impl.cuda.machine import Machine
+from lora_kernels.impl.cuda.tools import machine
+from lora_kernels.impl.cuda.tools.machine import Machine
 from lora_kernels.impl.executor import using
 from lora_kernels.testing import (
     Case,
@@ -58,7 +58,7 @@ TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat", r
 DRAWN_FIRST = """
     for (; number < draws; number = numbers.next()) {
       numbers.take();
-      draw_words<S>(p.mask, layer, number, p.flags);
+      pack_mask<S>(p.mask, layer, number, p.flags);
     }
   }
   for (; number < p.ticket.count; number = numbers.next()) {
@@ -71,7 +71,7 @@ DRAWN_LAST = """
     const int tile = number;
     if (tile >= tiles) {
       numbers.take();
-      draw_words<S>(p.mask, layer, tile - tiles, p.flags);
+      pack_mask<S>(p.mask, layer, tile - tiles, p.flags);
       continue;
     }
 """

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.impl.cuda.machine import Machine
+from lora_kernels.impl.cuda.tools.machine import Machine
 from lora_kernels.impl.executor import using
 from lora_kernels.testing import (
     Case,

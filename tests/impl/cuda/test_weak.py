@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lora_kernels.impl import executor
-from lora_kernels.impl.cuda import machine
-from lora_kernels.impl.cuda.machine import Machine
+from lora_kernels.impl.cuda.tools import machine
+from lora_kernels.impl.cuda.tools.machine import Machine
 from lora_kernels.impl.executor import using
 from lora_kernels.testing import Case, assert_parity, make_inputs, run
 from tests.impl.cuda.test_mutations import BF16_KERNELS, HOPPER_KERNELS, MUTANTS, _ptx

@@ -25,7 +25,7 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
       for (int depth = 0; depth < layer.n; depth += S::kDepth) {
         side.begin(2);
         side.left(params.dy_map, tile.row, depth);
-        side.right(params.w_map, depth, tile.column);
+        side.weight(params.w_map, tile.column, depth);
         side.end(tile.shrinks, b, depth, tile.rank);
       }
       const Source dxa = matrix<T>({p.dxa, layer.r}, layer.m, layer.r);
@@ -51,8 +51,8 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
 // The sums of a tile and the totals of its columns.
 template <class T, class S, int kRanks, bool kDropout, class TheUnits>
 __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, S, kRanks, true>& side, const Mask& mask,
-                                 const DrawnMask& drawn, const TheUnits& units, const SumTile& tile, bool want_product,
-                                 bool want_total) {
+                                 const DrawnMask& drawn, const TheUnits& units, const SumTile& tile,
+                                 const SumsWanted& wanted) {
   using M = HopperMemory<T, S, kRanks, true>;
   using C = SumShape<S, kRanks>;
   static_assert(C::kRowsOfStep == S::kDepth && kHopperBox % C::kWarpColumns == 0, "a warp's columns lie in one box");
@@ -75,7 +75,7 @@ __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, 
       synchronize<S>();
     }
     add_rows<T>(sums, left_reader, side.memory.shrink(stage), right_reader, right + column / kHopperBox * M::Box::kBytes,
-                want_product, want_total);
+                wanted);
     __syncwarp();
     side.arrive_by_warp(side.memory.read(stage));
     side.at.advance();
@@ -107,10 +107,10 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
     const SumTile tile = SumTile::at<S, kRanks>(p, index);
     BlockSums<S, kRanks> sums;
     if (tile.of_da) {
-      ring_sums<T, S, kRanks, kDropout>(sums, side, Mask(layer), p.mask, units_of<T, S, kRanks>(p), tile, true, false);
+      ring_sums<T, S, kRanks, kDropout>(sums, side, Mask(layer), p.mask, units_of<T, S, kRanks>(p), tile, SumsWanted{.product = true, .totals = false});
       if (p.mask.bits) tile.for_each_panel<S>([&](int panel) { leave<S>(p.flags + panel, last_to_leave(p)); });
     } else {
-      ring_sums<T, S, kRanks, false>(sums, side, Mask(layer), {}, NoUnits{}, tile, p.db, p.dbias && tile.rank == 0);
+      ring_sums<T, S, kRanks, false>(sums, side, Mask(layer), {}, NoUnits{}, tile, wanted_of_db(p, tile));
     }
     finish_sums<T>(p, tile, sums, memory.out());
     // The stores may have divided warps, and the next tile's products need whole ones.

@@ -32,7 +32,7 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
     for (int depth = 0; depth < layer.k; depth += S::kDepth) {
       side.begin(2);
       side.left(params.x_map, tile.row, depth);
-      side.right(params.w_map, tile.column, depth);
+      side.weight(params.w_map, tile.column, depth);
       side.end(tile.shrinks, a, tile.rank, depth);
     }
     const int arrivals = p.mask.draws + p.shrink.slices;
@@ -51,7 +51,7 @@ __device__ inline void multiply_forward(const ForwardParams& p, const HopperMemo
   if constexpr (kDropout) {
     for (; number < draws; number = side.next()) {
       side.pass();
-      draw_words<S>(p.mask, layer, number, p.flags);
+      pack_mask<S>(p.mask, layer, number, p.flags);
     }
   }
   for (; number < p.ticket.count; number = side.next()) {

@@ -72,6 +72,8 @@ struct CopyingSide {
   RingPosition<S> at{0, 1};
   int slices = 0, ahead = 0;
 
+  static constexpr CopyMode kCopyMode{.first_thread = S::kThreads, .rolled = true};
+
   __device__ CopyingSide(M memory, const Ticket& ticket)
       : memory(memory), ticket(ticket), one(threadIdx.x == S::kThreads) {
     take();
@@ -99,10 +101,14 @@ struct CopyingSide {
   __device__ void right(const TensorMap& map, int row, int column) const {
     copy(memory.right(at.stage), map, row, column, !kByDepth);
   }
+  // The step's tile of W, dense; see weights.cuh.
+  __device__ void weight(const TensorMap& map, int column, int depth) const {
+    right(map, kByDepth ? depth : column, kByDepth ? column : depth);
+  }
   // Ends it, with the shrink operand at (row, column) of a matrix if there is one.
   __device__ void end(bool has_shrink, const Source& shrink, int row, int column) {
     if (has_shrink) {
-      copy_tile<T, typename M::Shrink, kHopperCopying, S::kThreads>(memory.shrink(at.stage), shrink, row, column);
+      copy_tile<T, typename M::Shrink, kHopperCopying, kCopyMode>(memory.shrink(at.stage), shrink, row, column);
       arrive_after_copies(memory.filled(at.stage));
     } else {
       arrive(memory.filled(at.stage));
@@ -134,8 +140,8 @@ struct CopyingSide {
     take();
     for (int rank = 0; rank < ranks; rank += kRanks) {
       wait_for_phase(memory.factors_read(), ~slices++ & 1);
-      copy_tile<T, typename M::LeftFactor, kHopperCopying, S::kThreads>(memory.left_factor(), left, row, rank);
-      copy_tile<T, typename M::RightFactor, kHopperCopying, S::kThreads>(
+      copy_tile<T, typename M::LeftFactor, kHopperCopying, kCopyMode>(memory.left_factor(), left, row, rank);
+      copy_tile<T, typename M::RightFactor, kHopperCopying, kCopyMode>(
           memory.right_factor(), right, kByDepth ? rank : column, kByDepth ? column : rank);
       // Those who wait may read more of what other programs left than these copies: only an arrival of one who has
       // waited for them passes that on, since the copies' own are ordered after the copies alone.
@@ -178,7 +184,7 @@ struct MultiplyingSide {
 
   // sums = left right over all steps of a tile whose first row is `row`; a shrinking tile: shrink_sums = D(left) times the factor.
   template <bool kDropout>
-  __device__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrink_sums, const Layer& layer, const DrawnWords& mask, int row,
+  __device__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrink_sums, const Layer& layer, const PackedMask& mask, int row,
                           int steps, bool shrinks) {
     static_assert(S::kDepth == kWordColumns, "a word a step");
     const int group_row = threadIdx.x / 128 * 64;

@@ -1,0 +1,249 @@
+// From a call's tensors to a plan, parameters and a launch; see linear.h.
+
+#include "linear.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include "../../common/as_matrix.h"
+#include "plan.h"
+#include "python.h"
+#include "shapes.h"
+#include "target.h"
+
+namespace lora_kernels {
+
+namespace {
+
+constexpr int64_t kMost = 0x7FFFFFFF;  // rows and columns are numbered by int; offsets are 64-bit
+
+// lora_A or lora_B: in x's type or float32 as they are, in another type rounded to x's.
+Tensor factor(const Tensor& parameter, const Tensor& x) {
+  const ScalarType type = parameter.scalar_type();
+  if (type == x.scalar_type() || type == ScalarType::Float) return as_matrix(parameter);
+  return as_matrix(torch::stable::to(parameter, x.scalar_type()));
+}
+
+Rows rows(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0)}; }
+
+bool in_chunks(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(0) * t.element_size() % 16 == 0;
+}
+
+// Rows as sm_90's copies take boxes of them: cuTensorMapEncodeTiled takes none that overlap, or lie 2^40 bytes apart.
+bool in_boxes(const Tensor& t) {
+  return in_chunks(t) && t.stride(0) >= t.size(1) && t.stride(0) < (int64_t{1} << 40) / static_cast<int64_t>(t.element_size());
+}
+
+Boxes boxes(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.size(0), t.size(1), t.stride(0), kHopperBox, t.scalar_type() == ScalarType::Half};
+}
+
+std::vector<int64_t> shape_like(const Tensor& like, int64_t columns) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes.back() = columns;
+  return sizes;
+}
+
+void* data(const Tensor& t) { return t.mutable_data_ptr(); }
+
+// A call as kernels read it: tensors of rows, and the Layer that points into them.
+struct Prepared {
+  Tensor v, weight, a, b;  // v: x or dy
+  OptionalTensor scaling;
+  Layer layer;
+};
+
+Prepared prepare(const Tensor& v, const LinearCall& call, Target& target) {
+  Prepared p{as_matrix(v), as_matrix(call.weight.matrix), factor(call.adapter.a, v), factor(call.adapter.b, v), std::nullopt, {}};
+  STD_TORCH_CHECK(p.a.scalar_type() == p.b.scalar_type(), "lora_A: expected lora_B's dtype");
+  STD_TORCH_CHECK(p.v.size(0) <= kMost, "x: expected at most 2^31 - 1 rows");
+  for (const Tensor& t : {p.v, p.weight, p.a, p.b}) target.reads(t);
+  Layer& l = p.layer;
+  l.m = static_cast<int>(p.v.size(0));
+  l.n = static_cast<int>(call.n());
+  l.k = static_cast<int>(call.k());
+  l.r = static_cast<int>(call.r());
+  l.w = rows(p.weight);
+  l.a = rows(p.a);
+  l.b = rows(p.b);
+  l.adapters_are_float = p.a.scalar_type() == ScalarType::Float;
+  l.scaling = static_cast<float>(call.adapter.scaling);
+  if (const OptionalTensor& scaling = call.adapter.scaling_tensor) {
+    p.scaling = torch::stable::to(*scaling, ScalarType::Float);
+    target.reads(*p.scaling);
+    l.scaling_pointer = static_cast<const float*>(data(*p.scaling));
+  }
+  if (call.dropout) {
+    target.reads(call.dropout->seed);
+    l.seed = static_cast<const int64_t*>(data(call.dropout->seed));
+    l.threshold = call.dropout->threshold;
+  }
+  l.lower_bits = (l.threshold & 0x7FFF) * 0x10001;
+  l.either = l.threshold < 0x8000 ? ~0u : 0u;
+  return p;
+}
+
+Type type_of(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::BFloat16) return Type::kBf16;
+  if (t.scalar_type() == ScalarType::Half) return Type::kHalf;
+  // By torch's switch of float32 products as it is now.
+  return ask_python<bool>("lora_kernels::allows_tf32") ? Type::kTf32 : Type::kFloat;
+}
+
+// What is planned, but for what backward wants; x: dA's, if there is one.
+Problem problem_of(const Prepared& p, const OptionalTensor& x) {
+  Problem problem{};
+  problem.m = p.layer.m;
+  problem.n = p.layer.n;
+  problem.k = p.layer.k;
+  problem.r = p.layer.r;
+  problem.type = type_of(p.v);
+  problem.dropout = p.layer.seed != nullptr;
+  problem.in_chunks = in_chunks(p.v) && in_chunks(p.weight) && (!x || in_chunks(*x));
+  problem.in_boxes = in_boxes(p.v) && in_boxes(p.weight) && (!x || in_boxes(*x));
+  return problem;
+}
+
+// The last of a call's zeros.
+Ticket ticket(int* zeros, int counters, int numbers, const Launch& how) {
+  return {zeros + counters - 1, numbers, numbers + how.grid - 1};
+}
+
+template <class Params>
+void launch(Target& target, const Launch& how, const Params& params) {
+  target.launch(how, &params, sizeof params);
+}
+
+// Completes the parameters by what the plan asks for, and launches.
+void launch_few_rows(Target& target, const Prepared& p, const Problem& problem, FewRowsParams params) {
+  const FewRowsPlan plan = few_rows_plan(problem, target.device());
+  const Tensor zeros = target.zeros(p.v, plan.counters), partials = target.empty(p.v, {plan.partials}, ScalarType::Float);
+  params.partials = static_cast<float*>(data(partials));
+  params.counters = static_cast<int*>(data(zeros));
+  params.flag = params.counters + plan.counters - 2;
+  params.parts = plan.parts;
+  params.ticket = ticket(params.counters, plan.counters, plan.numbers, plan.launch);
+  launch(target, plan.launch, params);
+}
+
+// The same of the large product.
+void launch_large(Target& target, const Prepared& p, const Problem& problem, ForwardParams params) {
+  const Plan plan = lora_kernels::plan(problem, target.device());
+  const Tensor flags = target.zeros(p.v, plan.counters);
+  const Tensor mask = target.empty(p.v, {plan.mask_words}, ScalarType::Float);  // 32 bits each
+  params.grid = plan.grid;
+  params.mask = {static_cast<uint32_t*>(data(mask)), plan.draws, plan.share};
+  params.flags = static_cast<int*>(data(flags));
+  params.shrink = plan.shrink;
+  params.ticket = ticket(params.flags, plan.counters, plan.numbers, plan.large);
+  if (plan.sm90a) {
+    launch(target, plan.large, HopperForwardParams{target.map(boxes(p.v)), target.map(boxes(p.weight)), params});
+  } else {
+    launch(target, plan.large, params);
+  }
+}
+
+// The same of backward; x: dA's, if there is one.
+void launch_backward(
+    Target& target, const Prepared& p, const OptionalTensor& x, const Problem& problem, BackwardParams params) {
+  const Layer& layer = p.layer;
+  const Plan plan = lora_kernels::plan(problem, target.device());
+  const bool shrinks = problem.dx || problem.da, in_units = shrinks && problem.type == Type::kHalf;
+  const int64_t mask_columns = (layer.k + kSumColumns - 1) / kSumColumns * kSumColumns;
+  const Tensor counters = target.zeros(p.v, plan.counters);
+  const Tensor dxa = target.empty(p.v, {shrinks ? layer.m : 0, layer.r});
+  const Tensor partials = target.empty(p.v, {plan.partials}, ScalarType::Float);
+  const Tensor units = target.empty(p.v, {in_units ? int64_t{plan.grid.panels} * plan.shrink.slices : 0}, ScalarType::Float);
+  const Tensor mask = target.empty(p.v, {plan.mask_rows * mask_columns / 32}, ScalarType::Float);  // 32 bits each
+  params.grid = plan.grid;
+  params.kinds = plan.kinds;
+  params.dxa = shrinks ? data(dxa) : nullptr;
+  params.mask = {plan.mask_rows ? static_cast<uint8_t*>(data(mask)) : nullptr, plan.mask_rows};
+  params.partials = static_cast<float*>(data(partials));
+  params.counters = static_cast<int*>(data(counters));
+  params.flags = params.counters + plan.kinds.db_blocks + plan.kinds.da_blocks;
+  params.segment = plan.segment;
+  params.shrink = plan.shrink;
+  params.units = in_units ? static_cast<float*>(data(units)) : nullptr;
+  params.ticket = ticket(params.counters, plan.counters, plan.numbers, plan.large);
+  if (plan.sm90a) {
+    const TensorMap dy_map = target.map(boxes(p.v)), x_map = x ? target.map(boxes(*x)) : dy_map;
+    launch(target, plan.large, HopperBackwardParams{dy_map, target.map(boxes(p.weight)), x_map, params});
+  } else {
+    launch(target, plan.large, params);
+  }
+}
+
+Tensor in_type_of(const Tensor& parameter, const Tensor& gradient) {
+  const ScalarType type = parameter.scalar_type();
+  return gradient.scalar_type() == type ? gradient : torch::stable::to(gradient, type);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const LinearCall& call) {
+  const std::unique_ptr<Target> target = target_of(x);
+  const Prepared p = prepare(x, call, *target);
+  const Layer& layer = p.layer;
+  const Tensor y = target->empty(x, shape_like(x, layer.n)), xa = target->empty(x, {layer.m, layer.r});
+  if (y.numel() == 0) {
+    // Only xa may have numbers here: without rows nothing has, without columns of W it is still asked for.
+    STD_TORCH_CHECK(layer.m == 0 || layer.n > 0, "weight: expected at least one row");
+    return {y, xa};
+  }
+  const OptionalTensor bias = call.bias ? OptionalTensor(torch::stable::contiguous(*call.bias)) : std::nullopt;
+  if (bias) target->reads(*bias);
+  const Problem problem = problem_of(p, std::nullopt);
+  const auto complete = [&](auto params) {
+    params.layer = layer;
+    params.x = rows(p.v);
+    params.bias = bias ? data(*bias) : nullptr;
+    params.y = data(y);
+    params.xa = data(xa);
+    return params;
+  };
+  if (has_few_rows(problem)) {
+    launch_few_rows(*target, p, problem, complete(FewRowsParams{}));
+  } else {
+    launch_large(*target, p, problem, complete(ForwardParams{}));
+  }
+  return {y, xa};
+}
+
+Gradients linear_backward(
+    const Tensor& dy, const OptionalTensor& x, const OptionalTensor& xa, const LinearCall& call, const Wanted& wanted) {
+  const std::unique_ptr<Target> target = target_of(dy);
+  const Prepared p = prepare(dy, call, *target);
+  const Layer& layer = p.layer;
+  const ScalarType type = dy.scalar_type(), adapter_type = layer.adapters_are_float ? ScalarType::Float : type;
+  const auto gradient = [&](bool is_wanted, const std::vector<int64_t>& sizes, ScalarType its_type) {
+    return target->empty(dy, is_wanted ? sizes : std::vector<int64_t>{0}, its_type);
+  };
+  const Gradients made{gradient(wanted.dx, shape_like(dy, layer.k), type),
+                       gradient(wanted.da, {layer.r, layer.k}, adapter_type),
+                       gradient(wanted.db, {layer.n, layer.r}, adapter_type), gradient(wanted.dbias, {layer.n}, type)};
+  if (layer.m == 0) {
+    for (Tensor t : {made.da, made.db, made.dbias}) torch::stable::zero_(t);
+  } else if (wanted.dx || wanted.da || wanted.db || wanted.dbias) {
+    OptionalTensor x_rows, xa_rows;
+    if (wanted.da) target->reads(x_rows.emplace(as_matrix(*x)));
+    if (wanted.db) target->reads(xa_rows.emplace(torch::stable::contiguous(*xa)));
+    Problem problem = problem_of(p, x_rows);
+    problem.backward = true;
+    problem.dx = wanted.dx, problem.da = wanted.da, problem.db = wanted.db, problem.dbias = wanted.dbias;
+    BackwardParams params{};
+    params.layer = layer;
+    params.dy = rows(p.v);
+    params.x = x_rows ? rows(*x_rows) : Rows{};
+    params.xa = xa_rows ? data(*xa_rows) : nullptr;
+    params.dx = wanted.dx ? data(made.dx) : nullptr;
+    params.da = wanted.da ? data(made.da) : nullptr;
+    params.db = wanted.db ? data(made.db) : nullptr;
+    params.dbias = wanted.dbias ? data(made.dbias) : nullptr;
+    params.adapter_gradients_are_float = layer.adapters_are_float;
+    launch_backward(*target, p, x_rows, problem, params);
+  }
+  return {made.dx, in_type_of(call.adapter.a, made.da), in_type_of(call.adapter.b, made.db), made.dbias};
+}
+
+}  // namespace lora_kernels
