@@ -69,7 +69,7 @@ bench: $(READY)
 
 # Another revision's times and the working tree's, call by call in turn.
 bench-compare: $(READY)
-	$(BIN)/python -m bench.compare $(REV) $(ARGS)
+	$(BIN)/python -m bench.compare.revisions $(REV) $(ARGS)
 
 bench-track: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-autosave $(ARGS)

@@ -86,7 +86,7 @@ on_gpu tune 240 "$python" -m lora_kernels tune --most 3 --shapes "${shapes[@]}"
 step layer 260 "$python" -m bench --suite layer,overhead,memory "${suites[@]}" --out "$folder/layer"
 step step 140 "$python" -m bench --suite step "${steps[@]}" --out "$folder/step"
 for direction in forward backward; do
-    call=("$python" -m bench.profiled "$direction" --provider "$provider")
+    call=("$python" -m bench.measure.profiled_call "$direction" --provider "$provider")
     if [ -n "$dry" ] || ! command -v ncu > /dev/null; then
         step "call-$direction" 60 "${call[@]}"
     else
