@@ -1,31 +1,28 @@
 """The gate before any timing: a provider whose results are wrong is reported, not timed.
 
-The oracle is the reference in float64, the budget that of `lora_kernels.testing`: at most twice the
+The oracle is that of the row's `Spec`, the budget that of `lora_kernels.testing`: at most twice the
 error of same-dtype eager PyTorch, plus one rounding. Others may err twice as much as ours: who sums
 in another order is not wrong. Dropout is left out, since masks differ. y and dx are checked in some
 rows, dA and dB, which sum over all rows, as a whole.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from bench.providers.calls import Call, inputs_for
 from bench.providers.registry import Provider
-from bench.shapes import SCALING, Case
-from lora_kernels.impl.reference import linear as reference
-from lora_kernels.operands.call import Adapter, LinearCall, Wanted
-from lora_kernels.operands.weight import Dense
-from lora_kernels.testing import Inputs, assert_within_budget, make_inputs
+from bench.shapes import Case
+from lora_kernels.testing import Inputs, assert_within_budget
+from lora_kernels.testing.spec import Results
 
 ROWS = 32
 OTHERS_MAY = 2.0
 # A result of fewer elements may have an eager error near zero by luck: then more draws count.
 FEW_ELEMENTS, MORE_DRAWS = 1 << 12, 7
 RIGHT, REFUSED, WRONG = "right", "refused", "wrong"
-Results = dict[str, Tensor]
 
 
 def verdicts(case: Case, providers: Sequence[Provider], device: str) -> dict[str, tuple[str, str]]:
@@ -57,7 +54,7 @@ class Gate:
 
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.device = case, device
-        self.inputs = make_inputs(case.parity, device)
+        self.inputs = case.inputs(device)
         self._rows = torch.linspace(0, case.m - 1, min(case.m, ROWS)).long()
         self._budgets: dict[tuple[bool, bool], Budget] = {}
 
@@ -86,7 +83,7 @@ class Gate:
             oracle, error = self._oracle_and_error(provider, self.inputs)
             errors = [error]
             if min(t.numel() for t in oracle.values()) < FEW_ELEMENTS:
-                again = (make_inputs(self.case.parity, self.device) for _ in range(MORE_DRAWS))
+                again = (self.case.inputs(self.device) for _ in range(MORE_DRAWS))
                 errors += [self._oracle_and_error(provider, inputs)[1] for inputs in again]
             self._budgets[kind] = Budget(oracle, errors)
         return self._budgets[kind]
@@ -100,18 +97,12 @@ class Gate:
     def _expected(
         self, provider: Provider, inputs: Inputs, dtype: torch.dtype | None = None
     ) -> Results:
-        """Return the reference's results in `dtype`; None keeps the inputs' dtypes."""
-        tensors = inputs.x, inputs.dy, inputs.weight, inputs.lora_A, inputs.lora_B
-        x, dy, w, a, b = (t if dtype is None else t.to(dtype) for t in tensors)
-        scaling = SCALING if provider.adapted else 0.0
-        call = LinearCall(Dense(w), Adapter(a, b, scaling), None, None)
-        y, _ = reference.forward(x[self._rows], call)
+        """Return the spec's results in `dtype`; None keeps the inputs' dtypes."""
+        spec, case = self.case.spec, self.case.parity
+        some = replace(inputs, x=inputs.x[self._rows], dy=inputs.dy[self._rows])
+        if not provider.adapted:
+            case = replace(case, scaling=0.0)
         if self.case.mode == "infer":
-            return {"y": y}
-
-        only_dx = Wanted(True, False, False, False)
-        dx = reference.backward(dy[self._rows], None, None, call, only_dx).dx
-        others = Wanted(False, provider.adapted, provider.adapted, False)
-        sums = reference.backward(dy, x, x @ a.to(x.dtype).T, call, others)
-        found = {"y": y, "dx": dx, "da": sums.da, "db": sums.db}
-        return {name: t for name, t in found.items() if t is not None}
+            return spec.oracle(case, some, dtype, ("y",))
+        found = spec.oracle(case, some, dtype, ("y", "dx"))
+        return found | spec.oracle(case, inputs, dtype, ("da", "db")) if provider.adapted else found

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench.providers.registry import Provider, peft_layer
 from bench.shapes import Case
-from lora_kernels.testing import Inputs, make_inputs
+from lora_kernels.testing import Inputs
 
 
 class Call:
@@ -71,6 +71,6 @@ def make_slots(
     """Return the calls of all providers on each of several sets of tensors."""
     slots = []
     for _ in range(count):
-        inputs = make_inputs(case.parity, device)
+        inputs = case.inputs(device)
         slots.append([Call(p, case, inputs_for(p, inputs), case.p) for p in providers])
     return slots

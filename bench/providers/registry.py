@@ -136,7 +136,7 @@ def _our_refusal(impl: str) -> Callable[[Case], str | None]:
     def refuse(case: Case) -> str | None:
         device = "cuda" if impl in ("triton", "cuda") else "cpu"
         dtype = DTYPES[case.dtype]
-        request = Request("lora_linear", torch.device(device), dtype, case.r, case.p > 0)
+        request = Request(case.spec.op, torch.device(device), dtype, case.r, case.p > 0)
         return refusals(request).get(impl)
 
     return refuse

@@ -18,7 +18,6 @@ from bench.measure.session import Session
 from bench.providers.calls import inputs_for
 from bench.providers.registry import BY_NAME, peft_layer
 from bench.shapes import DTYPES, MODELS, TARGETS, Case, Grid, Shape
-from lora_kernels.testing import make_inputs
 
 SHARING = ("q", "k", "v")
 LIMIT = 0.02  # of x's bytes, for one layer
@@ -111,7 +110,7 @@ def of_group(group: Group, name: str, device: str) -> tuple[int, int]:
     layers, gradients = _Sharing(), []
     for width in group.widths:
         sized = replace(case, n=width)
-        inputs = inputs_for(provider, make_inputs(sized.parity, device))
+        inputs = inputs_for(provider, sized.inputs(device))
         layers.append(provider.convert(peft_layer(sized, inputs, case.p)).train())
         gradients.append(inputs.dy)
     x = inputs.x.requires_grad_()

@@ -16,7 +16,6 @@ from bench.providers.calls import Call
 from bench.providers.registry import BY_NAME, REFERENCE, Provider
 from bench.shapes import SCALING, Case
 from lora_kernels.native import absence
-from lora_kernels.testing import make_inputs
 
 # Too small to take time: what is left is the cost of the call.
 TINY = Case("overhead", "tiny", 1, 64, 64, 16, "fp32", "fp32", 0.0)
@@ -93,7 +92,7 @@ def measure(session: Session) -> Iterator[OverheadRow]:
 
 
 def _calls(providers: Sequence[Provider], device: str, mode: str) -> dict[str, Callable[[], Any]]:
-    inputs = make_inputs(TINY.parity, device)
+    inputs = TINY.inputs(device)
     made = {p.name: Call(p, TINY, inputs, 0.0) for p in providers}
     if mode == TRAIN:
         return dict(made)
