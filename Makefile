@@ -11,7 +11,7 @@ HOST := $(wildcard tests/impl/*/test_host.py)
 # Of tests with many cases in the virtual machine one in MANY, others each time; MANY=1 runs all.
 MANY ?= 6
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
-INTERPRETED := $(addprefix tests/impl/triton/test_,parity.py mutations.py split_k.py)
+INTERPRETED := tests/ops/test_parity.py $(addprefix tests/impl/triton/test_,parity.py mutations.py split_k.py)
 
 export HF_HUB_OFFLINE := 1
 # What can be compiled here is, or `make` stops: tests of a part that is absent would only skip. Of
@@ -69,7 +69,7 @@ bench: $(READY)
 
 # Another revision's times and the working tree's, call by call in turn.
 bench-compare: $(READY)
-	$(BIN)/python -m bench.compare $(REV) $(ARGS)
+	$(BIN)/python -m bench.compare.revisions $(REV) $(ARGS)
 
 bench-track: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-autosave $(ARGS)

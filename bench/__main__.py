@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from bench import findings, layer, memory, overhead, report, step
-from bench.environment import describe_run, machine_name
+from bench.measure.environment import describe_run, machine_name
+from bench.measure.results_file import FILE, Results, load
+from bench.measure.session import Session, start
 from bench.options import Options, parse
-from bench.providers import BY_NAME, chosen
-from bench.results import FILE, Results, load
-from bench.session import Session, start
+from bench.providers.registry import BY_NAME, chosen
+from bench.report import page, summary
 from bench.shapes import cases
+from bench.suites import layer, memory, overhead, step
 
 INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 
@@ -80,9 +81,9 @@ def measure(planned: list[Point], session: Session, results: Results) -> int:
         print(f"\ninterrupted; {len(results)} rows kept", file=sys.stderr)
     finally:
         session.probe.close()
-    if not status and (complaint := findings.complaint(load(results.path)["rows"])):
+    if not status and (complaint := summary.complaint(load(results.path)["rows"])):
         status = _refused(complaint, 1)
-    print(f"\nresults: {results.path}\nreport:  {report.write(results.path, results.path.parent)}")
+    print(f"\nresults: {results.path}\nreport:  {page.write(results.path, results.path.parent)}")
     return status
 
 
@@ -135,7 +136,7 @@ def _kernel_points(options: Options) -> Iterator[Point]:
     if find_spec("triton") is None:
         print("left out: the kernels suite: triton is not installed")
         return
-    from bench import kernels
+    from bench.suites import kernels
 
     for arch in options.archs:
         for wanted in kernels.layers(options.quick):

@@ -57,7 +57,7 @@ if [ -z "$dry" ]; then
     suites=(--device cuda --seconds 0.5 --shapes llama3-8b,qwen3-4b,growth)
     steps=(--device cuda --seconds 5)
     provider=triton
-    plain=(-n 4 -k gpu)
+    plain=(-n 4 -k "gpu and (eager or reference)")
     parts="cpu cuda triton gpu"
 else
     suites=(--device cpu --quick --seconds 0.05 --shapes minilm --providers cpu)
@@ -79,14 +79,14 @@ step parts 20 env LORA_KERNELS_TEST_NEEDS="$parts" \
     "$python" -m pytest --no-cov -q --collect-only tests/package/test_package.py
 # Each implementation in processes of its own: one that crashes loses nothing of the others. Most of
 # the time goes to compilers, so eight tests at once.
-on_gpu parity-triton 240 "${tests[@]}" -n 8 -k gpu tests/impl/triton/test_parity.py tests/impl/triton/test_split_k.py
-on_gpu parity-cuda 60 "${tests[@]}" -n 4 -k gpu tests/impl/cuda/test_parity.py tests/impl/cuda/test_tf32.py
+on_gpu parity-triton 240 "${tests[@]}" -n 8 -k "gpu and triton" tests/ops/test_parity.py tests/impl/triton/test_parity.py tests/impl/triton/test_split_k.py
+on_gpu parity-cuda 60 "${tests[@]}" -n 4 -k "gpu and cuda" tests/ops/test_parity.py tests/impl/cuda/test_parity.py tests/impl/cuda/test_tf32.py
 step parity 60 "${tests[@]}" "${plain[@]}" tests/ops/test_parity.py
 on_gpu tune 240 "$python" -m lora_kernels tune --most 3 --shapes "${shapes[@]}"
 step layer 260 "$python" -m bench --suite layer,overhead,memory "${suites[@]}" --out "$folder/layer"
 step step 140 "$python" -m bench --suite step "${steps[@]}" --out "$folder/step"
 for direction in forward backward; do
-    call=("$python" -m bench.profiled "$direction" --provider "$provider")
+    call=("$python" -m bench.measure.profiled_call "$direction" --provider "$provider")
     if [ -n "$dry" ] || ! command -v ncu > /dev/null; then
         step "call-$direction" 60 "${call[@]}"
     else

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench.providers import BY_NAME
+from bench.providers.registry import BY_NAME
 from bench.shapes import (
     DTYPES,
     GROWTH,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from lora_kernels import testing
+from lora_kernels.testing import LINEAR, Spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALING = 2.0  # lora_alpha = 2 r
@@ -77,7 +78,7 @@ MODES = {"train": "forward + backward", "infer": "forward without gradient"}
 
 @dataclass(frozen=True)
 class Case:
-    """A call to measure.
+    """A row: a spec with a size.
 
     adapters: dtype of lora_A and lora_B. p: dropout. mode: "train" is forward + backward, "infer" a
     forward without gradient. limits: what the project allows ours, by provider, of PEFT's time.
@@ -95,6 +96,16 @@ class Case:
     mode: str = "train"
     limits: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def spec(self) -> Spec:
+        """The op's cases, inputs and oracle."""
+        return LINEAR
+
+    def inputs(self, device: str) -> testing.Inputs:
+        """Draw the call's tensors."""
+        made: testing.Inputs = self.spec.inputs(self.parity, device)
+        return made
+
     def __str__(self) -> str:
         adapters = "" if self.adapters == self.dtype else f", {self.adapters} adapters"
         return (
@@ -104,7 +115,7 @@ class Case:
 
     @property
     def parity(self) -> testing.Case:
-        """The same call without dropout, as the parity checks describe one."""
+        """The same call without dropout, as the spec describes one."""
         dtypes = DTYPES[self.dtype], DTYPES[self.adapters]
         return testing.Case((self.m,), self.n, self.k, self.r, *dtypes, 0.0, False, SCALING)
 

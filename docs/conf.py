@@ -8,8 +8,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lora_kernels
-from bench.figures import figures
-from bench.results import load
+from bench.measure.results_file import load
+from bench.report.figures import figures
 
 project = "lora_kernels"
 author = copyright = "The lora_kernels authors"  # noqa: A001

@@ -1,6 +1,8 @@
 """Which implementation takes a call, and why not another: `explain`."""
 
 from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dropout import drop_threshold
 from lora_kernels.operands.request import Request
 from lora_kernels.operands.weight import Dense
+from lora_kernels.ops.linear import lora_linear
 
 
 @dataclass(frozen=True)
@@ -54,47 +57,44 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scaling: float | Tensor = 1.0,
-    dropout_p: float = 0.0,
-    training: bool = False,
-    seed: int | Tensor | None = None,
-    impl: str = "auto",
-) -> Explanation:
-    """Say which implementation `lora_linear` takes for the same arguments; nothing is computed.
+def explain(*arguments: Any, **named: Any) -> Explanation:
+    """Say which implementation a function of this package takes for a call; nothing is computed.
 
     Args:
-        x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, seed: as `lora_linear`.
-        impl: checked only; the choice reported is that of "auto".
+        arguments: the function, `lora_linear` where it is left out, and what it would be given.
+        named: the same by name. `impl` is checked only: the choice reported is that of "auto".
 
     Returns:
         An `Explanation`: `choice`, `reasons`, a sentence for every other implementation, `plans`,
         and `peft`.
 
     Raises:
-        TypeError, ValueError: as `lora_linear` for bad arguments; an implementation's refusal is
+        TypeError, ValueError: as the function for bad arguments; an implementation's refusal is
             reported, not raised.
 
     Example:
         >>> x, weight = torch.ones(1, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
         >>> lora_A, lora_B = torch.ones(1, 3), torch.ones(3, 1)
-        >>> lk.explain(x, weight, lora_A, lora_B).choice
+        >>> lk.explain(lk.lora_linear, x, weight, lora_A, lora_B).choice
         'eager'
     """
+    if not arguments or not callable(arguments[0]):
+        arguments = (lora_linear, *arguments)
+    function, *positional = arguments
+    if function is not lora_linear:
+        raise TypeError(f"function: expected lora_linear, got {function!r}")
+    bound = signature(function).bind(*positional, **named)
+    bound.apply_defaults()
+    given = bound.arguments
+    x, weight, lora_A, scaling = (given[name] for name in ("x", "weight", "lora_A", "scaling"))
     cast = autocast_dtype(x)
-    call = LinearCall(Dense(weight), Adapter(lora_A, lora_B, scaling), bias, None)
+    call = LinearCall(Dense(weight), Adapter(lora_A, given["lora_B"], scaling), given["bias"], None)
     check_call(x, call, cast=cast)
     check_scaling(scaling)
-    check_dropout_p(dropout_p)
-    check_seed(seed, x.device)
-    check_impl(impl)
-    dropout = training and drop_threshold(dropout_p) > 0
+    check_dropout_p(given["dropout_p"])
+    check_seed(given["seed"], x.device)
+    check_impl(given["impl"])
+    dropout = given["training"] and drop_threshold(given["dropout_p"]) > 0
     request = Request("lora_linear", x.device, cast or x.dtype, lora_A.shape[0], dropout)
     reasons = refusals(request)
     names = [i.name for i in IMPLEMENTATIONS]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import doctest
-import importlib.util
 import inspect
 import re
 
@@ -10,13 +9,9 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels import tensor_parallel
 from tests.support.paths import ROOT
+from tests.support.public_api import PUBLIC
 
-PUBLIC = {name: getattr(lk, name) for name in lk.__all__}
-PUBLIC |= {name: getattr(tensor_parallel, name) for name in ("ColwiseLoRA", "RowwiseLoRA")}
-if importlib.util.find_spec("transformers"):
-    PUBLIC["TrainerCallback"] = lk.TrainerCallback
 # What docs/api.md says that an example finds.
 NAMES = {"torch": torch, "nn": torch.nn, "lk": lk}
 EXAMPLES = [

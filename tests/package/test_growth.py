@@ -76,6 +76,49 @@ def toy(x, a, scaling=1.0, impl="auto"):
     chosen = choose(impl, ("toy", x.device, x.dtype, a.shape[0], False, "dense"))
     return Toy.apply(x, a, scaling, _OPERATORS[chosen.name])
 '''
+SPEC = '''
+"""Cases, inputs, call and oracle of `toy`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_kernels.impl.reference import toy as reference
+from lora_kernels.ops.toy import toy
+from lora_kernels.testing.spec import Spec
+
+@dataclass(frozen=True)
+class Case:
+    m: int
+    k: int
+    rank: int
+    dtype: torch.dtype = torch.float32
+    dropout_p: float = 0.0
+    results = ("y", "dx", "da")
+
+    @property
+    def multiplications(self):
+        return self.m * self.k * self.rank
+
+    between = multiplications
+
+def inputs(case, device=None):
+    shapes = (case.m, case.k), (case.rank, case.k), (case.m, case.rank)
+    return [torch.randn(shape, device=device).to(case.dtype) for shape in shapes]
+
+def call(case, inputs, impl, wanted=("dx", "da"), form="dense", scaling=2.0):
+    x, a = (t.requires_grad_() for t in inputs[:2])
+    y = toy(x, a, scaling, impl)
+    return dict(zip(case.results, (y.detach(), *torch.autograd.grad(y, (x, a), inputs[2]))))
+
+def oracle(case, inputs, dtype=None, wanted=None):
+    x, a, dy = (t.detach() if dtype is None else t.detach().to(dtype) for t in inputs)
+    results = reference.forward(x, a, 2.0), *reference.backward(dy, x, a, 2.0)
+    return dict(zip(case.results, results))
+
+TOY = Spec("toy", lambda: {"sizes": [Case(5, 7, 3), Case(64, 8, 2, torch.bfloat16)]},
+           inputs, call, oracle)
+'''
 USE = """
 import pytest, torch
 import lora_kernels as lk
@@ -95,6 +138,14 @@ with pytest.raises(ValueError, match="expected matrices"):
     operator(x[0], a, 2.0)
 y = lk.lora_linear(x, torch.eye(7).double(), a, torch.zeros(7, 3).double())
 torch.testing.assert_close(y, x)
+
+from lora_kernels.testing import SPECS
+for case in SPECS[-1].cases()["sizes"]:
+    inputs = SPECS[-1].inputs(case)
+    SPECS[-1].assert_parity(case, inputs, "reference")
+    wrong = SPECS[-1].call(case, inputs, "reference", scaling=2.1)
+    with pytest.raises(AssertionError, match="budget"):
+        SPECS[-1].assert_results(case, inputs, wrong, "reference")
 """
 
 
@@ -108,9 +159,15 @@ def test_a_new_op_touches_the_files_that_contributing_names(tmp_path):
     assert support.read_text() != given
     (package / "impl" / "reference" / "toy.py").write_text(REFERENCE)
     (package / "ops" / "toy.py").write_text(OP)
+    (package / "testing" / "toy.py").write_text(SPEC)
+    specs = package / "testing" / "__init__.py"
+    imported = "from lora_kernels.testing.toy import TOY\nSPECS = (LINEAR, TOY)"
+    specs.write_text(specs.read_text().replace("SPECS = (LINEAR,)", imported))
     steps = (ROOT / "CONTRIBUTING.md").read_text().partition("## To add an op\n")[2]
     steps = steps.partition("\n## ")[0]
-    for name in ("ops/<op>.py", "impl/<name>/<op>.py", "impl/<name>/support.py"):
+    for name in (
+        "ops/<op>.py", "impl/<name>/<op>.py", "impl/<name>/support.py", "testing/<op>.py"
+    ):  # fmt: skip
         assert f"`{name}`" in steps
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Runners, benchmarks and scripts end with a failure where nothing ran."""
+"""Runners of suites, and tools, end with a failure where nothing ran."""
 
 import importlib.util
 import json
@@ -12,12 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import bench.__main__ as program
-from bench import agree, compare, findings, published
-from bench.gate import WRONG
-from bench.providers import PROVIDERS
-from bench.results import FILE, Results
-from bench.timing import TIMED
 from tests import conftest
 from tests.support.paths import ROOT
 
@@ -146,10 +140,6 @@ def test_a_run_of_tests_that_needs_what_is_absent_fails(needs, tmp_path):
     assert run().returncode == 4
 
 
-def _row(**fields):
-    return SimpleNamespace(provider="cpu", case=None, reason="", state=TIMED, **fields)
-
-
 def test_of_many_cases_some_run_and_never_none():
     def cases(name, count, *marks):
         return [Item(f"t.py::{name}[{i}]", marks) for i in range(count)]
@@ -162,84 +152,6 @@ def test_of_many_cases_some_run_and_never_none():
     kept = [item for item in items if item not in dropped]
     names = Counter(item.nodeid.partition("[")[0] for item in kept)
     assert [*names.values()] == [6, 20, 60, 1]
-
-
-def test_a_benchmark_that_measured_nothing_complains():
-    assert findings.complaint({}) == "nothing was measured"
-    assert findings.complaint({"layer": []}) == "nothing was measured"
-    good = _row()
-    assert findings.complaint({"layer": [good]}) is None
-    wrong = SimpleNamespace(**{**vars(good), "reason": "y is off", "state": WRONG})
-    assert findings.complaint({"layer": [wrong]}) == "nothing was measured"
-    assert "y is off" in findings.complaint({"layer": [good, wrong]})
-    theirs = SimpleNamespace(**{**vars(wrong), "provider": "addmm"})
-    assert findings.complaint({"layer": [good, theirs]}) is None
-
-
-def test_the_benchmark_program_fails_where_nothing_ran(monkeypatch, capsys, tmp_path):
-    absent = next(p.name for p in PROVIDERS if p.absence("cpu"))
-    assert program.main(["--providers", f"eager,{absent}", "--list"]) == 2
-    assert f"--providers: {absent}: " in capsys.readouterr().err
-    monkeypatch.setattr(program, "points", lambda options: iter(()))
-    assert program.main(["--list"]) == 2
-    assert "nothing to measure" in capsys.readouterr().err
-    monkeypatch.setattr(program.report, "write", lambda path, folder: folder)
-    session = SimpleNamespace(probe=SimpleNamespace(close=lambda: None))
-    points = [program.Point("layer", "title", "", lambda session: [])]
-    assert program.measure(points, session, Results(tmp_path / FILE, {})) == 1
-    assert "nothing was measured" in capsys.readouterr().err
-
-
-def test_files_without_common_ratios_do_not_agree(tmp_path, capsys):
-    for name in ("first", "second"):
-        Results(tmp_path / f"{name}.json", {})
-    assert agree.main([str(tmp_path / "first.json"), str(tmp_path / "second.json")]) == 2
-    assert "no ratio is quiet in both files" in capsys.readouterr().err
-
-
-def test_the_published_tables_are_not_emptied():
-    text = published.PAGE.read_text()
-    name = published.BLOCK.findall(text)[0]
-    data = json.loads((ROOT / name).read_text())
-    empty = ROOT / "build" / "empty-results.json"
-    empty.parent.mkdir(exist_ok=True)
-    empty.write_text(json.dumps({**data, "rows": {}}))
-    try:
-        with pytest.raises(ValueError, match="expected rows for the tables, got none"):
-            published.with_block(text, empty)
-    finally:
-        empty.unlink()
-
-
-class _Side:
-    def __init__(self, answer):
-        self.answer = answer
-
-    def ms(self, what):
-        return self.answer
-
-    def close(self):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("new", "old", "said"),
-    [(float("nan"), 1.0, "can't make this call any more"), (1.0, float("nan"), "no call that")],
-)
-def test_a_comparison_of_no_call_fails(new, old, said, monkeypatch, capsys, tmp_path):
-    sides = iter([_Side(new), _Side(old)])
-    monkeypatch.setattr(compare, "Side", lambda package, folder: next(sides))
-    monkeypatch.setattr(compare, "checked_out", lambda revision, scratch: tmp_path)
-    assert compare.main(["HEAD", "--rounds", "2"]) == 2
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("built", [True, False])
-def test_another_revision_has_the_part_of_this_one(built, monkeypatch, tmp_path):
-    """Otherwise it would be compared by eager calls alone."""
-    monkeypatch.setattr(compare, "BUILT", {"cpu": built})
-    compare._run(["sh", "-c", "echo $LORA_KERNELS_CPU > asked"], tmp_path)
-    assert (tmp_path / "asked").read_text() == f"{int(built)}\n"
 
 
 def test_triton_tools_fail_where_nothing_is_compiled(monkeypatch, capsys, tmp_path):

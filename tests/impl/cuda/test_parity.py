@@ -1,11 +1,7 @@
-"""Compiled CUDA kernels against the float64 reference: their PTX in a virtual machine, or a GPU.
+"""What the CUDA kernels have beside tests/ops/test_parity.py: ranks, rows, flags, counts.
 
 Every case draws fresh inputs; what the library allocates starts as NaN.
 """
-
-import importlib.util
-from contextlib import nullcontext
-from itertools import product
 
 import pytest
 import torch
@@ -13,116 +9,29 @@ import torch
 import lora_kernels as lk
 from lora_kernels.impl.cuda.tools.machine import Machine
 from lora_kernels.impl.executor import using
-from lora_kernels.native import absence
 from lora_kernels.registration import operators
 from lora_kernels.testing import (
     GRADIENTS,
     Case,
     assert_parity,
     assert_results,
-    float16_range_cases,
     make_inputs,
     run,
 )
 from tests.ops.test_checks import UNKNOWN, refuses_unknown_formats
-from tests.support.implementations import Place, linear_call, needs_gpu
-from tests.support.layouts import LAYOUTS, laid_out
+from tests.support.cuda_executors import A100, EXECUTORS, RTX3090, needs_machine, needs_part
+from tests.support.implementations import linear_call
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-ABSENT = absence("cuda")
 pytestmark = [
     pytest.mark.many,
-    pytest.mark.skipif(ABSENT is not None, reason=f"compiled CUDA part: {ABSENT}"),
+    needs_part,
 ]
-needs_machine = pytest.mark.skipif(
-    importlib.util.find_spec("ptxvm") is None or importlib.util.find_spec("triton") is None,
-    reason="needs the PTX virtual machine (module ptxvm on PYTHONPATH) and Triton's cuobjdump",
-)
-A100, RTX3090 = 166912, 101376  # bytes of shared memory: each takes other shapes of tiles
-
-EXECUTORS = [
-    pytest.param(
-        Place("cpu", lambda **how: using(Machine(**how))), id="sm_80", marks=needs_machine
-    ),
-    pytest.param(Place("cuda", lambda **how: nullcontext()), id="gpu", marks=needs_gpu),
-]
-
-
-def _cases():
-    """Every M with every R and dropout; N, K and dtype go round, so that all values meet."""
-    for index, (m, r, p) in enumerate(
-        product((1, 7, 64, 129, 300), (1, 5, 8, 16, 24, 64, 96), (0.0, 0.1))
-    ):
-        k, n = (64, 136, 200, 384)[index % 4], (384, 64, 136, 200)[index // 4 % 4]
-        dtype = (BF16, FP16, FP32)[index % 3]
-        yield Case((m,), n, k, r, dtype, FP32 if index % 5 == 0 else None, p, bias=index % 2 == 0)
-
-
-CASES = list(_cases())
 
 
 def kinds_of(machine):
     """Return what each launch was of: "forward", "backward"."""
     return [name.split("_")[1] for name, _ in machine.stats]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_sizes_ranks_and_dtypes(executor, case):
-    index = CASES.index(case)
-    shared, weak = (A100, RTX3090)[index // 2 % 2], int(index % 3 == 0)
-    with executor(resident=1 + index % 7, seed=index, shared_bytes=shared, weak=weak):
-        assert_parity(case, make_inputs(case, executor.memory), "cuda")
-
-
-@pytest.mark.parametrize("rank", [5, 96])
-@pytest.mark.parametrize("index", range(len(float16_range_cases((), 1, 1, 1))))
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_float16_range(executor, index, rank):
-    """Three row panels of dxa, of one slice of ranks and of two."""
-    case = float16_range_cases((150,), 72, 136, rank)[index]
-    with executor(resident=1 + index % 5, seed=index):
-        assert_parity(case, make_inputs(case), "cuda")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_strided_tensors(executor, dtype, layout, dropout_p):
-    case = Case((4, 33), 72, 136, 5, dtype, dropout_p=dropout_p)
-    inputs = laid_out(make_inputs(case, executor.memory), layout)
-    with executor():
-        assert_parity(case, inputs, "cuda")
-
-
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_other_tensors(executor):
-    """A scaling in memory, a gradient of one element expanded, no rows, sizes below a chunk."""
-    with executor():
-        case = Case((9,), 16, 24, 4, BF16, scaling=torch.tensor(1.7, device=executor.memory))
-        assert_parity(case, make_inputs(case, executor.memory), "cuda")
-        case = Case((6, 20), 48, 40, 8, BF16)
-        inputs = make_inputs(case, executor.memory)
-        inputs.dy = inputs.x.new_ones(()).expand(6, 20, 48)
-        assert_parity(case, inputs, "cuda")
-        for m, n, k, r in ((0, 8, 8, 2), (1, 1, 1, 1), (2, 129, 3, 2), (5, 8, 736, 3)):
-            case = Case((m,), n, k, r, BF16, dropout_p=0.1)
-            assert_parity(case, make_inputs(case, executor.memory), "cuda")
-
-
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
-@pytest.mark.parametrize(
-    "wanted", [("dx",), ("da",), ("db",), ("dbias",), ("da", "db"), ("dx", "dbias")]
-)
-def test_only_the_gradients_asked_for(executor, wanted, dropout_p):
-    case = Case((70,), 72, 136, 8, BF16, dropout_p=dropout_p)
-    inputs = make_inputs(case, executor.memory)
-    with executor():
-        actual = run(case, inputs, "cuda", wanted)
-    assert actual.keys() == {"y", *wanted}
-    assert_results(case, inputs, actual, "cuda")
 
 
 @pytest.mark.parametrize("threshold", [5, 20002, 0x7FFF, 0x8000, 0x8001, 50003, 65535])

@@ -20,10 +20,10 @@ from lora_kernels.testing import (
     reference_results,
     run,
 )
-from tests.impl.cuda.test_parity import A100, EXECUTORS, RTX3090, needs_machine, pytestmark
+from tests.support.cuda_executors import A100, EXECUTORS, RTX3090, needs_machine, needs_part
 from tests.support.layouts import LAYOUTS, laid_out
 
-__all__ = ["pytestmark"]
+pytestmark = [pytest.mark.many, needs_part]
 BF16, FP32 = torch.bfloat16, torch.float32
 
 

@@ -14,6 +14,7 @@ import pytest
 from lora_kernels.impl.triton import support
 from tests.support.paths import ROOT
 
+PARITY = [f"tests/impl/triton/test_{name}.py" for name in ("parity", "split_k")]
 OLDEST = ROOT / "build" / "triton-3.6"
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("cudastub", "ptxvm", "triton"))
@@ -40,8 +41,8 @@ def python(tmp_path):
 @pytest.mark.parametrize(("gpu", "share"), [("A100", "1/9"), ("H100", "4/9"), ("B200", "7/9")])
 def test_the_suites_cases_of_a_gpu(python, gpu, share):
     """A third of them in all."""
-    suites = ["tests/impl/triton/test_parity.py", "tests/impl/triton/test_split_k.py"]
-    options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu", "--share", share]
+    suites = ["tests/ops/test_parity.py", *PARITY]
+    options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu and triton", "--share", share]
     said = python("-m", "pytest", *options, *suites, CUDASTUB_GPU=gpu)
     assert " passed" in said
     assert "skipped" not in said
@@ -53,9 +54,9 @@ def test_cases_of_a_gpu_by_the_oldest_triton(python):
     path = os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")])
     said = python("-c", "import triton; print(triton.__version__)", PYTHONPATH=path)
     assert said.startswith(".".join(map(str, support.OLDEST_TRITON)))
-    options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu", "--share", "5/8"]
-    suite = "tests/impl/triton/test_parity.py"
-    said = python("-m", "pytest", *options, suite, CUDASTUB_GPU="H100", PYTHONPATH=path)
+    options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu and triton", "--share", "5/8"]
+    options.append("tests/ops/test_parity.py")
+    said = python("-m", "pytest", *options, CUDASTUB_GPU="H100", PYTHONPATH=path)
     assert " passed" in said
 
 

@@ -141,7 +141,7 @@ def test_tiles_from_one_on_are_made():
 
 @needs_machine
 def test_a_producing_tile_takes_more_instructions():
-    from bench.kernels import producing_ratio
+    from bench.suites.kernels import producing_ratio
 
     config = Config(64, 64, 64, 4, 3, xa_columns=2)
     ratio = producing_ratio(80, Problem(64, 256, 256, 16, 16), config)

@@ -1,4 +1,4 @@
-"""Triton kernels against the float64 reference, in whatever can run them here.
+"""What Triton's kernels have beside tests/ops/test_parity.py: plans, tiles, schedules, flags.
 
 The interpreter needs TRITON_INTERPRET=1 (a process of its own), compiled code a PTX virtual
 machine or a GPU. Every case draws fresh inputs; outputs start as NaN (conftest).
@@ -14,10 +14,8 @@ from lora_kernels.impl.triton.plan.config import TILES_16
 from lora_kernels.testing import (
     Case,
     assert_parity,
-    assert_results,
     float16_range_cases,
     make_inputs,
-    run,
 )
 from tests.support.executors import (
     INTERPRETED,
@@ -31,29 +29,10 @@ from tests.support.executors import (
     running,
 )
 from tests.support.implementations import linear_call
-from tests.support.layouts import LAYOUTS, laid_out
 
 pytestmark = [pytest.mark.many, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-# The interpreter of Triton 3.8 computes products of bfloat16 wrongly.
-DTYPES = (FP32, FP16) if INTERPRETED else (BF16, FP16, FP32, BF16)
-SIZES = (64, 136, 200, 384)
-PAIRS = list(product(SIZES, SIZES))
-
-
-def _cases():
-    """Every M with every R and dropout; N, K and dtype go round, so that all values meet."""
-    for index, (m, r, p) in enumerate(
-        product((1, 7, 64, 129, 300), (1, 5, 8, 16, 24, 64, 96), (0.0, 0.1))
-    ):
-        n, k = PAIRS[(5 * index + index // 16) % len(PAIRS)]
-        dtype = DTYPES[(index // 2) % len(DTYPES)]
-        adapters = FP32 if dtype != FP32 and index % 5 == 0 else None
-        yield Case((m,), n, k, r, dtype, adapters, p, bias=index % 3 != 0)
-
-
-CASES = list(_cases())
 
 
 @pytest.fixture(autouse=True)
@@ -62,20 +41,6 @@ def _own_workspace(monkeypatch):
     from lora_kernels.impl.triton import linear
 
     monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("executor", executors())
-def test_sizes_ranks_and_dtypes(executor, case):
-    chosen = executor()
-    if isinstance(chosen, Machine):
-        index = CASES.index(case)
-        if chosen.target != 80 and index % 3 != (chosen.target == 100):
-            pytest.skip("this architecture takes a third of the cases")
-        chosen.resident, chosen.seed = 1 + index % 7, index
-        chosen.weak = int(index % 9 < 3)  # a third, of each architecture
-    with running(chosen):
-        assert_parity(case, make_inputs(case, executor.memory), "triton")
 
 
 @pytest.mark.parametrize("xa_columns", [0, 1], ids=["two launches", "one launch"])
@@ -87,77 +52,6 @@ def test_float16_range(executor, index, xa_columns, monkeypatch):
     fix_plan(monkeypatch, xa_columns=xa_columns)
     with running(executor()):
         assert_parity(case, make_inputs(case), "triton")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
-@pytest.mark.parametrize("executor", executors())
-def test_strided_tensors(executor, layout, dropout_p):
-    case = Case((4, 33), 72, 136, 5, FP32 if INTERPRETED else BF16, dropout_p=dropout_p)
-    inputs = laid_out(make_inputs(case, executor.memory), layout)
-    with running(executor()):
-        assert_parity(case, inputs, "triton")
-
-
-def _scaling_in_memory(dtype, memory):
-    case = Case((9,), 16, 24, 4, dtype, scaling=torch.tensor(1.7, device=memory))
-    return case, make_inputs(case, memory)
-
-
-def _expanded_gradient(dtype, memory):
-    case = Case((6, 20), 48, 40, 8, dtype)
-    inputs = make_inputs(case, memory)
-    inputs.dy = inputs.x.new_ones(()).expand(6, 20, 48)
-    return case, inputs
-
-
-def _overlapping_rows(dtype, memory):
-    """Rows that overlap, or are all one: no descriptor describes them."""
-    case = Case((33,), 48, 64, 8, dtype)
-    inputs = make_inputs(case, memory)
-    inputs.x = inputs.x.flatten()[: 32 * 8 + 64].as_strided((33, 64), (8, 1))
-    inputs.dy = inputs.dy[:1].expand(33, 48)
-    return case, inputs
-
-
-def _below_a_vector(m, n, k, r):
-    def make(dtype, memory):
-        case = Case((m,), n, k, r, dtype, dropout_p=0.1)
-        return case, make_inputs(case, memory)
-
-    return make
-
-
-OTHER_TENSORS = {
-    "scaling in memory": _scaling_in_memory,
-    "expanded gradient": _expanded_gradient,
-    "overlapping rows": _overlapping_rows,
-    "1x1x1x1": _below_a_vector(1, 1, 1, 1),
-    "3x1x7x1": _below_a_vector(3, 1, 7, 1),
-    "2x129x3x2": _below_a_vector(2, 129, 3, 2),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_TENSORS)
-@pytest.mark.parametrize("executor", executors())
-def test_other_tensors(executor, name):
-    with running(executor()):
-        case, inputs = OTHER_TENSORS[name](FP32 if INTERPRETED else BF16, executor.memory)
-        assert_parity(case, inputs, "triton")
-
-
-@pytest.mark.parametrize("executor", executors())
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
-@pytest.mark.parametrize(
-    "wanted", [("dx",), ("da",), ("db",), ("dbias",), ("da", "db"), ("dx", "dbias")]
-)
-def test_only_the_gradients_asked_for(executor, wanted, dropout_p):
-    case = Case((70,), 72, 136, 8, FP32 if INTERPRETED else BF16, dropout_p=dropout_p)
-    inputs = make_inputs(case, executor.memory)
-    with running(executor()):
-        actual = run(case, inputs, "triton", wanted)
-    assert actual.keys() == {"y", *wanted}
-    assert_results(case, inputs, actual, "triton")
 
 
 @needs_machine

@@ -1,0 +1,1 @@
+"""Two revisions call by call, and two runs ratio by ratio."""

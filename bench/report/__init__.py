@@ -1,0 +1,1 @@
+"""What a file of results says: a page, its figures, the tables of docs/benchmarks.md."""

@@ -1,0 +1,62 @@
+"""Inputs, float64 oracle and error budget for parity checks; pytest-free, so benchmarks use it too.
+
+A `Spec` has what is known of an op; the functions here are those of `lora_linear`'s.
+"""
+
+from lora_kernels.testing.budget import (
+    FEW_ELEMENTS,
+    FEW_SUMS,
+    MANY_DRAWS,
+    MORE_DRAWS,
+    assert_within_budget,
+    to_tf32,
+)
+from lora_kernels.testing.linear import (
+    GRADIENTS,
+    LINEAR,
+    STORE,
+    USUAL,
+    Case,
+    Inputs,
+    Sizes,
+    assert_parity,
+    assert_results,
+    beyond_float16_cases,
+    eager_errors,
+    eager_results,
+    float16_range_cases,
+    make_inputs,
+    reference_results,
+    run,
+)
+from lora_kernels.testing.spec import Spec
+
+# What checks and benchmarks every op.
+SPECS = (LINEAR,)
+
+__all__ = [
+    "FEW_ELEMENTS",
+    "FEW_SUMS",
+    "GRADIENTS",
+    "LINEAR",
+    "MANY_DRAWS",
+    "MORE_DRAWS",
+    "SPECS",
+    "STORE",
+    "USUAL",
+    "Case",
+    "Inputs",
+    "Sizes",
+    "Spec",
+    "assert_parity",
+    "assert_results",
+    "assert_within_budget",
+    "beyond_float16_cases",
+    "eager_errors",
+    "eager_results",
+    "float16_range_cases",
+    "make_inputs",
+    "reference_results",
+    "run",
+    "to_tf32",
+]
