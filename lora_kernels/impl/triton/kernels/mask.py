@@ -3,9 +3,15 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.tiles import INTERPRETED
+from lora_kernels.impl.triton.kernels.arguments import INTERPRETED
 
 PACKED_THRESHOLDS = tl.constexpr(0x7F80)  # infinity as bfloat16
+
+
+@triton.jit
+def keep_scale(threshold):
+    """Return 65536 / (65536 - threshold), the factor of kept elements."""
+    return 65536.0 / (65536 - threshold)
 
 
 @triton.jit
@@ -100,10 +106,7 @@ def _counters(rows, columns, K: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def masks_by_call(
-    rows, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
+def masks_by_call(rows, column, draw, K: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr):
     """Return uint16 [len(rows), COLUMNS], ones where an element of the tile is kept, else zero.
 
     rows: int32, row numbers; column: a multiple of eight; K: columns of the whole activation.
@@ -111,7 +114,7 @@ def masks_by_call(
     product dictates, where a thread has pairs of neighbouring columns.
     """
     groups = column // 8 + tl.arange(0, COLUMNS // 8)
-    w0, w1, w2, w3 = _kept_lanes(rows, groups, seed, threshold, K, WIDE, PACKED)
+    w0, w1, w2, w3 = _kept_lanes(rows, groups, draw, K, MODE)
     even = tl.join(w0, w2).permute(2, 0, 1)
     odd = tl.join(w1, w3).permute(2, 0, 1)
     words = tl.join(even, odd).permute(1, 2, 0, 3)
@@ -120,9 +123,8 @@ def masks_by_call(
 
 @triton.jit
 def masks_by_element(
-    rows, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
+    rows, column, draw, K: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr
+):
     """Return the same masks, and as uint32 [len(rows), COLUMNS / 8] the groups' bits.
 
     Where a thread holds eight neighbouring columns, as tiles loaded from memory lie, it makes one
@@ -131,7 +133,7 @@ def masks_by_element(
     A group's bits are a byte: even columns from bit 0 on, odd ones from bit 4 on.
     """
     groups = column // 8 + tl.arange(0, COLUMNS // 8)
-    w0, w1, w2, w3 = _kept_lanes(rows, groups, seed, threshold, K, WIDE, PACKED)
+    w0, w1, w2, w3 = _kept_lanes(rows, groups, draw, K, MODE)
     bits = _group_bits(w0, w1, w2, w3)
     w0, w1, w2, w3 = w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None]
     pair = tl.arange(0, 4)[None, None, :]
@@ -175,14 +177,15 @@ def _halves(words):
 
 
 @triton.jit
-def _kept_lanes(
-    rows, groups, seed, threshold, K: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr
-):
+def _kept_lanes(rows, groups, draw, K: tl.constexpr, MODE: tl.constexpr):
     """Return the four words of each group, ones in the halves of kept lanes, zeros elsewhere."""
-    counter = _counters(rows, groups, K, WIDE)
-    w0, w1, w2, w3 = philox_words(counter, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), WIDE)
-    w0, w1 = _at_least(w0, threshold, PACKED), _at_least(w1, threshold, PACKED)
-    return w0, w1, _at_least(w2, threshold, PACKED), _at_least(w3, threshold, PACKED)
+    counter = _counters(rows, groups, K, MODE.WIDE)
+    key_low, key_high = draw.seed.to(tl.uint32), (draw.seed >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = philox_words(counter, key_low, key_high, MODE.WIDE)
+    w0 = _at_least(w0, draw.threshold, MODE.PACKED)
+    w1 = _at_least(w1, draw.threshold, MODE.PACKED)
+    w2 = _at_least(w2, draw.threshold, MODE.PACKED)
+    return w0, w1, w2, _at_least(w3, draw.threshold, MODE.PACKED)
 
 
 @triton.jit
