@@ -4,6 +4,9 @@ A kernel gets its tensors in tuples, and what is compiled in as two constants, S
 Numbers that change from call to call (M, scaling, threshold, segment) stay arguments of their own:
 Triton specialises integers in tuples, `do_not_specialize` or not. So do descriptors: Triton 3.6's
 launcher finds none in tuples.
+
+Device functions name all of this as `arguments.Side`: what they name by itself Triton compares at
+every launch with what it was.
 """
 
 from typing import Any, NamedTuple

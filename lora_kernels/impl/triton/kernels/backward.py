@@ -22,7 +22,7 @@ docs/kernels.md draws this, and says why no order of programs can deadlock.
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.arguments import Draw, Factor, Place, Segment, Side
+from lora_kernels.impl.triton.kernels import arguments
 from lora_kernels.impl.triton.kernels.epilogue import finish_dx
 from lora_kernels.impl.triton.kernels.flags import leave, publish, wait
 from lora_kernels.impl.triton.kernels.mainloop import dy_products
@@ -112,7 +112,7 @@ def backward_kernel(
     seed = wide(0)
     if MODE.DROPOUT:
         seed = tl.load(call.seed)
-    draw = Draw(seed, threshold, shared.mask)
+    draw = arguments.Draw(seed, threshold, shared.mask)
     number = 0
     while number < tiles:
         number = take(flags + panels, tiles)
@@ -127,7 +127,7 @@ def backward_kernel(
                 rows = row + tl.arange(0, BLOCK_M)
                 near_rows = tl.minimum(rows, m - 1)
                 dy_pointers = operand_pointers(dy, dy_descriptor, near_rows, 0, SHAPE.BLOCK_N)
-                dy_side = Side(dy_descriptor, dy_pointers, row)
+                dy_side = arguments.Side(dy_descriptor, dy_pointers, row)
                 if FUSED and tile < dxa_end:
                     acc, shrunk = dy_products(
                         dy_side, call, w_descriptor, column, SHAPE, MODE, BASE=NEED_DX, SHRINK=True
@@ -147,8 +147,8 @@ def backward_kernel(
                     if FUSED or DRAWN:
                         wait(flags + panel, tl.where(tile < dxa_end, 1, before))
                     finish_dx(
-                        acc, dxa, call.a, out.dx, draw, tile >= dxa_end, Place(row, column, m),
-                        SHAPE, MODE,
+                        acc, dxa, call.a, out.dx, draw, tile >= dxa_end,
+                        arguments.Place(row, column, m), SHAPE, MODE,
                     )  # fmt: skip
                     if FUSED or DRAWN:
                         leave(flags + panel, last_out)
@@ -159,8 +159,9 @@ def backward_kernel(
                 rank = block % SLABS * RANKS
                 end = tl.minimum(part * segment + segment, m)
                 product, total = row_sums(
-                    Factor(xa, None), dy, draw, Segment(part * segment, end, m, column, rank, N),
-                    SHAPE, MODE, DROPOUT=False, PRODUCT=NEED_DB, TOTAL=NEED_DBIAS,
+                    arguments.Factor(xa, None), dy, draw,
+                    arguments.Segment(part * segment, end, m, column, rank, N), SHAPE, MODE,
+                    DROPOUT=False, PRODUCT=NEED_DB, TOTAL=NEED_DBIAS,
                 )  # fmt: skip
                 space = shared.partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
                 product, total, last = sum_of_parts(
@@ -179,8 +180,8 @@ def backward_kernel(
                     for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):
                         wait(flags + panel, 1)
                 product, total = row_sums(
-                    dxa, x, draw, Segment(part * segment, end, m, column, rank, K), SHAPE, MODE,
-                    DROPOUT=MODE.DROPOUT, PRODUCT=True, TOTAL=False,
+                    dxa, x, draw, arguments.Segment(part * segment, end, m, column, rank, K),
+                    SHAPE, MODE, DROPOUT=MODE.DROPOUT, PRODUCT=True, TOTAL=False,
                 )  # fmt: skip
                 if FUSED or DRAWN:
                     for panel in range(part * segment // BLOCK_M, tl.cdiv(end, BLOCK_M)):

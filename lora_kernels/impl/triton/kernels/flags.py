@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.arguments import INTERPRETED
+from lora_kernels.impl.triton.kernels import arguments
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def wait(flag, ARRIVALS: tl.constexpr):
     The kernel ends by an error where that has lasted for about half a minute: far longer than any
     launch, so that they will never come.
     """
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         while tl.atomic_add(flag, 0, sem="acquire") < ARRIVALS:
             pass
     else:
@@ -61,7 +61,7 @@ def wait(flag, ARRIVALS: tl.constexpr):
 def leave(flag, last):
     """Count a consumer out; the last one, who finds `last` there, leaves a zero behind."""
     tl.debug_barrier()
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         if tl.atomic_add(flag, 1, sem="acq_rel") == last:
             tl.atomic_xchg(flag, 0, sem="relaxed")
     else:

@@ -17,7 +17,7 @@ docs/kernels.md draws this, and says why no order of programs can deadlock.
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.arguments import Draw, Part, Side
+from lora_kernels.impl.triton.kernels import arguments
 from lora_kernels.impl.triton.kernels.epilogue import expanded, load_bias
 from lora_kernels.impl.triton.kernels.flags import leave, publish, wait
 from lora_kernels.impl.triton.kernels.mainloop import plain_steps, shrinking_steps
@@ -123,7 +123,7 @@ def forward_kernel(
     seed = wide(0)
     if MODE.DROPOUT:
         seed = seed_of(call.seed)
-    draw = Draw(seed, threshold, None)
+    draw = arguments.Draw(seed, threshold, None)
     tiles = panels * COLUMNS
     number = 0
     while number < tiles:
@@ -142,16 +142,16 @@ def forward_kernel(
             near_rows = tl.minimum(rows, m - 1)
             near_columns = tl.minimum(columns, N - 1)
             x_pointers = operand_pointers(x, x_descriptor, near_rows, 0, SHAPE.BLOCK_K)
-            x_side = Side(x_descriptor, x_pointers, row)
+            x_side = arguments.Side(x_descriptor, x_pointers, row)
             w_pointers = weight_rows(call.w, w_descriptor, near_columns, SHAPE)
-            w_side = Side(w_descriptor, w_pointers, column)
+            w_side = arguments.Side(w_descriptor, w_pointers, column)
             if XA_COLUMNS > 0 and panel_column < XA_COLUMNS:
                 part = panel_column
                 if XA_COLUMNS == 1:
                     part = 0
                 acc, made = _producing_tile(
-                    x_side, w_side, call.a, out, Part(panel, part, flags + panel), draw, m, SHAPE,
-                    MODE,
+                    x_side, w_side, call.a, out, arguments.Part(panel, part, flags + panel), draw,
+                    m, SHAPE, MODE,
                 )  # fmt: skip
                 if SHAPE.RANK_STEP == SHAPE.BLOCK_R:
                     # The last one needs no reading back of what it made.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.arguments import Side
+from lora_kernels.impl.triton.kernels import arguments
 from lora_kernels.impl.triton.kernels.mask import keep_where, masks_by_element
 from lora_kernels.impl.triton.kernels.memory import block_pointers, load_operand, wide
 from lora_kernels.impl.triton.kernels.products import plus_product, read, settled, unfetched, zeros
@@ -47,7 +47,7 @@ def shrinking_steps(x, w, a, draw, begin, end, SHAPE: tl.constexpr, MODE: tl.con
     BLOCK_K: tl.constexpr = SHAPE.BLOCK_K
     rows = x.first + tl.arange(0, SHAPE.BLOCK_M)
     near_ranks = tl.minimum(tl.arange(0, SHAPE.BLOCK_R), SHAPE.R - 1)
-    a_rows = Side(None, block_pointers(a.pointer, near_ranks, a.stride, 0, BLOCK_K), 0)
+    a_rows = arguments.Side(None, block_pointers(a.pointer, near_ranks, a.stride, 0, BLOCK_K), 0)
     acc = zeros(SHAPE.BLOCK_M, SHAPE.BLOCK_N)
     if MODE.DROPOUT:
         shrunk = zeros(SHAPE.BLOCK_R, SHAPE.BLOCK_M)
@@ -95,7 +95,7 @@ def dy_products(
     shrunk = zeros(SHAPE.BLOCK_M, SHAPE.BLOCK_R)
     steps = tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, SHAPE.BLOCK_R)
-    w = Side(w_descriptor, weight_columns(call.w, w_descriptor, column, SHAPE), column)
+    w = arguments.Side(w_descriptor, weight_columns(call.w, w_descriptor, column, SHAPE), column)
     b_pointers = block_pointers(call.b.pointer, steps, call.b.stride, 0, SHAPE.BLOCK_R)
     for n in tl.range(0, N, BLOCK_N):
         dy_tile = load_operand(dy, n, N, BLOCK_N)

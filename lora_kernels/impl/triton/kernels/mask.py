@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.arguments import INTERPRETED
+from lora_kernels.impl.triton.kernels import arguments
 
 PACKED_THRESHOLDS = tl.constexpr(0x7F80)  # infinity as bfloat16
 
@@ -47,7 +47,7 @@ def seed_of(pointer):
 
     All lanes asking for it is one transaction, too, but counts as a request of each.
     """
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         return tl.load(pointer)
     else:
         return tl.inline_asm_elementwise(
@@ -72,7 +72,7 @@ def seed_of(pointer):
 @triton.jit
 def _multiply(value, factor: tl.constexpr):
     """Return the low and high words of a 32 x 32 bit product."""
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         wide = value.to(tl.uint64) * factor
         return wide.to(tl.uint32), (wide >> 32).to(tl.uint32)
     # LLVM takes a 64-bit product apart by shifts; this is one instruction for both words.
@@ -88,7 +88,7 @@ def _multiply(value, factor: tl.constexpr):
 
 @triton.jit
 def _xor3(a, b, c):
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         return a ^ b ^ c
     return tl.inline_asm_elementwise(
         "lop3.b32 $0, $1, $2, $3, 0x96;", "=r,r,r,r", [a, b, c], tl.uint32, is_pure=True, pack=1
@@ -151,7 +151,7 @@ def masks_by_bits(bits):
     words = bits[:, :, None].broadcast_to(ROWS, PAIRS // 16, 16).reshape(ROWS, PAIRS)
     # A group's even and odd element become the top bits of its byte, each in a word of its own.
     even, odd = words << (7 - place), words << (3 - place)
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         low = tl.where((even >> (8 * group)) & 0x80 != 0, 0xFFFF, 0).to(tl.uint32)
         high = tl.where((odd >> (8 * group)) & 0x80 != 0, 0xFFFF, 0).to(tl.uint32)
         return _halves(low | (high << 16))
@@ -194,7 +194,7 @@ def _at_least(words, threshold, PACKED: tl.constexpr):
 
     PACKED: whether instructions of sm_90 on pairs do, for thresholds up to PACKED_THRESHOLDS.
     """
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         low = tl.where((words & 0xFFFF) >= threshold, 0xFFFF, 0).to(tl.uint32)
         high = tl.where((words >> 16) >= threshold, 0xFFFF, 0).to(tl.uint32)
         return low | (high << 16)
@@ -236,7 +236,7 @@ def _at_least(words, threshold, PACKED: tl.constexpr):
 @triton.jit
 def _group_bits(w0, w1, w2, w3):
     """Return a group's bits: even lanes, which the lower halves hold, from bit 0 on."""
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         a = (w0 & 0x55555555) | (w1 & 0xAAAAAAAA)
         b = (w2 & 0x55555555) | (w3 & 0xAAAAAAAA)
         a = (a & 0x33333333) | (b & 0xCCCCCCCC)
@@ -263,7 +263,7 @@ def _group_bits(w0, w1, w2, w3):
 @triton.jit
 def keep_where(masks, tile):
     """Return tile where its mask is ones, else zero."""
-    if INTERPRETED or tile.dtype.primitive_bitwidth != 16:
+    if arguments.INTERPRETED or tile.dtype.primitive_bitwidth != 16:
         return tl.where(masks != 0, tile, 0.0)
     else:
         # Two elements a register. A mask of booleans would also make Triton lay the tile out for
@@ -276,7 +276,7 @@ def keep_where(masks, tile):
 @triton.jit
 def choose(masks, kept, dropped):
     """Return kept where its mask is ones, else dropped; of 16-bit tiles."""
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         return tl.where(masks != 0, kept, dropped)
     else:
         return tl.inline_asm_elementwise(

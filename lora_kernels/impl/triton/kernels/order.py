@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.arguments import INTERPRETED
+from lora_kernels.impl.triton.kernels import arguments
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def take(ticket, tiles):
     waits for programs that run, however few do. The ticket is zero before and after a launch.
     """
     last = tiles + tl.num_programs(0) - 1
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         number = tl.atomic_add(ticket, 1, sem="relaxed")
         if number == last:
             tl.atomic_xchg(ticket, 0, sem="relaxed")

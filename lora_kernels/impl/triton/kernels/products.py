@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.arguments import INTERPRETED
+from lora_kernels.impl.triton.kernels import arguments
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def settled(product):
     Triton 3.8 may let a copy overwrite an operand of a pending product (sm_90), and LLVM may move
     reads of tensor memory's registers before the wait (sm_100); neither passes an assembly block.
     """
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         return product
     else:
         return tl.inline_asm_elementwise(
@@ -53,7 +53,7 @@ def rounded_now(product, dtype: tl.constexpr):
 
     Left to itself LLVM rounds where the result is used, and copies the sums to keep them so long.
     """
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         return product.to(dtype)
     elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
@@ -81,7 +81,7 @@ def unfetched(tile):
 @triton.jit
 def opaque(numbers):
     """Return int32 numbers of which the compiler knows nothing, so that it joins no accesses."""
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         return numbers
     else:
         return tl.inline_asm_elementwise(

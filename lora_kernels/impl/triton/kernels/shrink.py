@@ -13,7 +13,7 @@ Nothing waits: the forward or backward kernel reads the result in the next launc
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.arguments import Draw
+from lora_kernels.impl.triton.kernels import arguments
 from lora_kernels.impl.triton.kernels.mask import keep_scale, keep_where, masks_by_element
 from lora_kernels.impl.triton.kernels.memory import block_pointers, scaling_of, store_factor
 from lora_kernels.impl.triton.kernels.products import plus_product, read, zeros
@@ -39,7 +39,7 @@ def shrink_kernel(
         seed = tl.load(seed_pointer)
     else:
         seed = 0
-    draw = Draw(seed, threshold, None)
+    draw = arguments.Draw(seed, threshold, None)
     for panel in tl.range(tl.program_id(0), tl.cdiv(m, SHAPE.BLOCK_M), tl.num_programs(0)):
         rows = panel * SHAPE.BLOCK_M + tl.arange(0, SHAPE.BLOCK_M)
         v_pointers = block_pointers(v.pointer, tl.minimum(rows, m - 1), v.stride, 0, BLOCK_L)

@@ -10,7 +10,7 @@ make the upper halves of words, the other half the lower ones.
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.arguments import INTERPRETED
+from lora_kernels.impl.triton.kernels import arguments
 from lora_kernels.impl.triton.kernels.memory import block_pointers
 
 
@@ -92,7 +92,7 @@ def _taken_apart(words, BITS: tl.constexpr):
 @triton.jit
 def _with_bits(words, others, BITS: tl.constexpr):
     """Return uint32 words with some of their bits those of others."""
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         return words ^ ((words ^ others) & BITS)
     else:
         # Bits of the third operand choose the second, else the first.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.arguments import Segment, Sums
+from lora_kernels.impl.triton.kernels import arguments
 from lora_kernels.impl.triton.kernels.mask import keep_where, masks_by_element
 from lora_kernels.impl.triton.kernels.memory import block_pointers, wide
 from lora_kernels.impl.triton.kernels.products import opaque, plus_product, read, settled, zeros
@@ -26,8 +26,8 @@ def row_sums(
     total = tl.zeros((BLOCK_C,), tl.float32)
     if left.units is None:
         product, total = _plus_rows(
-            Sums(product, total), left.numbers, right, draw, at, SHAPE, MODE, DROPOUT=DROPOUT,
-            PRODUCT=PRODUCT, TOTAL=TOTAL,
+            arguments.Sums(product, total), left.numbers, right, draw, at, SHAPE, MODE,
+            DROPOUT=DROPOUT, PRODUCT=PRODUCT, TOTAL=TOTAL,
         )  # fmt: skip
         product = read(product, MODE)
     else:
@@ -44,10 +44,10 @@ def row_sums(
             ):
                 stop += SHAPE.UNIT_ROWS
             stop = tl.minimum(stop, at.end)
-            rows = Segment(row, stop, at.m, at.column, at.rank, at.WIDTH)
+            rows = arguments.Segment(row, stop, at.m, at.column, at.rank, at.WIDTH)
             product, total = _plus_rows(
-                Sums(product * (before * inverse_of(unit)), total), left.numbers, right, draw, rows,
-                SHAPE, MODE, DROPOUT=DROPOUT, PRODUCT=PRODUCT, TOTAL=TOTAL,
+                arguments.Sums(product * (before * inverse_of(unit)), total), left.numbers, right,
+                draw, rows, SHAPE, MODE, DROPOUT=DROPOUT, PRODUCT=PRODUCT, TOTAL=TOTAL,
             )  # fmt: skip
             product = read(product, MODE)
             row = stop

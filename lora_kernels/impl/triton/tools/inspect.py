@@ -248,10 +248,7 @@ def _parameters(signature: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str
     for name, kind in signature:
         if hasattr(kind, "_asdict"):
             yield from _parameters((f"{name}.{field}", k) for field, k in kind._asdict().items())
-            yield from _parameters((f"{name}.{field}", k) for field, k in kind._asdict().items())
         elif kind != "constexpr":
-        elif kind != "constexpr":
-            yield name, kind
             yield name, kind
 
 
