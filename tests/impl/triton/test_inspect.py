@@ -131,10 +131,10 @@ def test_tiles_from_one_on_are_made():
     out = call.args["out"]
     out.y.fill_(float("nan"))
     out.xa.zero_()
-    call.args["flags"][:2] = torch.tensor([9, 3])  # xa is made, three tiles are taken
+    call.flags[:2] = torch.tensor([9, 3])  # xa is made, three tiles are taken
     Machine(80).run(*call._replace(grid=1))
-    assert call.args["flags"][1] == 0
-    call.args["flags"].zero_()  # the other consumers would have
+    assert call.flags[1] == 0
+    call.flags.zero_()  # the other consumers would have
     written = ~out.y.isnan()
     assert not written[:, :192].any()
     assert written[:, 192:].all()

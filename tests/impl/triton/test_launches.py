@@ -148,6 +148,8 @@ def test_a_wait_without_end_ends_by_an_error(direction):
     """A flag that a broken launch left behind is never reached; the clock counts instructions."""
     import ptxvm
 
+    from lora_kernels.impl.triton.tools.record import Launch
+
     def load(ptx):
         assert ptx.count("late, now, 7;") > 0
         clocked = ptx.replace("%globaltimer_hi", "%globaltimer_lo")
@@ -158,8 +160,7 @@ def test_a_wait_without_end_ends_by_an_error(direction):
     class Broken(Machine):
         def run(self, kernel, grid, args, constants, how):
             if kernel.__name__.startswith(direction):
-                flags = args["flags"] if direction == "forward" else args["shared"].flags
-                flags[0] = -9
+                Launch(kernel, grid, args, constants, how).flags[0] = -9
             super().run(kernel, grid, args, constants, how)
 
     adapter = (inputs.weight, inputs.lora_A, inputs.lora_B)

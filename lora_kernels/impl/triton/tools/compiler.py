@@ -53,7 +53,7 @@ def compile_for(
     return _compiled(target, variant(kernel, args, constants, how))
 
 
-# Where an argument is: its position, then those in tuples of tuples.
+# Where an argument is: its position in the kernel, then those in tuples of tuples.
 Path = tuple[int, ...]
 
 
@@ -84,12 +84,13 @@ def variant(kernel: Any, args: dict[str, Any], constants: dict[str, Any], how: O
             aligned.append(path)
         return _type_of(value)
 
+    position = kernel.arg_names.index
     signature = {
-        name: type_of(value, (i,), name not in kernel.do_not_specialize)
-        for i, (name, value) in enumerate(args.items())
+        name: type_of(value, (position(name),), name not in kernel.do_not_specialize)
+        for name, value in args.items()
     }
-    for i, (name, value) in enumerate(constants.items(), len(args)):
-        values[i,] = value
+    for name, value in constants.items():
+        values[position(name),] = value
         signature[name] = "constexpr"
     return Variant(kernel, tuple(signature.items()), tuple(values.items()), tuple(aligned), how)
 

@@ -27,6 +27,14 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     how: Options
 
+    @property
+    def flags(self) -> torch.Tensor:
+        """The flags of a forward or backward launch, one a row panel, and the ticket."""
+        flags: torch.Tensor = (
+            self.args["flags"] if "flags" in self.args else self.args["shared"].flags
+        )
+        return flags
+
 
 class Recorder:
     """An executor that keeps launches instead of running them."""
