@@ -51,6 +51,7 @@ class Operands(NamedTuple):
         number = 1.0 if isinstance(self.scaling, Tensor) else float(self.scaling)
         return {"m": m, "scaling": number, "threshold": self.threshold}
 
+    @property
     def scaling_pointer(self) -> Tensor | None:
         """The scaling where it is in memory."""
         return self.scaling if isinstance(self.scaling, Tensor) else None
@@ -58,7 +59,7 @@ class Operands(NamedTuple):
     def call(self, bias: Tensor | None = None) -> arguments.Call:
         """The call's parameters as kernels take them."""
         w, a, b = map(_rows, (self.weight, self.a, self.b))
-        return arguments.Call(w, a, b, bias, self.seed, self.scaling_pointer())
+        return arguments.Call(w, a, b, bias, self.seed, self.scaling_pointer)
 
     def mode(self, m: int, mma: str) -> Mode:
         """How every kernel computes."""
@@ -180,13 +181,14 @@ def _shrink(v: Tensor, operands: Operands, factor: Tensor, out: Tensor | Dxa, ch
     numbers, units = (out, None) if isinstance(out, Tensor) else out[:2]
     args = {
         "v": _rows(v), "f": _rows(factor), "seed_pointer": operands.seed,
-        "scaling_pointer": operands.scaling_pointer(), "out": Factor(numbers, units),
+        "scaling_pointer": operands.scaling_pointer, "out": Factor(numbers, units),
         **operands.scalars(m),
     }  # fmt: skip
     r = operands.sizes[2]
     shape = arguments.ShrinkShape(
-        length, r, transposed, config.block_m, config.block_k, padded_rank(r)
-    )
+        L=length, R=r, TRANSPOSED=transposed, BLOCK_M=config.block_m, BLOCK_L=config.block_k,
+        BLOCK_R=padded_rank(r),
+    )  # fmt: skip
     constants = {"SHAPE": shape, "MODE": operands.mode(m, device.mma)}
     executor.run(shrink_kernel, grid, args, constants, Options(config.num_warps, config.num_stages))
 
@@ -208,8 +210,9 @@ def _forward(
     }  # fmt: skip
     r = operands.sizes[2]
     shape = arguments.ForwardShape(
-        n, k, r, config.block_m, config.block_n, config.block_k, padded_rank(r),
-        rank_step(r, x.dtype), config.group, config.xa_columns,
+        N=n, K=k, R=r, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_R=padded_rank(r), RANK_STEP=rank_step(r, x.dtype), GROUP=config.group,
+        XA_COLUMNS=config.xa_columns,
     )  # fmt: skip
     constants = {"SHAPE": shape, "MODE": operands.mode(m, device.mma)}
     how = Options(config.num_warps, config.num_stages, max(config.xa_columns, 1))
@@ -259,9 +262,10 @@ def _backward(
         "segment": segment,
     }  # fmt: skip
     shape = arguments.BackwardShape(
-        n, k, r, config.block_m, config.block_k, config.block_n, padded_rank(r),
-        rank_step(r, dy.dtype), config.group, fused, ranks, config.sum_columns, sum_rows,
-        unit_rows if units is not None else 1, mask_size[1],
+        N=n, K=k, R=r, BLOCK_M=config.block_m, BLOCK_N=config.block_k, BLOCK_K=config.block_n,
+        BLOCK_R=padded_rank(r), RANK_STEP=rank_step(r, dy.dtype), GROUP=config.group, FUSED=fused,
+        RANKS=ranks, BLOCK_C=config.sum_columns, BLOCK_S=sum_rows,
+        UNIT_ROWS=1 if units is None else unit_rows, MASK_STRIDE=mask_size[1],
     )  # fmt: skip
     constants = {"SHAPE": shape, "MODE": operands.mode(m, device.mma)}
     how = Options(config.num_warps, config.num_stages)
