@@ -16,7 +16,6 @@ from lora_kernels.dispatch import (
 )
 from lora_kernels.impl.triton import launch
 from lora_kernels.impl.triton.plan.config import Problem
-from lora_kernels.impl.triton.plan.tuned import planned
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dropout import drop_threshold
 from lora_kernels.operands.request import Request
@@ -118,6 +117,7 @@ def _triton_plans(x: Tensor, weight: Tensor, request: Request) -> dict[str, str]
         request.dtype.itemsize * 8,
         request.dropout,
     )
-    device = launch.current().device(x)
+    executor = launch.current()
+    device = executor.device(x)
     both = {"forward": layer, "backward": layer._replace(backward=True)}
-    return {name: str(planned(each, device)) for name, each in both.items()}
+    return {name: str(executor.plan(each, device)) for name, each in both.items()}

@@ -265,13 +265,13 @@ def producing_ratio(arch: int, layer: Problem, config: Config) -> float:
 
     def count_from(tile: int) -> int:
         machine = Machine(arch, resident=max(config.xa_columns, 1))
-        call.args["flags"][:2] = torch.tensor([1 << 20, tile], dtype=torch.int32)
+        call.flags[:2] = torch.tensor([1 << 20, tile], dtype=torch.int32)
         machine.run(*call._replace(grid=1))
         return _without_waiting(machine.stats[0].data)
 
     try:
         totals = [count_from(tile) for tile in range(config.xa_columns + 2)]
     finally:
-        call.args["flags"].zero_()
+        call.flags.zero_()
     *shrinks, plain = (total - later for total, later in pairwise(totals))
     return max(shrinks) / plain

@@ -145,6 +145,21 @@ def test_files_and_functions_stay_within_the_budget():
     assert len((ROOT / "setup.py").read_text().splitlines()) <= 100
 
 
+KERNELS = sorted((PACKAGE / "impl" / "triton" / "kernels").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=_module)
+def test_device_functions_take_few_arguments_and_name_their_flags(path):
+    """Ten of a device function; of a kernel, whose numbers can't be in tuples, fifteen."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            most = 15 if node.name.endswith("_kernel") else 10
+            assert len(node.args.args) <= most, f"{path}: {node.name}"
+        elif isinstance(node, ast.Call):
+            flags = [a for a in node.args if isinstance(a, ast.Constant) and type(a.value) is bool]
+            assert not flags, f"{path}:{node.lineno}: a flag without its name"
+
+
 def test_public_names_have_docstrings():
     import lora_kernels
 

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from lora_kernels.impl.cuda.machine import Machine
+from lora_kernels.impl.cuda.tools.machine import Machine
 from lora_kernels.impl.executor import using
 from lora_kernels.native import absence
 from tests.support.implementations import Place, needs_gpu

@@ -2,14 +2,22 @@
 
 import importlib.util
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from lora_kernels.impl.executor import using
+from lora_kernels.impl.triton.launch import Gpu
+from lora_kernels.impl.triton.plan.config import Config, Problem
 from lora_kernels.impl.triton.plan.device import Device, known
+from lora_kernels.impl.triton.plan.plan import Plan, plan_of
+from lora_kernels.impl.triton.plan.tuned import planned
+from lora_kernels.impl.triton.workspace import Workspace
 from lora_kernels.testing import Case, assert_results, make_inputs, run
 from tests.support.implementations import Place, needs_gpu
 
@@ -33,6 +41,8 @@ class Interpreter:
     """Triton's interpreter: programs run one after the other, so there may be only one."""
 
     impl = "triton"
+    plan: Callable[[Problem, Device], Plan] = planned
+    workspace: Workspace = field(default_factory=Workspace)
 
     def device(self, tensor: torch.Tensor) -> Device:
         return replace(known("NVIDIA A100-SXM4-80GB"), multiprocessors=1)
@@ -44,49 +54,66 @@ class Interpreter:
         kernel[(grid,)](**args, **constants, num_warps=how.num_warps, num_stages=how.num_stages)
 
 
+class PlannedGpu(Gpu):
+    """The GPU's own launcher, with plans of a test."""
+
+    def __init__(self, plan: Callable[[Problem, Device], Plan]) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def plan(self, problem: Problem, device: Device) -> Plan:
+        return self._plan(problem, device)
+
+
+def _gpu(plan: Callable[[Problem, Device], Plan] | None = None) -> PlannedGpu | None:
+    return None if plan is None else PlannedGpu(plan)
+
+
 def executors() -> list[Any]:
-    """Return every executor of this process as a pytest parameter, with visible skips."""
+    """Return every executor of this process as a pytest parameter, with visible skips.
+
+    A place makes one, by keyword with another `plan`; None stands for the GPU's own.
+    """
     return [
         pytest.param(Place("cpu", Interpreter), id="interpreter", marks=needs_interpreter),
-        pytest.param(Place("cpu", lambda: Machine(80)), id="sm_80", marks=needs_machine),
-        pytest.param(Place("cpu", lambda: Machine(90)), id="sm_90", marks=needs_machine),
-        pytest.param(Place("cpu", lambda: Machine(100)), id="sm_100", marks=needs_machine),
-        pytest.param(Place("cuda", lambda: None), id="gpu", marks=[needs_gpu, needs_compiler]),
+        pytest.param(Place("cpu", partial(Machine, 80)), id="sm_80", marks=needs_machine),
+        pytest.param(Place("cpu", partial(Machine, 90)), id="sm_90", marks=needs_machine),
+        pytest.param(Place("cpu", partial(Machine, 100)), id="sm_100", marks=needs_machine),
+        pytest.param(Place("cuda", _gpu), id="gpu", marks=[needs_gpu, needs_compiler]),
     ]
 
 
-def fix_plan(monkeypatch: Any, **fields: Any) -> None:
-    """Let every call take one configuration: small tiles, one launch, unless `fields` differ."""
-    from lora_kernels.impl.triton import linear
-    from lora_kernels.impl.triton.plan.config import Config, shrink_config
-    from lora_kernels.impl.triton.plan.plan import Plan
+def fixed_plan(segment: int | None = None, **fields: Any) -> Callable[[Problem, Device], Plan]:
+    """Return a planner of one configuration: small tiles, one launch, unless `fields` differ.
 
+    segment: rows of dA's and dB's segments, if not the planner's.
+    """
     small = {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 3}
     wanted = Config(**(small | fields))
 
-    def fixed(problem: Any, device: Device) -> Plan:
+    def plan(problem: Problem, device: Device) -> Plan:
         most = 1 if problem.backward else wanted.xa_columns
         config = replace(wanted, xa_columns=min(wanted.xa_columns, most))
-        shrink = None if config.xa_columns else shrink_config(problem, device)
-        return Plan(config, shrink, 0.0, 0.0)
+        fixed = plan_of(config, problem, device)
+        return fixed if segment is None else replace(fixed, segment=segment)
 
-    monkeypatch.setattr(linear, "planned", fixed)
+    return plan
 
 
-def check_same_bits(case: Case, target: int, monkeypatch: Any) -> None:
+def check_same_bits(case: Case, make: Callable[..., Any]) -> None:
     """Check a call's results, the same to the bit whatever the schedule.
 
     Sums over rows are of five segments or so: two would be the same in either order. xa is summed
     over three parts of K, and left by each to the next.
+    make: returns a machine with programs at once, a seed and a plan.
     """
-    from lora_kernels.impl.triton import linear
-
-    fix_plan(monkeypatch, descriptors=target > 80, xa_columns=3)
-    monkeypatch.setattr(linear, "segment_rows", lambda *_: 64)
     inputs = make_inputs(case)
     runs = []
     for resident, seed in ((5, 1), (3, 2), (9, 3), (12, 4)):
-        with running(Machine(target, resident, seed)):
+        machine = make(resident, seed)
+        descriptors = machine.target > 80
+        machine.plan = fixed_plan(segment=64, descriptors=descriptors, xa_columns=3)
+        with running(machine):
             runs.append(run(case, inputs, "triton"))
     assert_results(case, inputs, runs[0], "triton")
     for other in runs[1:]:
@@ -94,6 +121,10 @@ def check_same_bits(case: Case, target: int, monkeypatch: Any) -> None:
             assert torch.equal(other[name], expected), f"other bits of {name}"
 
 
-def running(executor: Any) -> Any:
-    """Return a context in which calls use the executor; None stands for the GPU's own."""
-    return using(executor)
+@contextmanager
+def running(executor: Any) -> Iterator[Any]:
+    """Let calls use the executor; None stands for the GPU's own."""
+    # A GPU's backward has a thread of its own, which doesn't know this one's executor.
+    threads = torch.autograd.set_multithreading_enabled(not isinstance(executor, PlannedGpu))
+    with using(executor), threads:
+        yield executor

@@ -5,7 +5,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from lora_kernels.impl import executor, gpu
+from lora_kernels.impl.triton.plan.config import Problem
 from lora_kernels.impl.triton.plan.device import Device, of_gpu
+from lora_kernels.impl.triton.plan.plan import Plan
+from lora_kernels.impl.triton.plan.tuned import planned
+from lora_kernels.impl.triton.workspace import Workspace
 
 
 class Options(NamedTuple):
@@ -20,10 +24,19 @@ class Options(NamedTuple):
 
 
 class Executor(executor.Executor, Protocol):
-    """Runs kernels on tensors of one kind of device."""
+    """Plans calls and runs their kernels on tensors of one kind of device.
+
+    workspace: where launches find their flags.
+    """
+
+    workspace: Workspace
 
     def device(self, tensor: torch.Tensor) -> Device:
         """Return the properties to plan for."""
+        ...
+
+    def plan(self, problem: Problem, device: Device) -> Plan:
+        """Return which tiles a call takes."""
         ...
 
     def programs(self, device: Device) -> int:
@@ -33,7 +46,16 @@ class Executor(executor.Executor, Protocol):
     def run(
         self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
     ) -> None:
-        """Run `grid` programs; args and constants by parameter name, in the kernel's order."""
+        """Run `grid` programs: every launch of the package passes here.
+
+        Args:
+            kernel: a Triton kernel.
+            grid: number of programs.
+            args: run-time arguments by name, in the kernel's order: tensors, descriptors, numbers,
+                tuples of these, and None for what is absent.
+            constants: the constexpr parameters by name, in the kernel's order.
+            how: warps, stages, and how many programs must run together.
+        """
         ...
 
 
@@ -47,6 +69,13 @@ class Gpu:
     """Runs kernels by Triton's own launcher, on the current stream of the tensors' device."""
 
     impl = "triton"
+
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+
+    def plan(self, problem: Problem, device: Device) -> Plan:
+        """Return the measured plan, or the cost model's."""
+        return planned(problem, device)
 
     def device(self, tensor: torch.Tensor) -> Device:
         """Return the properties of the tensor's device, less what torch's carve-out spares."""
@@ -86,21 +115,3 @@ _GPU = Gpu()
 def current() -> Executor:
     """Return the executor of this context, or the GPU's."""
     return executor.of("triton") or _GPU
-
-
-def launch(
-    kernel: Any, grid: int, args: dict[str, Any], config: dict[str, Any], *, together: int = 1
-) -> None:
-    """Run a kernel: every launch of the package passes here.
-
-    Args:
-        kernel: a Triton kernel.
-        grid: number of programs.
-        args: run-time arguments by name, in the kernel's order; None stands for an absent one.
-        config: constants by name, with "num_warps" and "num_stages".
-        together: how many programs must run at the same time for any to go on.
-    """
-    options = {"num_warps", "num_stages"}
-    constants = {name: value for name, value in config.items() if name not in options}
-    how = Options(config["num_warps"], config["num_stages"], together)
-    current().run(kernel, grid, args, constants, how)

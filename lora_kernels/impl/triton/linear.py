@@ -8,11 +8,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.impl import gpu
+from lora_kernels.impl.triton.kernels import arguments
+from lora_kernels.impl.triton.kernels.arguments import Factor, Mode, Rows
 from lora_kernels.impl.triton.kernels.backward import backward_kernel
 from lora_kernels.impl.triton.kernels.forward import forward_kernel
 from lora_kernels.impl.triton.kernels.mask import PACKED_THRESHOLDS
 from lora_kernels.impl.triton.kernels.shrink import shrink_kernel
-from lora_kernels.impl.triton.launch import current, launch
+from lora_kernels.impl.triton.launch import Options, current
 from lora_kernels.impl.triton.plan.config import (
     Config,
     padded_rank,
@@ -20,13 +22,10 @@ from lora_kernels.impl.triton.plan.config import (
     rank_step,
     sum_ranks,
 )
-from lora_kernels.impl.triton.plan.plan import Plan, segment_rows
-from lora_kernels.impl.triton.plan.tuned import planned
-from lora_kernels.impl.triton.workspace import Workspace
+from lora_kernels.impl.triton.plan.plan import Plan
 from lora_kernels.operands.call import Gradients, LinearCall, Wanted
 from lora_kernels.operands.dropout import LANES
 
-_WORKSPACE = Workspace()
 _MASK_COLUMNS = 256  # the widest tile of dx or dA: rows of the mask's bits hold whole tiles
 _SHRINK_PROGRAMS = 4  # a multiprocessor: few enough to be resident, enough to stream by
 _WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
@@ -47,30 +46,29 @@ class Operands(NamedTuple):
         """N, K and R."""
         return self.weight.shape[0], self.weight.shape[1], self.a.shape[0]
 
-    def numbers(self, m: int) -> dict[str, Any]:
-        """The run-time scalars every kernel takes."""
+    def scalars(self, m: int) -> dict[str, Any]:
+        """The numbers that change from call to call, as every kernel takes them."""
         number = 1.0 if isinstance(self.scaling, Tensor) else float(self.scaling)
-        return {"M": m, "scaling": number, "threshold": self.threshold}
+        return {"m": m, "scaling": number, "threshold": self.threshold}
 
-    def pointers(self) -> dict[str, Tensor | None]:
-        """The scalars that live in memory; None where absent."""
-        scaling = self.scaling if isinstance(self.scaling, Tensor) else None
-        return {"seed_pointer": self.seed, "scaling_pointer": scaling}
+    @property
+    def scaling_pointer(self) -> Tensor | None:
+        """The scaling where it is in memory."""
+        return self.scaling if isinstance(self.scaling, Tensor) else None
 
-    def constants(self, m: int, mma: str) -> dict[str, Any]:
-        """The constants every kernel takes."""
-        _, k, r = self.sizes
+    def call(self, bias: Tensor | None = None) -> arguments.Call:
+        """The call's parameters as kernels take them."""
+        w, a, b = map(_rows, (self.weight, self.a, self.b))
+        return arguments.Call(w, a, b, bias, self.seed, self.scaling_pointer)
+
+    def mode(self, m: int, mma: str) -> Mode:
+        """How every kernel computes."""
+        dropout = self.seed is not None
         # float32's sums lack a register for it.
-        packed = self.seed is not None and self.weight.element_size() == 2
+        packed = dropout and self.weight.element_size() == 2
         packed &= mma != "mma" and self.threshold <= PACKED_THRESHOLDS.value
-        return {
-            "R": r,
-            "BLOCK_R": padded_rank(r),
-            "WIDE": m * -(-k // LANES) >= _WIDE_COUNTERS,
-            "PACKED": packed,
-            "MMA": mma,
-            "PRECISION": _precision(self.weight.dtype),
-        }
+        wide = m * -(-self.weight.shape[1] // LANES) >= _WIDE_COUNTERS
+        return Mode(dropout, wide, packed, mma, _precision(self.weight.dtype))
 
 
 class Dxa(NamedTuple):
@@ -97,7 +95,8 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     if m == 0:
         return y, x.new_empty(m, r)
     problem = problem_of(rows, *operands[:2], call.dropout is not None)
-    chosen = planned(problem, current().device(x))
+    executor = current()
+    chosen = executor.plan(problem, executor.device(x))
     xa = new_xa(rows, r, chosen.config)
     with _on_device(x):
         if chosen.shrink is not None:
@@ -142,26 +141,27 @@ def backward(
     x2 = _unit_rows(_as_matrix(x)) if wanted.da and x is not None else None
     m, (n, k, r) = rows.shape[0], operands.sizes
     dx = dy.new_empty(*dy.shape[:-1], k) if wanted.dx else None
-    results = {
-        "dx": dx if dx is None else dx.view(m, k),
-        "da": lora_A.new_empty(r, k) if wanted.da else None,
-        "db": lora_B.new_empty(n, r) if wanted.db else None,
-        "dbias": dy.new_empty(n) if wanted.dbias else None,
-    }
+    out = Gradients(
+        dx if dx is None else dx.view(m, k),
+        lora_A.new_empty(r, k) if wanted.da else None,
+        lora_B.new_empty(n, r) if wanted.db else None,
+        dy.new_empty(n) if wanted.dbias else None,
+    )
     if m == 0:
-        for t in results.values():
+        for t in out:
             if t is not None:
                 t.zero_()
     elif any(wanted):
         problem = problem_of(rows, *operands[:2], call.dropout is not None, wanted)
-        chosen = planned(problem, current().device(dy))
+        executor = current()
+        chosen = executor.plan(problem, executor.device(dy))
         with _on_device(dy):
             dxa = new_dxa(rows, r, chosen) if wanted.dx or wanted.da else None
             if chosen.shrink is not None and dxa is not None:
                 bare = operands._replace(seed=None)  # no mask; its factor goes with dxa
                 _shrink(rows, bare, operands.b, dxa, chosen)
-            _backward(rows, x2, xa, operands, dxa, results, chosen)
-    return Gradients(dx, results["da"], results["db"], results["dbias"])
+            _backward(rows, x2, xa, operands, dxa, out, chosen)
+    return out._replace(dx=dx)
 
 
 def new_dxa(dy: Tensor, r: int, chosen: Plan) -> Dxa:
@@ -180,15 +180,17 @@ def _shrink(v: Tensor, operands: Operands, factor: Tensor, out: Tensor | Dxa, ch
     transposed = isinstance(out, Tensor)
     numbers, units = (out, None) if isinstance(out, Tensor) else out[:2]
     args = {
-        "v": v, "f": factor, **operands.pointers(), "out": numbers, "units": units,
-        "stride_v": v.stride(0), "stride_f": factor.stride(0), **operands.numbers(m),
+        "v": _rows(v), "f": _rows(factor), "seed_pointer": operands.seed,
+        "scaling_pointer": operands.scaling_pointer, "out": Factor(numbers, units),
+        **operands.scalars(m),
     }  # fmt: skip
-    constants = operands.constants(m, device.mma) | {
-        "L": length, "TRANSPOSED": transposed, "DROPOUT": operands.seed is not None,
-        "BLOCK_M": config.block_m, "BLOCK_L": config.block_k,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
-    }  # fmt: skip
-    launch(shrink_kernel, grid, args, constants)
+    r = operands.sizes[2]
+    shape = arguments.ShrinkShape(
+        L=length, R=r, TRANSPOSED=transposed, BLOCK_M=config.block_m, BLOCK_L=config.block_k,
+        BLOCK_R=padded_rank(r),
+    )  # fmt: skip
+    constants = {"SHAPE": shape, "MODE": operands.mode(m, device.mma)}
+    executor.run(shrink_kernel, grid, args, constants, Options(config.num_warps, config.num_stages))
 
 
 def _forward(
@@ -201,23 +203,20 @@ def _forward(
     grid = min(panels * -(-n // config.block_n), executor.programs(device))
     high, low = _room_for_parts(xa, panels, config)
     args = {
-        "x": x, "w": w, "a": operands.a, "b": operands.b, "bias": bias,
-        **operands.pointers(), "y": y, "xa": xa, "high": high, "low": low,
-        "flags": _WORKSPACE.zeros(panels + 1, x.device),
-        "x_descriptor": _descriptor(x, config.block_m, config.block_k, config.descriptors),
-        "w_descriptor": _descriptor(w, config.block_n, config.block_k, config.descriptors),
-        "stride_x": x.stride(0), "stride_w": w.stride(0), "stride_a": operands.a.stride(0),
-        "stride_b": operands.b.stride(0),
-        **operands.numbers(m),
+        "x": _rows(x), "x_descriptor": _descriptor(x, config.block_m, config),
+        "call": operands.call(bias), "w_descriptor": _descriptor(w, config.block_n, config),
+        "out": arguments.Outputs(y, xa, high, low),
+        "flags": executor.workspace.zeros(panels + 1, x.device), **operands.scalars(m),
     }  # fmt: skip
-    constants = operands.constants(m, device.mma) | {
-        "N": n, "K": k, "DROPOUT": operands.seed is not None,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k, "GROUP": config.group, "XA_COLUMNS": config.xa_columns,
-        "RANK_STEP": rank_step(operands.sizes[2], x.dtype),
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
-    }  # fmt: skip
-    launch(forward_kernel, grid, args, constants, together=max(config.xa_columns, 1))
+    r = operands.sizes[2]
+    shape = arguments.ForwardShape(
+        N=n, K=k, R=r, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_R=padded_rank(r), RANK_STEP=rank_step(r, x.dtype), GROUP=config.group,
+        XA_COLUMNS=config.xa_columns,
+    )  # fmt: skip
+    constants = {"SHAPE": shape, "MODE": operands.mode(m, device.mma)}
+    how = Options(config.num_warps, config.num_stages, max(config.xa_columns, 1))
+    executor.run(forward_kernel, grid, args, constants, how)
 
 
 def _backward(
@@ -226,52 +225,51 @@ def _backward(
     xa: Tensor | None,
     operands: Operands,
     dxa: Dxa | None,
-    results: dict[str, Tensor | None],
+    out: Gradients,
     chosen: Plan,
 ) -> None:
     """Launch the backward kernel; dxa is read, not written, on the split path."""
     config, w, m, (n, k, r) = chosen.config, operands.weight, dy.shape[0], operands.sizes
-    needed = [t is not None for t in results.values()]
-    need = {f"NEED_{name.upper()}": wanted for name, wanted in zip(results, needed, strict=True)}
+    executor = current()
+    device = executor.device(dy)
     fused = config.xa_columns > 0 and dxa is not None
-    panels, segment = -(-m // config.block_m), segment_rows(m, n, r, config)
+    panels, segment = -(-m // config.block_m), chosen.segment_of(m)
     parts, ranks = -(-m // segment), sum_ranks(r)
     blocks = [-(-size // config.sum_columns) * (padded_rank(r) // ranks) for size in (n, k)]
-    tiles = panels * fused + need["NEED_DX"] * panels * (-(-k // config.block_n) - fused)
-    tiles += parts * blocks[0] * (need["NEED_DB"] or need["NEED_DBIAS"])
-    tiles += parts * blocks[1] * need["NEED_DA"]
+    tiles = panels * fused
+    tiles += panels * (-(-k // config.block_n) - fused) * (out.dx is not None)
+    tiles += parts * blocks[0] * (out.db is not None or out.dbias is not None)
+    tiles += parts * blocks[1] * (out.da is not None)
     space = sum(blocks) * parts * (ranks + 1) * config.sum_columns if parts > 1 else 0
     # float32's products outweigh a second drawing, and need the registers.
-    shared_mask = operands.seed is not None and dy.element_size() == 2 and all(needed[:2])
+    shared_mask = operands.seed is not None and dy.element_size() == 2
+    shared_mask &= out.dx is not None and out.da is not None
     numbers, units, unit_rows = dxa or (None, None, 1)
     # A step of dA's sums has one unit.
     sum_rows = config.sum_rows if units is None else min(config.sum_rows, unit_rows)
     mask_size = max(m, sum_rows), -(-k // _MASK_COLUMNS) * _MASK_COLUMNS // 32
-    counters = _WORKSPACE.zeros(sum(blocks) + panels + 1, dy.device)
+    counters = executor.workspace.zeros(sum(blocks) + panels + 1, dy.device)
+    shared = arguments.Shared(
+        counters[sum(blocks) :], counters,
+        _floats(dy, space) if space else counters.view(torch.float32),
+        dy.new_empty(mask_size, dtype=torch.int32) if shared_mask else None,
+    )  # fmt: skip
     args = {
-        "dy": dy, "x": x, "xa": xa, "w": w, "a": operands.a, "b": operands.b,
-        **operands.pointers(), "dxa": numbers, "units": units, **results,
-        "mask": dy.new_empty(mask_size, dtype=torch.int32) if shared_mask else None,
-        "partials": _floats(dy, space) if space else counters.view(torch.float32),
-        "counters": counters, "flags": counters[sum(blocks) :],
-        "dy_descriptor": _descriptor(dy, config.block_m, config.block_k, config.descriptors),
-        "w_descriptor": _descriptor(w, config.block_k, config.block_n, config.descriptors),
-        "stride_dy": dy.stride(0), "stride_x": 0 if x is None else x.stride(0),
-        "stride_w": w.stride(0), "stride_a": operands.a.stride(0),
-        "stride_b": operands.b.stride(0), "segment": segment, **operands.numbers(m),
+        "dy": _rows(dy), "dy_descriptor": _descriptor(dy, config.block_m, config),
+        "x": None if x is None else _rows(x), "xa": xa, "call": operands.call(),
+        "w_descriptor": _descriptor(w, config.block_k, config, columns=config.block_n),
+        "dxa": Factor(numbers, units), "out": out, "shared": shared, **operands.scalars(m),
+        "segment": segment,
     }  # fmt: skip
-    executor = current()
-    device = executor.device(dy)
-    constants = operands.constants(m, device.mma) | need | {
-        "N": n, "K": k, "MASK_STRIDE": mask_size[1], "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_k, "BLOCK_K": config.block_n, "RANK_STEP": rank_step(r, dy.dtype),
-        "RANKS": ranks, "BLOCK_C": config.sum_columns, "BLOCK_S": sum_rows, "GROUP": config.group,
-        "UNIT_ROWS": 1 if units is None else unit_rows, "FUSED": fused,
-        "DROPOUT": operands.seed is not None,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
-    }  # fmt: skip
-    grid = min(tiles, executor.programs(device))
-    launch(backward_kernel, grid, args, constants)
+    shape = arguments.BackwardShape(
+        N=n, K=k, R=r, BLOCK_M=config.block_m, BLOCK_N=config.block_k, BLOCK_K=config.block_n,
+        BLOCK_R=padded_rank(r), RANK_STEP=rank_step(r, dy.dtype), GROUP=config.group, FUSED=fused,
+        RANKS=ranks, BLOCK_C=config.sum_columns, BLOCK_S=sum_rows,
+        UNIT_ROWS=1 if units is None else unit_rows, MASK_STRIDE=mask_size[1],
+    )  # fmt: skip
+    constants = {"SHAPE": shape, "MODE": operands.mode(m, device.mma)}
+    how = Options(config.num_warps, config.num_stages)
+    executor.run(backward_kernel, min(tiles, executor.programs(device)), args, constants, how)
 
 
 def _operands(call: LinearCall) -> Operands:
@@ -284,8 +282,17 @@ def _floats(like: Tensor, count: int) -> Tensor:
     return like.new_empty(count, dtype=torch.float32)
 
 
-def _descriptor(t: Tensor, rows: int, columns: int, wanted: bool) -> TensorDescriptor | None:
-    return TensorDescriptor.from_tensor(t, [rows, columns]) if wanted else None
+def _descriptor(
+    t: Tensor, rows: int, config: Config, columns: int | None = None
+) -> TensorDescriptor | None:
+    """Return what copies tiles of so many rows, by steps of block_k or by `columns`, or None."""
+    if not config.descriptors:
+        return None
+    return TensorDescriptor.from_tensor(t, [rows, columns or config.block_k])
+
+
+def _rows(matrix: Tensor) -> Rows:
+    return Rows(matrix, matrix.stride(0))
 
 
 def _as_matrix(v: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ import threading
 import torch, cudastub
 cudastub.install("H100,A100", sms=20, tensors=True)
 from lora_kernels import lora_linear
-from lora_kernels.impl.triton import launch, linear
+from lora_kernels.impl.triton import launch
 from lora_kernels.testing import Case, assert_parity, make_inputs
 case = Case((300,), 256, 136, 8, torch.bfloat16, torch.float32, 0.1)
 
@@ -104,7 +104,8 @@ thread = threading.Thread(target=other)
 thread.start(); thread.join()
 assert not errors, errors
 assert launched() == [("forward_kernel", 0, False), ("backward_kernel", 0, False)]
-assert len(linear._WORKSPACE._blocks) == 2  # of both devices
+flags = [launch.current().workspace.zeros(1, torch.device("cuda", i)) for i in range(2)]
+assert flags[0].device != flags[1].device and not any(block.any() for block in flags)
 """)  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def refused(call, kernel):
     launch.Gpu.run = plain
     assert said.startswith(f"{kernel}: launch of ") and "impl='eager'" in said, said
     assert "too many blocks in cooperative launch" in said, said
-    assert all(not block.any() for block in linear._WORKSPACE._blocks.values())
+    assert not launch.current().workspace.zeros(1, torch.device("cuda", 0)).any()
     assert_parity(case, inputs, "triton")
 x = inputs.x.requires_grad_()
 forward = lambda: lora_linear(x, inputs.weight, inputs.lora_A, inputs.lora_B, impl="triton")
@@ -142,14 +143,11 @@ refused(lambda: y.backward(inputs.dy), "backward_kernel")
 def test_more_rows_than_programs_in_two_launches(python):
     """Neither launch has to be resident whole."""
     python("-c", PREAMBLE + """
-from lora_kernels.impl.triton.plan.config import Config
-from lora_kernels.impl.triton.plan.cost import thin_config
-from lora_kernels.impl.triton.plan.plan import Plan
-tile = Config(64, 64, 64, 4, 3, xa_columns=0)
-linear.planned = lambda layer, device: Plan(tile, thin_config(layer, device), 0.0, 0.0)
+from tests.support.executors import PlannedGpu, fixed_plan, running
 cudastub.library().cudastub_set_sms(0, 1)
 case = Case((300,), 40, 72, 16, torch.bfloat16, dropout_p=0.1)
-assert_parity(case, make_inputs(case, "cuda:0"), "triton")
+with running(PlannedGpu(fixed_plan(xa_columns=0))):
+    assert_parity(case, make_inputs(case, "cuda:0"), "triton")
 assert launched() == [
     ("shrink_kernel", 0, False), ("forward_kernel", 0, False),
     ("shrink_kernel", 0, False), ("backward_kernel", 0, False),

@@ -98,7 +98,7 @@ def test_report_and_dump(arch, only, kind, tmp_path, capsys):
         assert (tmp_path / "dump" / entry["cubin"]).stat().st_size > 0
         assert entry["num_warps"] == 8
         assert entry["parameters"][0]["type"] == "*bf16"
-        assert entry["constexprs"]["N"] == 1024
+        assert entry["constexprs"]["SHAPE"]["N"] == 1024
 
 
 def test_an_unknown_architecture_is_a_usage_error(capsys):
@@ -128,13 +128,14 @@ def test_tiles_from_one_on_are_made():
     device = replace(inspect.GPUS[80], multiprocessors=4)
     problem, config = Problem(64, 256, 64, 16, 16), Config(64, 64, 64, 4, 3, xa_columns=1)
     (call,) = launches(problem, config, device)
-    call.args["y"].fill_(float("nan"))
-    call.args["xa"].zero_()
-    call.args["flags"][:2] = torch.tensor([9, 3])  # xa is made, three tiles are taken
+    out = call.args["out"]
+    out.y.fill_(float("nan"))
+    out.xa.zero_()
+    call.flags[:2] = torch.tensor([9, 3])  # xa is made, three tiles are taken
     Machine(80).run(*call._replace(grid=1))
-    assert call.args["flags"][1] == 0
-    call.args["flags"].zero_()  # the other consumers would have
-    written = ~call.args["y"].isnan()
+    assert call.flags[1] == 0
+    call.flags.zero_()  # the other consumers would have
+    written = ~out.y.isnan()
     assert not written[:, :192].any()
     assert written[:, 192:].all()
 

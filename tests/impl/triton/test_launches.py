@@ -13,7 +13,13 @@ from lora_kernels.impl.triton.plan.config import Problem, shared_bytes, shrink_c
 from lora_kernels.impl.triton.plan.device import estimated, known, of_gpu
 from lora_kernels.impl.triton.plan.plan import plan
 from lora_kernels.testing import Case, assert_parity, make_inputs
-from tests.support.executors import Machine, fix_plan, needs_compiler, needs_machine, running
+from tests.support.executors import (
+    Machine,
+    fixed_plan,
+    needs_compiler,
+    needs_machine,
+    running,
+)
 
 BF16 = torch.bfloat16
 
@@ -40,8 +46,8 @@ def _launches(problem, device):
     dtype = BF16 if problem.bits == 16 else torch.float32
     for launch in launches(problem, config, device, dtype, "meta"):
         if launch.kernel.__name__ == "shrink_kernel":
-            c = launch.constants
-            step = (c["BLOCK_M"] + c["BLOCK_R"]) * c["BLOCK_L"]
+            shape = launch.constants["SHAPE"]
+            step = (shape.BLOCK_M + shape.BLOCK_R) * shape.BLOCK_L
             yield launch, problem.bits // 8 * launch.how.num_stages * step
         else:
             yield launch, shared_bytes(config, problem, device)
@@ -93,31 +99,29 @@ def test_programs_that_must_run_together(xa_columns):
 @needs_machine
 @pytest.mark.parametrize("resident", [1, 2, 3, 17])
 @pytest.mark.parametrize("target", [80, 90])
-def test_any_number_of_running_programs_makes_progress(target, resident, monkeypatch):
+def test_any_number_of_running_programs_makes_progress(target, resident):
     """Of as many as the plan launches; on weak memory, by several schedules, on one workspace."""
-    from lora_kernels.impl.triton import linear
 
     class Fewer(Machine):
         def programs(self, device):
             return 17
 
-    monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
+    machine = Fewer(target, resident, weak=1)
     for xa_columns in (1, 2, 4):
         if xa_columns > resident:
             continue
-        fix_plan(monkeypatch, xa_columns=xa_columns, descriptors=target > 80)
+        machine.plan = fixed_plan(xa_columns=xa_columns, descriptors=target > 80)
         case = Case((300,), 264, 136, 16, BF16, dropout_p=0.1)
-        for seed in range(2):
-            with running(Fewer(target, resident, seed, weak=1)):
+        for machine.seed in range(2):
+            with running(machine):
                 assert_parity(case, make_inputs(case), "triton")
-        assert not linear._WORKSPACE.zeros(1, torch.device("cpu")).any()
+        assert not machine.workspace.zeros(1, torch.device("cpu")).any()
 
 
 @needs_machine
-def test_more_rows_than_the_first_launch_of_two_has_programs(monkeypatch):
+def test_more_rows_than_the_first_launch_of_two_has_programs():
     """Of the shrink as many programs as are of use, each with several row panels."""
-    fix_plan(monkeypatch, xa_columns=0)
-    machine = Machine(80, resident=1)
+    machine = Machine(80, resident=1, plan=fixed_plan(xa_columns=0))
     case = Case((300,), 40, 72, 16, BF16, dropout_p=0.1)
     with running(machine):
         assert_parity(case, make_inputs(case), "triton")
@@ -127,11 +131,10 @@ def test_more_rows_than_the_first_launch_of_two_has_programs(monkeypatch):
 
 
 @needs_machine
-def test_the_machine_refuses_columns_that_it_can_not_run_together(monkeypatch):
-    fix_plan(monkeypatch, xa_columns=3)
+def test_the_machine_refuses_columns_that_it_can_not_run_together():
     case = Case((150,), 264, 136, 16, BF16)
     with (
-        running(Machine(80, resident=2)),
+        running(Machine(80, resident=2, plan=fixed_plan(xa_columns=3))),
         pytest.raises(RuntimeError, match="together: expected at most 2 programs, the resident"),
     ):
         assert_parity(case, make_inputs(case), "triton")
@@ -139,27 +142,23 @@ def test_the_machine_refuses_columns_that_it_can_not_run_together(monkeypatch):
 
 @needs_machine
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_wait_without_end_ends_by_an_error(direction, monkeypatch):
+def test_a_wait_without_end_ends_by_an_error(direction):
     """A flag that a broken launch left behind is never reached; the clock counts instructions."""
     import ptxvm
 
-    from lora_kernels.impl import executor
-    from lora_kernels.impl.triton import linear
+    from lora_kernels.impl.triton.tools.record import Launch
 
     def load(ptx):
         assert ptx.count("late, now, 7;") > 0
         clocked = ptx.replace("%globaltimer_hi", "%globaltimer_lo")
         return ptxvm.load(clocked.replace("late, now, 7;", "late, now, 300000;"))
 
-    monkeypatch.setattr(executor, "load", load)
-    monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
-    fix_plan(monkeypatch)
     inputs = make_inputs(Case((100,), 72, 72, 16, BF16))
 
     class Broken(Machine):
         def run(self, kernel, grid, args, constants, how):
             if kernel.__name__.startswith(direction):
-                args["flags"][0] = -9
+                Launch(kernel, grid, args, constants, how).flags[0] = -9
             super().run(kernel, grid, args, constants, how)
 
     adapter = (inputs.weight, inputs.lora_A, inputs.lora_B)
@@ -167,7 +166,7 @@ def test_a_wait_without_end_ends_by_an_error(direction, monkeypatch):
     def call(x):
         return lora_linear(x, *adapter, dropout_p=0.1, training=True, impl="triton")
 
-    with running(Broken(80, resident=2)):
+    with running(Broken(80, resident=2, plan=fixed_plan(), load=load)):
         if direction == "forward":
             with pytest.raises(Exception, match="trap executed"):
                 call(inputs.x)

@@ -5,12 +5,14 @@ machine or a GPU. Every case draws fresh inputs; outputs start as NaN (conftest)
 """
 
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 
 from lora_kernels.impl.triton.plan.config import TILES_16
+from lora_kernels.impl.triton.plan.device import known
 from lora_kernels.testing import (
     Case,
     assert_parity,
@@ -23,7 +25,7 @@ from tests.support.executors import (
     Machine,
     check_same_bits,
     executors,
-    fix_plan,
+    fixed_plan,
     needs_compiler,
     needs_machine,
     running,
@@ -35,36 +37,27 @@ pytestmark = [pytest.mark.many, pytest.mark.filterwarnings("ignore:.*:RuntimeWar
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.fixture(autouse=True)
-def _own_workspace(monkeypatch):
-    """Flags that a failing launch leaves behind don't fail the tests after it."""
-    from lora_kernels.impl.triton import linear
-
-    monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
-
-
 @pytest.mark.parametrize("xa_columns", [0, 1], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("index", range(len(float16_range_cases((), 1, 1, 1))))
 @pytest.mark.parametrize("executor", executors())
-def test_float16_range(executor, index, xa_columns, monkeypatch):
+def test_float16_range(executor, index, xa_columns):
     """Three row panels of dxa, the last of few rows; in two launches ten smaller ones."""
     case = float16_range_cases((150,), 72, 136, (5, 24)[xa_columns])[index]
-    fix_plan(monkeypatch, xa_columns=xa_columns)
-    with running(executor()):
-        assert_parity(case, make_inputs(case), "triton")
+    with running(executor(plan=fixed_plan(xa_columns=xa_columns))):
+        assert_parity(case, make_inputs(case, executor.memory), "triton")
 
 
 @needs_machine
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("r", [64, 128])
 @pytest.mark.parametrize("target", [80, 90, 100])
-def test_bias_gradient_beside_large_ranks(target, r, descriptors, monkeypatch):
+def test_bias_gradient_beside_large_ranks(target, r, descriptors):
     """Both take dy from shared memory, one by an asynchronous product on sm_90."""
     if descriptors and target == 80:
         pytest.skip("sm_80 has no tensor descriptors")
-    fix_plan(monkeypatch, num_warps=8, descriptors=descriptors)
+    plan = fixed_plan(num_warps=8, descriptors=descriptors)
     case = Case((300,), 256, 136, r, BF16, dropout_p=0.1, bias=True)
-    with running(Machine(target, resident=5, seed=r)):
+    with running(Machine(target, resident=5, seed=r, plan=plan)):
         assert_parity(case, make_inputs(case), "triton")
 
 
@@ -78,16 +71,16 @@ def _name(tile, xa_columns):
 @needs_machine
 @pytest.mark.parametrize("index", range(len(TILES)), ids=lambda i: _name(*TILES[i]))
 @pytest.mark.parametrize("target", [80, 90, 100])
-def test_every_shipped_tile(target, index, monkeypatch):
+def test_every_shipped_tile(target, index):
     """Each in one launch by one, two and four xa columns and in two launches, by both copies."""
     tile, xa_columns = TILES[index]
     if target != 90 and tile.block_n > 128:
         pytest.skip("tiles of 256 columns are sm_90's")
     descriptors = target > 80 and index // 4 % 2 == 0
-    fix_plan(monkeypatch, **(asdict(tile) | {"xa_columns": xa_columns, "descriptors": descriptors}))
+    fields = asdict(tile) | {"xa_columns": xa_columns, "descriptors": descriptors}
     n = max(280, tile.block_n * xa_columns - 24)
     case = Case((150,), n, 264, 24, BF16, dropout_p=0.1 * ((index // 4 + index) % 2))
-    with running(Machine(target, resident=5, seed=index)):
+    with running(Machine(target, resident=5, seed=index, plan=fixed_plan(**fields))):
         assert_parity(case, make_inputs(case), "triton")
 
 
@@ -119,75 +112,59 @@ def test_mask_is_the_public_one(target, threshold):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("r", [5, 16, 64])
 @pytest.mark.parametrize("target", [80, 90, 100])
-def test_parts_of_xa_are_handed_on(target, r, dtype, xa_columns, dropout_p, monkeypatch):
+def test_parts_of_xa_are_handed_on(target, r, dtype, xa_columns, dropout_p):
     """By two and four parts of five steps; the last of four is empty."""
-    fix_plan(monkeypatch, xa_columns=xa_columns)
+    plan = fixed_plan(xa_columns=xa_columns)
     rows = 65 if dtype == FP32 else 129  # float32 takes longest to execute
     case = Case((rows,), 256, 264, r, dtype, dropout_p=dropout_p)
-    with running(Machine(target, resident=xa_columns + r % 3, seed=r)):
+    with running(Machine(target, resident=xa_columns + r % 3, seed=r, plan=plan)):
         assert_parity(case, make_inputs(case), "triton")
 
 
 @needs_machine
 @pytest.mark.parametrize("target", [80, 90, 100])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
-def test_same_bits_whatever_the_schedule(target, dropout_p, monkeypatch):
+def test_same_bits_whatever_the_schedule(target, dropout_p):
     case = Case((300,), 200, 384, 24, BF16, FP32, dropout_p)
-    check_same_bits(case, target, monkeypatch)
+    check_same_bits(case, partial(Machine, target))
 
 
 @needs_machine
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_workspace_is_left_as_found(target):
-    from lora_kernels.impl.triton import linear
-
     case = Case((300,), 136, 200, 16, BF16, dropout_p=0.1)
-    with running(Machine(target)):
+    with running(Machine(target)) as machine:
         for _ in range(3):
             assert_parity(case, make_inputs(case), "triton")
-    assert not linear._WORKSPACE.zeros(1, torch.device("cpu")).any()
+    assert not machine.workspace.zeros(1, torch.device("cpu")).any()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-def test_counters_beyond_32_bits(monkeypatch):
+def test_counters_beyond_32_bits():
     """The variant for more than 2³² counters gives the same mask below them."""
-    from lora_kernels.impl.triton import linear
 
-    monkeypatch.setattr(linear, "_WIDE_COUNTERS", 0)
+    class Wide(Interpreter):
+        def run(self, kernel, grid, args, constants, how):
+            mode = constants["MODE"]._replace(WIDE=True)
+            super().run(kernel, grid, args, constants | {"MODE": mode}, how)
+
     case = Case((65,), 40, 72, 8, FP32, dropout_p=0.3)
-    with running(Interpreter()):
+    with running(Wide()):
         assert_parity(case, make_inputs(case), "triton")
 
 
 @needs_compiler
 def test_few_variants_in_a_training_run():
     """Batch shapes of a training run share one kernel a layer shape and mode."""
-    from lora_kernels.impl.executor import using
-
-    class Recorder:
-        impl = "triton"
-
-        def __init__(self):
-            self.variants = set()
-            self.machine = Machine(90, resident=132)
-
-        def device(self, tensor):
-            return self.machine.device(tensor)
-
-        def programs(self, device):
-            return device.multiprocessors
-
-        def run(self, kernel, grid, args, constants, how):
-            from lora_kernels.impl.triton.tools.compiler import variant
-
-            self.variants.add(variant(kernel, args, constants, how))
-
-    recorder = Recorder()
     a, b = torch.zeros(16, 1024), torch.zeros(1024, 16)
     weight = torch.zeros(1024, 1024, dtype=BF16)
+    from lora_kernels.impl.triton.tools.compiler import variant
+    from lora_kernels.impl.triton.tools.inspect import code_of
+    from lora_kernels.impl.triton.tools.record import Recorder
     from lora_kernels.ops.linear import lora_linear
 
-    with using(recorder):
+    recorder = Recorder(known("NVIDIA H100 80GB HBM3"))
+    with running(recorder):
         for m in (4096, 4095, 3001, 2560, 3777, 4000):
             for p in (0.0, 0.05):
                 x = torch.zeros(m, 1024, dtype=BF16, requires_grad=True)
@@ -196,4 +173,5 @@ def test_few_variants_in_a_training_run():
                     dropout_p=p, training=True, impl="triton",
                 )  # fmt: skip
                 y.backward(y)
-    assert len(recorder.variants) == 4  # forward and backward, with and without dropout
+    variants = {variant(*code_of(launch)) for launch in recorder.launches}
+    assert len(variants) == 4  # forward and backward, with and without dropout

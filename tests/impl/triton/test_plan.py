@@ -15,7 +15,7 @@ from lora_kernels.impl.triton.plan.config import (
 )
 from lora_kernels.impl.triton.plan.cost import floor_seconds, seconds
 from lora_kernels.impl.triton.plan.device import KNOWN, estimated, known
-from lora_kernels.impl.triton.plan.plan import plan, segment_rows
+from lora_kernels.impl.triton.plan.plan import plan, plan_of
 
 UNKNOWN = estimated("a GPU of tomorrow", (13, 1), 100)
 DEVICES = [*KNOWN, UNKNOWN, estimated("a small one", (8, 7), 16)]
@@ -146,7 +146,9 @@ def test_illegal_says_why():
 def test_partial_sums_stay_small():
     config = Config(128, 128, 64, 8, 3)
     for m, n, k, r in ((8192, 4096, 4096, 16), (65536, 14336, 4096, 64), (512, 1024, 1024, 16)):
-        segment = segment_rows(m, n, r, config)
+        problem = Problem(m, n, k, r, 16, backward=True)
+        segment = plan_of(config, problem, known("NVIDIA H200")).segment_of(m)
+        assert segment <= -(-m // config.block_m) * config.block_m
         assert segment % config.block_m == 0
         parts = -(-m // segment)
         written = 0 if parts == 1 else 8 * parts * (n + k) * r
@@ -156,6 +158,7 @@ def test_partial_sums_stay_small():
 def test_explain_prints_plan_prediction_and_floor():
     class Planner:
         impl = "triton"
+        plan = staticmethod(plan)
 
         def device(self, tensor):
             return known("NVIDIA H200")

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.impl.triton.kernels.split_k import by_ranks, by_threads, load_part, store_part
-from lora_kernels.impl.triton.launch import launch
+from lora_kernels.impl.triton.launch import Options, current
 from tests.support.executors import executors, running
 
 PANELS = 3
@@ -34,8 +34,8 @@ def _room_for_parts(given, rows, ranks, low):
         "high": given.new_empty(words, dtype=torch.int32),
         "low": given.new_empty(left, dtype=torch.int32),
     }  # fmt: skip
-    constants = {"ROWS": rows, "RANKS": ranks, "LOW": low, "num_warps": 4, "num_stages": 2}
-    launch(there_and_back, given.shape[0], args, constants)
+    constants = {"ROWS": rows, "RANKS": ranks, "LOW": low}
+    current().run(there_and_back, given.shape[0], args, constants, Options(4, 2))
     return args["taken"]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels.impl import executor
 from lora_kernels.testing import Case, assert_parity, make_inputs
-from tests.support.executors import Machine, fix_plan, needs_machine, running
+from tests.support.executors import Machine, fixed_plan, needs_machine, running
 
 pytestmark = needs_machine
 CASE = Case((130,), 136, 136, 16, torch.bfloat16, dropout_p=0.1)
@@ -28,9 +28,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_missing_order_is_found(name, monkeypatch):
-    from lora_kernels.impl.triton import linear
-
+def test_a_missing_order_is_found(name):
     target, right, wrong = FAULTS[name]
     changed = 0
 
@@ -38,16 +36,13 @@ def test_a_missing_order_is_found(name, monkeypatch):
         nonlocal changed
         text, count = re.subn(right, wrong, ptx)
         changed += count
-        return plain(text)
+        return executor.load(text)
 
-    plain = executor.load
-    monkeypatch.setattr(executor, "load", load)
-    monkeypatch.setattr(linear, "_WORKSPACE", linear.Workspace())
-    fix_plan(monkeypatch, xa_columns=2, descriptors=target > 80)
+    plan = fixed_plan(xa_columns=2, descriptors=target > 80)
 
     def suite():
         for seed in range(3):
-            with running(Machine(target, resident=6, seed=seed, weak=1)):
+            with running(Machine(target, 6, seed, weak=1, plan=plan, load=load)):
                 assert_parity(CASE, make_inputs(CASE), "triton")
 
     if name.startswith("nothing"):

@@ -17,251 +17,113 @@ docs/kernels.md draws this, and says why no order of programs can deadlock.
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.mask import keep_where, masks_by_element, seed_of
-from lora_kernels.impl.triton.kernels.split_k import by_ranks, by_threads, load_part, store_part
-from lora_kernels.impl.triton.kernels.tiles import (
-    block_pointers,
-    grouped_tile,
-    keep_scale,
-    leave,
+from lora_kernels.impl.triton.kernels import arguments
+from lora_kernels.impl.triton.kernels.epilogue import expanded, load_bias
+from lora_kernels.impl.triton.kernels.flags import leave, publish, wait
+from lora_kernels.impl.triton.kernels.mainloop import plain_steps, shrinking_steps
+from lora_kernels.impl.triton.kernels.mask import keep_scale, seed_of
+from lora_kernels.impl.triton.kernels.memory import (
     load_factor,
-    load_operand,
-    opaque,
     operand_pointers,
-    plus_product,
-    publish,
-    read,
     scaling_of,
-    settled,
     store_factor,
     store_tile,
-    take,
-    wait,
     wide,
 )
+from lora_kernels.impl.triton.kernels.order import fused_tile, take
+from lora_kernels.impl.triton.kernels.products import opaque, read, zeros
+from lora_kernels.impl.triton.kernels.split_k import by_ranks, by_threads, load_part, store_part
+from lora_kernels.impl.triton.kernels.weights import weight_rows
 
 
 @triton.jit
-def fused_tile(tile, rows, columns, XA_COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """Return (row, column): the xa columns of every row panel first, then the rest."""
-    if XA_COLUMNS == 0:
-        return grouped_tile(tile, rows, columns, GROUP)
-    else:
-        rest = tl.maximum(tile - rows * XA_COLUMNS, 0)
-        row, column = grouped_tile(rest, rows, tl.maximum(columns - XA_COLUMNS, 1), GROUP)
-        shrinks = tile < rows * XA_COLUMNS
-        row = tl.where(shrinks, tile // XA_COLUMNS, row)
-        return row, tl.where(shrinks, tile % XA_COLUMNS, column + XA_COLUMNS)
-
-
-@triton.jit
-def _plain_steps(
-    acc, x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, begin, end,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, WRAPS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return acc + x Wᵀ of the tile at (row, column), over columns of x from `begin` to `end`.
-
-    WRAPS: whether `end` may lie beyond K, where the columns begin again at 0.
-    """
-    LENGTH: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K
-    for step in tl.range(begin, end, BLOCK_K):
-        k = step
-        if WRAPS:
-            # The right one of the two is the smaller: the other is negative, so huge, or beyond K.
-            k = tl.minimum(step.to(tl.uint32), (step - LENGTH).to(tl.uint32)).to(tl.int32)
-        x_tile = load_operand(x_descriptor, x_pointers, row, k, K, BLOCK_K)
-        w_tile = load_operand(w_descriptor, w_pointers, column, k, K, BLOCK_K)
-        acc = plus_product(acc, x_tile, w_tile.T, PRECISION)
-    return acc
-
-
-@triton.jit
-def _shrinking_steps(
-    x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, begin, end, a, seed,
-    threshold, stride_a, dtype: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return x Wᵀ of the tile and A D(x)ᵀ, over the same columns.
-
-    D only drops here: the factor of kept elements comes with the complete sum.
-    """
-    # Copies to shared memory serve one layout of reader without bank conflicts: with two, x is
-    # carried one step ahead in registers instead.
-    CARRIED: tl.constexpr = DROPOUT and x_descriptor is None
-    rows = row + tl.arange(0, BLOCK_M)
-    near_ranks = tl.minimum(tl.arange(0, BLOCK_R), R - 1)
-    a_pointers = block_pointers(a, near_ranks, stride_a, 0, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if DROPOUT:
-        shrunk = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-    else:
-        shrunk = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    if CARRIED:
-        inside = begin + tl.arange(0, BLOCK_K) < K
-        x_next = tl.load(x_pointers + begin, mask=inside[None, :], other=0.0)
-    for k in tl.range(begin, end, BLOCK_K):
-        if CARRIED:
-            x_tile = x_next
-            inside = k + BLOCK_K + tl.arange(0, BLOCK_K) < tl.minimum(end, K)
-            x_next = tl.load(x_pointers + k + BLOCK_K, mask=inside[None, :], other=0.0)
-        else:
-            x_tile = load_operand(x_descriptor, x_pointers, row, k, K, BLOCK_K)
-        w_tile = load_operand(w_descriptor, w_pointers, column, k, K, BLOCK_K)
-        a_tile = load_operand(None, a_pointers, 0, k, K, BLOCK_K).to(dtype)
-        acc = plus_product(acc, x_tile, w_tile.T, PRECISION)
-        if DROPOUT:
-            masks, _ = masks_by_element(rows, k, seed, threshold, K, BLOCK_K, WIDE, PACKED)
-            if MMA == "wgmma" and not CARRIED:
-                # Triton 3.8 leaves this product pending while the next copy overwrites x.
-                acc = settled(acc)
-            # As second operand it goes through shared memory: a register operand of an
-            # asynchronous product could change while it is read.
-            shrunk = plus_product(shrunk, a_tile, keep_where(masks, x_tile).T, PRECISION)
-        else:
-            shrunk = plus_product(shrunk, x_tile, a_tile.T, PRECISION)
-    shrunk = read(shrunk, MMA)
-    if DROPOUT:
-        return acc, shrunk
-    else:
-        return acc, shrunk.T
-
-
-@triton.jit
-def _summed(
-    shrunk, xa, high, low, flag, panel, part, M, threshold, R: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr, XA_COLUMNS: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
+def _summed(shrunk, out, part, m, threshold, SHAPE: tl.constexpr, MODE: tl.constexpr):
     """Add the sums of the part before to shrunk [BLOCK_R, BLOCK_M], this part's; leave the result.
 
     The last of XA_COLUMNS parts stores and returns xa of the row panel, the others return zeros.
     """
-    dtype: tl.constexpr = xa.dtype.element_ty
+    R: tl.constexpr = SHAPE.R
+    BLOCK_M: tl.constexpr = SHAPE.BLOCK_M
+    BLOCK_R: tl.constexpr = SHAPE.BLOCK_R
+    dtype: tl.constexpr = out.xa.dtype.element_ty
     LOW: tl.constexpr = 4 if dtype == tl.bfloat16 else 8
-    rows = panel * BLOCK_M + tl.arange(0, BLOCK_M)
-    if high is not None:
+    rows = part.panel * BLOCK_M + tl.arange(0, BLOCK_M)
+    if out.high is not None:
         shrunk = by_threads(shrunk)
-    if part > 0:
-        wait(flag, part)
-        if high is None:
-            near_rows = tl.minimum(rows, M - 1)
-            shrunk += load_factor(xa, near_rows, R, 0, R, BLOCK_R, R == BLOCK_R).T
+    if part.index > 0:
+        wait(part.flag, part.index)
+        if out.high is None:
+            near_rows = tl.minimum(rows, m - 1)
+            shrunk += load_factor(out.xa, near_rows, R, 0, R, BLOCK_R, EVEN=R == BLOCK_R).T
         else:
-            shrunk += load_part(high, low, panel, shrunk.shape[0], LOW)
+            shrunk += load_part(out.high, out.low, part.panel, shrunk.shape[0], LOW)
         # All have read before any writes to the same place.
         tl.debug_barrier()
-    if part < XA_COLUMNS - 1:
-        if high is None:
-            store_factor(xa, shrunk.T, rows, M, R, BLOCK_R)
+    if part.index < SHAPE.XA_COLUMNS - 1:
+        if out.high is None:
+            store_factor(out.xa, shrunk.T, rows, m, R, BLOCK_R)
         else:
-            store_part(shrunk, high, low, panel, LOW)
+            store_part(shrunk, out.high, out.low, part.panel, LOW)
         made = tl.zeros((BLOCK_M, BLOCK_R), dtype)
     else:
-        if high is None:
+        if out.high is None:
             whole = shrunk
         else:
             whole = by_ranks(shrunk, BLOCK_R)
-        if DROPOUT:
+        if MODE.DROPOUT:
             whole *= keep_scale(threshold)
         made = whole.T.to(dtype)
-        store_factor(xa, made, rows, M, R, BLOCK_R)
-    publish(flag)
+        store_factor(out.xa, made, rows, m, R, BLOCK_R)
+    publish(part.flag)
     return made
 
 
 @triton.jit
-def _producing_tile(
-    x_descriptor, w_descriptor, x_pointers, w_pointers, panel, column, a, xa, high, low, flag,
-    seed, threshold, M, stride_a, part, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, XA_COLUMNS: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+def _producing_tile(x, w, a, out, part, draw, m, SHAPE: tl.constexpr, MODE: tl.constexpr):
     """Return x Wᵀ of a tile and, if it is the last part, xa of its row panel, stored.
 
     A tile begins with the columns of x that it sums for xa, so that xa is complete early.
     """
-    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    SHARE: tl.constexpr = (STEPS + XA_COLUMNS - 1) // XA_COLUMNS
-    row = panel * BLOCK_M
-    begin = part * SHARE * BLOCK_K
-    end = begin + SHARE * BLOCK_K
-    if STEPS % XA_COLUMNS != 0:
-        begin = tl.minimum(begin, STEPS * BLOCK_K)
-        end = tl.minimum(end, STEPS * BLOCK_K)
-    acc, shrunk = _shrinking_steps(
-        x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, begin, end, a, seed,
-        threshold, stride_a, xa.dtype.element_ty, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
-        DROPOUT, WIDE, PACKED, MMA, PRECISION,
-    )  # fmt: skip
-    made = _summed(
-        shrunk, xa, high, low, flag, panel, part, M, threshold, R, BLOCK_M, BLOCK_R, XA_COLUMNS,
-        DROPOUT,
-    )  # fmt: skip
-    if XA_COLUMNS > 1:
+    STEPS: tl.constexpr = (SHAPE.K + SHAPE.BLOCK_K - 1) // SHAPE.BLOCK_K
+    SHARE: tl.constexpr = (STEPS + SHAPE.XA_COLUMNS - 1) // SHAPE.XA_COLUMNS
+    LENGTH: tl.constexpr = STEPS * SHAPE.BLOCK_K
+    begin = part.index * SHARE * SHAPE.BLOCK_K
+    end = begin + SHARE * SHAPE.BLOCK_K
+    if STEPS % SHAPE.XA_COLUMNS != 0:
+        begin = tl.minimum(begin, LENGTH)
+        end = tl.minimum(end, LENGTH)
+    acc, shrunk = shrinking_steps(x, w, a, draw, begin, end, SHAPE, MODE)
+    made = _summed(shrunk, out, part, m, draw.threshold, SHAPE, MODE)
+    if SHAPE.XA_COLUMNS > 1:
         # The rest of K: from the end of this part on, and after K from 0 to its begin. A
         # part that ends at K starts at 0.
-        start = tl.where(end < STEPS * BLOCK_K, end, 0)
-        acc = _plain_steps(
-            acc, x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, start,
-            start + STEPS * BLOCK_K - (end - begin), K, BLOCK_K, XA_COLUMNS > 2, PRECISION,
-        )  # fmt: skip
+        start = tl.where(end < LENGTH, end, 0)
+        stop = start + LENGTH - (end - begin)
+        acc = plain_steps(acc, x, w, start, stop, SHAPE, MODE, WRAPS=SHAPE.XA_COLUMNS > 2)
     return acc, made
 
 
-@triton.jit
-def _plus_low_rank(
-    acc, made, xa, b, rows, columns, stride_b, scale, R: tl.constexpr, BLOCK_R: tl.constexpr,
-    RANK_STEP: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return acc + scale · xa Bᵀ of a tile's rows and columns; made: their xa, or None to load."""
-    dtype: tl.constexpr = xa.dtype.element_ty
-    # scale · B could leave float16's range.
-    SCALED_SUMS: tl.constexpr = dtype == tl.float16
-    if SCALED_SUMS:
-        # Of a smaller scale nothing is left beside it.
-        scale = tl.where(tl.abs(scale) < 2.0**-80, 2.0**-80, scale)
-        acc = read(acc, MMA) * (1.0 / scale)
-    for rank in tl.static_range(0, BLOCK_R, RANK_STEP):
-        if made is None:
-            xa_tile = load_factor(xa, rows, R, rank, R, RANK_STEP, R == BLOCK_R)
-        else:
-            xa_tile = made
-        b_tile = load_factor(b, columns, stride_b, rank, R, RANK_STEP, R == BLOCK_R)
-        b_tile = b_tile.to(dtype)
-        if not SCALED_SUMS:
-            b_tile = (b_tile.to(tl.float32) * scale).to(dtype)
-        acc = plus_product(acc, xa_tile, b_tile.T, PRECISION)
-    if SCALED_SUMS:
-        acc = read(acc, MMA) * scale
-    return acc
-
-
-@triton.jit(do_not_specialize=["M", "scaling", "threshold"])
+@triton.jit(do_not_specialize=["m", "scaling", "threshold"])
 def forward_kernel(
-    x, w, a, b, bias, seed_pointer, scaling_pointer, y, xa, high, low, flags, x_descriptor,
-    w_descriptor, stride_x, stride_w, stride_a, stride_b, M, scaling, threshold,
-    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEP: tl.constexpr,
-    GROUP: tl.constexpr, XA_COLUMNS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr, MMA: tl.constexpr, PRECISION: tl.constexpr,
+    x, x_descriptor, call, w_descriptor, out, flags, m, scaling, threshold, SHAPE: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
-    """Compute y [M, N] and xa [M, R]; persistent, tiles in order.
+    """Compute y [M, N] and xa [M, R], `Outputs`; persistent, tiles in order.
 
     A tile of an xa column waits for no later tile before it has left its own sums; so XA_COLUMNS
     running programs are enough. XA_COLUMNS = 0 reads an xa made by an earlier launch.
-    high, low: int32, where split-K's sums are left, `high` in xa's own memory; None where xa is
-    float32 and holds them itself, or there is one part.
     x_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], or both None.
     flags: int32, one a row panel and the ticket, zero before and after.
     """
-    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    panels = tl.cdiv(M, BLOCK_M)
-    scale = scaling_of(scaling, scaling_pointer)
+    N: tl.constexpr = SHAPE.N
+    XA_COLUMNS: tl.constexpr = SHAPE.XA_COLUMNS
+    COLUMNS: tl.constexpr = (N + SHAPE.BLOCK_N - 1) // SHAPE.BLOCK_N
+    panels = tl.cdiv(m, SHAPE.BLOCK_M)
+    scale = scaling_of(scaling, call.scaling)
     seed = wide(0)
-    if DROPOUT:
-        seed = seed_of(seed_pointer)
+    if MODE.DROPOUT:
+        seed = seed_of(call.seed)
+    draw = arguments.Draw(seed, threshold, None)
     tiles = panels * COLUMNS
     number = 0
     while number < tiles:
@@ -271,60 +133,55 @@ def forward_kernel(
         for tile in tl.range(
             number, tl.minimum(opaque(number + 1), tiles), num_stages=1, disable_licm=True
         ):
-            panel, panel_column = fused_tile(tile, panels, COLUMNS, XA_COLUMNS, GROUP)
-            row = panel * BLOCK_M
-            column = panel_column * BLOCK_N
-            rows = row + tl.arange(0, BLOCK_M)
-            columns = column + tl.arange(0, BLOCK_N)
+            panel, panel_column = fused_tile(tile, panels, COLUMNS, XA_COLUMNS, SHAPE.GROUP)
+            row = panel * SHAPE.BLOCK_M
+            column = panel_column * SHAPE.BLOCK_N
+            rows = row + tl.arange(0, SHAPE.BLOCK_M)
+            columns = column + tl.arange(0, SHAPE.BLOCK_N)
             # Beyond the edge the last row is repeated: no mask in the loops, and it is not stored.
-            near_rows = tl.minimum(rows, M - 1)
+            near_rows = tl.minimum(rows, m - 1)
             near_columns = tl.minimum(columns, N - 1)
-            x_pointers = operand_pointers(x, x_descriptor, near_rows, stride_x, 0, BLOCK_K)
-            w_pointers = operand_pointers(w, w_descriptor, near_columns, stride_w, 0, BLOCK_K)
+            x_pointers = operand_pointers(x, x_descriptor, near_rows, 0, SHAPE.BLOCK_K)
+            x_side = arguments.Side(x_descriptor, x_pointers, row)
+            w_pointers = weight_rows(call.w, w_descriptor, near_columns, SHAPE)
+            w_side = arguments.Side(w_descriptor, w_pointers, column)
             if XA_COLUMNS > 0 and panel_column < XA_COLUMNS:
                 part = panel_column
                 if XA_COLUMNS == 1:
                     part = 0
                 acc, made = _producing_tile(
-                    x_descriptor, w_descriptor, x_pointers, w_pointers, panel, column, a, xa, high,
-                    low, flags + panel, seed, threshold, M, stride_a, part, K, R, BLOCK_M, BLOCK_N,
-                    BLOCK_K, BLOCK_R, XA_COLUMNS, DROPOUT, WIDE, PACKED, MMA, PRECISION,
+                    x_side, w_side, call.a, out, arguments.Part(panel, part, flags + panel), draw,
+                    m, SHAPE, MODE,
                 )  # fmt: skip
-                if RANK_STEP == BLOCK_R:
+                if SHAPE.RANK_STEP == SHAPE.BLOCK_R:
                     # The last one needs no reading back of what it made.
                     if part < XA_COLUMNS - 1:
                         wait(flags + panel, XA_COLUMNS)
-                        made = load_factor(xa, near_rows, R, 0, R, BLOCK_R, R == BLOCK_R)
-                    acc = _plus_low_rank(
-                        acc, made, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
-                        RANK_STEP, MMA, PRECISION,
-                    )  # fmt: skip
+                        made = load_factor(
+                            out.xa, near_rows, SHAPE.R, 0, SHAPE.R, SHAPE.BLOCK_R,
+                            EVEN=SHAPE.R == SHAPE.BLOCK_R,
+                        )  # fmt: skip
+                    acc = expanded(
+                        acc, made, out.xa, call.b, near_rows, near_columns, scale, SHAPE, MODE
+                    )
                 else:
                     wait(flags + panel, XA_COLUMNS)
-                    acc = _plus_low_rank(
-                        acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
-                        RANK_STEP, MMA, PRECISION,
-                    )  # fmt: skip
+                    acc = expanded(
+                        acc, None, out.xa, call.b, near_rows, near_columns, scale, SHAPE, MODE
+                    )
             else:
-                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                acc = _plain_steps(
-                    acc, x_descriptor, w_descriptor, x_pointers, w_pointers, row, column, 0, K, K,
-                    BLOCK_K, False, PRECISION,
-                )  # fmt: skip
+                acc = zeros(SHAPE.BLOCK_M, SHAPE.BLOCK_N)
+                acc = plain_steps(acc, x_side, w_side, 0, SHAPE.K, SHAPE, MODE, WRAPS=False)
                 if XA_COLUMNS > 0:
                     wait(flags + panel, XA_COLUMNS)
-                acc = _plus_low_rank(
-                    acc, None, xa, b, near_rows, near_columns, stride_b, scale, R, BLOCK_R,
-                    RANK_STEP, MMA, PRECISION,
-                )  # fmt: skip
-            if bias is not None:
-                if N % BLOCK_N == 0:
-                    bias_row = tl.load(bias + columns)
-                else:
-                    bias_row = tl.load(bias + columns, mask=columns < N, other=0.0)
-            acc = read(acc, MMA)
+                acc = expanded(
+                    acc, None, out.xa, call.b, near_rows, near_columns, scale, SHAPE, MODE
+                )
+            if call.bias is not None:
+                bias_row = load_bias(call.bias, columns, SHAPE)
+            acc = read(acc, MODE)
             if XA_COLUMNS > 0:
                 leave(flags + panel, XA_COLUMNS + COLUMNS - 1)
-            if bias is not None:
+            if call.bias is not None:
                 acc += bias_row.to(tl.float32)[None, :]
-            store_tile(y, acc, rows, columns, M, N, N % BLOCK_N == 0)
+            store_tile(out.y, acc, rows, columns, m, N, EVEN=N % SHAPE.BLOCK_N == 0)

@@ -3,9 +3,15 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.tiles import INTERPRETED
+from lora_kernels.impl.triton.kernels import arguments
 
 PACKED_THRESHOLDS = tl.constexpr(0x7F80)  # infinity as bfloat16
+
+
+@triton.jit
+def keep_scale(threshold):
+    """Return 65536 / (65536 - threshold), the factor of kept elements."""
+    return 65536.0 / (65536 - threshold)
 
 
 @triton.jit
@@ -41,7 +47,7 @@ def seed_of(pointer):
 
     All lanes asking for it is one transaction, too, but counts as a request of each.
     """
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         return tl.load(pointer)
     else:
         return tl.inline_asm_elementwise(
@@ -66,7 +72,7 @@ def seed_of(pointer):
 @triton.jit
 def _multiply(value, factor: tl.constexpr):
     """Return the low and high words of a 32 x 32 bit product."""
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         wide = value.to(tl.uint64) * factor
         return wide.to(tl.uint32), (wide >> 32).to(tl.uint32)
     # LLVM takes a 64-bit product apart by shifts; this is one instruction for both words.
@@ -82,7 +88,7 @@ def _multiply(value, factor: tl.constexpr):
 
 @triton.jit
 def _xor3(a, b, c):
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         return a ^ b ^ c
     return tl.inline_asm_elementwise(
         "lop3.b32 $0, $1, $2, $3, 0x96;", "=r,r,r,r", [a, b, c], tl.uint32, is_pure=True, pack=1
@@ -100,10 +106,7 @@ def _counters(rows, columns, K: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def masks_by_call(
-    rows, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
+def masks_by_call(rows, column, draw, K: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr):
     """Return uint16 [len(rows), COLUMNS], ones where an element of the tile is kept, else zero.
 
     rows: int32, row numbers; column: a multiple of eight; K: columns of the whole activation.
@@ -111,7 +114,7 @@ def masks_by_call(
     product dictates, where a thread has pairs of neighbouring columns.
     """
     groups = column // 8 + tl.arange(0, COLUMNS // 8)
-    w0, w1, w2, w3 = _kept_lanes(rows, groups, seed, threshold, K, WIDE, PACKED)
+    w0, w1, w2, w3 = _kept_lanes(rows, groups, draw, K, MODE)
     even = tl.join(w0, w2).permute(2, 0, 1)
     odd = tl.join(w1, w3).permute(2, 0, 1)
     words = tl.join(even, odd).permute(1, 2, 0, 3)
@@ -120,9 +123,8 @@ def masks_by_call(
 
 @triton.jit
 def masks_by_element(
-    rows, column, seed, threshold, K: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
+    rows, column, draw, K: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr
+):
     """Return the same masks, and as uint32 [len(rows), COLUMNS / 8] the groups' bits.
 
     Where a thread holds eight neighbouring columns, as tiles loaded from memory lie, it makes one
@@ -131,7 +133,7 @@ def masks_by_element(
     A group's bits are a byte: even columns from bit 0 on, odd ones from bit 4 on.
     """
     groups = column // 8 + tl.arange(0, COLUMNS // 8)
-    w0, w1, w2, w3 = _kept_lanes(rows, groups, seed, threshold, K, WIDE, PACKED)
+    w0, w1, w2, w3 = _kept_lanes(rows, groups, draw, K, MODE)
     bits = _group_bits(w0, w1, w2, w3)
     w0, w1, w2, w3 = w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None]
     pair = tl.arange(0, 4)[None, None, :]
@@ -149,7 +151,7 @@ def masks_by_bits(bits):
     words = bits[:, :, None].broadcast_to(ROWS, PAIRS // 16, 16).reshape(ROWS, PAIRS)
     # A group's even and odd element become the top bits of its byte, each in a word of its own.
     even, odd = words << (7 - place), words << (3 - place)
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         low = tl.where((even >> (8 * group)) & 0x80 != 0, 0xFFFF, 0).to(tl.uint32)
         high = tl.where((odd >> (8 * group)) & 0x80 != 0, 0xFFFF, 0).to(tl.uint32)
         return _halves(low | (high << 16))
@@ -175,14 +177,15 @@ def _halves(words):
 
 
 @triton.jit
-def _kept_lanes(
-    rows, groups, seed, threshold, K: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr
-):
+def _kept_lanes(rows, groups, draw, K: tl.constexpr, MODE: tl.constexpr):
     """Return the four words of each group, ones in the halves of kept lanes, zeros elsewhere."""
-    counter = _counters(rows, groups, K, WIDE)
-    w0, w1, w2, w3 = philox_words(counter, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), WIDE)
-    w0, w1 = _at_least(w0, threshold, PACKED), _at_least(w1, threshold, PACKED)
-    return w0, w1, _at_least(w2, threshold, PACKED), _at_least(w3, threshold, PACKED)
+    counter = _counters(rows, groups, K, MODE.WIDE)
+    key_low, key_high = draw.seed.to(tl.uint32), (draw.seed >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = philox_words(counter, key_low, key_high, MODE.WIDE)
+    w0 = _at_least(w0, draw.threshold, MODE.PACKED)
+    w1 = _at_least(w1, draw.threshold, MODE.PACKED)
+    w2 = _at_least(w2, draw.threshold, MODE.PACKED)
+    return w0, w1, w2, _at_least(w3, draw.threshold, MODE.PACKED)
 
 
 @triton.jit
@@ -191,7 +194,7 @@ def _at_least(words, threshold, PACKED: tl.constexpr):
 
     PACKED: whether instructions of sm_90 on pairs do, for thresholds up to PACKED_THRESHOLDS.
     """
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         low = tl.where((words & 0xFFFF) >= threshold, 0xFFFF, 0).to(tl.uint32)
         high = tl.where((words >> 16) >= threshold, 0xFFFF, 0).to(tl.uint32)
         return low | (high << 16)
@@ -233,7 +236,7 @@ def _at_least(words, threshold, PACKED: tl.constexpr):
 @triton.jit
 def _group_bits(w0, w1, w2, w3):
     """Return a group's bits: even lanes, which the lower halves hold, from bit 0 on."""
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         a = (w0 & 0x55555555) | (w1 & 0xAAAAAAAA)
         b = (w2 & 0x55555555) | (w3 & 0xAAAAAAAA)
         a = (a & 0x33333333) | (b & 0xCCCCCCCC)
@@ -260,7 +263,7 @@ def _group_bits(w0, w1, w2, w3):
 @triton.jit
 def keep_where(masks, tile):
     """Return tile where its mask is ones, else zero."""
-    if INTERPRETED or tile.dtype.primitive_bitwidth != 16:
+    if arguments.INTERPRETED or tile.dtype.primitive_bitwidth != 16:
         return tl.where(masks != 0, tile, 0.0)
     else:
         # Two elements a register. A mask of booleans would also make Triton lay the tile out for
@@ -273,7 +276,7 @@ def keep_where(masks, tile):
 @triton.jit
 def choose(masks, kept, dropped):
     """Return kept where its mask is ones, else dropped; of 16-bit tiles."""
-    if INTERPRETED:
+    if arguments.INTERPRETED:
         return tl.where(masks != 0, kept, dropped)
     else:
         return tl.inline_asm_elementwise(

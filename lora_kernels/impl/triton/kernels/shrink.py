@@ -13,59 +13,54 @@ Nothing waits: the forward or backward kernel reads the result in the next launc
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.mask import keep_where, masks_by_element
-from lora_kernels.impl.triton.kernels.tiles import (
-    block_pointers,
-    inverse_of,
-    keep_scale,
-    plus_product,
-    read,
-    scaling_of,
-    store_factor,
-    unit_of,
-)
+from lora_kernels.impl.triton.kernels import arguments
+from lora_kernels.impl.triton.kernels.mask import keep_scale, keep_where, masks_by_element
+from lora_kernels.impl.triton.kernels.memory import block_pointers, scaling_of, store_factor
+from lora_kernels.impl.triton.kernels.products import plus_product, read, zeros
+from lora_kernels.impl.triton.kernels.units import inverse_of, unit_of
 
 
-@triton.jit(do_not_specialize=["M", "scaling", "threshold"])
+@triton.jit(do_not_specialize=["m", "scaling", "threshold"])
 def shrink_kernel(
-    v, f, seed_pointer, scaling_pointer, out, units,
-    stride_v, stride_f, M, scaling, threshold,
-    L: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, MMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    v, f, seed_pointer, scaling_pointer, out, m, scaling, threshold, SHAPE: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
     """Compute out [M, R] = scaling · D(v) f for v [M, L] and f [L, R], fᵀ if TRANSPOSED.
 
-    units: where the unit of each BLOCK_M rows of out goes (`unit_of`), float32; None: 1.
+    v, f: `Rows`; out: a `Factor`. Where it has units, one goes there for each BLOCK_M rows.
     """
-    dtype: tl.constexpr = v.dtype.element_ty
-    ranks = tl.arange(0, BLOCK_R)
+    dtype: tl.constexpr = v.pointer.dtype.element_ty
+    L: tl.constexpr = SHAPE.L
+    BLOCK_L: tl.constexpr = SHAPE.BLOCK_L
+    ranks = tl.arange(0, SHAPE.BLOCK_R)
     steps = tl.arange(0, BLOCK_L)
     scale = scaling_of(scaling, scaling_pointer) * keep_scale(threshold)
-    if DROPOUT:
+    if MODE.DROPOUT:
         seed = tl.load(seed_pointer)
     else:
         seed = 0
-    for panel in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        rows = panel * BLOCK_M + tl.arange(0, BLOCK_M)
-        v_pointers = block_pointers(v, tl.minimum(rows, M - 1), stride_v, 0, BLOCK_L)
-        acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+    draw = arguments.Draw(seed, threshold, None)
+    for panel in tl.range(tl.program_id(0), tl.cdiv(m, SHAPE.BLOCK_M), tl.num_programs(0)):
+        rows = panel * SHAPE.BLOCK_M + tl.arange(0, SHAPE.BLOCK_M)
+        v_pointers = block_pointers(v.pointer, tl.minimum(rows, m - 1), v.stride, 0, BLOCK_L)
+        acc = zeros(SHAPE.BLOCK_R, SHAPE.BLOCK_M)
         for first in tl.range(0, L, BLOCK_L):
             inside = first + steps < L
             v_tile = tl.load(v_pointers + first, mask=inside[None, :], other=0.0)
-            if TRANSPOSED:
-                pointers = block_pointers(f, ranks, stride_f, first, BLOCK_L)
+            if SHAPE.TRANSPOSED:
+                pointers = block_pointers(f.pointer, ranks, f.stride, first, BLOCK_L)
             else:
-                pointers = f + (first + steps).to(tl.int64)[None, :] * stride_f + ranks[:, None]
-            f_tile = tl.load(pointers, mask=inside[None, :] & (ranks < R)[:, None], other=0.0)
-            if DROPOUT:
-                masks, _ = masks_by_element(rows, first, seed, threshold, L, BLOCK_L, WIDE, PACKED)
+                columns = (first + steps).to(tl.int64)[None, :]
+                pointers = f.pointer + columns * f.stride + ranks[:, None]
+            f_inside = inside[None, :] & (ranks < SHAPE.R)[:, None]
+            f_tile = tl.load(pointers, mask=f_inside, other=0.0)
+            if MODE.DROPOUT:
+                masks, _ = masks_by_element(rows, first, draw, L, BLOCK_L, MODE)
                 v_tile = keep_where(masks, v_tile)
-            acc = plus_product(acc, f_tile.to(dtype), v_tile.T, PRECISION)
-        sums = read(acc, MMA).T * scale
-        if units is not None:
+            acc = plus_product(acc, f_tile.to(dtype), v_tile.T, MODE)
+        sums = read(acc, MODE).T * scale
+        if out.units is not None:
             unit = unit_of(sums)
-            tl.store(units + panel, unit)
+            tl.store(out.units + panel, unit)
             sums *= inverse_of(unit)
-        store_factor(out, sums, rows, M, R, BLOCK_R)
+        store_factor(out.numbers, sums, rows, m, SHAPE.R, SHAPE.BLOCK_R)

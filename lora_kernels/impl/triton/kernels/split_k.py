@@ -10,7 +10,8 @@ make the upper halves of words, the other half the lower ones.
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.tiles import block_pointers, with_bits
+from lora_kernels.impl.triton.kernels import arguments
+from lora_kernels.impl.triton.kernels.memory import block_pointers
 
 
 @triton.jit
@@ -44,8 +45,8 @@ def store_part(sums, high, low, panel, LOW: tl.constexpr):
     bits = tl.minimum(sums.to(tl.int32, bitcast=True), 0x7FFFFFFF - HALF) + HALF
     bits = bits.to(tl.uint32, bitcast=True).reshape(COUNT, 2, 4).permute(0, 2, 1)
     first, second = bits.split()
-    words = with_bits(first >> 16, second, 0xFFFF0000)
-    rest = _joined(with_bits(first >> (16 - LOW), second >> (16 - 2 * LOW), MASK), 2 * LOW)
+    words = _with_bits(first >> 16, second, 0xFFFF0000)
+    rest = _joined(_with_bits(first >> (16 - LOW), second >> (16 - 2 * LOW), MASK), 2 * LOW)
     places = panel * COUNT + tl.arange(0, COUNT)
     tl.store(block_pointers(high, places, 4, 0, 4), words.to(tl.int32, bitcast=True))
     WORDS: tl.constexpr = LOW // 4
@@ -61,8 +62,8 @@ def load_part(high, low, panel, COUNT: tl.constexpr, LOW: tl.constexpr):
     words = tl.load(block_pointers(high, places, 4, 0, 4)).to(tl.uint32, bitcast=True)
     rest = tl.load(block_pointers(low, places, WORDS, 0, WORDS)).to(tl.uint32, bitcast=True)
     pairs = _taken_apart(rest, 2 * LOW)
-    first = with_bits(words << 16, pairs << (16 - LOW), MASK)
-    second = with_bits(words & 0xFFFF0000, pairs << (16 - 2 * LOW), MASK)
+    first = _with_bits(words << 16, pairs << (16 - LOW), MASK)
+    second = _with_bits(words & 0xFFFF0000, pairs << (16 - 2 * LOW), MASK)
     sums = tl.join(first, second).permute(0, 2, 1).reshape(COUNT, 8)
     return sums.to(tl.float32, bitcast=True)
 
@@ -75,7 +76,7 @@ def _joined(parts, BITS: tl.constexpr):
     else:
         even, odd = parts.reshape(parts.shape[0], parts.shape[1] // 2, 2).split()
         MASK: tl.constexpr = ((1 << BITS) - 1) << BITS
-        return _joined(with_bits(even, odd << BITS, MASK), 2 * BITS)
+        return _joined(_with_bits(even, odd << BITS, MASK), 2 * BITS)
 
 
 @triton.jit
@@ -86,3 +87,20 @@ def _taken_apart(words, BITS: tl.constexpr):
     else:
         words = _taken_apart(words, 2 * BITS)
         return tl.join(words, words >> BITS).reshape(words.shape[0], 2 * words.shape[1])
+
+
+@triton.jit
+def _with_bits(words, others, BITS: tl.constexpr):
+    """Return uint32 words with some of their bits those of others."""
+    if arguments.INTERPRETED:
+        return words ^ ((words ^ others) & BITS)
+    else:
+        # Bits of the third operand choose the second, else the first.
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xd8;",
+            "=r,r,r,n",
+            [words, others, BITS],
+            tl.uint32,
+            is_pure=True,
+            pack=1,
+        )

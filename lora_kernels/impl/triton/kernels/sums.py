@@ -3,59 +3,53 @@
 import triton
 import triton.language as tl
 
+from lora_kernels.impl.triton.kernels import arguments
 from lora_kernels.impl.triton.kernels.mask import keep_where, masks_by_element
-from lora_kernels.impl.triton.kernels.tiles import (
-    block_pointers,
-    inverse_of,
-    opaque,
-    plus_product,
-    read,
-    settled,
-    wide,
-)
+from lora_kernels.impl.triton.kernels.memory import block_pointers, wide
+from lora_kernels.impl.triton.kernels.products import opaque, plus_product, read, settled, zeros
+from lora_kernels.impl.triton.kernels.units import inverse_of
 
 
 @triton.jit
 def row_sums(
-    left, units, right, mask, right_stride, row, end, column, rank, M, seed, threshold,
-    UNIT_ROWS: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr,
-    RANKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, DROPOUT: tl.constexpr,
-    WIDE: tl.constexpr, PACKED: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr,
-    MMA: tl.constexpr, PRECISION: tl.constexpr,
+    left, right, draw, at, SHAPE: tl.constexpr, MODE: tl.constexpr, DROPOUT: tl.constexpr,
+    PRODUCT: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """Return Σ leftᵀ D(right) and Σ right over rows [row, end), float32, in order of rows.
+    """Return Σ leftᵀ D(right) and Σ right over the rows of a `Segment`, float32, in their order.
 
-    left [M, R] contiguous, of which RANKS columns from `rank` on; right [M, WIDTH], of which
-    BLOCK_C from `column` on. units: left's, one for each UNIT_ROWS rows, a multiple of BLOCK_S;
-    None: 1. mask: where the bits of D go, or None.
+    left: a `Factor`, of which RANKS columns, with units for multiples of BLOCK_S rows.
+    right: `Rows` [M, WIDTH], of which BLOCK_C columns. Bits of D are left in draw's mask, if any.
     """
-    product = tl.zeros((RANKS, BLOCK_C), tl.float32)
+    BLOCK_C: tl.constexpr = SHAPE.BLOCK_C
+    row = at.row
+    product = zeros(SHAPE.RANKS, BLOCK_C)
     total = tl.zeros((BLOCK_C,), tl.float32)
-    if units is None:
+    if left.units is None:
         product, total = _plus_rows(
-            product, total, left, right, mask, right_stride, row, end, column, rank, M, seed,
-            threshold, WIDTH, R, MASK_STRIDE, RANKS, BLOCK_C, BLOCK_S, DROPOUT, WIDE, PACKED,
-            PRODUCT, SUM, MMA, PRECISION,
+            arguments.Sums(product, total), left.numbers, right, draw, at, SHAPE, MODE,
+            DROPOUT=DROPOUT, PRODUCT=PRODUCT, TOTAL=TOTAL,
         )  # fmt: skip
-        product = read(product, MMA)
+        product = read(product, MODE)
     else:
         # Rows of one unit are summed by one loop; as a rule they are all. Units of rows beyond the
         # part may not be there yet.
-        final = tl.minimum(end, M) - 1
-        unit = tl.load(units + row // UNIT_ROWS)
-        while row < end:
+        final = tl.minimum(at.end, at.m) - 1
+        unit = tl.load(left.units + row // SHAPE.UNIT_ROWS)
+        while row < at.end:
             before = unit
-            unit = tl.load(units + row // UNIT_ROWS)
-            stop = row + UNIT_ROWS
-            while (stop < end) & (tl.load(units + tl.minimum(stop, final) // UNIT_ROWS) == unit):
-                stop += UNIT_ROWS
-            stop = tl.minimum(stop, end)
+            unit = tl.load(left.units + row // SHAPE.UNIT_ROWS)
+            stop = row + SHAPE.UNIT_ROWS
+            while (stop < at.end) & (
+                tl.load(left.units + tl.minimum(stop, final) // SHAPE.UNIT_ROWS) == unit
+            ):
+                stop += SHAPE.UNIT_ROWS
+            stop = tl.minimum(stop, at.end)
+            rows = arguments.Segment(row, stop, at.m, at.column, at.rank, at.WIDTH)
             product, total = _plus_rows(
-                product * (before * inverse_of(unit)), total, left, right, mask, right_stride, row,
-                stop, column, rank, M, seed, threshold, WIDTH, R, MASK_STRIDE, RANKS, BLOCK_C,
-                BLOCK_S, DROPOUT, WIDE, PACKED, PRODUCT, SUM, MMA, PRECISION,
+                arguments.Sums(product * (before * inverse_of(unit)), total), left.numbers, right,
+                draw, rows, SHAPE, MODE, DROPOUT=DROPOUT, PRODUCT=PRODUCT, TOTAL=TOTAL,
             )  # fmt: skip
-            product = read(product, MMA)
+            product = read(product, MODE)
             row = stop
         product *= unit
     return product, total
@@ -63,39 +57,44 @@ def row_sums(
 
 @triton.jit
 def _plus_rows(
-    product, total, left, right, mask, right_stride, row, end, column, rank, M, seed, threshold,
-    WIDTH: tl.constexpr, R: tl.constexpr, MASK_STRIDE: tl.constexpr, RANKS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr, PRODUCT: tl.constexpr, SUM: tl.constexpr, MMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    sums, left, right, draw, at, SHAPE: tl.constexpr, MODE: tl.constexpr, DROPOUT: tl.constexpr,
+    PRODUCT: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """Return product + leftᵀ D(right) and total + right, summed over rows [row, end)."""
-    columns = column + tl.arange(0, BLOCK_C)
-    ranks = rank + tl.arange(0, RANKS)
+    """Return `Sums` plus leftᵀ D(right) and right, summed over the rows of a `Segment`."""
+    R: tl.constexpr = SHAPE.R
+    RANKS: tl.constexpr = SHAPE.RANKS
+    BLOCK_C: tl.constexpr = SHAPE.BLOCK_C
+    BLOCK_S: tl.constexpr = SHAPE.BLOCK_S
+    MASK_BYTES: tl.constexpr = 4 * SHAPE.MASK_STRIDE
+    DRAWN: tl.constexpr = DROPOUT and draw.mask is not None
+    product = sums.product
+    total = sums.total
+    columns = at.column + tl.arange(0, BLOCK_C)
+    ranks = at.rank + tl.arange(0, RANKS)
     steps = tl.arange(0, BLOCK_S)
-    near = tl.minimum(steps, M - 1)
-    right_pointers = block_pointers(right, near, right_stride, column, BLOCK_C)
+    near = tl.minimum(steps, at.m - 1)
+    right_pointers = block_pointers(right.pointer, near, right.stride, at.column, BLOCK_C)
     if PRODUCT:
         left_pointers = left + near.to(tl.int64)[None, :] * R + ranks[:, None]
-    if mask is not None:
+    if DRAWN:
         # A byte is a group. In neighbouring threads, as `masks` below; Triton would lay several
         # side by side in one to store words, and draw them once more there.
-        groups = opaque(column // 8 + tl.arange(0, BLOCK_C // 8))
-        mask_pointers = mask.to(tl.pointer_type(tl.uint8)) + (
-            steps[:, None] * (4 * MASK_STRIDE) + groups[None, :]
+        groups = opaque(at.column // 8 + tl.arange(0, BLOCK_C // 8))
+        mask_pointers = draw.mask.to(tl.pointer_type(tl.uint8)) + (
+            steps[:, None] * MASK_BYTES + groups[None, :]
         )
-    last = tl.maximum(M - BLOCK_S, 0)
-    for first in tl.range(row, end, BLOCK_S):
+    last = tl.maximum(at.m - BLOCK_S, 0)
+    for first in tl.range(at.row, at.end, BLOCK_S):
         # The last step starts early enough to stay inside; the rows that it meets again, zeros on
         # the left, count nothing. So no step masks or clamps what it reads on the right.
         start = tl.minimum(first, last)
         rows = start + steps
-        inside = (rows >= first) & (rows < M)
-        pointers = right_pointers + wide(start) * right_stride
-        if WIDTH % BLOCK_C == 0:
+        inside = (rows >= first) & (rows < at.m)
+        pointers = right_pointers + wide(start) * right.stride
+        if at.WIDTH % BLOCK_C == 0:
             tile = tl.load(pointers)
         else:
-            tile = tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+            tile = tl.load(pointers, mask=(columns < at.WIDTH)[None, :], other=0.0)
         if PRODUCT:
             wanted = inside[None, :]
             if R % RANKS != 0:
@@ -103,34 +102,34 @@ def _plus_rows(
             factor = tl.load(left_pointers + wide(start) * R, mask=wanted, other=0.0)
             kept = tile
             if DROPOUT:
-                masks, bits = masks_by_element(
-                    rows, column, seed, threshold, WIDTH, BLOCK_C, WIDE, PACKED
-                )
+                masks, bits = masks_by_element(rows, at.column, draw, at.WIDTH, BLOCK_C, MODE)
                 kept = keep_where(masks, tile)
-                if mask is not None:
+                if DRAWN:
                     tl.store(
-                        mask_pointers + wide(start) * (4 * MASK_STRIDE),
+                        mask_pointers + wide(start) * MASK_BYTES,
                         bits.to(tl.uint8),
                         mask=(steps >= first - start)[:, None],
                     )
-            product = plus_product(product, factor, kept, PRECISION)
-            if SUM and MMA == "wgmma":
+            product = plus_product(product, factor, kept, MODE)
+            if TOTAL and MODE.MMA == "wgmma":
                 # Triton 3.8 leaves this product pending while the next copy overwrites `right`.
                 product = settled(product)
-        if SUM:
+        if TOTAL:
             total += tl.sum(tl.where(inside[:, None], tile, 0.0).to(tl.float32), 0)
     return product, total
 
 
 @triton.jit
 def sum_of_parts(
-    product, total, space, counter, part, parts, RANKS: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRODUCT: tl.constexpr, SUM: tl.constexpr,
+    product, total, space, counter, part, parts, SHAPE: tl.constexpr, PRODUCT: tl.constexpr,
+    TOTAL: tl.constexpr,
 ):  # fmt: skip
     """Return the sums over all parts, in order, and True to the last part to arrive, else False.
 
     space: float32 [parts, RANKS + 1, BLOCK_C]; counter: int32, zero before and after.
     """
+    RANKS: tl.constexpr = SHAPE.RANKS
+    BLOCK_C: tl.constexpr = SHAPE.BLOCK_C
     last = True
     if parts > 1:
         SIZE: tl.constexpr = (RANKS + 1) * BLOCK_C
@@ -138,18 +137,18 @@ def sum_of_parts(
         tile = tl.arange(0, RANKS)[:, None] * BLOCK_C + row[None, :]
         if PRODUCT:
             tl.store(space + part * SIZE + tile, product)
-        if SUM:
+        if TOTAL:
             tl.store(space + part * SIZE + RANKS * BLOCK_C + row, total)
         tl.debug_barrier()
         last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
         if last:
             tl.debug_barrier()
             tl.atomic_xchg(counter, 0, sem="relaxed")
-            product = tl.zeros((RANKS, BLOCK_C), tl.float32)
+            product = zeros(RANKS, BLOCK_C)
             total = tl.zeros((BLOCK_C,), tl.float32)
             for i in range(parts):
                 if PRODUCT:
                     product += tl.load(space + i * SIZE + tile)
-                if SUM:
+                if TOTAL:
                     total += tl.load(space + i * SIZE + RANKS * BLOCK_C + row)
     return product, total, last

@@ -20,15 +20,22 @@ from lora_kernels.impl.triton.plan.device import Device
 class Plan:
     """A configuration with its time; `shrink` is the first launch of a split call.
 
+    segment: rows that one tile of dA or dB sums, a multiple of the tiles' rows.
     seconds: predicted by the cost model, or measured on the GPU.
     floor: seconds of the frozen layer's own product at the GPU's peak rates.
     """
 
     config: Config
     shrink: ShrinkConfig | None
+    segment: int
     seconds: float
     floor: float
     measured: bool = False
+
+    def segment_of(self, m: int) -> int:
+        """Return the rows of a segment where there are M: no more than whole tiles take."""
+        step = max(self.config.block_m, self.config.sum_rows)
+        return min(self.segment, -(-m // step) * step)
 
     def __str__(self) -> str:
         c = self.config
@@ -58,19 +65,24 @@ def plan(problem: Problem, device: Device) -> Plan:
     candidates = [c for c in shipped(problem) if illegal(c, problem, device) is None]
     if not candidates:
         raise ValueError(f"problem: expected one that some configuration serves, got {problem}")
-    best = min(candidates, key=lambda c: (seconds(c, problem, device), c))
-    shrink = shrink_of(best, problem, device)
-    return Plan(best, shrink, seconds(best, problem, device), floor_seconds(problem, device))
+    return plan_of(min(candidates, key=lambda c: (seconds(c, problem, device), c)), problem, device)
 
 
-def shrink_of(config: Config, problem: Problem, device: Device) -> ShrinkConfig | None:
-    """Return the tiles of the split path's first launch, or None where there is none."""
+def plan_of(config: Config, problem: Problem, device: Device) -> Plan:
+    """Return the plan that takes a given configuration, legal or not."""
     wanted = not problem.backward or problem.needs[0] or problem.needs[1]
-    return shrink_config(problem, device) if config.xa_columns == 0 and wanted else None
+    shrink = shrink_config(problem, device) if config.xa_columns == 0 and wanted else None
+    return Plan(
+        config,
+        shrink,
+        segment_rows(problem.n, problem.r, config),
+        seconds(config, problem, device),
+        floor_seconds(problem, device),
+    )
 
 
-def segment_rows(m: int, n: int, r: int, config: Config) -> int:
-    """Return the rows that one tile of dA or dB sums, a multiple of the tile's rows.
+def segment_rows(n: int, r: int, config: Config) -> int:
+    """Return the rows that one tile of dA or dB sums, a multiple of the tiles' rows.
 
     Few enough that a sum, which waits for memory, lasts no longer than a tile of dx, which streams
     four times its bytes from cache meanwhile; so many that the partial sums written and read
@@ -79,4 +91,4 @@ def segment_rows(m: int, n: int, r: int, config: Config) -> int:
     balanced = (config.block_m + config.block_n) * n // (4 * config.sum_columns)
     rows = max(balanced, 128 * padded_rank(r))
     step = max(config.block_m, config.sum_rows)
-    return -(-min(rows, m) // step) * step
+    return -(-rows // step) * step

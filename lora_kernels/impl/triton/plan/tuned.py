@@ -7,7 +7,7 @@ in lora_kernels/tuned of the user's cache. It is read once per device and proces
 import json
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -15,9 +15,8 @@ from typing import Any
 
 from lora_kernels._version import __version__
 from lora_kernels.impl.triton.plan.config import Config, Problem, illegal
-from lora_kernels.impl.triton.plan.cost import floor_seconds
 from lora_kernels.impl.triton.plan.device import Device
-from lora_kernels.impl.triton.plan.plan import Plan, plan, rounded, shrink_of
+from lora_kernels.impl.triton.plan.plan import Plan, plan, plan_of, rounded
 
 ENVIRONMENT = "LORA_KERNELS_TUNED"
 
@@ -59,9 +58,7 @@ def planned(problem: Problem, device: Device) -> Plan:
     config, seconds = entry
     if illegal(config, problem, device) is not None:
         return plan(problem, device)
-    return Plan(
-        config, shrink_of(config, problem, device), seconds, floor_seconds(problem, device), True
-    )
+    return replace(plan_of(config, problem, device), seconds=seconds, measured=True)
 
 
 def write(path: Path, device: Device, found: dict[str, tuple[Config, float]]) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from functools import cache
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ def compile_for(
     Args:
         target: 80, 90, 100, ...
         kernel: a Triton kernel, not an interpreted one.
-        args: tensors on any device, descriptors, numbers or None, by name, in order.
+        args: tensors on any device, descriptors, numbers, None, tuples of these, by name, in order.
         constants: values of the constexpr parameters.
         how: warps and stages.
 
@@ -53,43 +53,56 @@ def compile_for(
     return _compiled(target, variant(kernel, args, constants, how))
 
 
+# Where an argument is: its position in the kernel, then those in tuples of tuples.
+Path = tuple[int, ...]
+
+
 class Variant(NamedTuple):
     """What distinguishes one compilation of a kernel from another, the architecture aside."""
 
     kernel: Any
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]  # positions of arguments known to be multiples of 16
+    signature: tuple[tuple[str, Any], ...]
+    constants: tuple[tuple[Path, Any], ...]
+    aligned: tuple[Path, ...]  # of arguments known to be multiples of 16
     how: Options
 
 
 def variant(kernel: Any, args: dict[str, Any], constants: dict[str, Any], how: Options) -> Variant:
     """Return the variant that a launch with these arguments needs; as `compile_for`."""
-    given = passed(kernel, args)
-    signature = {n: _type_of(v) if n in given else "constexpr" for n, v in args.items()}
-    values = {name: value for name, value in args.items() if name not in given} | constants
-    aligned = tuple(
-        index
-        for index, (name, value) in enumerate(args.items())
-        if name in given and name not in kernel.do_not_specialize and _is_aligned(value)
-    )
-    signature |= dict.fromkeys(constants, "constexpr")
-    return Variant(kernel, tuple(signature.items()), tuple(values.items()), aligned, how)
+    values: dict[Path, Any] = {}
+    aligned: list[Path] = []
 
+    def type_of(value: Any, path: Path, specialized: bool) -> Any:
+        if isinstance(value, tuple):
+            # Triton specialises what tuples hold even where it leaves numbers alone.
+            types = [type_of(element, (*path, i), True) for i, element in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        if not is_passed(value, specialized):
+            values[path] = value
+            return "constexpr"
+        if specialized and _is_aligned(value):
+            aligned.append(path)
+        return _type_of(value)
 
-def passed(kernel: Any, args: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that are passed at run time: Triton compiles None and 1 in."""
-    return {
-        name: value
+    position = kernel.arg_names.index
+    signature = {
+        name: type_of(value, (position(name),), name not in kernel.do_not_specialize)
         for name, value in args.items()
-        if value is not None
-        and not (name not in kernel.do_not_specialize and isinstance(value, int) and value == 1)
     }
+    for name, value in constants.items():
+        values[position(name),] = value
+        signature[name] = "constexpr"
+    return Variant(kernel, tuple(signature.items()), tuple(values.items()), tuple(aligned), how)
+
+
+def is_passed(value: Any, specialized: bool) -> bool:
+    """Whether an argument is passed at run time: Triton compiles None and 1 in."""
+    return value is not None and not (specialized and isinstance(value, int) and value == 1)
 
 
 @cache
 def _compiled(target: int, wanted: Variant) -> Any:
-    aligned = {(index,): [["tt.divisibility", _ALIGNMENT]] for index in wanted.aligned}
+    aligned = {path: [["tt.divisibility", _ALIGNMENT]] for path in wanted.aligned}
     source = ASTSource(
         fn=wanted.kernel,
         signature=dict(wanted.signature),
@@ -101,7 +114,7 @@ def _compiled(target: int, wanted: Variant) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
-def resources(compiled: Any, scratch: Path) -> Resources:
+def resources(compiled: Any, scratch: FilePath) -> Resources:
     """Return registers, spills and shared memory; `scratch` is a directory to write a cubin to."""
     cubin = scratch / f"{compiled.metadata.hash[:24]}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])

@@ -101,8 +101,9 @@ def label(job: Job) -> str:
 
 
 def _shrink_label(launch: Launch) -> str:
-    tile = f"{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_L']}"
-    bits = launch.args["v"].element_size() * 8
+    shape = launch.constants["SHAPE"]
+    tile = f"{shape.BLOCK_M}x{shape.BLOCK_L}"
+    bits = launch.args["v"].pointer.element_size() * 8
     return f"{bits}-bit {tile} {launch.how.num_warps} warps {launch.how.num_stages} stages"
 
 
@@ -234,11 +235,21 @@ def _dump(folder: Path, job: Job, launch: Launch, compiled: Any) -> None:
     entry = {
         "arch": job.arch, "kernel": launch.kernel.__name__, "config": label(job),
         "rank": job.problem.r, "dropout": job.problem.dropout, "entry": compiled.metadata.name,
-        "parameters": [{"name": n, "type": t} for n, t in wanted.signature if t != "constexpr"],
-        "constexprs": dict(wanted.constants), "num_warps": launch.how.num_warps,
+        "parameters": [{"name": n, "type": t} for n, t in _parameters(wanted.signature)],
+        "constexprs": {name: value._asdict() for name, value in launch.constants.items()},
+        "num_warps": launch.how.num_warps,
         "shared_bytes": compiled.metadata.shared, "ptx": f"{stem}.ptx", "cubin": f"{stem}.cubin",
     }  # fmt: skip
     (folder / f"{stem}.json").write_text(json.dumps(entry))
+
+
+def _parameters(signature: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield the name and type of each parameter that is passed, tuples' fields one by one."""
+    for name, kind in signature:
+        if hasattr(kind, "_asdict"):
+            yield from _parameters((f"{name}.{field}", k) for field, k in kind._asdict().items())
+        elif kind != "constexpr":
+            yield name, kind
 
 
 def gather_manifest(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """An executor without a GPU: compiled code in the PTX virtual machine `ptxvm`, an optional tool."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,8 +8,12 @@ import torch
 
 from lora_kernels.impl import executor
 from lora_kernels.impl.triton.launch import Options
+from lora_kernels.impl.triton.plan.config import Problem
 from lora_kernels.impl.triton.plan.device import Device, known
-from lora_kernels.impl.triton.tools.compiler import compile_for, passed
+from lora_kernels.impl.triton.plan.plan import Plan
+from lora_kernels.impl.triton.plan.tuned import planned
+from lora_kernels.impl.triton.tools.compiler import compile_for, is_passed
+from lora_kernels.impl.triton.workspace import Workspace
 
 GPUS = {
     80: known("NVIDIA A100-SXM4-80GB"),
@@ -28,6 +32,7 @@ class Machine:
     A race, an access out of bounds or a deadlock that the machine reports is an error.
     resident: programs at once; seed: of its scheduler, another one for each launch.
     weak: level of the machine's weak memory; None leaves it to its environment.
+    plan: returns which tiles a call takes; load: makes PTX executable.
     stats: counts of each launch.
     """
 
@@ -37,6 +42,9 @@ class Machine:
     resident: int = 4
     seed: int = 0
     weak: int | None = None
+    plan: Callable[[Problem, Device], Plan] = planned
+    load: Callable[[str], Any] = executor.load
+    workspace: Workspace = field(default_factory=Workspace)
     stats: list[Any] = field(default_factory=list)
 
     def device(self, tensor: torch.Tensor) -> Device:  # noqa: ARG002  the protocol's
@@ -61,11 +69,11 @@ class Machine:
                 f"got {how.together}"
             )
         compiled = compile_for(self.target, kernel, args, constants, how)
-        stats = executor.load(compiled.asm["ptx"]).launch(
+        stats = self.load(compiled.asm["ptx"]).launch(
             compiled.metadata.name,
             (grid,),
             32 * compiled.metadata.num_warps,
-            tuple(_spelt_out(compiled, passed(kernel, args))),
+            tuple(_parameters(compiled, kernel, args)),
             shared_bytes=compiled.metadata.shared,
             resident_ctas=self.resident,
             seed=self.seed,
@@ -76,13 +84,20 @@ class Machine:
         stats.assert_clean()
 
 
-def _spelt_out(compiled: Any, args: dict[str, Any]) -> Iterator[Any]:
-    """Yield the kernel's parameters: a descriptor is several of them."""
+def _parameters(compiled: Any, kernel: Any, args: dict[str, Any]) -> Iterator[Any]:
+    """Yield the kernel's parameters, tuples one by one; a descriptor is several of them."""
     import ptxvm
 
     described = iter(compiled.metadata.tensordesc_meta or ())
-    for value in args.values():
-        if hasattr(value, "block_shape"):
+
+    def spelt_out(value: Any, specialized: bool) -> Iterator[Any]:
+        if isinstance(value, tuple):
+            for element in value:
+                yield from spelt_out(element, True)
+        elif hasattr(value, "block_shape"):
             yield from ptxvm.triton_descriptor(value.base, next(described))
-        else:
+        elif is_passed(value, specialized):
             yield value
+
+    for name, value in args.items():
+        yield from spelt_out(value, name not in kernel.do_not_specialize)

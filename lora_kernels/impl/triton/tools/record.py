@@ -8,9 +8,14 @@ import torch
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton import linear
 from lora_kernels.impl.triton.launch import Options
-from lora_kernels.impl.triton.plan.config import Config, Problem, shrink_config
+from lora_kernels.impl.triton.plan.config import Config, Problem
 from lora_kernels.impl.triton.plan.device import Device
-from lora_kernels.impl.triton.plan.plan import Plan
+from lora_kernels.impl.triton.plan.plan import Plan, plan_of
+from lora_kernels.impl.triton.plan.tuned import planned
+from lora_kernels.impl.triton.workspace import Workspace
+from lora_kernels.operands.call import Adapter, LinearCall, Wanted
+from lora_kernels.operands.dropout import Dropout
+from lora_kernels.operands.weight import Dense
 
 
 class Launch(NamedTuple):
@@ -22,19 +27,34 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     how: Options
 
+    @property
+    def flags(self) -> torch.Tensor:
+        """The flags of a forward or backward launch, one a row panel, and the ticket."""
+        flags: torch.Tensor = (
+            self.args["flags"] if "flags" in self.args else self.args["shared"].flags
+        )
+        return flags
+
 
 class Recorder:
     """An executor that keeps launches instead of running them."""
 
     impl = "triton"
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, device: Device, config: Config | None = None) -> None:
+        self._device, self._config = device, config
+        self.workspace = Workspace()
         self.launches: list[Launch] = []
 
     def device(self, tensor: torch.Tensor) -> Device:  # noqa: ARG002  the protocol's
         """Return the GPU that is planned for."""
         return self._device
+
+    def plan(self, problem: Problem, device: Device) -> Plan:
+        """Return the plan that takes the configuration, legal or not; without one, as on a GPU."""
+        if self._config is None:
+            return planned(problem, device)
+        return plan_of(self._config, problem, device)
 
     def programs(self, device: Device) -> int:
         """Return one program a multiprocessor."""
@@ -66,25 +86,14 @@ def launches(
         bias: whether the layer has one; backward doesn't read it.
     """
     m, n, k, r = problem[:4]
-    normal, empty = (partial(f, device=memory, dtype=dtype) for f in (torch.randn, torch.empty))
-    x, w, a, b = normal(m, k), normal(n, k), normal(r, k), normal(n, r)
-    seed = torch.tensor(0, device=memory) if problem.dropout else None
-    operands = linear.Operands(w, a, b, seed, 1.5, 6554 if problem.dropout else 0)
-    shrink = None if config.xa_columns else shrink_config(problem, device)
-    chosen, recorder = Plan(config, shrink, 0.0, 0.0), Recorder(device)
-    rows = normal(m, n) if problem.backward else x
-    with using(recorder):
+    normal = partial(torch.randn, device=memory, dtype=dtype)
+    dropout = Dropout(torch.tensor(0, device=memory), 6554) if problem.dropout else None
+    adapter = Adapter(normal(r, k), normal(n, r), 1.5)
+    call = LinearCall(Dense(normal(n, k)), adapter, normal(n) if bias else None, dropout)
+    with using(Recorder(device, config)) as recorder:
         if problem.backward:
-            dxa = linear.new_dxa(rows, r, chosen) if problem.needs[0] or problem.needs[1] else None
-            if shrink and dxa is not None:
-                linear._shrink(rows, operands._replace(seed=None), b, dxa, chosen)
-            shapes = {"dx": (m, k), "da": (r, k), "db": (n, r), "dbias": (n,)}
-            wanted = zip(shapes.items(), problem.needs, strict=True)
-            results = {name: empty(*shape) if need else None for (name, shape), need in wanted}
-            linear._backward(rows, x, normal(m, r), operands, dxa, results, chosen)
+            xa, wanted = normal(m, r), Wanted(*problem.needs)
+            linear.backward(normal(m, n), normal(m, k), xa, call, wanted)
         else:
-            xa = linear.new_xa(x, r, config)
-            if shrink:
-                linear._shrink(rows, operands, a, xa, chosen)
-            linear._forward(rows, operands, normal(n) if bias else None, empty(m, n), xa, chosen)
+            linear.forward(normal(m, k), call)
     return recorder.launches

@@ -1,0 +1,184 @@
+"""Tuples of what kernels are given and of what their device functions hand on.
+
+A kernel gets its tensors in tuples, and what is compiled in as two constants, SHAPE and MODE.
+Numbers that change from call to call (M, scaling, threshold, segment) stay arguments of their own:
+Triton specialises integers in tuples, `do_not_specialize` or not. So do descriptors: Triton 3.6's
+launcher finds none in tuples.
+
+Device functions name all of this as `arguments.Side`: what they name by itself Triton compares at
+every launch with what it was.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Rows(NamedTuple):
+    """A matrix, adjacent elements along rows: a pointer, and how far apart rows are."""
+
+    pointer: Any
+    stride: Any
+
+
+class Call(NamedTuple):
+    """A call's parameters. bias: forward's; seed, scaling: numbers in memory; each may be None."""
+
+    w: Rows
+    a: Rows
+    b: Rows
+    bias: Any
+    seed: Any
+    scaling: Any
+
+
+class Outputs(NamedTuple):
+    """What forward writes: y, xa, and where split-K's sums are left, int32.
+
+    `high` lies in xa's own memory. Both are None where there is one part, and where xa is float32:
+    it holds sums itself.
+    """
+
+    y: Any
+    xa: Any
+    high: Any
+    low: Any
+
+
+class Factor(NamedTuple):
+    """A contiguous matrix [M, R]: xa or dxa.
+
+    units: float32, of float16's dxa, one for UNIT_ROWS rows each (`unit_of`); None: 1.
+    """
+
+    numbers: Any
+    units: Any
+
+
+class Shared(NamedTuple):
+    """What backward's programs tell each other by.
+
+    flags: int32, one a row panel and the ticket; counters: int32, one a block of dB and dA; zero
+        before and after.
+    partials: float32 [blocks, segments, RANKS + 1, BLOCK_C] if there are several segments.
+    mask: int32 [max(M, BLOCK_S), MASK_STRIDE], a bit for each element of x; None: all tiles draw.
+        Tiles of dA, drawing it beside their copies, leave it to those of dx.
+    """
+
+    flags: Any
+    counters: Any
+    partials: Any
+    mask: Any
+
+
+class ForwardShape(NamedTuple):
+    """Sizes of the layer and of forward's tiles."""
+
+    N: int
+    K: int
+    R: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int  # R padded
+    RANK_STEP: int  # ranks of one product of the expand
+    GROUP: int  # row panels whose tiles follow each other
+    XA_COLUMNS: int
+
+
+class BackwardShape(NamedTuple):
+    """Sizes of the layer and of backward's tiles: of dx [BLOCK_M, BLOCK_K], BLOCK_N a step."""
+
+    N: int
+    K: int
+    R: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    RANK_STEP: int
+    GROUP: int
+    FUSED: bool  # whether column 0 of dx makes dxa
+    RANKS: int  # of a tile of dA or dB,
+    BLOCK_C: int  # its columns,
+    BLOCK_S: int  # and its rows a step
+    UNIT_ROWS: int
+    MASK_STRIDE: int
+
+
+class ShrinkShape(NamedTuple):
+    """Sizes of a shrink, over columns of v [M, L], and of its tiles. TRANSPOSED: f is [R, L]."""
+
+    L: int
+    R: int
+    TRANSPOSED: bool
+    BLOCK_M: int
+    BLOCK_L: int
+    BLOCK_R: int
+
+
+class Mode(NamedTuple):
+    """How a kernel computes.
+
+    WIDE: whether the mask's counters have 64 bits; PACKED: whether lanes are compared in pairs.
+    MMA: the matrix instruction, "mma", "wgmma" or "tcgen05"; PRECISION: of float32 products.
+    """
+
+    DROPOUT: bool
+    WIDE: bool
+    PACKED: bool
+    MMA: str
+    PRECISION: str
+
+
+class Side(NamedTuple):
+    """One operand of a tile: a descriptor, or else pointers; `first`: its first row or column."""
+
+    descriptor: Any
+    pointers: Any
+    first: Any
+
+
+class Draw(NamedTuple):
+    """What D is drawn from; mask: where its bits are kept, or None."""
+
+    seed: Any
+    threshold: Any
+    mask: Any
+
+
+class Part(NamedTuple):
+    """The index-th part of a row panel's xa, and the flag that counts parts."""
+
+    panel: Any
+    index: Any
+    flag: Any
+
+
+class Place(NamedTuple):
+    """Where a tile of dx begins, of M rows."""
+
+    row: Any
+    column: Any
+    m: Any
+
+
+class Segment(NamedTuple):
+    """Rows [row, end) of M that a tile of dA or dB sums, from `column` of WIDTH and `rank` on."""
+
+    row: Any
+    end: Any
+    m: Any
+    column: Any
+    rank: Any
+    WIDTH: Any
+
+
+class Sums(NamedTuple):
+    """float32 sums over rows: the product [RANKS, BLOCK_C], and the total [BLOCK_C] of one side."""
+
+    product: Any
+    total: Any
