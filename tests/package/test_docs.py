@@ -37,7 +37,7 @@ def process_group():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name)
 def test_example_runs(example, process_group, tmp_path, monkeypatch):
-    for needed in ("peft", "safetensors"):
+    for needed in ("peft", "safetensors", "bitsandbytes"):
         if needed in example.docstring:
             pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
