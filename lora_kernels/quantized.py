@@ -4,7 +4,8 @@ A call reads what a layer keeps and writes nothing to it: no library's forward r
 convert the weight in place, and nothing is converted ahead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -142,6 +143,22 @@ def request_of_base(base: Any, rank: int, dropout: bool) -> Request | None:
     codes = read.weight.stored
     dtype = autocast_dtype(codes) or read.dtype or torch.float32
     return Request("lora_linear", codes.device, dtype, rank, dropout, read.weight.format)
+
+
+@contextmanager
+def unconverted(module: Any) -> Iterator[None]:
+    """Keep bitsandbytes' layer from converting its weight in place for inference on a CPU."""
+    name = "support_avx512bf16_for_cpu"
+    own = module.__dict__
+    given = own.get(name)
+    if not given:
+        yield
+        return
+    own[name] = False
+    try:
+        yield
+    finally:
+        own[name] = given
 
 
 def _bitsandbytes(name: str) -> Any:

@@ -4,8 +4,6 @@ Classes over a library's own layers lie in a module each, which needs that libra
 `torchao.py`. Here is what they share, and the class for PEFT's plain layer over a quantised one.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from lora_kernels.bypass import origin
 from lora_kernels.operands.call import Adapter
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.ops.linear import run
-from lora_kernels.quantized import Base, apply, as_computed, read_quantized, settled
+from lora_kernels.quantized import Base, apply, as_computed, read_quantized, settled, unconverted
 from lora_kernels.usage import Calls
 
 
@@ -113,21 +111,5 @@ def _unfused(layer: Any, x: Tensor, impl: str) -> Tensor:
 
 
 def _by_peft(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    with _unconverted(layer._modules["base_layer"]):
+    with unconverted(layer._modules["base_layer"]):
         return layer._lora_kernels_theirs.forward(layer, x, *args, **kwargs)
-
-
-@contextmanager
-def _unconverted(module: Any) -> Iterator[None]:
-    """Keep bitsandbytes' layer from converting its weight in place for inference on a CPU."""
-    name = "support_avx512bf16_for_cpu"
-    own = module.__dict__
-    given = own.get(name)
-    if not given:
-        yield
-        return
-    own[name] = False
-    try:
-        yield
-    finally:
-        own[name] = given

@@ -31,7 +31,7 @@ from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.onednn import OnednnWeight
 from lora_kernels.ops.linear import run
 from lora_kernels.prepack import current
-from lora_kernels.quantized import Base, apply, read_quantized, settled
+from lora_kernels.quantized import Base, apply, read_quantized, settled, unconverted
 from lora_kernels.usage import Calls
 
 
@@ -280,11 +280,10 @@ class LoRALinear(nn.Module):
     def _quantized(self, x: Tensor, base: Base | str) -> Tensor:
         """Return y around a quantised base layer."""
         parts = self._fused_parts(base)
-        reason = input_reason(x) or scaling_reason(self.scaling)
-        if isinstance(base, str) or isinstance(parts, str):
-            return self._left(x, str(parts))
-        if reason is not None:
-            return self._left(x, reason)
+        unfit = input_reason(x) or scaling_reason(self.scaling)
+        if isinstance(base, str) or isinstance(parts, str) or unfit is not None:
+            with unconverted(self.base_layer):
+                return self._left(x, parts if isinstance(parts, str) else str(unfit))
         p = self.lora_dropout if self.training else 0.0
         check_dropout_p(p, name="lora_dropout")
         if not torch.compiler.is_dynamo_compiling():

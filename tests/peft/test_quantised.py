@@ -293,6 +293,18 @@ def test_loralinear_around_a_quantised_layer(kind):
     assert layer.weight is base.weight
 
 
+def test_loralinear_that_is_left_keeps_the_weight():
+    net = convertible(Net("nf4"))
+    layer = lk.LoRALinear.from_linear(net.a, r=4).eval()
+    before = bytes_of(layer)
+    layer.lora_A.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        layer(X)
+    assert lk.report(layer).layers[""].left == 1
+    assert_bytes(layer, before)
+    assert net.a.support_avx512bf16_for_cpu
+
+
 def test_what_is_not_quantised_yet_is_named():
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -343,6 +355,25 @@ def test_options_are_checked():
     with pytest.raises(ValueError, match=r"impl: .*got 'cpu': reads weights of format dense"):
         lk.patch_peft(model, impl="cpu")
     assert lk.unpatch_peft(model) == 0
+
+
+def test_tensor_parallel_styles_refuse_codes():
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from lora_kernels.tensor_parallel import ColwiseLoRA, RowwiseLoRA
+
+    layer = adapted("nf4").base_model.model.a
+    before = layer.base_layer.weight
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for style in (ColwiseLoRA, RowwiseLoRA):
+            with pytest.raises(TypeError, match="expected a plain float weight to split"):
+                parallelize_module(layer, mesh, style())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert layer.base_layer.weight is before
 
 
 def test_prepacking_leaves_codes_alone():
