@@ -260,9 +260,9 @@ def _state_of(layer: nn.Module) -> str | None:
     """Return why a call would be left now, as far as the layer itself says."""
     if isinstance(layer, LoRALinear):
         return "merged" if layer.merged else layer.left_reason()
-    from lora_kernels._peft.linear import is_fused, left_reason
+    from lora_kernels._peft.linear import left_reason
 
-    if is_fused(layer):
+    if hasattr(layer, "_lora_kernels_theirs"):  # FSDP2 makes classes of its own of ours
         return left_reason(layer)
     return _left_for_its_type(cast(Any, layer)) or "not patched: call patch_peft again"
 

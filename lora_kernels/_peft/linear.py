@@ -242,7 +242,7 @@ def _with_lora_bias(
 
 def left_reason(layer: Any) -> str | None:
     """Return why a layer keeps PEFT's forward in its present state; None where it is fused."""
-    if type(layer) is FusedLinear:
+    if isinstance(layer, FusedLinear):
         parts = fused_parts(layer)
     else:
         parts = import_module("lora_kernels._peft.quantized").parts_of(layer)

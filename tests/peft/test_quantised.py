@@ -357,25 +357,6 @@ def test_options_are_checked():
     assert lk.unpatch_peft(model) == 0
 
 
-def test_tensor_parallel_styles_refuse_codes():
-    from torch.distributed.tensor.parallel import parallelize_module
-
-    from lora_kernels.tensor_parallel import ColwiseLoRA, RowwiseLoRA
-
-    layer = adapted("nf4").base_model.model.a
-    before = layer.base_layer.weight
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        for style in (ColwiseLoRA, RowwiseLoRA):
-            with pytest.raises(TypeError, match="expected a plain float weight to split"):
-                parallelize_module(layer, mesh, style())
-    finally:
-        torch.distributed.destroy_process_group()
-    assert layer.base_layer.weight is before
-
-
 def test_prepacking_leaves_codes_alone():
     model = adapted("nf4", patched=False)
     found = lk.patch_peft(model, prepack=True).prepack
