@@ -157,6 +157,14 @@ def test_fp8_layers_of_transformers(block):
     assert_same_bits(ours.decode(torch.bfloat16), expected(ours, torch.bfloat16))
 
 
+def test_scales_that_are_powers_of_two():
+    codes = torch.randn(130, 200).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[1.0, 2.0], [4.0, 0.5]]).to(torch.float8_e8m0fnu)
+    weight = ScaledWeight("float8", (128, 128), codes, scales)
+    assert weight.misfit() is None
+    assert_same_bits(weight.decode(torch.bfloat16), expected(weight, torch.bfloat16))
+
+
 # Each fault is one that a kernel could have; the definition must tell it from W.
 def _low_nibble_first(w):
     swapped = (w.stored << 4) | (w.stored >> 4)
