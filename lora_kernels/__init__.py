@@ -10,6 +10,7 @@ from lora_kernels.ops.dropout_mask import dropout_mask
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
+from lora_kernels.quantized import quantized_weight
 from lora_kernels.usage import LayerUse, UsageReport
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "lora_linear",
     "patch_peft",
     "prepack_",
+    "quantized_weight",
     "report",
     "save_adapter",
     "unpatch_peft",

@@ -25,7 +25,8 @@ from lora_kernels.adapter_layout import (
     tensors_of,
 )
 from lora_kernels.checks import FLOAT_DTYPES, check_memory, is_dtensor
-from lora_kernels.nn.linear import LoRALinear, check_linear, check_settings
+from lora_kernels.nn.arguments import check_linear, check_settings
+from lora_kernels.nn.linear import LoRALinear
 from lora_kernels.wrappers import (
     Place,
     find,

@@ -202,6 +202,11 @@ def input_reason(x: Any) -> str | None:
     return "x is on meta" if x.is_meta else None
 
 
+def hooks_reason(module: nn.Module) -> str | None:
+    """Return that something hangs on a module's call, or None."""
+    return "has hooks" if _has_hooks(module.__dict__) else None
+
+
 def _of_torch(hook: Any) -> bool:
     """Whether a hook, or a mode's class, is torch's own: these change no result of a layer.
 

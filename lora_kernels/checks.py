@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.operands.call import AUTOCAST_DTYPES, LinearCall
+from lora_kernels.operands.weight import Misfit, QuantizedWeight, Weight
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -44,9 +45,9 @@ def plainly_fit(x: Tensor, call: LinearCall, cast: torch.dtype | None) -> bool:
     A look that takes 1 µs where `misfit`, which names what is wrong, takes 3. False is no error; it
     is the answer for meta tensors, too, which nothing computes.
     """
-    stored, (lora_A, lora_B, _), bias, _ = call
-    weight = stored.decode()
-    if not (
+    given, (lora_A, lora_B, _), bias, _ = call
+    weight = given.stored
+    if isinstance(given, QuantizedWeight) or not (
         type(x) in _PLAIN
         and type(weight) in _PLAIN
         and type(lora_A) in _PLAIN
@@ -88,12 +89,16 @@ def plainly_fit(x: Tensor, call: LinearCall, cast: torch.dtype | None) -> bool:
 
 def misfit(x: Any, call: LinearCall, cast: torch.dtype | None) -> TypeError | ValueError | None:
     """Return the error that names what doesn't fit in a call, or None."""
-    weight, (lora_A, lora_B, _), bias = call.weight.decode(), call.adapter, call.bias
-    tensors = (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias))
+    weight, (lora_A, lora_B, _), bias = call.weight, call.adapter, call.bias
+    own = weight if isinstance(weight, QuantizedWeight) else weight.stored
+    tensors = (("x", x), ("weight", own), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias))
     for name, t in tensors:
         if t is None and name == "bias":
             continue
-        error = _not_a_float_tensor(name, t, x)
+        if isinstance(t, QuantizedWeight):
+            error = _unfit_codes(t, x)
+        else:
+            error = _not_a_float_tensor(name, t, x)
         if error is not None:
             return error
     if x.ndim < 1:
@@ -103,8 +108,8 @@ def misfit(x: Any, call: LinearCall, cast: torch.dtype | None) -> TypeError | Va
         return error
     if bias is not None and bias.shape != weight.shape[:1]:
         return ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is None or t.dtype == x.dtype:
+    for name, t in (("weight", own), ("bias", bias)):
+        if t is None or t.dtype is None or t.dtype == x.dtype:
             continue
         if cast is None:
             return TypeError(
@@ -137,13 +142,27 @@ def _not_a_float_tensor(name: str, t: Any, x: Any) -> TypeError | ValueError | N
     return None
 
 
-def _unfit_matrices(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> ValueError | None:
+def _unfit_codes(weight: QuantizedWeight, x: Tensor) -> Misfit:
+    error = weight.misfit()
+    if error is not None:
+        return error
+    for t in (weight.stored, *weight.parts):
+        if t.device != x.device:
+            return ValueError(f"weight: expected the device of x, {x.device}, got {t.device}")
+        if is_dtensor(x) or is_dtensor(t):
+            return TypeError("weight: expected no DTensor beside or as a quantised weight, got one")
+        if t.requires_grad:
+            return TypeError("weight: expected frozen codes and scales, got one that requires grad")
+    return None
+
+
+def _unfit_matrices(x: Tensor, weight: Any, lora_A: Tensor, lora_B: Tensor) -> ValueError | None:
     for name, t, dims in (
-        ("weight", weight, "[N, K]"),
+        ("weight", weight.stored if weight.dtype is not None else None, "[N, K]"),
         ("lora_A", lora_A, "[R, K]"),
         ("lora_B", lora_B, "[N, R]"),
     ):
-        if t.ndim != 2:
+        if t is not None and t.ndim != 2:
             return ValueError(f"{name}: expected two dimensions {dims}, got shape {list(t.shape)}")
     features, (n, k), rank = x.shape[-1], weight.shape, lora_A.shape[0]
     if features != k:
@@ -161,7 +180,7 @@ def _unfit_matrices(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -
             else ("lora_B", lora_B, f"[{n}, R]")
         )
         return ValueError(f"{name}: expected shape {expected}, got {list(t.shape)}{hint}")
-    if rank < 1:
+    if rank < 1 and weight.dtype is not None:  # codes' own product is a call of rank 0
         return ValueError(f"lora_A: expected a rank of at least 1, got shape {list(lora_A.shape)}")
     if lora_B.shape[1] != rank:
         return ValueError(f"lora_B: expected shape [{n}, {rank}], got {list(lora_B.shape)}")
@@ -178,7 +197,9 @@ def check_backward(
     Raises:
         TypeError, ValueError: an argument doesn't fit the others.
     """
-    weight, (lora_A, lora_B, _) = call.weight.decode(), call.adapter
+    weight, (lora_A, lora_B, _) = call.weight, call.adapter
+    if isinstance(weight, QuantizedWeight) and (unfit := _unfit_codes(weight, dy)) is not None:
+        raise unfit
     (n, k), r = _matrix_shape("weight", weight), _matrix_shape("lora_A", lora_A)[0]
     for name, t, shape in (
         ("lora_A", lora_A, (r, k)),
@@ -194,7 +215,8 @@ def check_backward(
             raise error
         if tuple(t.shape) != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
-    for name, t in (("weight", weight), ("x", x), ("xa", xa)):
+    given = (("weight", None if weight.dtype is None else weight.stored), ("x", x), ("xa", xa))
+    for name, t in given:
         expected = torch.float32 if name == "xa" and wide_xa else dy.dtype
         if t is not None and t.dtype != expected:
             whose = "" if expected != dy.dtype else "the dtype of dy, "
@@ -232,8 +254,8 @@ def lack_of_memory(t: Tensor) -> str | None:
     return f"memory for shape {list(t.shape)}, got a storage of {nbytes} bytes"
 
 
-def _matrix_shape(name: str, t: Tensor) -> tuple[int, int]:
-    if t.ndim != 2:
+def _matrix_shape(name: str, t: Tensor | Weight) -> tuple[int, int]:
+    if len(t.shape) != 2:
         raise ValueError(f"{name}: expected two dimensions, got shape {list(t.shape)}")
     return t.shape[0], t.shape[1]
 

@@ -19,7 +19,7 @@ from lora_kernels.impl.triton.plan.config import Problem
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dropout import drop_threshold
 from lora_kernels.operands.request import Request
-from lora_kernels.operands.weight import Dense
+from lora_kernels.operands.weight import Dense, QuantizedWeight, Weight
 from lora_kernels.ops.linear import lora_linear
 
 
@@ -35,6 +35,7 @@ class Explanation:
             for others.
         peft: why "auto" of a patched layer keeps PEFT's forward in such a call; None where it
             doesn't.
+        format: of the weight, such as "nf4".
 
     Example:
         >>> print(lk.Explanation("eager", {"triton": "serves CUDA devices, got cpu"}))
@@ -46,9 +47,11 @@ class Explanation:
     reasons: dict[str, str]
     plans: dict[str, str] = field(default_factory=dict)
     peft: str | None = None
+    format: str = "dense"
 
     def __str__(self) -> str:
-        lines = [f"auto -> {self.choice or 'none'}"]
+        of = "" if self.format == "dense" else f", weight in {self.format}"
+        lines = [f"auto -> {self.choice or 'none'}{of}"]
         if self.peft is not None:
             lines.append(f"  in a patched layer PEFT's forward: {self.peft}")
         lines += [f"  {name}: {plan}" for name, plan in self.plans.items()]
@@ -87,17 +90,19 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
     given = bound.arguments
     x, weight, lora_A, scaling = (given[name] for name in ("x", "weight", "lora_A", "scaling"))
     cast = autocast_dtype(x)
-    call = LinearCall(Dense(weight), Adapter(lora_A, given["lora_B"], scaling), given["bias"], None)
+    weight = weight if isinstance(weight, QuantizedWeight) else Dense(weight)
+    call = LinearCall(weight, Adapter(lora_A, given["lora_B"], scaling), given["bias"], None)
     check_call(x, call, cast=cast)
     check_scaling(scaling)
     check_dropout_p(given["dropout_p"])
     check_seed(given["seed"], x.device)
     check_impl(given["impl"])
     dropout = given["training"] and drop_threshold(given["dropout_p"]) > 0
-    request = Request("lora_linear", x.device, cast or x.dtype, lora_A.shape[0], dropout)
+    dtype, form = cast or x.dtype, weight.format
+    request = Request("lora_linear", x.device, dtype, lora_A.shape[0], dropout, form)
     reasons = refusals(request)
     names = [i.name for i in IMPLEMENTATIONS]
-    first = preferred(x, weight, dropout)
+    first = preferred(x, weight.stored, dropout) if form == "dense" else "auto"
     if first != "auto":
         names.insert(0, first)
     choice = next((name for name in names if name not in reasons), None)
@@ -105,10 +110,10 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
         if implementation.name not in (choice, *reasons):
             reasons[implementation.name] = f"serves the call too; {choice} comes first"
     plans = _triton_plans(x, weight, request) if choice == "triton" else {}
-    return Explanation(choice, reasons, plans, slower_than_peft(request))
+    return Explanation(choice, reasons, plans, slower_than_peft(request), form)
 
 
-def _triton_plans(x: Tensor, weight: Tensor, request: Request) -> dict[str, str]:
+def _triton_plans(x: Tensor, weight: Weight, request: Request) -> dict[str, str]:
     layer = Problem(
         max(x.numel() // weight.shape[1], 1),
         weight.shape[0],

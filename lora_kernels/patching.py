@@ -13,7 +13,8 @@ from lora_kernels.dispatch import check_impl
 from lora_kernels.nn import LoRALinear
 from lora_kernels.operands.request import Request
 from lora_kernels.prepack import PrepackReport, prepack_, state_of_copies
-from lora_kernels.serving import check_serves, missed_part, request_of, served
+from lora_kernels.quantized import request_of_base
+from lora_kernels.serving import check_serves, missed_part, served
 from lora_kernels.summary import Group, Summary, grouped
 from lora_kernels.usage import LOGGER, Calls, LayerUse, UsageReport, by_implementation, run_by
 from lora_kernels.wrappers import loaded
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
 
 
-_OWN_ATTRIBUTES = ("_lora_kernels_impl", "_lora_kernels_calls", "_lora_kernels_packed")
+_OWN_ATTRIBUTES = tuple(f"_lora_kernels_{name}" for name in ("impl", "options", "calls", "packed"))
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,19 @@ class PatchReport(Summary):
         return run + grouped("left", self.left)
 
 
-def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -> PatchReport:
+def patch_peft(
+    model: nn.Module,
+    *,
+    impl: str = "auto",
+    prepack: bool = False,
+    int8: str | None = None,
+    fp8: str | None = None,
+) -> PatchReport:
     """Make a PEFT model's LoRA linear layers compute with `lora_linear`, layer by layer, in place.
 
     Parameters, names, hooks and dictionaries stay the same objects: only the class of each
-    `peft.tuners.lora.Linear` changes. Whether a call is fused is decided at that call, since
+    `peft.tuners.lora.Linear` changes, and of PEFT's layers over weights that bitsandbytes or
+    torchao quantised. Whether a call is fused is decided at that call, since
     adapters are switched, merged and added after patching; otherwise PEFT's own forward runs, and
     the logger "lora_kernels" warns once of each reason. `report` tells later what became of calls.
     Layers of adapters that a PeftModel adds later are fused, too. A second call renews `impl` and
@@ -91,6 +100,9 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
             dtype: move and cast the model first. Layers on meta, and shards, are not asked: there,
             and for what changes later, a fused call that it can't serve raises.
         prepack: also pack the frozen weights, as `prepack_` does; the report then has its report.
+        int8: "weights" fuses layers over `Linear8bitLt` on CUDA devices, too, whose own forward
+            quantises x to int8 besides; a fused call doesn't.
+        fp8: "weights" fuses layers over transformers' `FP8Linear`, likewise.
 
     Returns:
         A `PatchReport`; `print(report)` is readable.
@@ -98,7 +110,8 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
     Raises:
         ImportError: peft is not installed, or older than 0.18.
         TypeError, ValueError: `model` is no module or has no LoRA layer, or `impl` is unknown or
-            can't serve the layers. The model is as it was, after any failure.
+            can't serve the layers, or `int8` or `fp8` is. The model is as it was, after any
+            failure.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -109,6 +122,7 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
         (['base_model.model.0'], ['base_model.model.2'])
     """
     check_impl(impl)
+    asked = _options(int8=int8, fp8=fp8)
     _check_peft_version()
     from lora_kernels._peft import linear as ours
 
@@ -125,14 +139,15 @@ def patch_peft(model: nn.Module, *, impl: str = "auto", prepack: bool = False) -
         for path, layer in layers:
             reason = _left_for_its_type(layer)
             if reason is None:
-                ours.become(layer, ours.FusedLinear, impl, path, told)
-                reason = ours.left_reason(cast(Any, layer))
+                kind = cast(type, ours.fused_kind(layer))
+                ours.become(layer, kind, ours.Patched(impl, asked), path, told)
+                reason = ours.left_reason(layer)
             if reason is None:
                 found.patched.append(path)
             else:
                 found.left[path] = reason
         for tuner in tuners:
-            ours.become(tuner, ours.FusedLoraModel, impl)
+            ours.become(tuner, ours.FusedLoraModel, ours.Patched(impl, asked))
         _tell(found, impl, requests)
     except BaseException:
         for module, kind, attributes in before:
@@ -168,7 +183,7 @@ def unpatch_peft(model: nn.Module) -> int:
 
     patched = [layer for _, layer in _lora_layers(model) if ours.is_fused(layer)]
     for layer in patched:
-        ours.become(layer, ours.Linear, None)
+        ours.become(layer, cast(Any, type(layer))._lora_kernels_theirs, None)
     for tuner in model.modules():
         if type(tuner) is ours.FusedLoraModel:
             ours.become(tuner, ours.LoraModel, None)
@@ -229,7 +244,7 @@ def _use_of(layer: nn.Module, compiled: bool) -> LayerUse:
     calls, state = vars(layer).get("_lora_kernels_calls") or Calls(), _state_of(layer)
     request, by, without = None, None, None
     if isinstance(layer, LoRALinear):
-        impl, request = layer.impl, request_of(layer.base_layer, layer.r, False)
+        impl, request = layer.impl, request_of_base(layer.base_layer, layer.r, False)
     elif state is None:
         impl, request = vars(layer)["_lora_kernels_impl"], _request_of(cast(Any, layer))
     if state is None and request is not None:
@@ -245,9 +260,9 @@ def _state_of(layer: nn.Module) -> str | None:
     """Return why a call would be left now, as far as the layer itself says."""
     if isinstance(layer, LoRALinear):
         return "merged" if layer.merged else layer.left_reason()
-    from lora_kernels._peft.linear import FusedLinear, left_reason
+    from lora_kernels._peft.linear import left_reason
 
-    if isinstance(layer, FusedLinear):
+    if hasattr(layer, "_lora_kernels_theirs"):  # FSDP2 makes classes of its own of ours
         return left_reason(layer)
     return _left_for_its_type(cast(Any, layer)) or "not patched: call patch_peft again"
 
@@ -263,7 +278,7 @@ def _request_of(layer: "LoraLayer") -> Request | None:
     if not names:
         return None
     p = getattr(layer.lora_dropout[names[0]], "p", 0.0)
-    return request_of(layer.get_base_layer(), layer.r[names[0]], p > 0.0)
+    return request_of_base(layer.get_base_layer(), layer.r[names[0]], p > 0.0)
 
 
 def _tell(found: PatchReport, impl: str, requests: dict[str, Request]) -> None:
@@ -285,13 +300,21 @@ def _tell(found: PatchReport, impl: str, requests: dict[str, Request]) -> None:
 
 def _left_for_its_type(layer: "LoraLayer") -> str | None:
     """Return why a layer can't be fused whatever its state, or None."""
-    from lora_kernels._peft.linear import FusedLinear, Linear
+    from lora_kernels._peft.linear import fused_kind
 
-    if type(layer) not in (Linear, FusedLinear):
+    if fused_kind(layer) is None:
         return f"{_qualified_name(layer)} has no fused forward"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
     return None
+
+
+def _options(**asked: str | None) -> tuple[str, ...]:
+    """Return the formats whose layers are computed with W in x's dtype on request."""
+    for name, value in asked.items():
+        if value not in (None, "weights"):
+            raise ValueError(f'{name}: expected None or "weights", got {value!r}')
+    return tuple(name for name, value in asked.items() if value is not None)
 
 
 def _check_peft_version() -> None:

@@ -58,11 +58,13 @@ def served(impl: str, request: Request) -> Served:
     if reason is not None:
         return Served(f"{impl}, which raises", reason)
     name = choose(impl, request).name
-    by = f"cpu ({torch.ops.lora_kernels.cpu_isa()})" if name == "cpu" else name
+    how = [str(torch.ops.lora_kernels.cpu_isa())] if name == "cpu" else []
+    how += [] if request.format == "dense" else [f"weights in {request.format}"]
+    by = f"{name} ({', '.join(how)})" if how else name
     if impl != "auto" or name != "eager":
         return Served(by)
     if slower_than_peft(request) is not None:
-        by = "eager, with dropout PEFT"
+        by = f"{by}, with dropout PEFT"
     kernels, reasons = _KERNELS.get(request.device.type, ()), refusals(request)
     said = "; ".join(f"{kernel}: {reasons[kernel]}" for kernel in kernels)
     return Served(by, said or f"no kernels for {request.device.type}")

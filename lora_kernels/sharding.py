@@ -123,7 +123,7 @@ def sharded_call(x: Tensor, call: LinearCall) -> LinearCall:
     if dropout is not None:
         dropout = Dropout(_shard_seed(dropout.seed, x), dropout.threshold)
     return LinearCall(
-        Dense(_reduced_gradient(weight.decode())),
+        Dense(_reduced_gradient(weight.stored)),
         Adapter(_reduced_gradient(a), _reduced_gradient(b), scaling),
         None if bias is None else _reduced_gradient(bias),
         dropout,

@@ -18,6 +18,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
 from lora_kernels.sharding import register_rules
 
 
@@ -40,6 +41,11 @@ class _LoRAStyle(ParallelStyle):
                 "module: expected a LoRALinear or a peft.tuners.lora.Linear, "
                 f"got {type(module).__name__}"
             )
+        weight: Any = getattr(module.base_layer, "weight", None)
+        plain = type(weight) is nn.Parameter or is_dtensor(weight)
+        if not plain or weight.dtype not in FLOAT_DTYPES:
+            got = f"{type(weight).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
+            raise TypeError(f"module: expected a plain float weight to split, got a {got}")
         register_rules()
         take, give = cast(Any, self._take), cast(Any, self._give)
         return distribute_module(module, device_mesh, self._split, take, give)
@@ -80,7 +86,8 @@ class ColwiseLoRA(_LoRAStyle):
         use_local_output: return this rank's part of y as a plain tensor, the default, or a DTensor.
 
     Raises:
-        TypeError: at `parallelize_module`, for a module that is no LoRA linear layer.
+        TypeError: at `parallelize_module`, for a module that is no LoRA linear layer, or one around
+            a quantised weight.
 
     With dropout the ranks' torch generators must agree, as for all replicated random numbers.
 
@@ -133,7 +140,8 @@ class RowwiseLoRA(_LoRAStyle):
         use_local_output: return this rank's part of y as a plain tensor, the default, or a DTensor.
 
     Raises:
-        TypeError: at `parallelize_module`, for a module that is no LoRA linear layer.
+        TypeError: at `parallelize_module`, for a module that is no LoRA linear layer, or one around
+            a quantised weight.
 
     Precision: as `lora_linear` of each rank's columns; the ranks' parts are added in x's dtype.
 

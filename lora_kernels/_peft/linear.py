@@ -5,7 +5,9 @@ name: so deep copies, pickles, hooks, isinstance checks and every other method o
 working, and a call that the fused path does not cover is `super().forward`, PEFT's own.
 """
 
-from typing import Any
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -29,6 +31,7 @@ from lora_kernels.operands.onednn import OnednnWeight
 from lora_kernels.operands.request import Request
 from lora_kernels.ops.linear import run
 from lora_kernels.prepack import current, forget, restore
+from lora_kernels.quantized import is_quantized
 from lora_kernels.usage import Calls
 
 _PEFT = "peft.tuners.lora.layer"  # whose Linear.forward a fused call stands for
@@ -38,6 +41,7 @@ _FORWARD = Linear.forward if origin(Linear.forward) == _PEFT else None
 class FusedLinear(Linear):
     """PEFT's `lora.Linear`, computed by `lora_linear` unless there is a reason not to."""
 
+    _lora_kernels_theirs = Linear
     _lora_kernels_impl: str
     _lora_kernels_calls: Calls
     _lora_kernels_packed: OnednnWeight | None = None  # set by `prepack_`
@@ -61,7 +65,7 @@ class FusedLinear(Linear):
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         cast = autocast_dtype(x)
         call = LinearCall(current(self, weight), Adapter(lora_A, lora_B, scaling), bias, None)
-        reason = _call_reason(x, call, p, cast, impl, self._modules["base_layer"])
+        reason = call_reason(x, call, p, cast, impl, self._modules["base_layer"])
         if reason is not None:
             if calls is not None:
                 calls.leave(reason)
@@ -91,6 +95,7 @@ class FusedLoraModel(LoraModel):
     """PEFT's tuner of a patched model: it fuses the layers of adapters added later, too."""
 
     _lora_kernels_impl: str
+    _lora_kernels_options: tuple[str, ...]
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter as PEFT does, then fuse its new layers."""
@@ -102,36 +107,63 @@ class FusedLoraModel(LoraModel):
         told: set[str] = set()
         told = next((m._lora_kernels_calls.told for m in layers.values() if is_fused(m)), told)
         for path, layer in layers.items():
-            if type(layer) is Linear and "forward" not in vars(layer):
-                become(layer, FusedLinear, impl, path, told)
+            kind = None if is_fused(layer) or "forward" in vars(layer) else fused_kind(layer)
+            if kind is not None:
+                become(layer, kind, Patched(impl, vars(self)["_lora_kernels_options"]), path, told)
+
+
+class Patched(NamedTuple):
+    """What `patch_peft` was asked for: `impl`, and for which formats W in x's dtype."""
+
+    impl: str
+    options: tuple[str, ...] = ()
+
+
+# By the module of PEFT's class, ours with its `FUSED`: each needs a library of its own.
+_OVER_QUANTIZED = {
+    "peft.tuners.lora.bnb": "lora_kernels._peft.bnb",
+    "peft.tuners.lora.torchao": "lora_kernels._peft.torchao",
+}
+
+
+def fused_kind(layer: Any) -> type | None:
+    """Return the class that a layer has when it is patched, or None."""
+    kind = type(layer)
+    if is_fused(layer):
+        return kind
+    if kind is Linear and not is_quantized(layer.get_base_layer()):
+        return FusedLinear
+    module = _OVER_QUANTIZED.get(kind.__module__, "lora_kernels._peft.quantized")
+    found: type | None = import_module(module).FUSED.get(kind)
+    return found
 
 
 def is_fused(module: Any) -> bool:
     """Whether a module is a patched layer."""
-    return type(module) is FusedLinear
+    return "_lora_kernels_theirs" in vars(type(module))
 
 
 def become(
-    module: Any, kind: type, impl: str | None, path: str = "", told: set[str] | None = None
+    module: Any, kind: type, asked: Patched | None, path: str = "", told: set[str] | None = None
 ) -> None:
-    """Give a layer or tuner another class, and what a patched one has; no `impl`: take it away."""
+    """Give a layer or tuner another class, and what a patched one has; None: take it away."""
     module.__class__ = kind
     own = vars(module)
-    if impl is None:
-        for name in ("impl", "packed", "calls"):
+    if asked is None:
+        for name in ("impl", "options", "packed", "calls"):
             own.pop(f"_lora_kernels_{name}", None)
         return
-    own["_lora_kernels_impl"] = impl
-    if kind is FusedLinear:
+    own["_lora_kernels_impl"], own["_lora_kernels_options"] = asked
+    if is_fused(module):
         own.setdefault("_lora_kernels_calls", Calls(path, told))
 
 
 # What a fused call reads from a layer: weight, bias (the adapter's, scaled, is part of it), lora_A,
 # lora_B, dropout's module, scaling. A NamedTuple would take half a microsecond more.
-FusedParts = tuple[Tensor, Tensor | None, Tensor, Tensor, nn.Module, float | Tensor]
+FusedParts = tuple[Any, Tensor | None, Tensor, Tensor, nn.Module, float | Tensor]
 
 
-def fused_parts(layer: Linear) -> FusedParts | str:
+def fused_parts(layer: Any, read: Callable[[Any], Any] = read_linear) -> FusedParts | str:
     """Return what a fused call needs, or why the layer keeps PEFT's forward in its present state.
 
     Runs at every call, so it reads `_modules` and `_parameters` themselves: an attribute of an
@@ -156,7 +188,7 @@ def fused_parts(layer: Linear) -> FusedParts | str:
         return f"LoRA variant {type(variant).__name__}" if variant is not None else "DoRA"
     base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[name]
     lora_A, lora_B = adapters[name], modules["lora_B"]._modules[name]
-    own, a, b = read_linear(base), read_linear(lora_A), read_linear(lora_B)
+    own, a, b = read(base), read_linear(lora_A), read_linear(lora_B)
     if isinstance(own, str):
         return f"base layer {own}"
     if isinstance(a, str):
@@ -175,6 +207,8 @@ def fused_parts(layer: Linear) -> FusedParts | str:
             return reason
     weight, bias = own
     if b[1] is not None:
+        if not isinstance(weight, Tensor):
+            return "lora_B has a bias beside a quantised weight"
         both = _with_lora_bias(own, b[0], b[1], scaling)
         if isinstance(both, str):
             return both
@@ -206,13 +240,16 @@ def _with_lora_bias(
     return scaled.to(weight.dtype) if bias is None else (bias + scaled).to(bias.dtype)
 
 
-def left_reason(layer: Linear) -> str | None:
+def left_reason(layer: Any) -> str | None:
     """Return why a layer keeps PEFT's forward in its present state; None where it is fused."""
-    parts = fused_parts(layer)
+    if isinstance(layer, FusedLinear):
+        parts = fused_parts(layer)
+    else:
+        parts = import_module("lora_kernels._peft.quantized").parts_of(layer)
     return parts if isinstance(parts, str) else None
 
 
-def _call_reason(
+def call_reason(
     x: Any, call: LinearCall, p: float, cast: torch.dtype | None, impl: str, base: Any
 ) -> str | None:
     """Return why a call with x is PEFT's to compute, or to refuse; None where it is fused."""
@@ -225,7 +262,7 @@ def _call_reason(
     if not torch.compiler.is_dynamo_compiling():
         if is_grad_enabled() and (
             x.is_inference()
-            or call.weight.decode().is_inference()
+            or call.weight.stored.is_inference()
             or lora_A.is_inference()
             or lora_B.is_inference()
         ):
@@ -235,7 +272,8 @@ def _call_reason(
     if x.is_cpu or impl != "auto":
         return None
     dtype, rank = cast or x.dtype, lora_A.shape[0]
-    return slower_than_peft(Request("lora_linear", x.device, dtype, rank, p > 0.0))
+    asked = Request("lora_linear", x.device, dtype, rank, p > 0.0, call.weight.format)
+    return slower_than_peft(asked)
 
 
 def _misfit_reason(x: Any, call: LinearCall, cast: torch.dtype | None) -> str | None:

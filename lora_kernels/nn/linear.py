@@ -19,24 +19,20 @@ from lora_kernels.checks import (
     FLOAT_DTYPES,
     check_call,
     check_dropout_p,
-    check_finite,
     check_keyword,
-    check_rank,
     is_dtensor,
     lack_of_memory,
     plainly_fit,
 )
-from lora_kernels.dispatch import check_impl
 from lora_kernels.merging import Update
+from lora_kernels.nn.arguments import OWNER_READS, check_linear, check_settings
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.onednn import OnednnWeight
 from lora_kernels.ops.linear import run
 from lora_kernels.prepack import current
+from lora_kernels.quantized import Base, apply, read_quantized, settled, unconverted
 from lora_kernels.usage import Calls
-
-BIAS_MODES = ("none", "all", "lora_only")
-_OWNER_READS = "expected 0 around MultiheadAttention's out_proj, which reads the weight alone"
 
 
 class LoRALinear(nn.Module):
@@ -120,13 +116,14 @@ class LoRALinear(nn.Module):
         """Return a layer around `linear`: the same object becomes `base_layer` and is frozen.
 
         Args:
-            linear: the layer to adapt; its device and dtype are the adapter's.
+            linear: the layer to adapt; its device and dtype are the adapter's. Beside a quantised
+                weight, one that `quantized_weight` reads, lora_A and lora_B are float32.
             r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl: as the class.
 
         Raises:
-            TypeError, ValueError: `linear` is not an nn.Linear with a plain float weight and
-                torch's forward, or it is MultiheadAttention's out_proj and lora_dropout isn't 0; or
-                as the class. `linear` is as it was.
+            TypeError, ValueError: `linear` is neither an nn.Linear with a plain float weight and
+                torch's forward nor a quantised layer, or it is MultiheadAttention's out_proj and
+                lora_dropout isn't 0; or as the class. `linear` is as it was.
 
         Example:
             >>> linear = nn.Linear(64, 128)
@@ -154,7 +151,9 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None,
         impl: str,
     ) -> None:
-        like = {"device": base.weight.device, "dtype": adapter_dtype or base.weight.dtype}
+        # As PEFT has it; codes may be kept as float16.
+        own = torch.float32 if isinstance(read_quantized(base), Base) else base.weight.dtype
+        like = {"device": base.weight.device, "dtype": adapter_dtype or own}
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora, self.bias_mode, self.impl = use_rslora, bias, impl
@@ -193,7 +192,7 @@ class LoRALinear(nn.Module):
             if not summable:
                 raise RuntimeError("weight: expected plain matrices to form W + scaling · B A of")
             if self.training and self.lora_dropout:
-                raise RuntimeError(f"lora_dropout: {_OWNER_READS}, got {self.lora_dropout}")
+                raise RuntimeError(f"lora_dropout: {OWNER_READS}, got {self.lora_dropout}")
         if not summable:
             return weight
         return merging.with_updates(weight, self._update())
@@ -228,7 +227,8 @@ class LoRALinear(nn.Module):
             return self.base_layer(x)
         parts = self._fused_parts()
         if isinstance(parts, str):
-            return self._left(x, parts)
+            base = read_quantized(self.base_layer)
+            return self._left(x, parts) if base is None else self._quantized(x, base)
         weight, bias, a, b = parts
         cast, scaling, p = autocast_dtype(x), self.scaling, self.lora_dropout
         call = LinearCall(current(self, weight), Adapter(a, b, scaling), bias, None)
@@ -253,13 +253,18 @@ class LoRALinear(nn.Module):
 
     def left_reason(self) -> str | None:
         """Return why a call would be composed of the submodules' own; None where it is fused."""
-        parts = self._fused_parts()
+        parts = self._fused_parts(read_quantized(self.base_layer))
         return parts if isinstance(parts, str) else None
 
-    def _fused_parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | str:
-        """Return W, bias, A and B for a fused call, or what it would bypass."""
+    def _fused_parts(
+        self, quantized: Base | str | None = None
+    ) -> tuple[Any, Tensor | None, Tensor, Tensor] | str:
+        """Return W, bias, A and B for a fused call, or what it would bypass.
+
+        quantized: the base layer, where it is read already.
+        """
         modules: dict[str, Any] = self._modules
-        base = read_linear(modules["base_layer"])
+        base = read_linear(modules["base_layer"]) if quantized is None else quantized
         a, b = read_linear(modules["lora_A"]), read_linear(modules["lora_B"])
         if isinstance(base, str):
             return f"base layer {base}"
@@ -270,7 +275,22 @@ class LoRALinear(nn.Module):
         if a[1] is not None or b[1] is not None:
             return "lora_A or lora_B has a bias"
         reason = everywhere_reason()
-        return (*base, a[0], b[0]) if reason is None else reason
+        return (base[0], base[1], a[0], b[0]) if reason is None else reason
+
+    def _quantized(self, x: Tensor, base: Base | str) -> Tensor:
+        """Return y around a quantised base layer."""
+        parts = self._fused_parts(base)
+        unfit = input_reason(x) or scaling_reason(self.scaling)
+        if isinstance(base, str) or isinstance(parts, str) or unfit is not None:
+            with unconverted(self.base_layer):
+                return self._left(x, parts if isinstance(parts, str) else str(unfit))
+        p = self.lora_dropout if self.training else 0.0
+        check_dropout_p(p, name="lora_dropout")
+        if not torch.compiler.is_dynamo_compiling():
+            self._lora_kernels_calls.fused += 1
+        dropout = drawn(p, None, x.device) if p else None
+        base = settled(self.base_layer, base, x)
+        return apply(x, base, Adapter(parts[2], parts[3], self.scaling), dropout, self.impl)
 
     def _left(self, x: Tensor, reason: str) -> Tensor:
         """Return y by the submodules' own calls, as PEFT computes it, and note the reason."""
@@ -348,53 +368,8 @@ class LoRALinear(nn.Module):
         )
 
 
-def check_linear(linear: nn.Module, lora_dropout: float = 0.0, bias: str = "none") -> None:
-    """Raise unless `linear` computes x Wᵀ + bias from a float weight, and the settings suit it."""
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
-    # A quantised layer is often a subclass; its forward would silently be bypassed.
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-        raise TypeError(
-            f"linear: expected torch.nn.Linear's own forward, got one of {type(linear).__name__}"
-        )
-    for name, t in (("weight", linear.weight), ("bias", linear.bias)):
-        if t is not None and type(t) not in PLAIN_TENSORS and not is_dtensor(t):
-            raise TypeError(f"linear: expected a plain {name}, got a {type(t).__name__}")
-    if linear.weight.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            "linear: expected a float16, bfloat16, float32 or float64 weight, "
-            f"got {linear.weight.dtype}"
-        )
-    if bias != "none" and linear.bias is not None and linear._parameters.get("bias") is None:
-        raise TypeError(f"linear: expected a bias parameter for bias={bias!r}, got a computed bias")
-    if lora_dropout and isinstance(linear, NonDynamicallyQuantizableLinear):
-        raise ValueError(f"lora_dropout: {_OWNER_READS}, got {lora_dropout}")
-
-
 def _has_plain_matrix(module: nn.Module) -> bool:
     weight: Any = module.weight
     if type(weight) not in PLAIN_TENSORS and not is_dtensor(weight):
         return False
     return weight.dtype in FLOAT_DTYPES and weight.ndim == 2 and lack_of_memory(weight) is None
-
-
-def check_settings(
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float,
-    bias: str,
-    adapter_dtype: torch.dtype | None,
-    impl: str,
-) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless LoRALinear takes the settings."""
-    check_rank(r)
-    check_finite(lora_alpha, name="lora_alpha")
-    check_dropout_p(lora_dropout, name="lora_dropout")
-    if bias not in BIAS_MODES:
-        raise ValueError(f"bias: expected one of {', '.join(map(repr, BIAS_MODES))}, got {bias!r}")
-    if adapter_dtype not in (None, *FLOAT_DTYPES):
-        raise TypeError(
-            "adapter_dtype: expected float16, bfloat16, float32, float64 or None, "
-            f"got {adapter_dtype}"
-        )
-    check_impl(impl)

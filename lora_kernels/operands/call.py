@@ -7,7 +7,8 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
 from lora_kernels.operands.dropout import Dropout
-from lora_kernels.operands.weight import Dense, Parts, Weight, weight_of
+from lora_kernels.operands.formats import weight_of
+from lora_kernels.operands.weight import Dense, Parts, Weight
 
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float64 is left as it is
 
@@ -29,19 +30,19 @@ class LinearCall(NamedTuple):
     dropout: Dropout | None
 
     def cast(self, dtype: torch.dtype) -> "LinearCall":
-        """Return the call with W and bias as autocast has them."""
+        """Return the call with W and bias as autocast has them; codes stay, x decides for them."""
         weight, adapter, bias, dropout = self
         if weight.dtype != dtype and weight.dtype in AUTOCAST_DTYPES:
-            weight = Dense(weight.decode().to(dtype))
+            weight = Dense(weight.decode(dtype))
         return LinearCall(weight, adapter, as_autocast(bias, dtype), dropout)
 
     def flat(self) -> tuple[Any, ...]:
         """Return what a forward operator takes after x."""
         weight, (a, b, scaling), bias, dropout = self
         if dropout is None and type(weight) is Dense and type(scaling) is float:  # in half the time
-            return weight.matrix, None, None, a, b, bias, None, 0, None, scaling
+            return weight.stored, None, None, a, b, bias, None, 0, None, scaling
         w, parts = weight.tensors(False)
-        form = None if parts is None else weight.format
+        form = weight.form
         seed, threshold = (None, 0) if dropout is None else dropout
         if isinstance(scaling, Tensor):
             return w, parts, form, a, b, bias, seed, threshold, scaling, 1.0

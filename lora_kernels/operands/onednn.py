@@ -22,21 +22,21 @@ class OnednnWeight:
     `.data` leave no trace), nor one that is trained. A copied or unpickled module starts without.
     """
 
-    format = "onednn"
+    format = form = "onednn"
 
     def __init__(self, weight: Tensor, backward: bool) -> None:
         # The detached alias shares memory and version counter, and keeps that address from reuse.
-        self._weight, self._version = weight.detach(), weight._version
+        self.stored, self._version = weight.detach(), weight._version
         self.shape, self.dtype, self.both_ways = weight.shape, weight.dtype, backward
-        self._copies = _packed(self._weight)
-        self._transposed = _packed(self._weight.t()) if backward else []
+        self._copies = _packed(self.stored)
+        self._transposed = _packed(self.stored.t()) if backward else []
         self.nbytes = sum(t.numel() * t.element_size() for t in self._copies + self._transposed)
         # Implementation and dtype of the last call, if it read the weight itself.
         self.unused: tuple[str, torch.dtype] | None = None
 
     def holds(self, weight: Tensor) -> bool:
         """Whether `weight` is still what was packed."""
-        mine = self._weight
+        mine = self.stored
         return (
             not weight.requires_grad  # fused optimizers leave no trace in the version
             and weight._version == self._version
@@ -47,11 +47,11 @@ class OnednnWeight:
 
     def tensors(self, backward: bool) -> Stored:
         """Return W and its parts; those of Wᵀ for backward, none where it wasn't packed."""
-        return self._weight, self._transposed or None if backward else self._copies
+        return self.stored, self._transposed or None if backward else self._copies
 
-    def decode(self) -> Tensor:
+    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return W."""
-        return self._weight
+        return self.stored if dtype is None else self.stored.to(dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kernels.operands.weight import format_served
+from lora_kernels.operands.formats import format_served
 
 
 class Request(NamedTuple):

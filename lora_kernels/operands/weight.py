@@ -9,6 +9,7 @@ from torch import Tensor
 # What operators take of a weight besides W or its codes; None of a dense one.
 Parts = Sequence[Tensor] | None
 Stored = tuple[Tensor, Parts]
+Misfit = TypeError | ValueError | None  # an error that says what doesn't fit
 
 
 class Weight(Protocol):
@@ -19,69 +20,108 @@ class Weight(Protocol):
         """A word of `FORMATS`."""
 
     @property
+    def form(self) -> str | None:
+        """The word with the format's numbers, as operators take it; None of a dense weight."""
+
+    @property
     def shape(self) -> torch.Size:
         """[N, K]."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of W."""
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of W; None where it is decoded to that of x."""
+
+    @property
+    def stored(self) -> Tensor:
+        """W or its codes: the tensor that is asked for its device, memory and gradient."""
 
     def tensors(self, backward: bool) -> Stored:
         """Return what the operators of a direction take: W or its codes, and the parts."""
 
-    def decode(self) -> Tensor:
-        """Return W itself."""
+    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return W itself, in `dtype` or as exactly as the format says it."""
 
 
 class Dense:
     """W as torch has it; no NamedTuple, which takes twice the time to make."""
 
-    __slots__ = ("matrix",)
-    format = "dense"
+    __slots__ = ("stored",)
+    format, form = "dense", None
 
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
+    def __init__(self, stored: Tensor) -> None:
+        self.stored = stored
 
     @property
     def shape(self) -> torch.Size:
         """[N, K]."""
-        return self.matrix.shape
+        return self.stored.shape
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of W."""
-        return self.matrix.dtype
+        return self.stored.dtype
 
     def tensors(self, backward: bool) -> Stored:  # noqa: ARG002  the protocol's
         """Return W alone."""
-        return self.matrix, None
+        return self.stored, None
 
-    def decode(self) -> Tensor:
+    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return W."""
-        return self.matrix
+        stored = self.stored
+        return stored if dtype is None or stored.dtype is dtype else stored.to(dtype)
 
 
-# Each format, and whether W itself is among its tensors: such a weight is dense to whoever doesn't
-# know the format.
-FORMATS = {"dense": True, "onednn": True}
+class QuantizedWeight:
+    """A frozen weight as codes and scales, views of what its owner keeps; nothing writes to them.
+
+    `lora_linear` takes one in W's place, and `quantized_weight` makes it of a layer. W is decoded
+    to the dtype of x, in forward and in backward.
+
+    Attributes:
+        format: "nf4", "fp4", "int8" or "float8".
+        form: the word with the format's numbers.
+        shape: [N, K].
+        stored: the codes.
+        parts: the scales, and what else W is made of.
+    """
+
+    format: str
+    form: str
+    shape: torch.Size
+    stored: Tensor
+    parts: tuple[Tensor, ...]
+    dtype = None
+
+    def tensors(self, backward: bool) -> Stored:  # noqa: ARG002  the protocol's
+        """Return the codes and the parts."""
+        return self.stored, self.parts
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the codes and the parts, in bytes."""
+        return sum(t.numel() * t.element_size() for t in (self.stored, *self.parts))
+
+    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return W: a product in float32, rounded once to `dtype`; float32 by default."""
+        raise NotImplementedError
+
+    def misfit(self) -> Misfit:
+        """Return the error that names what doesn't fit in codes, parts and numbers, or None."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        n, k = self.shape
+        return f"{type(self).__name__}({self.form!r}, [{n}, {k}], {self.stored.device})"
 
 
-def weight_of(form: str | None, weight: Tensor, parts: Parts) -> Weight:
-    """Return the weight that an operator in plain torch was given.
+def numbers_of(form: str, *names: str) -> list[int]:
+    """Return the numbers in a form, such as "nf4:64:128:256".
 
     Raises:
-        ValueError: no such format, or parts that it doesn't have.
+        ValueError: not as many as there are names, or one below 1.
     """
-    if form is not None and form not in FORMATS:
-        known = ", ".join(map(repr, FORMATS))
-        raise ValueError(f"format: expected one of {known}, got {form!r}")
-    if parts is not None and form in (None, "dense"):
-        raise ValueError("parts: expected none of a dense weight, got some")
-    return Dense(weight)
-
-
-def format_served(form: str, known: tuple[str, ...]) -> str | None:
-    """Return the format in which who knows `known` reads a weight, or None."""
-    if form in known:
-        return form
-    return "dense" if "dense" in known and FORMATS.get(form, False) else None
+    word, *said = form.split(":")
+    if len(said) != len(names) or not all(text.isdecimal() and int(text) > 0 for text in said):
+        expected = ":".join((word, *names))
+        raise ValueError(f"format: expected {expected}, numbers of at least 1, got {form!r}")
+    return [int(text) for text in said]

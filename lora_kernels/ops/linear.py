@@ -29,7 +29,7 @@ from lora_kernels.operands.call import (
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.onednn import OnednnWeight
 from lora_kernels.operands.precision import has_wide_branch
-from lora_kernels.operands.weight import Dense
+from lora_kernels.operands.weight import Dense, QuantizedWeight
 from lora_kernels.ops.linear_gradients import CallParams, LoraLinear, OperatorFunction
 from lora_kernels.registration import (
     Direction,
@@ -105,7 +105,10 @@ def _compute_gradients(
 
 def _check_memory(call: LinearCall, **others: Tensor | None) -> None:
     a, b, scaling = call.adapter
-    check_memory(weight=call.weight.decode(), lora_A=a, lora_B=b, **others)
+    w, parts = call.weight.tensors(False)
+    check_memory(weight=w, lora_A=a, lora_B=b, **others)
+    for part in parts or ():
+        check_memory(weight=part)
     check_memory(scaling=scaling if isinstance(scaling, Tensor) else None)
 
 
@@ -133,11 +136,14 @@ def _cast_backward(
 
 def _recorded_forward(both: Operators, x: Tensor, *flat: Any) -> Any:
     """Be the forward operator's autograd kernel: what a captured graph's backward needs."""
-    weight, parts, _, a, b, bias, seed, threshold, scaling_tensor, scaling = flat
+    weight, parts, form, a, b, bias, seed, threshold, scaling_tensor, scaling = flat
     if not _is_recorded(x, weight, a, b, bias):
         return below_autograd(both.forward, x, *flat)
-    params = CallParams(both, None, parts, None, threshold, scaling)
-    return OperatorFunction.apply(x, weight, a, b, bias, seed, scaling_tensor, params)
+    if isinstance(call_of(*flat).weight, QuantizedWeight):
+        params, saved = CallParams(both, form, None, None, threshold, scaling), parts
+    else:
+        params, saved = CallParams(both, None, parts, None, threshold, scaling), ()
+    return OperatorFunction.apply(x, weight, a, b, bias, seed, scaling_tensor, params, *saved)
 
 
 def _recorded_backward(both: Operators, dy: Tensor, x: Any, xa: Any, *flat: Any) -> Any:
@@ -174,7 +180,7 @@ library.define(f"lora_linear({_CALL}, str impl) -> Tensor")
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None = None,
@@ -196,7 +202,8 @@ def lora_linear(
     Args:
         x: [..., K], float16, bfloat16, float32 or float64; any strides, M = 0 allowed.
         weight: [N, K], x's dtype. Frozen by convention; if it requires grad, its gradient dyᵀ x is
-            computed by one plain matmul.
+            computed by one plain matmul. Or what `quantized_weight` returns, which is decoded to
+            x's dtype.
         lora_A: [R, K], R >= 1, any of the float dtypes.
         lora_B: [N, R], likewise.
         bias: [N], x's dtype, or None.
@@ -239,7 +246,8 @@ def lora_linear(
         >>> lk.lora_linear(x, weight, lora_A, lora_B, scaling=2.0)  # 1 + 2 · 6, 1 + 2 · 3
         tensor([[13.,  7.]])
     """
-    call = LinearCall(Dense(weight), Adapter(lora_A, lora_B, scaling), bias, None)
+    given = weight if isinstance(weight, QuantizedWeight) else Dense(weight)
+    call = LinearCall(given, Adapter(lora_A, lora_B, scaling), bias, None)
     cast = autocast_dtype(x)
     if not plainly_fit(x, call, cast):
         check_call(x, call, cast=cast)
@@ -265,9 +273,9 @@ def run(
 
     cast: `autocast_dtype(x)`. layer: the layer's path, which an error in backward names.
     """
-    stored = call.weight
+    given = call.weight
     if cast is not None:
-        check_memory(x=x, weight=stored.decode(), bias=call.bias)
+        check_memory(x=x, weight=given.stored, bias=call.bias)
         x, call = x.to(cast), call.cast(cast)
     if call.bias is not None and not call.bias.is_contiguous():
         check_memory(bias=call.bias)
@@ -280,31 +288,36 @@ def run(
     if torch.compiler.is_exporting():
         return torch.ops.lora_kernels.lora_linear.default(x, *call.flat(), impl)
     weight, (a, b, _), bias, dropout = call
-    matrix = weight.decode()
-    if impl == "auto" and not x.is_cpu:
-        impl = preferred(x, matrix, dropout is not None)
+    stored = weight.stored
+    if impl == "auto" and not x.is_cpu and weight.format == "dense":
+        impl = preferred(x, stored, dropout is not None)
     asked = ("lora_linear", x.device, x.dtype, a.shape[0], dropout is not None, weight.format)
     chosen = choose(impl, asked)
-    if isinstance(stored, OnednnWeight):
-        call = _as_read(call, stored, chosen, x.dtype)
+    if isinstance(given, OnednnWeight):
+        call = _as_read(call, given, chosen, x.dtype)
     operators = _OPERATORS[chosen.name]
-    if not torch.is_grad_enabled() or not _any_requires_grad(x, matrix, a, b, bias):
+    if not torch.is_grad_enabled() or not _any_requires_grad(x, stored, a, b, bias):
         return below_autograd(operators.forward, x, *call.flat())[0]
-    matrix, parts, form, a, b, bias, seed, threshold, scaling_tensor, scaling = call.flat()
-    backward_parts = None if form is None else call.weight.tensors(True)[1]
-    params = CallParams(operators, form, parts, backward_parts, threshold, scaling, layer)
-    return LoraLinear.apply(x, matrix, a, b, bias, seed, scaling_tensor, params)
+    stored, parts, form, a, b, bias, seed, threshold, scaling_tensor, scaling = call.flat()
+    if form is None:
+        params = CallParams(operators, None, None, None, threshold, scaling, layer)
+        return LoraLinear.apply(x, stored, a, b, bias, seed, scaling_tensor, params)
+    if isinstance(weight, QuantizedWeight):
+        params = CallParams(operators, form, None, None, threshold, scaling, layer)
+        return LoraLinear.apply(x, stored, a, b, bias, seed, scaling_tensor, params, *parts)
+    params = CallParams(operators, form, parts, weight.tensors(True)[1], threshold, scaling, layer)
+    return LoraLinear.apply(x, stored, a, b, bias, seed, scaling_tensor, params)
 
 
 def _as_read(
-    call: LinearCall, stored: OnednnWeight, chosen: Implementation, dtype: torch.dtype
+    call: LinearCall, given: OnednnWeight, chosen: Implementation, dtype: torch.dtype
 ) -> LinearCall:
     """Return the call with its packed copies where they are read, and note where they aren't."""
-    if call.weight is stored and stored.format in chosen.ops["lora_linear"]:
-        stored.unused = None
+    if call.weight is given and given.format in chosen.ops["lora_linear"]:
+        given.unused = None
         return call
-    stored.unused = chosen.name, dtype
-    return call._replace(weight=Dense(call.weight.decode()))
+    given.unused = chosen.name, dtype
+    return call._replace(weight=Dense(call.weight.stored))
 
 
 def _any_requires_grad(

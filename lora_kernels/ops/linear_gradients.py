@@ -19,7 +19,7 @@ class CallParams(NamedTuple):
 
     operators: Operators  # of the chosen implementation
     format: str | None
-    parts: Parts  # of W, forward
+    parts: Parts  # packed copies of W, forward; those of codes are arguments of their own
     parts_backward: Parts
     threshold: int
     scaling: float
@@ -29,11 +29,11 @@ class CallParams(NamedTuple):
 class LoraLinear(torch.autograd.Function):
     """y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ with gradients of x, A, B and bias.
 
-    x [..., K], weight [N, K], lora_A [R, K], lora_B [N, R], bias [N] or None, seed and
-    scaling_tensor 0-dim or None -> y [..., N].
+    x [..., K], weight [N, K] or codes, lora_A [R, K], lora_B [N, R], bias [N] or None, seed and
+    scaling_tensor 0-dim or None, then what W is made of besides codes -> y [..., N].
 
-    Saves x, xa, the parameters and the seed: never a mask, never D(x); and of x and xa only what
-    the wanted gradients need.
+    Saves x, xa, the parameters and the seed: never a mask, never D(x), never a decoded W; and of x
+    and xa only what the wanted gradients need.
     """
 
     @staticmethod
@@ -52,43 +52,44 @@ class OperatorFunction(torch.autograd.Function):
     def forward(ctx, *inputs):
         y, xa = _forward(ctx, *inputs)
         ctx.set_materialize_grads(False)
-        ctx.shape = y.shape
+        ctx.shape, ctx.dtype = y.shape, y.dtype
         return y, xa
 
     @staticmethod
     def backward(ctx, dy, dxa):
-        weight = ctx.saved_tensors[2]
-        grads = _gradients(ctx, weight.new_zeros(ctx.shape) if dy is None else dy)
+        if dy is None:
+            dy = dxa.new_zeros(ctx.shape, dtype=ctx.dtype)
+        grads = _gradients(ctx, dy)
         if dxa is None:
             return grads
         return *_with_gradient_of_xa(ctx, dxa, *grads[:3]), *grads[3:]
 
 
-def _forward(ctx, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params):
+def _forward(ctx, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params, *parts):
     y, xa = below_autograd(
         params.operators.forward,
-        *(x, weight, params.parts, params.format, lora_A, lora_B, bias, seed),
+        *(x, weight, parts or params.parts, params.format, lora_A, lora_B, bias, seed),
         *(params.threshold, scaling_tensor, params.scaling),
     )
     _, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
     ctx.save_for_backward(
         x if need_a or need_weight else None,
         xa if need_b else None,
-        *(weight, lora_A, lora_B, seed, scaling_tensor),
+        *(weight, lora_A, lora_B, seed, scaling_tensor, *parts),
     )
     ctx.params = params
     return y, xa
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a Function's eight arguments, None where not needed."""
+    """Return the gradients of a Function's arguments, None where not needed."""
     need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
     wanted = (need_x, need_a, need_b, need_bias)
     params: CallParams = ctx.params
-    x, xa, weight, a, b, seed, scaling_tensor = _saved(ctx, params.layer)
+    x, xa, weight, a, b, seed, scaling_tensor, *parts = _saved(ctx, params.layer)
     if backward_needs_plain_torch():
         call = call_of(
-            *(weight, None, None, a, b, None, seed),
+            *(weight, parts or None, params.format if parts else None, a, b, None, seed),
             *(params.threshold, scaling_tensor, params.scaling),
         )
         if torch.is_grad_enabled():
@@ -97,8 +98,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     else:
         dx, da, db, dbias = below_autograd(
             params.operators.backward,
-            *(dy, x if need_a else None, xa, weight, params.parts_backward, params.format, a, b),
-            *(seed, params.threshold, scaling_tensor, params.scaling, wanted),
+            *(dy, x if need_a else None, xa, weight, parts or params.parts_backward),
+            *(params.format, a, b, seed, params.threshold, scaling_tensor, params.scaling, wanted),
         )
     return (
         dx if need_x else None,
@@ -106,7 +107,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         da if need_a else None,
         db if need_b else None,
         dbias if need_bias else None,
-        *(None, None, None),
+        *(None,) * (3 + len(parts)),
     )
 
 
@@ -145,7 +146,7 @@ def _xa_with_graph(
 def _with_gradient_of_xa(ctx, dxa, dx, dw, da):
     """Return dx, dW and dA with the share that a gradient of xa itself has in them."""
     need_x, _, need_a, _ = ctx.needs_input_grad[:4]
-    x, _, _, lora_A, _, seed, _ = ctx.saved_tensors
+    x, _, _, lora_A, _, seed = ctx.saved_tensors[:6]
     dropout = None if seed is None else Dropout(seed, ctx.params.threshold)
     if need_x:
         more = dropped(dxa @ lora_A.to(dxa.dtype), dropout)

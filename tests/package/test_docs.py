@@ -35,6 +35,8 @@ def test_example_runs(example, process_group, tmp_path, monkeypatch):
     for needed in ("peft", "safetensors"):
         if needed in example.docstring:
             pytest.importorskip(needed)
+    if any("bitsandbytes" in each.source for each in example.examples):
+        pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
     said = []
     example.globs = dict(NAMES)

@@ -78,7 +78,7 @@ def backward(
     lora_A, lora_B, scaling = call.adapter
     dy2 = _left_operand(dy)
     x2 = _as_matrix(x) if wanted.da and x is not None else None
-    dx = _base_gradient(dy2, call.weight.decode()) if wanted.dx else None
+    dx = _base_gradient(dy2, call.weight.decode(dy.dtype)) if wanted.dx else None
     da = db = None
     if dy.dtype == torch.float16:
         da, db = _wide_backward(dx, dy2, x2, xa if wanted.db else None, call)
@@ -210,7 +210,7 @@ def _tall_product(dy: Tensor, xs: Tensor) -> Tensor:
 
 def _base_linear(x: Tensor, call: LinearCall) -> Tensor:
     """Return x Wᵀ + bias."""
-    weight = call.weight.decode()
+    weight = call.weight.decode(x.dtype)
     product = onednn.linear if onednn.preferred(x, weight) else linear
     return product(x, weight, call.bias)
 

@@ -50,7 +50,7 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     Returns:
         y [..., N] in x's dtype; xa [M, R] too, float32 where adapters beside float16 are wider.
     """
-    weight, adapter = call.weight.decode(), call.adapter
+    weight, adapter = call.weight.decode(x.dtype), call.adapter
     a, b = rounded(adapter.a, x.dtype), rounded(adapter.b, x.dtype)
     x2 = _as_matrix(x)
     xa = dropped(x2.to(a.dtype), call.dropout) @ a.T
@@ -83,7 +83,7 @@ def backward(
     dxa = rounded((wide @ b) * scaling, dy.dtype)
     dx = da = db = dbias = None
     if wanted.dx:
-        weight = call.weight.decode()
+        weight = call.weight.decode(dy.dtype)
         dx = dy2 @ weight + dropped(dxa @ a, call.dropout)
         dx = dx.to(dy.dtype).reshape(*dy.shape[:-1], weight.shape[1])
     if wanted.da:
