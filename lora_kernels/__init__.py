@@ -7,6 +7,7 @@ from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.explanation import Explanation, explain
 from lora_kernels.nn import LoRALinear
 from lora_kernels.ops.dropout_mask import dropout_mask
+from lora_kernels.ops.embedding import lora_embedding
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
@@ -25,6 +26,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "load_adapter",
+    "lora_embedding",
     "lora_linear",
     "patch_peft",
     "prepack_",

@@ -93,7 +93,7 @@ def misfit(x: Any, call: LinearCall, cast: torch.dtype | None) -> TypeError | Va
     for name, t in tensors:
         if t is None and name == "bias":
             continue
-        error = _not_a_float_tensor(name, t, x)
+        error = not_a_float_tensor(name, t, x)
         if error is not None:
             return error
     if x.ndim < 1:
@@ -119,7 +119,10 @@ def misfit(x: Any, call: LinearCall, cast: torch.dtype | None) -> TypeError | Va
     return None
 
 
-def _not_a_float_tensor(name: str, t: Any, x: Any) -> TypeError | ValueError | None:
+def not_a_float_tensor(
+    name: str, t: Any, x: Any, beside: str = "x"
+) -> TypeError | ValueError | None:
+    """Return the error of what is no dense float tensor, or not where x, called `beside`, is."""
     if not isinstance(t, Tensor):
         hint = " (scaling is a keyword)" if name == "bias" and isinstance(t, (int, float)) else ""
         return TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}{hint}")
@@ -129,10 +132,10 @@ def _not_a_float_tensor(name: str, t: Any, x: Any) -> TypeError | ValueError | N
         kind = "a nested tensor" if t.is_nested else f"layout {t.layout}"
         return TypeError(f"{name}: expected a dense tensor, got {kind}")
     if t.device != x.device:
-        return ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+        return ValueError(f"{name}: expected the device of {beside}, {x.device}, got {t.device}")
     if is_dtensor(t) != is_dtensor(x):
         return TypeError(
-            f"{name}: expected a {type(x).__name__} as x is one, got a {type(t).__name__}"
+            f"{name}: expected a {type(x).__name__} as {beside} is one, got a {type(t).__name__}"
         )
     return None
 
@@ -189,7 +192,7 @@ def check_backward(
     ):
         if t is None:
             continue
-        error = _not_a_float_tensor(name, t, dy)
+        error = not_a_float_tensor(name, t, dy)
         if error is not None:
             raise error
         if tuple(t.shape) != shape:
