@@ -6,6 +6,7 @@ from lora_kernels._version import __version__ as __version__
 from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.explanation import Explanation, explain
 from lora_kernels.nn import LoRALinear
+from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
 from lora_kernels.ops.dropout_mask import dropout_mask
 from lora_kernels.ops.embedding import lora_embedding
 from lora_kernels.ops.linear import lora_linear
@@ -26,6 +27,9 @@ __all__ = [
     "dropout_mask",
     "explain",
     "load_adapter",
+    "lora_conv1d",
+    "lora_conv2d",
+    "lora_conv3d",
     "lora_embedding",
     "lora_linear",
     "patch_peft",

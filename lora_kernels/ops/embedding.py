@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.checks import (
+    check_finite,
     check_memory,
     check_scaling,
     is_dtensor,
@@ -38,8 +39,8 @@ def _check(ids: Any, call: EmbeddingCall) -> None:
     if ids.layout is not torch.strided or ids.is_nested:
         raise TypeError(f"ids: expected a dense tensor, got layout {ids.layout}")
     weight, (a, b, _) = None if call.weight is None else call.weight.decode(), call.adapter
-    named = (("weight", weight), ("lora_embedding_A", a), ("lora_embedding_B", b))
-    for name, t in named[weight is None :]:
+    factors: list[tuple[str, Any]] = [("lora_embedding_A", a), ("lora_embedding_B", b)]
+    for name, t in factors if weight is None else [("weight", weight), *factors]:
         error = not_a_float_tensor(name, t, ids, "ids")
         if error is not None:
             raise error
@@ -242,7 +243,9 @@ def lora_embedding(
                 [1., 0., 0.]])
     """
     check_impl(impl)
-    check_scaling(scaling)
+    # A graph that is compiled for any number has none to ask about.
+    if type(scaling) is not float or scaling - scaling != 0.0:
+        check_scaling(scaling)
     adapter = Adapter(lora_embedding_A, lora_embedding_B, scaling)
     call = EmbeddingCall(Dense(weight), adapter, NO_PADDING, None)
     _check(ids, call)
@@ -279,10 +282,18 @@ def _row(padding_idx: int | None, rows: int) -> int:
 
 def _scale_tensor(embed_scale: Any, weight: Tensor) -> Tensor:
     """Return embed_scale as operators take it: 0-dim, where the weight is, float32 or float64."""
-    try:
-        check_scaling(embed_scale)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"embed_{error}") from None
+    if isinstance(embed_scale, Tensor):
+        if (
+            embed_scale.ndim != 0
+            or not embed_scale.is_floating_point()
+            or embed_scale.requires_grad
+        ):
+            raise ValueError(
+                "embed_scale: expected a 0-dim float tensor that doesn't require grad, got shape "
+                f"{list(embed_scale.shape)}, {embed_scale.dtype}"
+            )
+    elif type(embed_scale) is not float or embed_scale - embed_scale != 0.0:
+        check_finite(embed_scale, name="embed_scale")
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if isinstance(embed_scale, Tensor):
         return embed_scale.to(weight.device, dtype)

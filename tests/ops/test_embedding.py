@@ -246,7 +246,7 @@ class Net(nn.Module):
 
 def compiled(net):
     torch._dynamo.reset()
-    return torch.compile(net, fullgraph=True, backend="aot_eager")
+    return torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
 @pytest.mark.unpoisoned
@@ -310,7 +310,7 @@ BAD = {
     "A 1-D": ({"a": torch.randn(4)}, ValueError, "lora_embedding_A: expected two dimensions"),
     "ranks differ": ({"b": torch.randn(6, 3)}, ValueError, "of one rank R"),
     "scaling": ({"scaling": float("nan")}, ValueError, "^scaling: expected a finite number"),
-    "embed_scale": ({"embed_scale": float("inf")}, ValueError, "^embed_scaling: expected a fin"),
+    "embed_scale": ({"embed_scale": float("inf")}, ValueError, "^embed_scale: expected a fin"),
     "padding_idx": ({"padding_idx": 4}, ValueError, "padding_idx: expected a row of 4, got 4"),
     "padding text": ({"padding_idx": "0"}, TypeError, "padding_idx: expected an int or None"),
     "below": ({"padding_idx": -5}, ValueError, "padding_idx: expected a row of 4, got -5"),
