@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from lora_kernels._version import __version__ as __version__
 from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.explanation import Explanation, explain
-from lora_kernels.nn import LoRALinear
+from lora_kernels.nn import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
 from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
 from lora_kernels.ops.dropout_mask import dropout_mask
 from lora_kernels.ops.embedding import lora_embedding
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Explanation",
     "LayerUse",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
+    "LoRAEmbedding",
     "LoRALinear",
     "PatchReport",
     "PrepackReport",
