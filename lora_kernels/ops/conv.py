@@ -29,9 +29,8 @@ def run(
         if cast is not None:
             x, call = x.to(cast), call.cast(cast)
         return reference.forward(x, call, geometry)[0]
-    matrices = _as_linear(x, call, geometry)
-    if matrices is not None:
-        return run_linear(x.movedim(1, -1), matrices, impl, cast).movedim(-1, 1)
+    if op_of(x, call, geometry) == "lora_linear":
+        return run_linear(x.movedim(1, -1), _matrices(call), impl, cast).movedim(-1, 1)
     if cast is not None:
         x, call = x.to(cast), call.cast(cast)
     rank, dropout = call.adapter.a.shape[0], call.dropout is not None
@@ -39,17 +38,21 @@ def run(
     return differentiable(OPERATORS[choose(impl, asked).name], x, call, geometry)[0]
 
 
-def _as_linear(x: Tensor, call: LinearCall, geometry: Geometry) -> LinearCall | None:
-    """Return the call as the linear layer's kernels take it, where it is one; else None."""
-    (a, b, scaling), weight = call.adapter, call.weight.decode()
+def op_of(x: Tensor, call: LinearCall, geometry: Geometry) -> str:
+    """Return the op whose kernels compute a call: the linear layer's where it is one, as x lies."""
     stride, padding, groups = geometry
-    if not (
+    is_linear = (
         groups == 1
-        and all(k == 1 for k in (*weight.shape[2:], *stride))
+        and all(k == 1 for k in (*call.weight.shape[2:], *stride))
         and not any(padding)
         and x.movedim(1, -1).is_contiguous()
-    ):
-        return None
+    )
+    return "lora_linear" if is_linear else "lora_conv"
+
+
+def _matrices(call: LinearCall) -> LinearCall:
+    """Return a call of kernel 1 as the linear layer's kernels take it."""
+    (a, b, scaling), weight = call.adapter, call.weight.decode()
     adapter = Adapter(a.flatten(1), b.flatten(1), scaling)
     return call._replace(weight=Dense(weight.flatten(1)), adapter=adapter)
 

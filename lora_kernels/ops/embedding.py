@@ -30,7 +30,7 @@ _FORWARD = f"(Tensor ids, Tensor weight, {_BRANCH}) -> Tensor"
 _BACKWARD = f"(Tensor dy, Tensor ids, {_BRANCH}, bool[2] wanted) -> (Tensor da, Tensor db)"
 
 
-def _check(ids: Any, call: EmbeddingCall) -> None:
+def check(ids: Any, call: EmbeddingCall) -> None:
     """Check the tensors of a call, with its weight or without, against each other."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"ids: expected a torch.Tensor, got {type(ids).__name__}")
@@ -61,12 +61,12 @@ def _check(ids: Any, call: EmbeddingCall) -> None:
 
 
 def _check_forward(ids: Any, weight: Tensor, *flat: Any) -> None:
-    _check(ids, embedding_call_of(weight, *flat))
+    check(ids, embedding_call_of(weight, *flat))
 
 
 def _check_backward(dy: Tensor, ids: Tensor, *flat: Any) -> None:
     call = embedding_call_of(None, *flat[:-1])
-    _check(ids, call)
+    check(ids, call)
     error = not_a_float_tensor("dy", dy, ids, "ids")
     if error is not None:
         raise error
@@ -248,7 +248,7 @@ def lora_embedding(
         check_scaling(scaling)
     adapter = Adapter(lora_embedding_A, lora_embedding_B, scaling)
     call = EmbeddingCall(Dense(weight), adapter, NO_PADDING, None)
-    _check(ids, call)
+    check(ids, call)
     adapter = adapter._replace(scaling=scaling_for(scaling, ids.device))
     padding_idx = _row(padding_idx, weight.shape[0])
     scale = None if embed_scale is None else _scale_tensor(embed_scale, weight)
