@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 from lora_kernels._version import __version__ as __version__
 from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.explanation import Explanation, explain
-from lora_kernels.nn import LoRALinear
+from lora_kernels.nn import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
+from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
 from lora_kernels.ops.dropout_mask import dropout_mask
+from lora_kernels.ops.embedding import lora_embedding
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Explanation",
     "LayerUse",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
+    "LoRAEmbedding",
     "LoRALinear",
     "PatchReport",
     "PrepackReport",
@@ -26,6 +32,10 @@ __all__ = [
     "dropout_mask",
     "explain",
     "load_adapter",
+    "lora_conv1d",
+    "lora_conv2d",
+    "lora_conv3d",
+    "lora_embedding",
     "lora_linear",
     "patch_peft",
     "prepack_",

@@ -25,6 +25,7 @@ from lora_kernels.adapter_layout import (
     tensors_of,
 )
 from lora_kernels.checks import FLOAT_DTYPES, check_memory, is_dtensor
+from lora_kernels.nn.adapted import Adapted
 from lora_kernels.nn.arguments import check_linear, check_settings
 from lora_kernels.nn.linear import LoRALinear
 from lora_kernels.wrappers import (
@@ -56,7 +57,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: no LoRALinear layer, a PEFT model, an adapter without values (on the meta
+        ValueError: no LoRALinear layer, an adapted embedding or convolution, whose files aren't
+            written yet, a PEFT model, an adapter without values (on the meta
             device), or settings that differ from layer to layer where PEFT's layout has one value
             (lora_dropout, use_rslora, bias).
 
@@ -74,6 +76,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     _check_not_peft(model, "model.save_pretrained")
     layers = lora_layers(model)
+    others = [
+        (path, type(m).__name__) for path, m in model.named_modules() if isinstance(m, Adapted)
+    ]
+    if others:
+        raise ValueError(
+            f"model: expected adapters of linear layers alone, got a {others[0][1]} at "
+            f"{others[0][0]!r} (keep its state_dict)"
+        )
     if not layers:
         raise ValueError(f"model: expected LoRALinear layers, got none in {type(model).__name__}")
     config = config_of(model, layers)

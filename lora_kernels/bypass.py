@@ -144,6 +144,25 @@ def read_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | str:
     return _read_other(formula, weight, bias, own)
 
 
+def read_plain(module: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None] | str:
+    """Return the weight and bias of a layer of a class that the caller knows, or why not.
+
+    Its forward is torch's or transformers' own, not one that was put in its place.
+    """
+    known = (*_SAME_RESULTS, "transformers.models.")
+    if type(module) is not kind or not origin(kind.forward).startswith(known):
+        return f"is {type(module).__name__}, not torch.nn.{kind.__name__}"
+    own = module.__dict__
+    weight, bias = (own["_parameters"].get(name, own.get(name)) for name in ("weight", "bias"))
+    for name, t in (("weight", weight), ("bias", bias)):
+        reason = None if t is None and name == "bias" else _tensor_reason(t)
+        if reason is not None:
+            return f"{name} {reason}"
+    if weight.dtype not in FLOAT_DTYPES or weight.layout is not _STRIDED:
+        return f"weight is {weight.dtype}, {weight.layout}"
+    return "has hooks" if _has_hooks(own) else (weight, bias)
+
+
 def refuses_strides(module: nn.Module, x: Tensor) -> bool:
     """Whether a module's own forward would raise for the strides of x, as Conv1D's view does."""
     kind = type(module)

@@ -98,7 +98,7 @@ def misfit(x: Any, call: LinearCall, cast: torch.dtype | None) -> TypeError | Va
         if isinstance(t, QuantizedWeight):
             error = _unfit_codes(t, x)
         else:
-            error = _not_a_float_tensor(name, t, x)
+            error = not_a_float_tensor(name, t, x)
         if error is not None:
             return error
     if x.ndim < 1:
@@ -124,7 +124,10 @@ def misfit(x: Any, call: LinearCall, cast: torch.dtype | None) -> TypeError | Va
     return None
 
 
-def _not_a_float_tensor(name: str, t: Any, x: Any) -> TypeError | ValueError | None:
+def not_a_float_tensor(
+    name: str, t: Any, x: Any, beside: str = "x"
+) -> TypeError | ValueError | None:
+    """Return the error of what is no dense float tensor, or not where x, called `beside`, is."""
     if not isinstance(t, Tensor):
         hint = " (scaling is a keyword)" if name == "bias" and isinstance(t, (int, float)) else ""
         return TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}{hint}")
@@ -134,10 +137,10 @@ def _not_a_float_tensor(name: str, t: Any, x: Any) -> TypeError | ValueError | N
         kind = "a nested tensor" if t.is_nested else f"layout {t.layout}"
         return TypeError(f"{name}: expected a dense tensor, got {kind}")
     if t.device != x.device:
-        return ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+        return ValueError(f"{name}: expected the device of {beside}, {x.device}, got {t.device}")
     if is_dtensor(t) != is_dtensor(x):
         return TypeError(
-            f"{name}: expected a {type(x).__name__} as x is one, got a {type(t).__name__}"
+            f"{name}: expected a {type(x).__name__} as {beside} is one, got a {type(t).__name__}"
         )
     return None
 
@@ -210,7 +213,7 @@ def check_backward(
     ):
         if t is None:
             continue
-        error = _not_a_float_tensor(name, t, dy)
+        error = not_a_float_tensor(name, t, dy)
         if error is not None:
             raise error
         if tuple(t.shape) != shape:

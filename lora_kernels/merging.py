@@ -12,11 +12,19 @@ from torch.nn.utils import parametrize
 
 from lora_kernels.checks import FLOAT_DTYPES, check_memory, is_dtensor
 
+# What a weight may be merged into: layers whose forward is their class's, and W's dimensions.
+_KINDS: dict[type[nn.Module], int] = {
+    nn.Linear: 2,
+    nn.Embedding: 2,
+    nn.Conv1d: 3,
+    nn.Conv2d: 4,
+    nn.Conv3d: 5,
+}
 _RECORD = "_lora_kernels_merged"  # in the base layer's __dict__: copied and pickled with it
 
 
 class Update(NamedTuple):
-    """An adapter's scaling · B A."""
+    """An adapter's scaling · B A, each a matrix; of W [N, ...] it is viewed as [N, ...]."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -32,10 +40,11 @@ def with_updates(weight: Tensor, *updates: Update, sign: int = 1) -> Tensor:
     """Return weight ± Σ scaling · B A, summed in float32 (float64 for float64), rounded once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     device, total = weight.device, weight.to(wide)
+    total = total if total.ndim == 2 else total.flatten(1)
     for a, b, scaling in updates:
         factors = b.to(device, wide), a.to(device, wide)
         total = torch.addmm(total, *factors, alpha=sign * scaling)
-    return total.to(weight.dtype)
+    return (total if weight.ndim == 2 else total.view(weight.shape)).to(weight.dtype)
 
 
 def merge(base: nn.Module, update: Update) -> None:
@@ -84,14 +93,15 @@ def own_weight(module: nn.Module, name: str) -> Tensor:
         raise TypeError(f"{expected}, got {got}")
     if type(weight) is not nn.Parameter and not is_dtensor(weight):
         raise TypeError(f"{expected}, got a {type(weight).__name__}")
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    kind = next((kind for kind in _KINDS if isinstance(module, kind)), nn.Linear)
+    if type(module).forward is not kind.forward or "forward" in vars(module):
         raise TypeError(
-            f"{name}: expected torch.nn.Linear's own forward to merge, got one of "
+            f"{name}: expected torch.nn.{kind.__name__}'s own forward to merge, got one of "
             f"{type(module).__name__}"
         )
     if weight.dtype not in FLOAT_DTYPES or weight.layout is not torch.strided:
         raise TypeError(f"{expected}, got {weight.dtype}, {weight.layout}")
-    if weight.is_meta or weight.ndim != 2:
+    if weight.is_meta or weight.ndim != _KINDS[kind]:
         where = "on meta" if weight.is_meta else f"of shape {list(weight.shape)}"
         raise ValueError(f"{expected}, got one {where}")
     check_memory(**{f"{name}.weight": weight})

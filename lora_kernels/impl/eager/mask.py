@@ -23,6 +23,7 @@ WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # 2026-11-24, Zen 4, 2 threads, 2^15, 2^16, 2^17: forward + backward at 512x2048x2048 takes 0.87,
 # 0.85, 0.86 of PEFT's time with the compiled generator; ATen's takes 3.3, 2.3, 1.7 ns an element.
@@ -75,6 +76,18 @@ def keep_blocks(rows: int, columns: int, dropout: Dropout) -> Iterator[tuple[sli
         block = lanes[: (last - first) * groups]
         fill(block, first * groups, threshold)
         yield slice(first, last), block.view(last - first, groups * LANES)[:, :columns]
+
+
+def masked(v: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return v where keep is 1 and +0 where it is 0.
+
+    Multiplying the bit patterns is six times cheaper than multiplying by a bool mask, and drops
+    NaN and infinity too.
+    """
+    integer = _INTEGER_OF_SIZE[v.element_size()]
+    target = torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
+    torch.mul(v.view(integer), keep.to(integer), out=target.view(integer))
+    return target
 
 
 def _compiled_fill(seed: Tensor) -> Fill:

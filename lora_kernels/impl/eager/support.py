@@ -3,7 +3,12 @@
 from lora_kernels.operands.request import Request, unserved, without_data
 
 SUMMARY = "few, in-place ATen calls, any device"
-OPS = {"lora_linear": ("dense", "nf4", "fp4", "int8", "float8")}  # and the formats of W
+# And the formats of W.
+OPS = {
+    "lora_linear": ("dense", "nf4", "fp4", "int8", "float8"),
+    "lora_embedding": ("dense",),
+    "lora_conv": ("dense",),
+}
 
 
 def refuse(request: Request) -> str | None:

@@ -1,0 +1,85 @@
+"""What PEFT's embedding and convolution layers with a fused forward have in common."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor
+
+from lora_kernels.bypass import PLAIN_TENSORS, origin
+from lora_kernels.usage import Calls
+
+_PEFT = "peft.tuners.lora.layer"  # whose forward a fused call stands for
+
+
+class Fused:
+    """Mixed into a class of PEFT's: a call is fused unless there is a reason not to.
+
+    As with `FusedLinear` a layer's class is changed and its `__dict__` kept; what isn't fused is
+    PEFT's own forward.
+    """
+
+    _lora_kernels_impl: str
+    _lora_kernels_calls: Calls
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the adapted layer's output; arguments as PEFT's forward."""
+        own = self.__dict__
+        impl: str | None = own.get("_lora_kernels_impl")
+        theirs: Callable[..., Tensor] = super().forward  # type: ignore[misc]
+        if impl is None:  # unpatched meanwhile
+            return theirs(x, *args, **kwargs)
+        # A counter would be one of the things that a compiled graph depends on.
+        calls = None if torch.compiler.is_dynamo_compiling() else own.get("_lora_kernels_calls")
+        call = "called with more than x" if args or kwargs else self._fused_call(x, impl)
+        if isinstance(call, str):
+            if calls is not None:
+                calls.leave(call)
+            return theirs(x, *args, **kwargs)
+        if calls is not None:
+            calls.fused += 1
+        return call()
+
+    def _fused_call(self, x: Any, impl: str) -> Callable[[], Tensor] | str:
+        """Return what computes a call, or why it is PEFT's to compute."""
+        raise NotImplementedError
+
+
+def active_adapter(
+    layer: LoraLayer, adapters: Any, forward: Any
+) -> tuple[str, None] | tuple[None, str]:
+    """Return the one adapter that a call applies, or why there isn't one that is fused.
+
+    adapters: the layer's A by name. forward: of PEFT's class, which a fused call stands for.
+    """
+    if origin(forward) != _PEFT:
+        return None, "peft's forward was replaced"
+    if layer._disable_adapters:
+        return None, "adapters disabled"
+    if layer.merged_adapters:
+        return None, f"merged: {', '.join(layer.merged_adapters)}"
+    names = [name for name in layer.active_adapters if name in adapters]
+    if len(names) != 1:
+        many = f"{len(names)} active adapters, one is fused"
+        return None, many if names else "no active adapter"
+    variant = layer.lora_variant.get(names[0])
+    if variant is not None or layer.use_dora.get(names[0]):
+        return None, "DoRA" if variant is None else f"LoRA variant {type(variant).__name__}"
+    return names[0], None
+
+
+def tensors_reason(**tensors: Any) -> str | None:
+    """Return why tensors, x among them, aren't a fused call's to compute with; None where so."""
+    for name, t in tensors.items():
+        if type(t) not in PLAIN_TENSORS:
+            return f"{name} is a {type(t).__name__}"
+        if t.is_meta:
+            return f"{name} is on meta"
+        if (
+            torch.is_grad_enabled()
+            and not torch.compiler.is_dynamo_compiling()
+            and t.is_inference()
+        ):
+            return "an inference tensor can't be saved for backward"
+    return None

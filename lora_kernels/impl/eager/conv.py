@@ -1,0 +1,104 @@
+"""The adapted convolution: the library's products, B's added in place, masks drawn anew.
+
+Same equations and signatures as `reference`. D(x) lives within a call; of float16 beside wider
+adapters the branch is float32, and is added sample by sample.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_kernels.impl.convolution import (
+    convolve,
+    from_rows,
+    input_gradient,
+    memory_format,
+    rows_of,
+    weight_gradient,
+)
+from lora_kernels.impl.eager.mask import keep_blocks, masked
+from lora_kernels.operands.call import Gradients, LinearCall, Wanted
+from lora_kernels.operands.conv import Geometry, branch_dtype
+from lora_kernels.operands.dropout import Dropout
+
+
+def forward(x: Tensor, call: LinearCall, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Return y and xa; see `reference`.
+
+    Precision: the library's products round to x's dtype, xa is rounded again after dropout's
+    factor; the sum of both branches is rounded once more.
+    """
+    weight, dtype = call.weight.decode(), branch_dtype(x, call.adapter)
+    a, b, scaling = call.adapter
+    branch = x.to(dtype)
+    if call.dropout is None:
+        xa = convolve(branch, a.to(dtype), None, geometry.of_a)
+    else:
+        kept = _kept(branch, call.dropout)
+        xa = convolve(kept, a.to(dtype), None, geometry.of_a).mul_(call.dropout.scale)
+    y = convolve(x, weight, call.bias, geometry).contiguous(memory_format=memory_format(x, weight))
+    _add(y, xa, b.to(dtype), scaling, geometry)
+    return y, xa
+
+
+def backward(
+    dy: Tensor,
+    inputs: tuple[Tensor | None, Tensor | None, list[int]],
+    call: LinearCall,
+    geometry: Geometry,
+    wanted: Wanted,
+) -> Gradients:
+    """Return dx, dA, dB and dbias; see `reference`. Precision: as forward."""
+    (x, xa, size), (lora_A, lora_B, scaling), dropout = inputs, call.adapter, call.dropout
+    dtype = branch_dtype(dy, call.adapter)
+    a, b, branch = lora_A.to(dtype), lora_B.to(dtype), dy.to(dtype)
+    dx = da = db = None
+    if wanted.dx:
+        dx = input_gradient(size, call.weight.decode(), dy, geometry)
+    if wanted.dx or wanted.da:
+        between = [dy.shape[0], a.shape[0], *dy.shape[2:]]
+        # With dropout's factor it serves both what follows: D(v) is keep · v · factor.
+        dxa = input_gradient(between, b, branch, geometry.of_b).mul_(scaling)
+        if dropout is not None:
+            dxa.mul_(dropout.scale)
+        if dx is not None:
+            more = input_gradient(size, a, dxa, geometry.of_a)
+            dx.add_(more if dropout is None else _kept(more, dropout))
+        if wanted.da and x is not None:
+            kept = x.to(dtype) if dropout is None else _kept(x.to(dtype), dropout)
+            da = weight_gradient(kept, a, dxa, geometry.of_a).to(lora_A.dtype)
+    if wanted.db and xa is not None:
+        db = weight_gradient(xa, b, branch, geometry.of_b)
+        db = db.to(torch.promote_types(db.dtype, torch.float32)).mul_(scaling).to(lora_B.dtype)
+    dbias = dy.transpose(0, 1).flatten(1).sum(1) if wanted.dbias else None
+    return Gradients(dx, da, db, dbias)
+
+
+def _kept(x: Tensor, dropout: Dropout) -> Tensor:
+    """Return keep · x, D(x) without its factor, with channels last in memory."""
+    rows = rows_of(x)
+    # Where channels aren't last the rows are a copy, which is written in place.
+    target = rows if rows.data_ptr() != x.data_ptr() else torch.empty_like(rows)
+    for some, keep in keep_blocks(rows.shape[0], rows.shape[1], dropout):
+        masked(rows[some], keep, out=target[some])
+    return from_rows(target, x)
+
+
+def _add(
+    y: Tensor, xa: Tensor, lora_B: Tensor, scaling: float | Tensor, geometry: Geometry
+) -> None:
+    """Add scaling · conv(xa, B) to y in place; y is contiguous in one of torch's formats."""
+    if geometry.groups > 1 or xa.dtype != y.dtype:
+        for into, part in zip(y.split(1), xa.split(1), strict=True):
+            into.add_(convolve(part, lora_B, None, geometry.of_b).mul_(scaling))
+        return
+    b, alpha = lora_B.flatten(1), 1.0
+    if isinstance(scaling, Tensor):
+        xa = xa * scaling
+    else:
+        alpha = scaling
+    if y.is_contiguous():
+        n, out = y.shape[:2]
+        low_rank = xa.reshape(n, xa.shape[1], -1)
+        y.view(n, out, -1).baddbmm_(b.expand(n, *b.shape), low_rank, alpha=alpha)
+    else:
+        y.movedim(1, -1).view(-1, y.shape[1]).addmm_(rows_of(xa), b.t(), alpha=alpha)

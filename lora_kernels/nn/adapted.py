@@ -1,0 +1,65 @@
+"""What an adapted embedding and an adapted convolution have in common."""
+
+import math
+
+import torch
+from torch import nn
+
+from lora_kernels import merging
+from lora_kernels.merging import Update
+
+
+class Adapted(nn.Module):
+    """A frozen `base_layer` whose weight can hold the adapter's update."""
+
+    base_layer: nn.Module
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    impl: str
+    _merged_update: Update | None = None
+
+    @property
+    def scaling(self) -> float:
+        """The factor on the adapter branch."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the adapter's update."""
+        return self._merged_update is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapter's update to the base layer's weight, as `LoRALinear.merge` does.
+
+        Raises:
+            TypeError, ValueError: a weight is computed, quantised, emptied or on meta, a submodule
+                has a forward of its own, or a convolution has groups. Nothing was changed.
+        """
+        if not self.merged:
+            update = self._update()
+            merging.merge(self.base_layer, update)
+            self._merged_update = update
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take back what `merge` added, bit for bit; without a merge nothing changes.
+
+        Raises:
+            TypeError, ValueError: as `merge`, or `base_layer` isn't the layer that was merged into.
+        """
+        if self._merged_update is not None:
+            merging.unmerge(self.base_layer, self._merged_update)
+            self._merged_update = None
+
+    def _update(self) -> Update:
+        """Return what is merged, of tensors that nobody else writes to."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Say what the adapter's settings are, and its state."""
+        return (
+            f"r={self.r}, lora_alpha={self.lora_alpha}, use_rslora={self.use_rslora}, "
+            f"scaling={self.scaling:g}, merged={self.merged}, impl={self.impl!r}"
+        )
