@@ -172,7 +172,7 @@ def _torchao() -> tuple[Any, ...]:
 
 def _reader(module: nn.Module) -> Callable[[Any], Base | str] | None:
     """Return what reads a layer of this class, or None: a class with a forward of its own."""
-    forward = type(module).forward
+    forward = getattr(type(module), "forward", None)
     if forward is nn.Linear.forward:
         kinds = _torchao()
         return _torchao_linear if kinds and isinstance(module.weight, kinds) else None
