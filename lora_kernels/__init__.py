@@ -6,6 +6,7 @@ from lora_kernels._version import __version__ as __version__
 from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.explanation import Explanation, explain
 from lora_kernels.nn import LoRALinear
+from lora_kernels.ops.dora import lora_dora_linear
 from lora_kernels.ops.dropout_mask import dropout_mask
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
@@ -25,6 +26,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "load_adapter",
+    "lora_dora_linear",
     "lora_linear",
     "patch_peft",
     "prepack_",

@@ -3,7 +3,7 @@
 from lora_kernels.operands.request import Request, unserved, without_data
 
 SUMMARY = "plain torch, the definition of right, any device"
-OPS = {"lora_linear": ("dense",)}  # and the formats of W
+OPS = {"lora_linear": ("dense",), "lora_dora_linear": ("dense",)}  # and the formats of W
 
 
 def refuse(request: Request) -> str | None:
