@@ -9,7 +9,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_kernels import merging
 from lora_kernels.bypass import (
-    PLAIN_TENSORS,
     everywhere_reason,
     input_reason,
     read_linear,
@@ -19,24 +18,20 @@ from lora_kernels.checks import (
     FLOAT_DTYPES,
     check_call,
     check_dropout_p,
-    check_finite,
     check_keyword,
-    check_rank,
-    is_dtensor,
-    lack_of_memory,
     plainly_fit,
 )
-from lora_kernels.dispatch import check_impl
 from lora_kernels.merging import Update
+from lora_kernels.nn.dora import Magnitude
+from lora_kernels.nn.settings import OWNER_READS, check_linear, check_settings, has_plain_matrix
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
+from lora_kernels.operands.dora import DoraCall
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.onednn import OnednnWeight
+from lora_kernels.ops.dora import run as run_dora
 from lora_kernels.ops.linear import run
 from lora_kernels.prepack import current
 from lora_kernels.usage import Calls
-
-BIAS_MODES = ("none", "all", "lora_only")
-_OWNER_READS = "expected 0 around MultiheadAttention's out_proj, which reads the weight alone"
 
 
 class LoRALinear(nn.Module):
@@ -46,8 +41,9 @@ class LoRALinear(nn.Module):
         scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
     Names are PEFT's: `base_layer` holds W and bias, `lora_A.weight` is [r, in_features],
-    `lora_B.weight` is [out_features, r]. A call is fused unless it would bypass something: hooks,
-    swapped submodules, weights that are computed or quantised; then the submodules are called.
+    `lora_B.weight` is [out_features, r], with `use_dora` `lora_magnitude_vector.weight` is
+    [out_features]. A call is fused unless it would bypass something: hooks, swapped submodules,
+    weights that are computed or quantised; then the submodules are called.
 
     Args:
         in_features: K, the last dimension of x.
@@ -56,6 +52,7 @@ class LoRALinear(nn.Module):
         lora_alpha: numerator of scaling, any finite number.
         lora_dropout: probability in [0, 1) of dropping an input of the adapter branch in training.
         use_rslora: divide lora_alpha by sqrt(r) instead of r.
+        use_dora: rescale each row of W + scaling · B A to a learned length, as `lora_dora_linear`.
         bias: "none" freezes the base layer's bias; "all" and "lora_only" train it.
         base_bias: whether the base layer has a bias.
         device, dtype: of the base layer and the adapter.
@@ -79,6 +76,7 @@ class LoRALinear(nn.Module):
     """
 
     base_layer: nn.Linear
+    lora_magnitude_vector: Magnitude  # with use_dora
     _merged_update: Update | None = None
     _lora_kernels_packed: OnednnWeight | None = None  # set by `prepack_`
 
@@ -91,6 +89,7 @@ class LoRALinear(nn.Module):
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         bias: str = "none",
         base_bias: bool = True,
         device: torch.device | str | None = None,
@@ -103,6 +102,8 @@ class LoRALinear(nn.Module):
         base = nn.Linear(in_features, out_features, bias=base_bias, device=device, dtype=dtype)
         super().__init__()
         self._adapt(base, r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl)
+        if use_dora:
+            self.lora_magnitude_vector = Magnitude(self)
 
     @classmethod
     def from_linear(
@@ -113,6 +114,7 @@ class LoRALinear(nn.Module):
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         bias: str = "none",
         adapter_dtype: torch.dtype | None = None,
         impl: str = "auto",
@@ -121,7 +123,8 @@ class LoRALinear(nn.Module):
 
         Args:
             linear: the layer to adapt; its device and dtype are the adapter's.
-            r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl: as the class.
+            r, lora_alpha, lora_dropout, use_rslora, use_dora, bias, adapter_dtype, impl: as the
+                class.
 
         Raises:
             TypeError, ValueError: `linear` is not an nn.Linear with a plain float weight and
@@ -136,10 +139,12 @@ class LoRALinear(nn.Module):
         """
         check_keyword("r", misplaced)
         check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
-        check_linear(linear, lora_dropout, bias)
+        check_linear(linear, lora_dropout, bias, use_dora)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adapt(linear, r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl)
+        if use_dora:
+            layer.lora_magnitude_vector = Magnitude(layer)
         layer.train(linear.training)
         return layer
 
@@ -173,8 +178,13 @@ class LoRALinear(nn.Module):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
+    def use_dora(self) -> bool:
+        """Whether rows are rescaled to a learned length."""
+        return "lora_magnitude_vector" in self._modules
+
+    @property
     def weight(self) -> Tensor:
-        """W + scaling · B A, [out_features, in_features], formed at each reading.
+        """W + scaling · B A, [out_features, in_features], formed at each reading; DoRA's rescaled.
 
         For owners that multiply by their submodules' weights, such as MultiheadAttention: gradients
         reach lora_A and lora_B. W itself is `base_layer.weight`; it is what is returned, too, where
@@ -188,15 +198,15 @@ class LoRALinear(nn.Module):
         weight = self.base_layer.weight
         if self.merged:
             return weight
-        summable = all(map(_has_plain_matrix, modules))
+        summable = all(map(has_plain_matrix, modules))
         if isinstance(self.base_layer, NonDynamicallyQuantizableLinear):
             if not summable:
                 raise RuntimeError("weight: expected plain matrices to form W + scaling · B A of")
             if self.training and self.lora_dropout:
-                raise RuntimeError(f"lora_dropout: {_OWNER_READS}, got {self.lora_dropout}")
+                raise RuntimeError(f"lora_dropout: {OWNER_READS}, got {self.lora_dropout}")
         if not summable:
             return weight
-        return merging.with_updates(weight, self._update())
+        return merging.with_updates(weight, self._update(weight))
 
     @property
     def bias(self) -> Tensor | None:
@@ -209,9 +219,14 @@ class LoRALinear(nn.Module):
         return self._merged_update is not None
 
     def reset_lora_parameters(self) -> None:
-        """Draw lora_A as PEFT does (Kaiming uniform, a = sqrt(5)) and zero lora_B."""
+        """Draw lora_A as PEFT does (Kaiming uniform, a = sqrt(5)) and zero lora_B.
+
+        The magnitude of DoRA becomes the length of W's rows.
+        """
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+        if self.use_dora:
+            self.lora_magnitude_vector.reset(self)
 
     def forward(
         self,
@@ -229,7 +244,7 @@ class LoRALinear(nn.Module):
         parts = self._fused_parts()
         if isinstance(parts, str):
             return self._left(x, parts)
-        weight, bias, a, b = parts
+        weight, bias, a, b = parts[:4]
         cast, scaling, p = autocast_dtype(x), self.scaling, self.lora_dropout
         call = LinearCall(current(self, weight), Adapter(a, b, scaling), bias, None)
         if not plainly_fit(x, call, cast):
@@ -249,6 +264,8 @@ class LoRALinear(nn.Module):
             self._lora_kernels_calls.fused += 1
         if p:
             call = call._replace(dropout=drawn(p, None, x.device))
+        if len(parts) == 5:
+            return run_dora(x, DoraCall(call, parts[4]), self.impl, cast)
         return run(x, call, self.impl, cast)
 
     def left_reason(self) -> str | None:
@@ -256,8 +273,8 @@ class LoRALinear(nn.Module):
         parts = self._fused_parts()
         return parts if isinstance(parts, str) else None
 
-    def _fused_parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | str:
-        """Return W, bias, A and B for a fused call, or what it would bypass."""
+    def _fused_parts(self) -> tuple[Any, ...] | str:
+        """Return W, bias, A, B and DoRA's magnitude for a fused call, or what it would bypass."""
         modules: dict[str, Any] = self._modules
         base = read_linear(modules["base_layer"])
         a, b = read_linear(modules["lora_A"]), read_linear(modules["lora_B"])
@@ -270,7 +287,13 @@ class LoRALinear(nn.Module):
         if a[1] is not None or b[1] is not None:
             return "lora_A or lora_B has a bias"
         reason = everywhere_reason()
-        return (*base, a[0], b[0]) if reason is None else reason
+        if reason is not None:
+            return reason
+        magnitude = modules.get("lora_magnitude_vector")
+        if magnitude is None:
+            return *base, a[0], b[0]
+        m = magnitude.read(base[0])
+        return m if isinstance(m, str) else (*base, a[0], b[0], m)
 
     def _left(self, x: Tensor, reason: str) -> Tensor:
         """Return y by the submodules' own calls, as PEFT computes it, and note the reason."""
@@ -281,14 +304,19 @@ class LoRALinear(nn.Module):
         if isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES:
             x = x.to(dtype)
         dropped = nn.functional.dropout(x, self.lora_dropout, self.training)
+        if self.use_dora:
+            return self.lora_magnitude_vector(self, y, dropped)
         return (y + self.lora_B(self.lora_A(dropped)) * self.scaling).to(y.dtype)
 
-    def _update(self) -> Update:
-        return Update(self.lora_A.weight, self.lora_B.weight, self.scaling)
+    def _update(self, weight: Tensor) -> Update:
+        gain = self.lora_magnitude_vector.gain(self, weight) if self.use_dora else None
+        return Update(self.lora_A.weight, self.lora_B.weight, self.scaling, gain)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add scaling · B A to the base layer's weight; a second call changes nothing.
+
+        DoRA rescales the rows of the sum, by the length that they have without other adapters.
 
         `base_layer.weight` becomes another parameter, so that an embedding tied to it keeps its
         own; a sharded one is written in place. The layer keeps its own weight until `unmerge`.
@@ -311,7 +339,8 @@ class LoRALinear(nn.Module):
         a, b = (merging.own_weight(getattr(self, n), n) for n in ("lora_A", "lora_B"))
         if self.lora_A.bias is not None or self.lora_B.bias is not None:
             raise TypeError("lora_A, lora_B: expected no bias to merge, got one")
-        update = Update(a.detach().clone(), b.detach().clone(), self.scaling)
+        gain = self._update(merging.unmerged(self.base_layer)).gain
+        update = Update(a.detach().clone(), b.detach().clone(), self.scaling, gain)
         merging.merge(self.base_layer, update)
         self._merged_update = update
 
@@ -340,61 +369,10 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Say what the layer is: sizes, adapter settings, state."""
+        dora = "use_dora=True, " if self.use_dora else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
-            f"use_rslora={self.use_rslora}, scaling={self.scaling:g}, bias={self.bias_mode!r}, "
-            f"merged={self.merged}, impl={self.impl!r}"
+            f"use_rslora={self.use_rslora}, {dora}scaling={self.scaling:g}, "
+            f"bias={self.bias_mode!r}, merged={self.merged}, impl={self.impl!r}"
         )
-
-
-def check_linear(linear: nn.Module, lora_dropout: float = 0.0, bias: str = "none") -> None:
-    """Raise unless `linear` computes x Wᵀ + bias from a float weight, and the settings suit it."""
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
-    # A quantised layer is often a subclass; its forward would silently be bypassed.
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-        raise TypeError(
-            f"linear: expected torch.nn.Linear's own forward, got one of {type(linear).__name__}"
-        )
-    for name, t in (("weight", linear.weight), ("bias", linear.bias)):
-        if t is not None and type(t) not in PLAIN_TENSORS and not is_dtensor(t):
-            raise TypeError(f"linear: expected a plain {name}, got a {type(t).__name__}")
-    if linear.weight.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            "linear: expected a float16, bfloat16, float32 or float64 weight, "
-            f"got {linear.weight.dtype}"
-        )
-    if bias != "none" and linear.bias is not None and linear._parameters.get("bias") is None:
-        raise TypeError(f"linear: expected a bias parameter for bias={bias!r}, got a computed bias")
-    if lora_dropout and isinstance(linear, NonDynamicallyQuantizableLinear):
-        raise ValueError(f"lora_dropout: {_OWNER_READS}, got {lora_dropout}")
-
-
-def _has_plain_matrix(module: nn.Module) -> bool:
-    weight: Any = module.weight
-    if type(weight) not in PLAIN_TENSORS and not is_dtensor(weight):
-        return False
-    return weight.dtype in FLOAT_DTYPES and weight.ndim == 2 and lack_of_memory(weight) is None
-
-
-def check_settings(
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float,
-    bias: str,
-    adapter_dtype: torch.dtype | None,
-    impl: str,
-) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless LoRALinear takes the settings."""
-    check_rank(r)
-    check_finite(lora_alpha, name="lora_alpha")
-    check_dropout_p(lora_dropout, name="lora_dropout")
-    if bias not in BIAS_MODES:
-        raise ValueError(f"bias: expected one of {', '.join(map(repr, BIAS_MODES))}, got {bias!r}")
-    if adapter_dtype not in (None, *FLOAT_DTYPES):
-        raise TypeError(
-            "adapter_dtype: expected float16, bfloat16, float32, float64 or None, "
-            f"got {adapter_dtype}"
-        )
-    check_impl(impl)
