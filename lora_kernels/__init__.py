@@ -7,6 +7,7 @@ from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.explanation import Explanation, explain
 from lora_kernels.nn import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
 from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
+from lora_kernels.ops.dora import lora_dora_linear
 from lora_kernels.ops.dropout_mask import dropout_mask
 from lora_kernels.ops.embedding import lora_embedding
 from lora_kernels.ops.linear import lora_linear
@@ -35,6 +36,7 @@ __all__ = [
     "lora_conv1d",
     "lora_conv2d",
     "lora_conv3d",
+    "lora_dora_linear",
     "lora_embedding",
     "lora_linear",
     "patch_peft",

@@ -15,6 +15,7 @@ from lora_kernels.adapter_layout import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Adapter,
+    Weights,
     check_complete,
     config_of,
     join,
@@ -188,7 +189,7 @@ def _move_into_place(draft: Path, target: Path) -> None:
 
 def _plan_layer(model: nn.Module, path: str, adapter: Adapter) -> _Change:
     """Check one layer's tensors against the model; return what writes them, and its undoing."""
-    place, config, (a, b) = find(model, path), adapter.config, adapter.layers[path]
+    place, config, weights = find(model, path), adapter.config, adapter.layers[path]
     if place is None:
         raise ValueError(f"model: expected a layer {path!r}, got none")
     layer = place.module
@@ -201,9 +202,9 @@ def _plan_layer(model: nn.Module, path: str, adapter: Adapter) -> _Change:
         )
     # What a file leaves out has the default of peft.LoraConfig.
     rank = pattern_value(config.get("rank_pattern"), path, config.get("r", 8))
-    shapes = ([rank, layer.in_features], [layer.out_features, rank])
-    for name, t, shape in (("lora_A", a, shapes[0]), ("lora_B", b, shapes[1])):
-        if list(t.shape) != shape or t.dtype not in FLOAT_DTYPES:
+    shapes = ([rank, layer.in_features], [layer.out_features, rank], [layer.out_features])
+    for name, t, shape in zip(weights._fields, weights, shapes, strict=True):
+        if t is not None and (list(t.shape) != shape or t.dtype not in FLOAT_DTYPES):
             raise ValueError(
                 f"{join(path, name)}: expected floats of shape {shape}, "
                 f"got {t.dtype} of shape {list(t.shape)}"
@@ -216,16 +217,18 @@ def _plan_layer(model: nn.Module, path: str, adapter: Adapter) -> _Change:
     if isinstance(layer, nn.Linear):
         _check_values(path, layer.weight, layer)
     try:
-        check_settings(r=rank, adapter_dtype=a.dtype, impl="auto", **settings)
+        check_settings(r=rank, adapter_dtype=weights.lora_A.dtype, impl="auto", **settings)
         if isinstance(layer, nn.Linear):
-            check_linear(layer)
+            check_linear(layer, use_dora=weights.magnitude is not None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     settings["use_rslora"] = bool(config.get("use_rslora", False))
     if isinstance(layer, nn.Linear):
-        return _plan_wrapping(layer, place, path, (a, b), settings)
+        return _plan_wrapping(layer, place, path, weights, settings)
+    if layer.use_dora != (weights.magnitude is not None):
+        raise ValueError(f"{path}: expected use_dora={layer.use_dora}, got {not layer.use_dora}")
     _check_adapter(layer, path, rank, settings["bias"], reducer_around(place))
-    return _plan_filling(layer, path, (a, b), settings)
+    return _plan_filling(layer, path, weights, settings)
 
 
 def _check_adapter(layer: LoRALinear, path: str, rank: int, bias: str, reducer: str | None) -> None:
@@ -256,7 +259,7 @@ def _plan_wrapping(
     linear: nn.Linear,
     place: Place,
     path: str,
-    weights: tuple[Tensor, Tensor],
+    weights: Weights,
     settings: dict[str, Any],
 ) -> _Change:
     """Check that a LoRALinear may be put around an nn.Linear; return what does, and its undoing."""
@@ -268,12 +271,14 @@ def _plan_wrapping(
             "(load before wrapping or sharding)"
         )
     trained = [(p, p.requires_grad) for p in linear.parameters()]
-    a, b = weights
+    a, use_dora = weights.lora_A, weights.magnitude is not None
 
     def write() -> None:
-        layer = LoRALinear.from_linear(linear, r=a.shape[0], adapter_dtype=a.dtype, **settings)
-        _plan_tensor(layer.lora_A, "weight", a).write()
-        _plan_tensor(layer.lora_B, "weight", b).write()
+        layer = LoRALinear.from_linear(
+            linear, r=a.shape[0], adapter_dtype=a.dtype, use_dora=use_dora, **settings
+        )
+        for _, module, value in _trained_modules(layer, weights):
+            _plan_tensor(module, "weight", value).write()
         replace(place, layer)
 
     def undo() -> None:
@@ -285,13 +290,11 @@ def _plan_wrapping(
 
 
 def _plan_filling(
-    layer: LoRALinear, path: str, weights: tuple[Tensor, Tensor], settings: dict[str, Any]
+    layer: LoRALinear, path: str, weights: Weights, settings: dict[str, Any]
 ) -> _Change:
     """Return what gives a LoRALinear a file's weights and settings, and its undoing."""
     tensors = []
-    for name, module, value in zip(
-        ("lora_A", "lora_B"), (layer.lora_A, layer.lora_B), weights, strict=True
-    ):
+    for name, module, value in _trained_modules(layer, weights):
         bare = unwrapped(module)
         _check_values(join(path, name), module.weight, bare)
         tensors.append(_plan_tensor(bare, "weight", value))
@@ -317,6 +320,13 @@ def _plan_filling(
             tensor.undo()
 
     return _Change(write, undo)
+
+
+def _trained_modules(layer: LoRALinear, weights: Weights) -> list[tuple[str, Any, Tensor]]:
+    """Return names and modules of a layer that have a weight in the file, with that."""
+    names = ("lora_A", "lora_B", "lora_magnitude_vector")
+    pairs = zip(names, weights, strict=True)
+    return [(name, getattr(layer, name), t) for name, t in pairs if t is not None]
 
 
 def _plan_bias(model: nn.Module, path: str, value: Tensor) -> _Change:

@@ -2,6 +2,7 @@
 
 adapter_model.safetensors   base_model.model.<path>.lora_A.weight   [r, in_features]
                             base_model.model.<path>.lora_B.weight   [out_features, r]
+                            base_model.model.<path>.lora_magnitude_vector of DoRA [out_features]
                             base_model.model.<path>.base_layer.bias with bias "lora_only"
 adapter_config.json         the fields of peft.LoraConfig that these layers have
 """
@@ -21,13 +22,14 @@ from lora_kernels.wrappers import bare_modules, whole
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's files leave out ".weight" here
+_PARTS = ("lora_A.weight", "lora_B.weight", MAGNITUDE)
 _KEY = re.compile(
-    re.escape(_PREFIX) + r"(?:(?P<path>.+)\.)?(?P<part>lora_A\.weight|lora_B\.weight)"
+    re.escape(_PREFIX) + rf"(?:(?P<path>.+)\.)?(?P<part>{'|'.join(map(re.escape, _PARTS))})"
 )
 # Settings that change what an adapter computes and that LoRALinear does not have. fan_in_fan_out
 # is none: PEFT sets it to False for an nn.Linear, too.
 _UNSUPPORTED = (
-    "use_dora",
     "lora_bias",
     "modules_to_save",
     "layer_replication",
@@ -55,11 +57,19 @@ _ADAPTED = (
 )
 
 
+class Weights(NamedTuple):
+    """A layer's tensors; `magnitude` is DoRA's."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor | None = None
+
+
 class Adapter(NamedTuple):
-    """What the two files say: settings, (A, B) by layer path, biases by parameter path."""
+    """What the two files say: settings, weights by layer path, biases by parameter path."""
 
     config: dict[str, Any]
-    layers: dict[str, tuple[Tensor, Tensor]]
+    layers: dict[str, Weights]
     biases: dict[str, Tensor]
 
 
@@ -79,6 +89,7 @@ def config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]
     for ours, field in (
         ("lora_dropout", "lora_dropout"),
         ("use_rslora", "use_rslora"),
+        ("use_dora", "use_dora"),
         ("bias_mode", "bias"),
     ):
         values = {getattr(layer, ours) for layer in layers.values()}
@@ -102,7 +113,6 @@ def config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]
         "r": rank,
         "lora_alpha": alpha,
         **shared,
-        "use_dora": False,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
@@ -129,6 +139,9 @@ def tensors_of(
         shape_a, shape_b = [layer.r, layer.in_features], [layer.out_features, layer.r]
         parameters[join(path, "lora_A.weight")] = layer.lora_A.weight, shape_a
         parameters[join(path, "lora_B.weight")] = layer.lora_B.weight, shape_b
+        if layer.use_dora:
+            magnitude = layer.lora_magnitude_vector.weight
+            parameters[join(path, MAGNITUDE)] = magnitude, [layer.out_features]
         base = layer.base_layer
         if bias_mode == "lora_only" and base.bias is not None:
             parameters[join(path, "base_layer.bias")] = base.bias, [layer.out_features]
@@ -189,7 +202,7 @@ def read_adapter(directory: Path) -> Adapter:
             "it with path_initial_model_for_weight_conversion)"
         )
     _check_patterns(config)
-    return Adapter(config, *_parse(tensors))
+    return Adapter(config, *_parse(tensors, bool(config.get("use_dora"))))
 
 
 def _check_patterns(config: dict[str, Any]) -> None:
@@ -226,9 +239,9 @@ def _is_list(value: Any, kind: type) -> bool:
 
 
 def _parse(
-    tensors: dict[str, Tensor],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Split a file's tensors into (A, B) by layer path and biases by parameter path."""
+    tensors: dict[str, Tensor], use_dora: bool
+) -> tuple[dict[str, Weights], dict[str, Tensor]]:
+    """Split a file's tensors into weights by layer path and biases by parameter path."""
     parts: dict[str, dict[str, Tensor]] = {}
     biases = {}
     for key, tensor in tensors.items():
@@ -240,10 +253,13 @@ def _parse(
         else:
             raise ValueError(f"{WEIGHTS_NAME}: expected lora_A and lora_B weights, got key {key!r}")
     for path, found in parts.items():
-        for part in ("lora_A.weight", "lora_B.weight"):
+        for part in _PARTS if use_dora else _PARTS[:2]:
             if part not in found:
                 raise ValueError(f"{WEIGHTS_NAME}: expected {join(path, part)!r}, got none")
-    return {path: (p["lora_A.weight"], p["lora_B.weight"]) for path, p in parts.items()}, biases
+        if MAGNITUDE in found and not use_dora:
+            raise ValueError(f"{WEIGHTS_NAME}: expected no {MAGNITUDE} without use_dora, got one")
+    layers = {path: Weights(*map(found.get, _PARTS)) for path, found in parts.items()}  # type: ignore[arg-type]
+    return layers, biases
 
 
 def check_complete(model: nn.Module, adapter: Adapter) -> None:

@@ -226,6 +226,42 @@ def check_backward(
             raise TypeError(f"{name}: expected {whose}{expected}, got {t.dtype}")
 
 
+def check_magnitude(magnitude: Any, x: Tensor, n: int) -> None:
+    """Check that DoRA's magnitude is a float tensor [n] beside x (or dy), which is no DTensor.
+
+    Raises:
+        TypeError, ValueError: it isn't.
+    """
+    if is_dtensor(x):
+        raise TypeError(f"x: expected a plain tensor beside a magnitude, got a {type(x).__name__}")
+    error = not_a_float_tensor("magnitude", magnitude, x)
+    if error is not None:
+        raise error
+    if magnitude.shape != (n,):
+        raise ValueError(f"magnitude: expected shape [{n}], got {list(magnitude.shape)}")
+
+
+def check_norm(norm: Any, u: Tensor | None, dy: Tensor) -> None:
+    """Check what DoRA's backward reads besides `check_backward`'s: row norms [N] and u [M, N].
+
+    Raises:
+        TypeError, ValueError: they don't fit dy.
+    """
+    n = dy.shape[-1]
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    rows = math.prod(dy.shape[:-1])
+    for name, t, shape, dtype in (("norm", norm, (n,), wide), ("u", u, (rows, n), dy.dtype)):
+        if t is None:
+            continue
+        error = not_a_float_tensor(name, t, dy)
+        if error is not None:
+            raise error
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+        if t.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {t.dtype}")
+
+
 def check_memory(**tensors: Tensor | None) -> None:
     """Check that tensors which torch's own operators will read have the memory they span.
 

@@ -47,6 +47,17 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, CHOICES))}, got {impl!r}")
 
 
+def check_plain(impl: str) -> None:
+    """Raise ValueError unless `impl` may be torch's own operators, by the reference's formulas."""
+    check_impl(impl)
+    if impl not in ("auto", "reference"):
+        raise ValueError(
+            f"impl: {impl!r} can't serve this call: inside torch.func transforms, forward-mode "
+            'differentiation, traces and FLOP counts "auto" and "reference" compute by torch\'s '
+            "own operators"
+        )
+
+
 def preferred(x: Tensor, weight: Tensor, dropout: bool) -> str:
     """Return "eager" in place of "auto" where kernels would copy W at each call.
 

@@ -24,11 +24,15 @@ _RECORD = "_lora_kernels_merged"  # in the base layer's __dict__: copied and pic
 
 
 class Update(NamedTuple):
-    """An adapter's scaling · B A, each a matrix; of W [N, ...] it is viewed as [N, ...]."""
+    """An adapter's scaling · B A, and what DoRA multiplies the rows of the sum by.
+
+    A and B are matrices; of W [N, ...] their product is viewed as [N, ...].
+    """
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    gain: Tensor | None = None
 
 
 class _Record(NamedTuple):
@@ -37,13 +41,22 @@ class _Record(NamedTuple):
 
 
 def with_updates(weight: Tensor, *updates: Update, sign: int = 1) -> Tensor:
-    """Return weight ± Σ scaling · B A, summed in float32 (float64 for float64), rounded once."""
+    """Return weight ± Σ scaling · B A, summed in float32 (float64 for float64), rounded once.
+
+    Rows are multiplied by each update's gain, if it has one, after its sum; with sign -1 what that
+    made is taken apart again, the last update first.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     device, total = weight.device, weight.to(wide)
     total = total if total.ndim == 2 else total.flatten(1)
-    for a, b, scaling in updates:
+    for a, b, scaling, gain in updates[::sign]:
         factors = b.to(device, wide), a.to(device, wide)
+        rows = None if gain is None else gain.to(device, wide)[:, None]
+        if rows is not None and sign < 0:
+            total = total / rows
         total = torch.addmm(total, *factors, alpha=sign * scaling)
+        if rows is not None and sign > 0:
+            total = total * rows
     return (total if weight.ndim == 2 else total.view(weight.shape)).to(weight.dtype)
 
 
@@ -75,6 +88,17 @@ def unmerge(base: nn.Module, update: Update) -> None:
             "base_layer: expected the layer that the adapter was merged into, got another"
         )
     _store(base, weight, _Record(record.own, tuple(u for u in record.updates if u is not update)))
+
+
+def unmerged(base: nn.Module) -> Tensor:
+    """Return the base layer's weight as it is without any update.
+
+    Raises:
+        TypeError, ValueError: as `own_weight`.
+    """
+    weight = own_weight(base, "base_layer")
+    record = _current_record(base, weight)
+    return weight if record is None else record.own
 
 
 def own_weight(module: nn.Module, name: str) -> Tensor:
@@ -123,6 +147,9 @@ def _current_record(base: nn.Module, weight: Tensor) -> _Record | None:
     if torch.isclose(weight, expected, rtol=0.0, atol=0.0, equal_nan=True).all():
         return record
     own = with_updates(weight, *record.updates, sign=-1)
+    for update in record.updates:
+        if update.gain is not None:  # a gain of 0 left nothing of a row
+            own = torch.where(update.gain.to(own.device)[:, None] == 0, record.own.to(own), own)
     return _Record(nn.Parameter(own, record.own.requires_grad), record.updates)
 
 

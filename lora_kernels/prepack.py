@@ -81,7 +81,8 @@ def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
     packed, left, nbytes = [], {}, 0
     for path, layer in layers:
         layer._lora_kernels_packed = None
-        weight = _weight_to_pack(layer.base_layer)
+        dora = layer._modules.get("lora_magnitude_vector")  # of PEFT's layers an empty dictionary
+        weight = "DoRA reads no packed weight" if dora else _weight_to_pack(layer.base_layer)
         if isinstance(weight, str):
             left[path] = weight
             continue

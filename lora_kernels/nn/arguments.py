@@ -1,5 +1,7 @@
 """What LoRALinear takes, checked before anything is changed."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -11,6 +13,7 @@ from lora_kernels.checks import (
     check_finite,
     check_rank,
     is_dtensor,
+    lack_of_memory,
 )
 from lora_kernels.dispatch import check_impl
 from lora_kernels.quantized import Base, read_quantized
@@ -19,10 +22,14 @@ BIAS_MODES = ("none", "all", "lora_only")
 OWNER_READS = "expected 0 around MultiheadAttention's out_proj, which reads the weight alone"
 
 
-def check_linear(linear: nn.Module, lora_dropout: float = 0.0, bias: str = "none") -> None:
+def check_linear(
+    linear: nn.Module, lora_dropout: float = 0.0, bias: str = "none", use_dora: bool = False
+) -> None:
     """Raise unless `linear` computes x Wᵀ + bias from a float weight, and the settings suit it."""
     quantized = read_quantized(linear)
     if isinstance(quantized, Base):
+        if use_dora:
+            raise TypeError("linear: expected a float weight with use_dora, got a quantised one")
         return
     if quantized is not None:
         raise TypeError(f"linear: expected a layer that can be read as it is, but its {quantized}")
@@ -36,6 +43,8 @@ def check_linear(linear: nn.Module, lora_dropout: float = 0.0, bias: str = "none
     for name, t in (("weight", linear.weight), ("bias", linear.bias)):
         if t is not None and type(t) not in PLAIN_TENSORS and not is_dtensor(t):
             raise TypeError(f"linear: expected a plain {name}, got a {type(t).__name__}")
+    if use_dora and is_dtensor(linear.weight):
+        raise TypeError("linear: expected a plain weight with use_dora, got a DTensor")
     if linear.weight.dtype not in FLOAT_DTYPES:
         raise TypeError(
             "linear: expected a float16, bfloat16, float32 or float64 weight, "
@@ -67,3 +76,11 @@ def check_settings(
             f"got {adapter_dtype}"
         )
     check_impl(impl)
+
+
+def has_plain_matrix(module: nn.Module) -> bool:
+    """Whether a module's weight is a float matrix with memory."""
+    weight: Any = module.weight
+    if type(weight) not in PLAIN_TENSORS and not is_dtensor(weight):
+        return False
+    return weight.dtype in FLOAT_DTYPES and weight.ndim == 2 and lack_of_memory(weight) is None

@@ -12,7 +12,7 @@ from lora_kernels.bypass import everywhere_reason, read_plain
 from lora_kernels.checks import FLOAT_DTYPES, check_keyword
 from lora_kernels.merging import Update
 from lora_kernels.nn.adapted import Adapted
-from lora_kernels.nn.linear import check_settings
+from lora_kernels.nn.arguments import check_settings
 from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
 
 _Kind = nn.Conv1d | nn.Conv2d | nn.Conv3d

@@ -10,7 +10,7 @@ from lora_kernels.bypass import everywhere_reason, read_plain
 from lora_kernels.checks import check_keyword, check_memory
 from lora_kernels.merging import Update
 from lora_kernels.nn.adapted import Adapted
-from lora_kernels.nn.linear import check_settings
+from lora_kernels.nn.arguments import check_settings
 from lora_kernels.ops.embedding import lora_embedding
 
 # What PEFT passes on to torch and `lora_embedding` has not.

@@ -9,7 +9,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_kernels import merging
 from lora_kernels.bypass import (
-    PLAIN_TENSORS,
     everywhere_reason,
     input_reason,
     read_linear,
@@ -20,15 +19,16 @@ from lora_kernels.checks import (
     check_call,
     check_dropout_p,
     check_keyword,
-    is_dtensor,
-    lack_of_memory,
     plainly_fit,
 )
 from lora_kernels.merging import Update
-from lora_kernels.nn.arguments import OWNER_READS, check_linear, check_settings
+from lora_kernels.nn.arguments import OWNER_READS, check_linear, check_settings, has_plain_matrix
+from lora_kernels.nn.dora import Magnitude
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
+from lora_kernels.operands.dora import DoraCall
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.onednn import OnednnWeight
+from lora_kernels.ops.dora import run as run_dora
 from lora_kernels.ops.linear import run
 from lora_kernels.prepack import current
 from lora_kernels.quantized import Base, apply, read_quantized, settled, unconverted
@@ -42,8 +42,9 @@ class LoRALinear(nn.Module):
         scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
     Names are PEFT's: `base_layer` holds W and bias, `lora_A.weight` is [r, in_features],
-    `lora_B.weight` is [out_features, r]. A call is fused unless it would bypass something: hooks,
-    swapped submodules, weights that are computed or quantised; then the submodules are called.
+    `lora_B.weight` is [out_features, r], with `use_dora` `lora_magnitude_vector.weight` is
+    [out_features]. A call is fused unless it would bypass something: hooks, swapped submodules,
+    weights that are computed or quantised; then the submodules are called.
 
     Args:
         in_features: K, the last dimension of x.
@@ -52,6 +53,7 @@ class LoRALinear(nn.Module):
         lora_alpha: numerator of scaling, any finite number.
         lora_dropout: probability in [0, 1) of dropping an input of the adapter branch in training.
         use_rslora: divide lora_alpha by sqrt(r) instead of r.
+        use_dora: rescale each row of W + scaling · B A to a learned length, as `lora_dora_linear`.
         bias: "none" freezes the base layer's bias; "all" and "lora_only" train it.
         base_bias: whether the base layer has a bias.
         device, dtype: of the base layer and the adapter.
@@ -75,6 +77,7 @@ class LoRALinear(nn.Module):
     """
 
     base_layer: nn.Linear
+    lora_magnitude_vector: Magnitude  # with use_dora
     _merged_update: Update | None = None
     _lora_kernels_packed: OnednnWeight | None = None  # set by `prepack_`
 
@@ -87,6 +90,7 @@ class LoRALinear(nn.Module):
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         bias: str = "none",
         base_bias: bool = True,
         device: torch.device | str | None = None,
@@ -99,6 +103,8 @@ class LoRALinear(nn.Module):
         base = nn.Linear(in_features, out_features, bias=base_bias, device=device, dtype=dtype)
         super().__init__()
         self._adapt(base, r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl)
+        if use_dora:
+            self.lora_magnitude_vector = Magnitude(self)
 
     @classmethod
     def from_linear(
@@ -109,6 +115,7 @@ class LoRALinear(nn.Module):
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         bias: str = "none",
         adapter_dtype: torch.dtype | None = None,
         impl: str = "auto",
@@ -118,7 +125,8 @@ class LoRALinear(nn.Module):
         Args:
             linear: the layer to adapt; its device and dtype are the adapter's. Beside a quantised
                 weight, one that `quantized_weight` reads, lora_A and lora_B are float32.
-            r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl: as the class.
+            r, lora_alpha, lora_dropout, use_rslora, use_dora, bias, adapter_dtype, impl: as the
+                class; use_dora beside a float weight only.
 
         Raises:
             TypeError, ValueError: `linear` is neither an nn.Linear with a plain float weight and
@@ -133,10 +141,12 @@ class LoRALinear(nn.Module):
         """
         check_keyword("r", misplaced)
         check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
-        check_linear(linear, lora_dropout, bias)
+        check_linear(linear, lora_dropout, bias, use_dora)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adapt(linear, r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl)
+        if use_dora:
+            layer.lora_magnitude_vector = Magnitude(layer)
         layer.train(linear.training)
         return layer
 
@@ -172,8 +182,13 @@ class LoRALinear(nn.Module):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
+    def use_dora(self) -> bool:
+        """Whether rows are rescaled to a learned length."""
+        return "lora_magnitude_vector" in self._modules
+
+    @property
     def weight(self) -> Tensor:
-        """W + scaling · B A, [out_features, in_features], formed at each reading.
+        """W + scaling · B A, [out_features, in_features], formed at each reading; DoRA's rescaled.
 
         For owners that multiply by their submodules' weights, such as MultiheadAttention: gradients
         reach lora_A and lora_B. W itself is `base_layer.weight`; it is what is returned, too, where
@@ -187,7 +202,7 @@ class LoRALinear(nn.Module):
         weight = self.base_layer.weight
         if self.merged:
             return weight
-        summable = all(map(_has_plain_matrix, modules))
+        summable = all(map(has_plain_matrix, modules))
         if isinstance(self.base_layer, NonDynamicallyQuantizableLinear):
             if not summable:
                 raise RuntimeError("weight: expected plain matrices to form W + scaling · B A of")
@@ -195,7 +210,7 @@ class LoRALinear(nn.Module):
                 raise RuntimeError(f"lora_dropout: {OWNER_READS}, got {self.lora_dropout}")
         if not summable:
             return weight
-        return merging.with_updates(weight, self._update())
+        return merging.with_updates(weight, self._update(weight))
 
     @property
     def bias(self) -> Tensor | None:
@@ -208,9 +223,14 @@ class LoRALinear(nn.Module):
         return self._merged_update is not None
 
     def reset_lora_parameters(self) -> None:
-        """Draw lora_A as PEFT does (Kaiming uniform, a = sqrt(5)) and zero lora_B."""
+        """Draw lora_A as PEFT does (Kaiming uniform, a = sqrt(5)) and zero lora_B.
+
+        The magnitude of DoRA becomes the length of W's rows.
+        """
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+        if self.use_dora:
+            self.lora_magnitude_vector.reset(self)
 
     def forward(
         self,
@@ -229,7 +249,7 @@ class LoRALinear(nn.Module):
         if isinstance(parts, str):
             base = read_quantized(self.base_layer)
             return self._left(x, parts) if base is None else self._quantized(x, base)
-        weight, bias, a, b = parts
+        weight, bias, a, b = parts[:4]
         cast, scaling, p = autocast_dtype(x), self.scaling, self.lora_dropout
         call = LinearCall(current(self, weight), Adapter(a, b, scaling), bias, None)
         if not plainly_fit(x, call, cast):
@@ -249,6 +269,8 @@ class LoRALinear(nn.Module):
             self._lora_kernels_calls.fused += 1
         if p:
             call = call._replace(dropout=drawn(p, None, x.device))
+        if len(parts) == 5:
+            return run_dora(x, DoraCall(call, parts[4]), self.impl, cast)
         return run(x, call, self.impl, cast)
 
     def left_reason(self) -> str | None:
@@ -256,10 +278,8 @@ class LoRALinear(nn.Module):
         parts = self._fused_parts(read_quantized(self.base_layer))
         return parts if isinstance(parts, str) else None
 
-    def _fused_parts(
-        self, quantized: Base | str | None = None
-    ) -> tuple[Any, Tensor | None, Tensor, Tensor] | str:
-        """Return W, bias, A and B for a fused call, or what it would bypass.
+    def _fused_parts(self, quantized: Base | str | None = None) -> tuple[Any, ...] | str:
+        """Return W, bias, A, B and DoRA's magnitude for a fused call, or what it would bypass.
 
         quantized: the base layer, where it is read already.
         """
@@ -275,7 +295,13 @@ class LoRALinear(nn.Module):
         if a[1] is not None or b[1] is not None:
             return "lora_A or lora_B has a bias"
         reason = everywhere_reason()
-        return (base[0], base[1], a[0], b[0]) if reason is None else reason
+        if reason is not None:
+            return reason
+        magnitude = modules.get("lora_magnitude_vector")
+        if magnitude is None:
+            return *base, a[0], b[0]
+        m = magnitude.read(base[0])
+        return m if isinstance(m, str) else (*base, a[0], b[0], m)
 
     def _quantized(self, x: Tensor, base: Base | str) -> Tensor:
         """Return y around a quantised base layer."""
@@ -301,14 +327,19 @@ class LoRALinear(nn.Module):
         if isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES:
             x = x.to(dtype)
         dropped = nn.functional.dropout(x, self.lora_dropout, self.training)
+        if self.use_dora:
+            return self.lora_magnitude_vector(self, y, dropped)
         return (y + self.lora_B(self.lora_A(dropped)) * self.scaling).to(y.dtype)
 
-    def _update(self) -> Update:
-        return Update(self.lora_A.weight, self.lora_B.weight, self.scaling)
+    def _update(self, weight: Tensor) -> Update:
+        gain = self.lora_magnitude_vector.gain(self, weight) if self.use_dora else None
+        return Update(self.lora_A.weight, self.lora_B.weight, self.scaling, gain)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add scaling · B A to the base layer's weight; a second call changes nothing.
+
+        DoRA rescales the rows of the sum, by the length that they have without other adapters.
 
         `base_layer.weight` becomes another parameter, so that an embedding tied to it keeps its
         own; a sharded one is written in place. The layer keeps its own weight until `unmerge`.
@@ -331,7 +362,8 @@ class LoRALinear(nn.Module):
         a, b = (merging.own_weight(getattr(self, n), n) for n in ("lora_A", "lora_B"))
         if self.lora_A.bias is not None or self.lora_B.bias is not None:
             raise TypeError("lora_A, lora_B: expected no bias to merge, got one")
-        update = Update(a.detach().clone(), b.detach().clone(), self.scaling)
+        gain = self._update(merging.unmerged(self.base_layer)).gain
+        update = Update(a.detach().clone(), b.detach().clone(), self.scaling, gain)
         merging.merge(self.base_layer, update)
         self._merged_update = update
 
@@ -360,16 +392,10 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Say what the layer is: sizes, adapter settings, state."""
+        dora = "use_dora=True, " if self.use_dora else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
-            f"use_rslora={self.use_rslora}, scaling={self.scaling:g}, bias={self.bias_mode!r}, "
-            f"merged={self.merged}, impl={self.impl!r}"
+            f"use_rslora={self.use_rslora}, {dora}scaling={self.scaling:g}, "
+            f"bias={self.bias_mode!r}, merged={self.merged}, impl={self.impl!r}"
         )
-
-
-def _has_plain_matrix(module: nn.Module) -> bool:
-    weight: Any = module.weight
-    if type(weight) not in PLAIN_TENSORS and not is_dtensor(weight):
-        return False
-    return weight.dtype in FLOAT_DTYPES and weight.ndim == 2 and lack_of_memory(weight) is None

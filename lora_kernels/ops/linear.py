@@ -16,7 +16,7 @@ from lora_kernels.checks import (
     plainly_fit,
     scaling_for,
 )
-from lora_kernels.dispatch import IMPLEMENTATIONS, Implementation, check_impl, choose, preferred
+from lora_kernels.dispatch import IMPLEMENTATIONS, Implementation, check_plain, choose, preferred
 from lora_kernels.impl.reference import linear as reference
 from lora_kernels.operands.call import (
     Adapter,
@@ -352,13 +352,7 @@ library.impl("lora_linear", _exported, "CompositeImplicitAutograd")
 
 def _by_plain_torch(x: Tensor, call: LinearCall, impl: str, cast: torch.dtype | None) -> Tensor:
     """Compute the reference's formulas, which torch differentiates, maps and traces by itself."""
-    check_impl(impl)
-    if impl not in ("auto", "reference"):
-        raise ValueError(
-            f"impl: {impl!r} can't serve this call: inside torch.func transforms, forward-mode "
-            'differentiation, traces and FLOP counts "auto" and "reference" compute by torch\'s '
-            "own operators"
-        )
+    check_plain(impl)
     if cast is not None:
         x, call = x.to(cast), call.cast(cast)
     return reference.forward(x, call)[0]

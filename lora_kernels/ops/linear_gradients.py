@@ -86,7 +86,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
     wanted = (need_x, need_a, need_b, need_bias)
     params: CallParams = ctx.params
-    x, xa, weight, a, b, seed, scaling_tensor, *parts = _saved(ctx, params.layer)
+    x, xa, weight, a, b, seed, scaling_tensor, *parts = saved_tensors(ctx, params.layer)
     if backward_needs_plain_torch():
         call = call_of(
             *(weight, parts or None, params.format if parts else None, a, b, None, seed),
@@ -111,7 +111,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _saved(ctx: Any, layer: str) -> tuple[Any, ...]:
+def saved_tensors(ctx: Any, layer: str, op: str = "lora_linear") -> tuple[Any, ...]:
     """Return the saved tensors; say whose they were if one has been changed in place."""
     try:
         return ctx.saved_tensors
@@ -119,7 +119,7 @@ def _saved(ctx: Any, layer: str) -> tuple[Any, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            f"{f'LoRA layer {layer!r}' if layer else 'lora_linear'}: expected its input and "
+            f"{f'LoRA layer {layer!r}' if layer else op}: expected its input and "
             "parameters as forward read them, got one that was changed in place since. It keeps "
             "no copy of its input: change a copy (x = x + 1 for x += 1) or unpatch_peft the layer, "
             "since PEFT's forward copies with dropout and with float32 adapters on 16 bits"

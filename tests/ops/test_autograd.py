@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
 from lora_kernels.impl.eager import linear as eager
+from lora_kernels.impl.eager.products import left_operand
 from lora_kernels.impl.reference import linear as reference
 from lora_kernels.operands.call import Wanted
 from lora_kernels.operands.dropout import drop_threshold
@@ -223,6 +224,6 @@ def test_autocast_leaves_float64_alone():
 def test_rows_are_copied_only_where_torch_may_read_beyond_them(columns, dtype, copied):
     """On a CPU with AMX; parity on tensors among NaN shows there that it must be so."""
     x = torch.zeros(20, 200, dtype=dtype)[:, :columns]
-    rows = eager._left_operand(x)
+    rows = left_operand(x)
     assert torch.equal(rows, x)
     assert (rows.data_ptr() != x.data_ptr()) == copied

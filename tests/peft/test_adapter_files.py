@@ -36,6 +36,7 @@ CASES = {
     "inner q only": ({"z.q": {}}, {}),
     "rslora": ({"q": {}, "z.q": {}}, {"use_rslora": True}),
     "dropout": ({"q": {}, "z.k": {}}, {"lora_dropout": 0.3}),
+    "DoRA": ({"q": {}, "z.k": {"r": 3}}, {"use_dora": True}),
     "ranks": ({"q": {"r": 1}, "z.q": {"r": 4}, "z.k": {}}, {}),
     "alphas": ({"z.k": {"lora_alpha": 3}, "zok": {"lora_alpha": 1.5}, "q": {"lora_alpha": 2}}, {}),
     "ranks and alphas": (
@@ -96,7 +97,8 @@ def test_what_peft_saves_we_load(settings, shared, into, tmp_path):
             nn.init.normal_(parameter)
     theirs.save_pretrained(tmp_path)
     if into == "LoRALinears":
-        adapt(fresh, {path: {"r": own.get("r", 2)} for path, own in settings.items()}).eval()
+        ranks = {path: {"r": own.get("r", 2)} for path, own in settings.items()}
+        adapt(fresh, ranks, use_dora=shared.get("use_dora", False)).eval()
     lk.load_adapter(fresh, tmp_path)
     found = {path for path, m in fresh.named_modules() if isinstance(m, lk.LoRALinear)}
     assert found == settings.keys()
@@ -229,7 +231,7 @@ SPOILERS = {
     "dropout of 1": (field(lora_dropout=1.0), "lora_dropout: expected a probability"),
     "bias mode": (field(bias="some"), "bias: expected one of"),
     "other method": (field(peft_type="IA3"), "expected peft_type LORA"),
-    "DoRA": (field(use_dora=True), "use_dora has no counterpart"),
+    "DoRA": (field(use_dora=True), "expected 'q.lora_magnitude_vector', got none"),
     "lora_bias": (field(lora_bias=True), "lora_bias has no counterpart"),
     "modules_to_save": (field(modules_to_save=["norm"]), "modules_to_save has no counterpart"),
     "PiSSA": (field(init_lora_weights="pissa_niter_4"), "unchanged base weights"),

@@ -43,6 +43,8 @@ def adapt(model, settings, **shared):
         linear = model.get_submodule(path)
         layer = lk.LoRALinear.from_linear(linear, **{"r": 2, "lora_alpha": 6, **shared, **own})
         nn.init.normal_(layer.lora_B.weight)
+        if layer.use_dora:
+            nn.init.normal_(layer.lora_magnitude_vector.weight)
         if layer.bias_mode != "none" and layer.bias is not None:
             nn.init.normal_(layer.bias)
         model.set_submodule(path, layer)

@@ -9,15 +9,20 @@ leaves both to the matrix products; backward forms what follows from dy B in flo
 so does forward what follows from D(x) on CPUs, where wider adapters give it a longer range.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_kernels.impl.eager import onednn
 from lora_kernels.impl.eager.mask import keep_blocks, masked
-from lora_kernels.operands.call import Gradients, LinearCall, Wanted
+from lora_kernels.impl.eager.products import (
+    as_dtype,
+    as_matrix,
+    base_gradient,
+    base_linear,
+    blocks,
+    left_operand,
+)
+from lora_kernels.operands.call import Adapter, Gradients, LinearCall, Wanted
 from lora_kernels.operands.dropout import Dropout
 from lora_kernels.operands.precision import has_wide_branch
 
@@ -26,7 +31,6 @@ SMALL_M = 32
 # 2026-11-24, Zen 4, bf16, 2 threads, dB of 2048x768: 0.19 ms transposed, 0.24 straight; at
 # 512x2048 0.16 and 0.20, but a copy of the result adds 0.035.
 TALL_M = 1024
-BLOCK_ELEMENTS = 1 << 21  # of rows in float32 (8 MB), where no mask is drawn
 
 
 def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
@@ -38,9 +42,8 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     """
     if has_wide_branch(x, call.adapter):
         return _wide_forward(x, call)
-    lora_A, lora_B, scaling = call.adapter
-    x2 = _left_operand(x)
-    a, b = _as_dtype(lora_A, x.dtype), _as_dtype(lora_B, x.dtype)
+    x2 = left_operand(x)
+    a = as_dtype(call.adapter.a, x.dtype)
     half = x.dtype == torch.float16
     if call.dropout is None:
         xa = linear(x2, a)
@@ -55,14 +58,8 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
                 torch.mm(kept, a.t(), out=to)
         if not half:
             xa.mul_(factor)
-    y = _base_linear(x2, call)
-    if (half or x2.shape[0] <= SMALL_M) and not isinstance(scaling, Tensor):
-        y.addmm_(xa, b.t(), alpha=scaling)
-    elif half:
-        for rows, _ in _blocks(y.shape[0], y.shape[1], None):
-            y[rows].add_(torch.mm(xa[rows].float() * scaling, b.float().t()))
-    else:
-        y.addmm_(xa * scaling, b.t())
+    y = base_linear(x2, call)
+    expand_(y, xa, call.adapter)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1]), xa
 
 
@@ -75,15 +72,15 @@ def backward(
     float16 dy lora_A and lora_B keep their own precision, and dy B, dA and dB are float32.
     """
     lora_A, lora_B, scaling = call.adapter
-    dy2 = _left_operand(dy)
-    x2 = _as_matrix(x) if wanted.da and x is not None else None
-    dx = _base_gradient(dy2, call.weight.decode(dy.dtype)) if wanted.dx else None
+    dy2 = left_operand(dy)
+    x2 = as_matrix(x) if wanted.da and x is not None else None
+    dx = base_gradient(dy2, call.weight.decode(dy.dtype)) if wanted.dx else None
     da = db = None
     if dy.dtype == torch.float16:
         da, db = _wide_backward(dx, dy2, x2, xa if wanted.db else None, call)
     elif wanted.dx or wanted.da:
-        a = _as_dtype(lora_A, dy.dtype)
-        q = torch.mm(dy2, _as_dtype(lora_B, dy.dtype)).mul_(scaling)
+        a = as_dtype(lora_A, dy.dtype)
+        q = torch.mm(dy2, as_dtype(lora_B, dy.dtype)).mul_(scaling)
         if call.dropout is None:
             if dx is not None:
                 dx.addmm_(q, a)
@@ -96,19 +93,19 @@ def backward(
         db = _tall_product(dy2, xa * scaling)
     return Gradients(
         dx.view(*dy.shape[:-1], dx.shape[1]) if dx is not None else None,
-        _as_dtype(da, lora_A.dtype) if da is not None else None,
-        _as_dtype(db, lora_B.dtype) if db is not None else None,
+        as_dtype(da, lora_A.dtype) if da is not None else None,
+        as_dtype(db, lora_B.dtype) if db is not None else None,
         dy2.sum(0) if wanted.dbias else None,
     )
 
 
 def _wide_forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     """Return y in x's dtype and xa, which is float32, as are all of the branch's products."""
-    adapter, dropout, x2 = call.adapter, call.dropout, _as_matrix(x)
+    adapter, dropout, x2 = call.adapter, call.dropout, as_matrix(x)
     a, b = adapter.a.float(), adapter.b.float()
-    y = _base_linear(x2, call)
+    y = base_linear(x2, call)
     xa = x2.new_empty((x2.shape[0], a.shape[0]), dtype=torch.float32)
-    for rows, keep in _blocks(x2.shape[0], x2.shape[1], dropout):
+    for rows, keep in blocks(x2.shape[0], x2.shape[1], dropout):
         kept = x2[rows] if keep is None else masked(x2[rows], keep)
         torch.mm(kept.float(), a.t(), out=xa[rows])
         if dropout is not None:
@@ -141,7 +138,7 @@ def _wide_backward(
     da = torch.zeros_like(a) if x2 is not None else None
     db = torch.zeros_like(b) if xa is not None else None
     scale = scaling if dropout is None else scaling * dropout.scale
-    for rows, keep in _blocks(dy2.shape[0], a.shape[1], dropout):
+    for rows, keep in blocks(dy2.shape[0], a.shape[1], dropout):
         dy_rows = dy2[rows].float()
         q = torch.mm(dy_rows, b).mul_(scale)
         if dx is not None:
@@ -155,37 +152,17 @@ def _wide_backward(
     return da, db if db is None else db.mul_(scaling)
 
 
-def _blocks(
-    rows: int, columns: int, dropout: Dropout | None
-) -> Iterator[tuple[slice, Tensor | None]]:
-    """Yield slices of rows, from top to bottom, with their keep masks if any are dropped."""
-    if dropout is not None:
-        yield from keep_blocks(rows, columns, dropout)
-        return
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows)), None
-
-
-def _as_matrix(v: Tensor) -> Tensor:
-    """Return v [..., C] as [M, C]; v itself where it is one, since a view costs 1 µs."""
-    return v if v.ndim == 2 else v.reshape(-1, v.shape[-1])
-
-
-def _left_operand(v: Tensor) -> Tensor:
-    """Return v as [M, C], copied where torch would read beyond its rows; see `reference`.
-
-    It takes 32 columns at a time.
-    """
-    v = _as_matrix(v)
-    apart = v.stride(0) != v.shape[1]
-    if apart and v.shape[1] % 32 and v.dtype == torch.bfloat16 and v.device.type == "cpu":
-        return v.contiguous()
-    return v
-
-
-def _as_dtype(v: Tensor, dtype: torch.dtype) -> Tensor:
-    return v if v.dtype == dtype else v.to(dtype)
+def expand_(y: Tensor, xa: Tensor, adapter: Adapter) -> None:
+    """Add scaling · xa Bᵀ to y, whose dtype is xa's or float16."""
+    b, scaling = as_dtype(adapter.b, xa.dtype), adapter.scaling
+    half = y.dtype == torch.float16
+    if xa.dtype != y.dtype or (half and isinstance(scaling, Tensor)):
+        for rows, _ in blocks(y.shape[0], y.shape[1], None):
+            y[rows].add_(torch.mm(xa[rows].float() * scaling, b.float().t()))
+    elif (half or y.shape[0] <= SMALL_M) and not isinstance(scaling, Tensor):
+        y.addmm_(xa, b.t(), alpha=scaling)
+    else:
+        y.addmm_(xa * scaling, b.t())
 
 
 def _tall_product(dy: Tensor, xs: Tensor) -> Tensor:
@@ -193,17 +170,3 @@ def _tall_product(dy: Tensor, xs: Tensor) -> Tensor:
     if dy.shape[0] >= TALL_M:
         return torch.mm(xs.t(), dy).t()
     return torch.mm(dy.t(), xs)
-
-
-def _base_linear(x: Tensor, call: LinearCall) -> Tensor:
-    """Return x Wᵀ + bias."""
-    weight = call.weight.decode(x.dtype)
-    product = onednn.linear if onednn.preferred(x, weight) else linear
-    return product(x, weight, call.bias)
-
-
-def _base_gradient(dy: Tensor, weight: Tensor) -> Tensor:
-    """Return dy W."""
-    if onednn.preferred(dy, weight.t()):
-        return onednn.linear(dy, weight.t(), None)
-    return torch.mm(dy, weight)

@@ -6,6 +6,7 @@ SUMMARY = "few, in-place ATen calls, any device"
 # And the formats of W.
 OPS = {
     "lora_linear": ("dense", "nf4", "fp4", "int8", "float8"),
+    "lora_dora_linear": ("dense",),
     "lora_embedding": ("dense",),
     "lora_conv": ("dense",),
 }

@@ -23,7 +23,7 @@ from lora_kernels.operands.call import Gradients, LinearCall, Wanted
 from lora_kernels.operands.precision import has_wide_branch
 
 
-def _as_matrix(v: Tensor) -> Tensor:
+def as_matrix(v: Tensor) -> Tensor:
     """Return v [..., C] as contiguous [M, C].
 
     On CPUs with AMX torch's bf16 products read on beyond rows that lie apart (oneDNN 3.12): by a
@@ -52,7 +52,7 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     """
     weight, adapter = call.weight.decode(x.dtype), call.adapter
     a, b = rounded(adapter.a, x.dtype), rounded(adapter.b, x.dtype)
-    x2 = _as_matrix(x)
+    x2 = as_matrix(x)
     xa = dropped(x2.to(a.dtype), call.dropout) @ a.T
     xa = rounded(xa, x.dtype) if has_wide_branch(x, adapter) else xa.to(x.dtype)
     y = x2 @ weight.T + (xa.to(b.dtype) @ b.T) * adapter.scaling
@@ -78,7 +78,7 @@ def backward(
     """
     lora_A, lora_B, scaling = call.adapter
     a, b = rounded(lora_A, dy.dtype), rounded(lora_B, dy.dtype)
-    dy2 = _as_matrix(dy)
+    dy2 = as_matrix(dy)
     wide = dy2.to(b.dtype)
     dxa = rounded((wide @ b) * scaling, dy.dtype)
     dx = da = db = dbias = None
@@ -88,7 +88,7 @@ def backward(
         dx = dx.to(dy.dtype).reshape(*dy.shape[:-1], weight.shape[1])
     if wanted.da:
         assert x is not None
-        da = (dxa.T @ dropped(_as_matrix(x).to(a.dtype), call.dropout)).to(lora_A.dtype)
+        da = (dxa.T @ dropped(as_matrix(x).to(a.dtype), call.dropout)).to(lora_A.dtype)
     if wanted.db:
         assert xa is not None
         db = ((wide.T @ xa.to(b.dtype)) * scaling).to(lora_B.dtype)

@@ -1,0 +1,312 @@
+"""`lora_dora_linear`: what may be passed and what comes back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.checks import (
+    check_backward,
+    check_call,
+    check_dropout_p,
+    check_magnitude,
+    check_memory,
+    check_norm,
+    check_scaling,
+    check_seed,
+    scaling_for,
+)
+from lora_kernels.dispatch import IMPLEMENTATIONS, check_plain, choose
+from lora_kernels.impl.reference import dora as reference
+from lora_kernels.operands.call import Adapter, LinearCall, as_autocast, autocast_dtype, call_of
+from lora_kernels.operands.dora import DoraCall, DoraWanted, Kept
+from lora_kernels.operands.dropout import drawn
+from lora_kernels.operands.precision import has_wide_branch
+from lora_kernels.operands.weight import Dense
+from lora_kernels.ops.dora_gradients import DoraOperatorFunction, LoraDoraLinear
+from lora_kernels.ops.linear_gradients import CallParams
+from lora_kernels.registration import (
+    Direction,
+    Operators,
+    below_autograd,
+    library,
+    operators,
+    register,
+)
+from lora_kernels.transforms import compiles_ahead, needs_plain_torch
+
+_OP = "lora_dora_linear"
+_CALL = (
+    "Tensor x, Tensor magnitude, Tensor weight, Tensor[]? parts, str? format, Tensor lora_A, "
+    "Tensor lora_B, Tensor? bias, Tensor? seed, int threshold, Tensor? scaling_tensor, "
+    "float scaling"
+)
+_FORWARD = f"({_CALL}) -> (Tensor y, Tensor xa, Tensor u, Tensor norm)"
+_BACKWARD = (
+    "(Tensor dy, Tensor? x, Tensor? xa, Tensor? u, Tensor norm, Tensor magnitude, Tensor weight, "
+    "Tensor[]? parts, str? format, Tensor lora_A, Tensor lora_B, Tensor? seed, int threshold, "
+    "Tensor? scaling_tensor, float scaling, bool[5] wanted) -> "
+    "(Tensor dx, Tensor da, Tensor db, Tensor dbias, Tensor dm)"
+)
+
+
+def _call(magnitude: Tensor, *flat: Any) -> DoraCall:
+    return DoraCall(call_of(*flat), magnitude)
+
+
+def _backward_call(
+    x: Any, xa: Any, u: Any, norm: Tensor, magnitude: Tensor, *flat: Any
+) -> tuple[Kept, DoraCall]:
+    linear = call_of(*flat[:5], None, *flat[5:])
+    return Kept(x, xa, u, norm), DoraCall(linear, magnitude)
+
+
+def _check_forward(x: Tensor, *flat: Any) -> None:
+    linear, magnitude = _call(*flat)
+    check_call(x, linear, cast=None)
+    check_magnitude(magnitude, x, linear.weight.shape[0])
+
+
+def _check_backward(dy: Tensor, *flat: Any) -> None:
+    kept, (linear, magnitude) = _backward_call(*flat[:-1])
+    # xa is float32 where forward made it so, in whichever implementation.
+    wide = kept.xa is not None and kept.xa.dtype == torch.float32 != dy.dtype
+    wide = wide and has_wide_branch(dy, linear.adapter)
+    check_backward(dy, kept.x, kept.xa, linear, wide_xa=wide)
+    check_magnitude(magnitude, dy, linear.weight.shape[0])
+    check_norm(kept.norm, kept.u, dy)
+
+
+def _fake_forward(impl: str, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    _check_forward(x, *flat)
+    linear = _call(*flat).linear
+    n, r = linear.weight.shape[0], linear.adapter.a.shape[0]
+    y = x.new_empty(*x.shape[:-1], n)
+    m = y.numel() // n
+    xa = torch.float32 if has_wide_branch(x, linear.adapter) else x.dtype
+    norm = torch.promote_types(x.dtype, torch.float32)
+    products = x.new_empty((m, r), dtype=xa), x.new_empty(m, n)
+    return y, *products, x.new_empty(n, dtype=norm)
+
+
+def _fake_backward(impl: str, dy: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    _check_backward(dy, *flat)
+    *given, wanted = flat
+    _, (linear, magnitude) = _backward_call(*given)
+    results = (
+        dy.new_empty(*dy.shape[:-1], linear.weight.shape[1]),
+        torch.empty_like(linear.adapter.a, memory_format=torch.contiguous_format),
+        torch.empty_like(linear.adapter.b, memory_format=torch.contiguous_format),
+        dy.new_empty(dy.shape[-1]),
+        torch.empty_like(magnitude, memory_format=torch.contiguous_format),
+    )
+    return tuple(t if want else dy.new_empty(0) for want, t in zip(wanted, results, strict=True))
+
+
+def _compute(impl: str, forward: Any, x: Tensor, *flat: Any) -> Any:
+    _check_forward(x, *flat)
+    call = _call(*flat)
+    _check_memory(call, x=x, bias=call.linear.bias)
+    return forward(x, call)
+
+
+def _compute_gradients(impl: str, backward: Any, dy: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    _check_backward(dy, *flat)
+    *given, wanted = flat
+    kept, call = _backward_call(*given)
+    _check_memory(call, dy=dy, **kept._asdict())
+    return _results(dy, backward(dy, kept, call, DoraWanted(*wanted)))
+
+
+def _results(dy: Tensor, gradients: Any) -> tuple[Tensor, ...]:
+    # A schema has a fixed number of tensors: an empty one stands for a gradient not asked for.
+    return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in gradients)
+
+
+def _check_memory(call: DoraCall, **others: Tensor | None) -> None:
+    (weight, (a, b, scaling), _, _), magnitude = call
+    check_memory(weight=weight.decode(), lora_A=a, lora_B=b, magnitude=magnitude, **others)
+    check_memory(scaling=scaling if isinstance(scaling, Tensor) else None)
+
+
+def _cast_forward(impl: str, dtype: torch.dtype, x: Tensor, *flat: Any) -> tuple[Any, ...]:
+    return as_autocast(x, dtype), *_call(*flat).cast(dtype).flat()
+
+
+def _cast_backward(impl: str, dtype: torch.dtype, dy: Tensor, *flat: Any) -> tuple[Any, ...]:
+    *given, wanted = flat
+    (x, xa, u, norm), call = _backward_call(*given)
+    linear, cast = call.linear.cast(dtype), as_autocast(dy, dtype)
+    wide = cast is not None and has_wide_branch(cast, linear.adapter)
+    xa = as_autocast(xa, torch.float32 if wide else dtype)
+    products = as_autocast(x, dtype), xa, as_autocast(u, dtype), norm
+    return cast, *products, call.magnitude, *linear.flat_backward(), wanted
+
+
+def _recorded_forward(both: Operators, x: Tensor, *flat: Any) -> Any:
+    """Be the forward operator's autograd kernel: what a captured graph's backward needs."""
+    magnitude, weight, parts, form, a, b, bias, seed, threshold, scaling_tensor, scaling = flat
+    if not _is_recorded(x, weight, a, b, bias, magnitude):
+        return below_autograd(both.forward, x, *flat)
+    params = CallParams(both, form, parts, parts, threshold, scaling)
+    return DoraOperatorFunction.apply(
+        x, weight, a, b, bias, magnitude, seed, scaling_tensor, params
+    )
+
+
+def _recorded_backward(both: Operators, dy: Tensor, *flat: Any) -> Any:
+    """Be the backward operator's autograd kernel: torch's operators where it is recorded."""
+    *given, wanted = flat
+    kept, call = _backward_call(*given)
+    weight, (a, b, _), _, _ = call.linear
+    if not _is_recorded(dy, *kept, weight.decode(), a, b, call.magnitude):
+        return below_autograd(both.backward, dy, *flat)
+    return _results(dy, reference.backward(dy, kept, call, DoraWanted(*wanted)))
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+register(
+    _OP,
+    "dora",
+    Direction(
+        "forward", _FORWARD, _fake_forward, _compute, _check_forward, _cast_forward,
+        _recorded_forward,
+    ),
+    Direction(
+        "backward", _BACKWARD, _fake_backward, _compute_gradients, _check_backward, _cast_backward,
+        _recorded_backward,
+    ),
+)  # fmt: skip
+_OPERATORS = {i.name: operators(_OP, i.name) for i in IMPLEMENTATIONS}
+# As torch.export records the layer; see `linear`.
+library.define(f"{_OP}({_CALL}, str impl) -> Tensor")
+
+
+def lora_dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Apply a linear layer with a DoRA adapter: rows of W + scaling · B A, rescaled::
+
+
+        g = magnitude / ‖W + scaling · B A‖            of each row; the norm gets no gradient
+        u = D(x) Wᵀ + scaling · D(x) Aᵀ Bᵀ
+        y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ + (g - 1) ⊙ u
+
+    Without dropout that is y = g ⊙ u + bias. D drops elements as `lora_linear`'s does; in training
+    D(x) is multiplied by the frozen weight, too, a second product of x's size.
+
+    Args:
+        x: [..., K], float16, bfloat16, float32 or float64; any strides, M = 0 allowed.
+        weight: [N, K], x's dtype, dense. Frozen by convention; if it requires grad, its gradient
+            takes the norm as a constant.
+        lora_A: [R, K], R >= 1, any of the float dtypes.
+        lora_B: [N, R], likewise.
+        magnitude: [N], likewise, of any sign; m of the paper.
+        bias: [N], x's dtype, or None. It is not rescaled.
+        scaling, dropout_p, training, seed: as `lora_linear`.
+        impl: "auto", "eager" or "reference". A named implementation serves the call or raises.
+
+    Returns:
+        y, [..., N], in x's dtype. A row whose norm is zero has an infinite gain, and y and
+        gradients there aren't finite, as in PEFT.
+
+    Precision: as `lora_linear`. The norm is formed in float32 (float64 for float64) of weight,
+    lora_A and lora_B as they are stored, its relative error below 1e-5; y is formed of u, g and
+    bias in that dtype and rounded once. u and, in backward, g ⊙ dy are rounded to x's dtype.
+    lora_A's, lora_B's and magnitude's gradients come back in their own dtypes. Autocast,
+    torch.func's transforms, forward-mode and second derivatives are served as by `lora_linear`;
+    the norm is a constant to all of them.
+
+    Raises:
+        TypeError: an argument is not a dense tensor or number, or dtypes that can't be combined.
+        ValueError: shapes, devices, ranges, or an `impl` that can't serve the call.
+
+    Source: Liu et al., DoRA, arXiv:2402.09353, equation 5 and section 4.3.
+
+    Example:
+        >>> x, weight = torch.ones(1, 2), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> lora_A, lora_B = torch.ones(1, 2), torch.zeros(2, 1)
+        >>> lk.lora_dora_linear(x, weight, lora_A, lora_B, torch.tensor([10.0, 1.0]))
+        tensor([[14.,  1.]])
+    """
+    linear = LinearCall(Dense(weight), Adapter(lora_A, lora_B, scaling), bias, None)
+    cast = autocast_dtype(x)
+    check_call(x, linear, cast=cast)
+    check_magnitude(magnitude, x, weight.shape[0])
+    check_scaling(scaling)
+    linear = linear._replace(adapter=Adapter(lora_A, lora_B, scaling_for(scaling, x.device)))
+    check_dropout_p(dropout_p)
+    check_seed(seed, x.device)
+    if training and dropout_p:
+        linear = linear._replace(dropout=drawn(dropout_p, seed, x.device))
+    call = DoraCall(linear, magnitude)
+    if needs_plain_torch():
+        return _by_plain_torch(x, call, impl, cast)
+    return run(x, call, impl, cast)
+
+
+def run(
+    x: Tensor, call: DoraCall, impl: str, cast: torch.dtype | None = None, layer: str = ""
+) -> Tensor:
+    """Compute a call whose tensors are known to fit each other; modules come in here.
+
+    cast: `autocast_dtype(x)`. layer: the layer's path, which an error in backward names.
+    """
+    if cast is not None:
+        check_memory(x=x, weight=call.linear.weight.decode(), bias=call.linear.bias)
+        x, call = x.to(cast), call.cast(cast)
+    if torch.compiler.is_exporting():
+        return torch.ops.lora_kernels.lora_dora_linear.default(x, *call.flat(), impl)
+    both = _operators(x, call, impl)
+    magnitude, weight, parts, form, a, b, bias, *others = call.flat()
+    if not _is_recorded(x, weight, a, b, bias, magnitude):
+        return below_autograd(both.forward, x, *call.flat())[0]
+    seed, threshold, scaling_tensor, scaling = others
+    params = CallParams(both, form, parts, parts, threshold, scaling, layer)
+    tensors = weight, a, b, bias, magnitude, seed, scaling_tensor
+    return LoraDoraLinear.apply(x, *tensors, params)
+
+
+def _operators(x: Tensor, call: DoraCall, impl: str) -> Operators:
+    weight, adapter, _, dropout = call.linear
+    rank = adapter.a.shape[0]
+    chosen = choose(impl, (_OP, x.device, x.dtype, rank, dropout is not None, weight.format))
+    return _OPERATORS[chosen.name]
+
+
+def _exported(x: Tensor, *flat: Any) -> Tensor:
+    """Be the body of the operator that torch.export records, run or decomposed."""
+    *given, impl = flat
+    call = _call(*given)
+    if not torch.compiler.is_exporting():
+        if needs_plain_torch():
+            return _by_plain_torch(x, call, impl, autocast_dtype(x))
+        return run(x, call, impl)
+    if compiles_ahead():
+        return _operators(x, call, impl).forward(x, *given)[0]
+    return reference.forward(x, call)[0]
+
+
+library.impl(_OP, _exported, "CompositeImplicitAutograd")
+
+
+def _by_plain_torch(x: Tensor, call: DoraCall, impl: str, cast: torch.dtype | None) -> Tensor:
+    """Compute the reference's formulas, which torch differentiates, maps and traces by itself."""
+    check_plain(impl)
+    if cast is not None:
+        x, call = x.to(cast), call.cast(cast)
+    return reference.forward(x, call)[0]
