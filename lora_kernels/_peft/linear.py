@@ -105,11 +105,12 @@ class FusedLoraModel(LoraModel):
             return
         layers = dict(self.named_modules())
         told: set[str] = set()
+        asked = Patched(impl, vars(self).get("_lora_kernels_options", ()))
         told = next((m._lora_kernels_calls.told for m in layers.values() if is_fused(m)), told)
         for path, layer in layers.items():
             kind = None if is_fused(layer) or "forward" in vars(layer) else fused_kind(layer)
             if kind is not None:
-                become(layer, kind, Patched(impl, vars(self)["_lora_kernels_options"]), path, told)
+                become(layer, kind, asked, path, told)
 
 
 class Patched(NamedTuple):
@@ -153,7 +154,10 @@ def become(
         for name in ("impl", "options", "packed", "calls"):
             own.pop(f"_lora_kernels_{name}", None)
         return
-    own["_lora_kernels_impl"], own["_lora_kernels_options"] = asked
+    own["_lora_kernels_impl"] = asked.impl
+    own.pop("_lora_kernels_options", None)
+    if asked.options:
+        own["_lora_kernels_options"] = asked.options
     if is_fused(module):
         own.setdefault("_lora_kernels_calls", Calls(path, told))
 
