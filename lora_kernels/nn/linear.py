@@ -8,12 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_kernels import merging
-from lora_kernels.bypass import (
-    everywhere_reason,
-    input_reason,
-    read_linear,
-    scaling_reason,
-)
+from lora_kernels.bypass import everywhere_reason, input_reason, read_linear, scaling_reason
 from lora_kernels.checks import (
     FLOAT_DTYPES,
     check_call,
