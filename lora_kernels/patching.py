@@ -244,7 +244,8 @@ def _use_of(layer: nn.Module, compiled: bool) -> LayerUse:
     calls, state = vars(layer).get("_lora_kernels_calls") or Calls(), _state_of(layer)
     request, by, without = None, None, None
     if isinstance(layer, LoRALinear):
-        impl, request = layer.impl, request_of_base(layer.base_layer, layer.r, False)
+        impl = layer.impl
+        request = request_of_base(layer.base_layer, layer.r, False, layer.use_dora)
     elif state is None:
         impl, request = vars(layer)["_lora_kernels_impl"], _request_of(cast(Any, layer))
     if state is None and request is not None:
@@ -278,7 +279,8 @@ def _request_of(layer: "LoraLayer") -> Request | None:
     if not names:
         return None
     p = getattr(layer.lora_dropout[names[0]], "p", 0.0)
-    return request_of_base(layer.get_base_layer(), layer.r[names[0]], p > 0.0)
+    dora = bool(layer.use_dora.get(names[0]))
+    return request_of_base(layer.get_base_layer(), layer.r[names[0]], p > 0.0, dora)
 
 
 def _tell(found: PatchReport, impl: str, requests: dict[str, Request]) -> None:

@@ -32,7 +32,7 @@ class Served(NamedTuple):
     without_kernel: str | None = None
 
 
-def request_of(base: nn.Module, rank: int, dropout: bool) -> Request | None:
+def request_of(base: nn.Module, rank: int, dropout: bool, dora: bool = False) -> Request | None:
     """Return what a layer's calls ask of an implementation; None where its weight doesn't say.
 
     On meta it is nowhere yet, a fake one may name a device that isn't there, and a shard of FSDP1
@@ -49,7 +49,8 @@ def request_of(base: nn.Module, rank: int, dropout: bool) -> Request | None:
         mesh = cast(Any, weight).device_mesh.device_type
         device = device if device.type == mesh else torch.device(mesh)
     dtype = autocast_dtype(weight) or weight.dtype
-    return Request("lora_linear", device, dtype, rank, dropout)
+    op = "lora_dora_linear" if dora else "lora_linear"
+    return Request(op, device, dtype, rank, dropout)
 
 
 def served(impl: str, request: Request) -> Served:

@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, is_grad_enabled, nn
 
+from lora_kernels._peft import dora
 from lora_kernels.bypass import (
     PLAIN_TENSORS,
     dropout_reason,
@@ -26,9 +27,11 @@ from lora_kernels.bypass import (
 from lora_kernels.checks import check_memory, is_dtensor, misfit, plainly_fit
 from lora_kernels.dispatch import slower_than_peft
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
+from lora_kernels.operands.dora import DoraCall
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.onednn import OnednnWeight
 from lora_kernels.operands.request import Request
+from lora_kernels.ops.dora import run as run_dora
 from lora_kernels.ops.linear import run
 from lora_kernels.prepack import current, forget, restore
 from lora_kernels.quantized import is_quantized
@@ -60,12 +63,16 @@ class FusedLinear(Linear):
             if calls is not None:
                 calls.leave(parts if isinstance(parts, str) else "called with more than x")
             return Linear.forward(self, x, *args, **kwargs)
-        weight, bias, lora_A, lora_B, dropout, scaling = parts
+        weight, bias, lora_A, lora_B, dropout, scaling, magnitude = parts
         # In this order: a compiled graph without dropout then doesn't depend on the mode.
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        if magnitude is not None and p and not self.training:  # DoRA's asks the layer's mode, too
+            p = 0.0
         cast = autocast_dtype(x)
         call = LinearCall(current(self, weight), Adapter(lora_A, lora_B, scaling), bias, None)
         reason = call_reason(x, call, p, cast, impl, self._modules["base_layer"])
+        if reason is None and magnitude is not None:
+            reason = dora.call_reason(x, DoraCall(call, magnitude), p, impl)
         if reason is not None:
             if calls is not None:
                 calls.leave(reason)
@@ -74,7 +81,10 @@ class FusedLinear(Linear):
             calls.fused += 1
         if p:
             call = call._replace(dropout=drawn(p, None, x.device))
-        return run(x, call, impl, cast, "" if calls is None else calls.path)
+        path = "" if calls is None else calls.path
+        if magnitude is not None:
+            return run_dora(x, DoraCall(call, magnitude), impl, cast, path)
+        return run(x, call, impl, cast, path)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Merge as PEFT does; packed copies of the weight come back when it is unmerged."""
@@ -163,8 +173,9 @@ def become(
 
 
 # What a fused call reads from a layer: weight, bias (the adapter's, scaled, is part of it), lora_A,
-# lora_B, dropout's module, scaling. A NamedTuple would take half a microsecond more.
-FusedParts = tuple[Any, Tensor | None, Tensor, Tensor, nn.Module, float | Tensor]
+# lora_B, dropout's module, scaling, DoRA's magnitude. A NamedTuple would take half a microsecond
+# more.
+FusedParts = tuple[Any, Tensor | None, Tensor, Tensor, nn.Module, float | Tensor, Tensor | None]
 
 
 def fused_parts(layer: Any, read: Callable[[Any], Any] = read_linear) -> FusedParts | str:
@@ -187,9 +198,11 @@ def fused_parts(layer: Any, read: Callable[[Any], Any] = read_linear) -> FusedPa
         if len(names) != 1:
             return f"{len(names)} active adapters, one is fused" if names else "no active adapter"
     name = names[0]
+    magnitude: Any = None
     if name in layer.lora_variant or layer.use_dora.get(name):
-        variant = layer.lora_variant.get(name)
-        return f"LoRA variant {type(variant).__name__}" if variant is not None else "DoRA"
+        magnitude = dora.read_magnitude(layer, name)
+        if isinstance(magnitude, str):
+            return magnitude
     base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[name]
     lora_A, lora_B = adapters[name], modules["lora_B"]._modules[name]
     own, a, b = read(base), read_linear(lora_A), read_linear(lora_B)
@@ -210,14 +223,18 @@ def fused_parts(layer: Any, read: Callable[[Any], Any] = read_linear) -> FusedPa
         if reason is not None:
             return reason
     weight, bias = own
+    if magnitude is not None and not isinstance(weight, Tensor):
+        return "DoRA beside a quantised weight"
     if b[1] is not None:
         if not isinstance(weight, Tensor):
             return "lora_B has a bias beside a quantised weight"
+        if magnitude is not None:
+            return "lora_B has a bias beside DoRA"
         both = _with_lora_bias(own, b[0], b[1], scaling)
         if isinstance(both, str):
             return both
         bias = both
-    return weight, bias, a[0], b[0], dropout, scaling
+    return weight, bias, a[0], b[0], dropout, scaling, magnitude
 
 
 def _with_lora_bias(

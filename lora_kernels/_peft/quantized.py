@@ -82,7 +82,7 @@ def _fused(
     layer: Any, x: Tensor, parts: FusedParts, impl: str, calls: Calls | None
 ) -> Tensor | str:
     """Return y by one call, or why it is PEFT's to compute."""
-    read, _, lora_A, lora_B, dropout, scaling = parts
+    read, _, lora_A, lora_B, dropout, scaling, _ = parts
     module = layer._modules["base_layer"]
     base = settled(module, read, x)
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

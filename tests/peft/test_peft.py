@@ -140,7 +140,7 @@ def double_by_hook(adapters):
 
 # Why `up` keeps PEFT's forward, and what brings it there.
 STATES = {
-    "LoRA variant DoraLinearVariant": lambda model: add_second(model, use_dora=True),
+    "LoRA variant ALoraLinearVariant": lambda model: add_second(model, alora_invocation_tokens=[1]),
     "2 active adapters, one is fused": activate_both,
     "no active adapter": lambda model: up(model).set_adapter([]),
     "adapters disabled": lambda model: model.base_model.disable_adapter_layers(),

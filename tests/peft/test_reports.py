@@ -108,10 +108,10 @@ def test_a_named_implementation_is_named():
 
 
 def test_nothing_patched_is_warned_of(caplog):
-    report = lk.patch_peft(two(use_dora=True))
+    report = lk.patch_peft(two(alora_invocation_tokens=[1]))
     assert not report.implementations
     (said,) = logged(caplog, logging.WARNING)
-    assert said == "0 of 2 LoRA layers patched: LoRA variant DoraLinearVariant (2)"
+    assert said == "0 of 2 LoRA layers patched: LoRA variant ALoraLinearVariant (2)"
 
 
 def test_an_absent_part_is_warned_of_with_the_cure(without_the_part, caplog):

@@ -1,6 +1,7 @@
 """Small models with PEFT adapters, texts and measures that the tests of training stacks share."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -150,14 +151,16 @@ class FusedCalls:
     """Counts the fused calls of patched layers while it is entered."""
 
     def __enter__(self):
-        self.count, self._real = 0, peft_layer.run
-
-        def counting(*args, **kwargs):
-            self.count += 1
-            return self._real(*args, **kwargs)
-
-        peft_layer.run = counting
+        self.count = 0
+        self._real = {name: getattr(peft_layer, name) for name in ("run", "run_dora")}
+        for name, real in self._real.items():
+            setattr(peft_layer, name, partial(self._counting, real))
         return self
 
+    def _counting(self, real, *args, **kwargs):
+        self.count += 1
+        return real(*args, **kwargs)
+
     def __exit__(self, *exception):
-        peft_layer.run = self._real
+        for name, real in self._real.items():
+            setattr(peft_layer, name, real)

@@ -86,7 +86,7 @@ CONFIGURATIONS = {
     "layer replication": ({"layer_replication": [[0, 2], [1, 2]]}, {}, {}, LAYERS + 7),
     "trained tokens": ({"trainable_token_indices": [3, 5]}, {}, {}, LAYERS),
     "PiSSA": ({"init_lora_weights": "pissa"}, {}, {}, LAYERS),
-    "DoRA": ({"use_dora": True}, {}, {"LoRA variant DoraLinearVariant": LAYERS}, 0),
+    "DoRA": ({"use_dora": True}, {}, {}, LAYERS),
     "a parameter": (
         {"target_parameters": ["mlp.up_proj.weight"], "target_modules": ["q_proj"]},
         {},
