@@ -16,16 +16,23 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
     return _CONVOLUTIONS[x.ndim](x, weight, bias, stride, padding, 1, groups)
 
 
-def input_gradient(size: list[int], weight: Tensor, dy: Tensor, geometry: Geometry) -> Tensor:
-    """Return the gradient of a convolution's input, of this size."""
-    # As torch.nn.grad has it: what isn't read has a shape alone.
-    return _gradients(dy, dy.new_empty(1).expand(size), weight, geometry, (True, False, False))[0]
+def input_gradient(
+    size: list[int], weight: Tensor, dy: Tensor, geometry: Geometry, x: Tensor | None = None
+) -> Tensor:
+    """Return the gradient of a convolution's input, of this size.
+
+    x: the input, if it is at hand. Torch reads its shape and memory format alone, by which it
+    chooses its products': one of another format than dy would have dy copied.
+    """
+    if x is None or x.dtype != dy.dtype:
+        form = memory_format(dy, weight)
+        x = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=form)
+    return _gradients(dy, x, weight, geometry, (True, False, False))[0]
 
 
 def weight_gradient(x: Tensor, weight: Tensor, dy: Tensor, geometry: Geometry) -> Tensor:
     """Return the gradient of a convolution's weight, of which the shape is read."""
-    placeholder = dy.new_empty(1).expand(weight.shape)
-    return _gradients(dy, x, placeholder, geometry, (False, True, False))[1]
+    return _gradients(dy, x, weight, geometry, (False, True, False))[1]
 
 
 def _gradients(

@@ -101,13 +101,17 @@ def _fake_forward(impl: str, x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     call, geometry = conv_call_of(*given)
     weight, a = call.weight.decode(), call.adapter.a
     sizes = _sizes(x.shape[2:], weight.shape[2:], geometry)
-    y = torch.empty(
-        (x.shape[0], weight.shape[0], *sizes),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=memory_format(x, weight),
+    dtypes = ((weight.shape[0], x.dtype), (a.shape[0], branch_dtype(x, call.adapter)))
+    y, xa = (
+        torch.empty(
+            (x.shape[0], channels, *sizes),
+            dtype=dtype,
+            device=x.device,
+            memory_format=memory_format(x, weight),
+        )
+        for channels, dtype in dtypes
     )
-    return y, x.new_empty((x.shape[0], a.shape[0], *sizes), dtype=branch_dtype(x, call.adapter))
+    return y, xa
 
 
 def _fake_backward(
@@ -131,7 +135,8 @@ def _compute(impl: str, forward: Any, x: Tensor, *given: Any) -> tuple[Tensor, T
     weight, (a, b, _) = call.weight.decode(), call.adapter
     check_memory(x=x, weight=weight, lora_A=a, lora_B=b, bias=call.bias)
     y, xa = forward(x, call, geometry)
-    return y.contiguous(memory_format=memory_format(x, weight)), xa.contiguous()
+    form = memory_format(x, weight)
+    return y.contiguous(memory_format=form), xa.contiguous(memory_format=form)
 
 
 def _compute_gradients(

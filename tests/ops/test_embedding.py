@@ -148,7 +148,11 @@ def test_only_ids_and_parameters_are_saved():
     assert sum(t.nbytes for t in kept if t.data_ptr() not in owned) <= 4  # embed_scale
 
 
-def test_no_wide_tensor_of_all_rows_beside_float32_adapters():
+@pytest.mark.parametrize("supported", [False, True])
+def test_no_wide_tensor_of_all_rows_beside_float32_adapters(supported, monkeypatch):
+    """Where a CPU has products in bfloat16 and, by blocks of rows, where it has none."""
+    monkeypatch.setattr(eager, "_has_bfloat16_products", lambda: supported)
+    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 256 * 16)
     ids, weight, a, b = problem((400,), 20, 256, 4, BF16, F32)
     call, dy = call_of(weight, a.detach(), b.detach()), torch.randn(400, 256).bfloat16()
     largest = 0
@@ -164,7 +168,14 @@ def test_no_wide_tensor_of_all_rows_beside_float32_adapters():
     with Widest():
         eager.forward(ids, call)
         eager.backward(dy, ids, call, Wanted(False, True, True, False))
-    assert 0 < largest <= 400 * 4
+    assert 0 < largest <= (400 * 4 if supported else 256 * 16)
+
+
+def test_blocks_of_rows_in_float32_compute_the_same(monkeypatch):
+    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 40 * 3)
+    for supported in (False, True):
+        monkeypatch.setattr(eager, "_has_bfloat16_products", lambda supported=supported: supported)
+        assert_parity(problem((7, 11), 30, 40, 4, BF16, F32), "eager", padding_idx=3)
 
 
 @pytest.mark.parametrize("scaling", [100.0, torch.tensor(100.0)], ids=["number", "tensor"])

@@ -24,8 +24,8 @@ from lora_kernels.operands.dropout import Dropout
 def forward(x: Tensor, call: LinearCall, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Return y and xa; see `reference`.
 
-    Precision: the library's products round to x's dtype, xa is rounded again after dropout's
-    factor; the sum of both branches is rounded once more.
+    xa has y's memory format. Precision: the library's products round to x's dtype, xa is rounded
+    again after dropout's factor; the sum of both branches is rounded once more.
     """
     weight, dtype = call.weight.decode(), branch_dtype(x, call.adapter)
     a, b, scaling = call.adapter
@@ -53,15 +53,15 @@ def backward(
     a, b, branch = lora_A.to(dtype), lora_B.to(dtype), dy.to(dtype)
     dx = da = db = None
     if wanted.dx:
-        dx = input_gradient(size, call.weight.decode(), dy, geometry)
+        dx = input_gradient(size, call.weight.decode(), dy, geometry, x)
     if wanted.dx or wanted.da:
         between = [dy.shape[0], a.shape[0], *dy.shape[2:]]
         # With dropout's factor it serves both what follows: D(v) is keep · v · factor.
-        dxa = input_gradient(between, b, branch, geometry.of_b).mul_(scaling)
+        dxa = input_gradient(between, b, branch, geometry.of_b, xa).mul_(scaling)
         if dropout is not None:
             dxa.mul_(dropout.scale)
         if dx is not None:
-            more = input_gradient(size, a, dxa, geometry.of_a)
+            more = input_gradient(size, a, dxa, geometry.of_a, x)
             dx.add_(more if dropout is None else _kept(more, dropout))
         if wanted.da and x is not None:
             kept = x.to(dtype) if dropout is None else _kept(x.to(dtype), dropout)

@@ -2,10 +2,12 @@
 
 Same equations and signatures as `reference`. A's columns are gathered before they are rounded, the
 branch is added to W[ids] in place, in y's dtype, so that beside float32 adapters there is no
-[M, H] tensor in float32; of float16, which keeps its range, there is one block of rows.
+[M, H] tensor in float32. By blocks of rows in float32 it is where float16 would lose its range, and
+where a CPU has no products in bfloat16.
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ def forward(ids: Tensor, call: EmbeddingCall) -> Tensor:
     if call.embed_scale is not None:
         y.mul_(call.embed_scale.to(y.dtype))
     y2, xa = y.view(rows.shape[0], y.shape[-1]), a.index_select(1, rows).t()
-    if y.dtype == torch.float16:
+    if _by_float32(y):
         for some in _blocks(y2):
             y2[some].add_(torch.mm(xa[some].float() * factor, b.float().t()))
     elif isinstance(factor, Tensor):
@@ -38,8 +40,8 @@ def forward(ids: Tensor, call: EmbeddingCall) -> Tensor:
 def backward(dy: Tensor, ids: Tensor, call: EmbeddingCall, wanted: Wanted) -> Gradients:
     """Return dA and dB; see `reference`.
 
-    Precision: dy B is rounded to dy's dtype, float16's is not; dA's sums are float32 (float64 for
-    float64), formed in an order that depends on ids alone.
+    Precision: dy B is rounded to dy's dtype, but for blocks in float32; dA's sums are float32
+    (float64 for float64), formed in an order that depends on ids alone.
     """
     (a, b, _), factor, rows = call.adapter, call.factor, ids.reshape(-1)
     # A copy where rows lie apart or are one: see `reference.linear`.
@@ -47,7 +49,7 @@ def backward(dy: Tensor, ids: Tensor, call: EmbeddingCall, wanted: Wanted) -> Gr
     wide = torch.promote_types(dy.dtype, torch.float32)
     da = db = None
     if wanted.da:
-        if dy.dtype == torch.float16:
+        if _by_float32(dy):
             dxa = torch.empty(rows.shape[0], b.shape[1], dtype=wide, device=dy.device)
             for some in _blocks(dy2):
                 torch.mm(dy2[some].float(), b.float(), out=dxa[some])
@@ -56,7 +58,7 @@ def backward(dy: Tensor, ids: Tensor, call: EmbeddingCall, wanted: Wanted) -> Gr
         da = _summed_by_id(dxa.mul_(factor), rows, a.shape[1], call.padding_idx).to(a.dtype)
     if wanted.db:
         xa = a.index_select(1, rows)
-        if dy.dtype == torch.float16:
+        if _by_float32(dy):
             db = torch.zeros(b.shape, dtype=wide, device=b.device)
             for some in _blocks(dy2):
                 db.addmm_(dy2[some].float().t(), xa[:, some].float().t())
@@ -80,6 +82,18 @@ def _summed_by_id(dxa: Tensor, rows: Tensor, count: int, padding_idx: int) -> Te
     if padding_idx != NO_PADDING:
         total[:, padding_idx].zero_()
     return total
+
+
+def _by_float32(v: Tensor) -> bool:
+    return v.dtype == torch.float16 or (
+        v.dtype == torch.bfloat16 and v.is_cpu and not _has_bfloat16_products()
+    )
+
+
+@cache
+def _has_bfloat16_products() -> bool:
+    """Whether oneDNN multiplies in bfloat16 here; torch's own loop takes 10 times as long."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
