@@ -100,6 +100,11 @@ def _choose(impl: str, request: Request) -> Implementation:
     return _BY_NAME[impl]
 
 
+def has_op(impl: str, op: str) -> bool:
+    """Whether a named implementation computes an op at all; "auto" does."""
+    return impl == "auto" or op in _BY_NAME[impl].ops
+
+
 def refusal(impl: str, request: Request) -> str | None:
     """Return why a named implementation can't serve the request, or None."""
     return _BY_NAME[impl].refuse(request)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from lora_kernels.bypass import read_linear
-from lora_kernels.dispatch import check_impl
+from lora_kernels.dispatch import check_impl, has_op
 from lora_kernels.nn import LoRALinear
 from lora_kernels.operands.request import Request
 from lora_kernels.prepack import PrepackReport, prepack_, state_of_copies
@@ -129,7 +129,7 @@ def patch_peft(
     layers = _lora_layers(model)
     if not layers:
         raise ValueError(f"model: expected a model with PEFT LoRA layers, got {_instead(model)}")
-    requests = _requests(layers)
+    requests = _requests(layers, impl)
     check_serves(impl, requests)
     found = PatchReport()
     tuners = [m for m in model.modules() if type(m) in (ours.LoraModel, ours.FusedLoraModel)]
@@ -137,7 +137,7 @@ def patch_peft(
     told: set[str] = set()
     try:
         for path, layer in layers:
-            reason = _left_for_its_type(layer)
+            reason = _left_for_its_type(layer, impl)
             if reason is None:
                 kind = cast(type, ours.fused_kind(layer))
                 ours.become(layer, kind, ours.Patched(impl, asked), path, told)
@@ -245,7 +245,8 @@ def _use_of(layer: nn.Module, compiled: bool) -> LayerUse:
     request, by, without = None, None, None
     if isinstance(layer, LoRALinear):
         impl = layer.impl
-        request = request_of_base(layer.base_layer, layer.r, False, layer.use_dora)
+        op = "lora_dora_linear" if layer.use_dora else "lora_linear"
+        request = request_of_base(layer.base_layer, layer.r, False, op)
     elif state is None:
         impl, request = vars(layer)["_lora_kernels_impl"], _request_of(cast(Any, layer))
     if state is None and request is not None:
@@ -268,19 +269,26 @@ def _state_of(layer: nn.Module) -> str | None:
     return _left_for_its_type(cast(Any, layer)) or "not patched: call patch_peft again"
 
 
-def _requests(layers: list[tuple[str, "LoraLayer"]]) -> dict[str, Request]:
+def _requests(layers: list[tuple[str, "LoraLayer"]], impl: str) -> dict[str, Request]:
     """Return what calls of the layers will ask that can be fused, by path, where that is known."""
-    asked = {path: _request_of(layer) for path, layer in layers if not _left_for_its_type(layer)}
+    kept = [(path, layer) for path, layer in layers if not _left_for_its_type(layer, impl)]
+    asked = {path: _request_of(layer) for path, layer in kept}
     return {path: request for path, request in asked.items() if request is not None}
 
 
 def _request_of(layer: "LoraLayer") -> Request | None:
-    names = [name for name in layer.active_adapters if name in layer.lora_A] or [*layer.lora_A]
+    from lora_kernels._peft.linear import fused_kind
+
+    op = fused_kind(layer)._lora_kernels_op
+    adapters = layer.lora_embedding_A if op == "lora_embedding" else layer.lora_A
+    names = [name for name in layer.active_adapters if name in adapters] or [*adapters]
     if not names:
         return None
-    p = getattr(layer.lora_dropout[names[0]], "p", 0.0)
-    dora = bool(layer.use_dora.get(names[0]))
-    return request_of_base(layer.get_base_layer(), layer.r[names[0]], p > 0.0, dora)
+    # PEFT's embedding has a dropout, and ignores it.
+    p = 0.0 if op == "lora_embedding" else getattr(layer.lora_dropout[names[0]], "p", 0.0)
+    if op == "lora_linear" and layer.use_dora.get(names[0]):
+        op = "lora_dora_linear"
+    return request_of_base(layer.get_base_layer(), layer.r[names[0]], p > 0.0, op)
 
 
 def _tell(found: PatchReport, impl: str, requests: dict[str, Request]) -> None:
@@ -300,15 +308,18 @@ def _tell(found: PatchReport, impl: str, requests: dict[str, Request]) -> None:
         LOGGER.warning(missed)
 
 
-def _left_for_its_type(layer: "LoraLayer") -> str | None:
+def _left_for_its_type(layer: "LoraLayer", impl: str = "auto") -> str | None:
     """Return why a layer can't be fused whatever its state, or None."""
     from lora_kernels._peft.linear import fused_kind
 
-    if fused_kind(layer) is None:
+    kind = fused_kind(layer)
+    if kind is None:
         return f"{_qualified_name(layer)} has no fused forward"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
-    return None
+    # Whoever names an implementation means it for linear layers.
+    op = kind._lora_kernels_op
+    return None if has_op(impl, op) else f"{impl!r} has no {op}"
 
 
 def _options(**asked: str | None) -> tuple[str, ...]:

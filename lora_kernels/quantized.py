@@ -135,14 +135,14 @@ def apply(
     return y.to(x.dtype) if base.casts_back else y
 
 
-def request_of_base(base: Any, rank: int, dropout: bool, dora: bool = False) -> Request | None:
+def request_of_base(base: Any, rank: int, dropout: bool, op: str) -> Request | None:
     """Return what calls of a layer around `base` ask, as `request_of` does, quantised or not."""
     read = read_quantized(base)
     if not isinstance(read, Base):
-        return request_of(base, rank, dropout, dora) if read is None else None
+        return request_of(base, rank, dropout, op) if read is None else None
     codes = read.weight.stored
     dtype = autocast_dtype(codes) or read.dtype or torch.float32
-    return Request("lora_linear", codes.device, dtype, rank, dropout, read.weight.format)
+    return Request(op, codes.device, dtype, rank, dropout, read.weight.format)
 
 
 @contextmanager

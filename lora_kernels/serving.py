@@ -32,7 +32,7 @@ class Served(NamedTuple):
     without_kernel: str | None = None
 
 
-def request_of(base: nn.Module, rank: int, dropout: bool, dora: bool = False) -> Request | None:
+def request_of(base: nn.Module, rank: int, dropout: bool, op: str) -> Request | None:
     """Return what a layer's calls ask of an implementation; None where its weight doesn't say.
 
     On meta it is nowhere yet, a fake one may name a device that isn't there, and a shard of FSDP1
@@ -41,7 +41,7 @@ def request_of(base: nn.Module, rank: int, dropout: bool, dora: bool = False) ->
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in FLOAT_DTYPES:
         return None
-    if weight.is_meta or isinstance(weight, FakeTensor) or weight.ndim != 2 or not weight.numel():
+    if weight.is_meta or isinstance(weight, FakeTensor) or weight.ndim < 2 or not weight.numel():
         return None
     device = weight.device
     if is_dtensor(weight):
@@ -49,7 +49,6 @@ def request_of(base: nn.Module, rank: int, dropout: bool, dora: bool = False) ->
         mesh = cast(Any, weight).device_mesh.device_type
         device = device if device.type == mesh else torch.device(mesh)
     dtype = autocast_dtype(weight) or weight.dtype
-    op = "lora_dora_linear" if dora else "lora_linear"
     return Request(op, device, dtype, rank, dropout)
 
 

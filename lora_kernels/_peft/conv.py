@@ -22,7 +22,12 @@ from lora_kernels.ops.conv_operators import check
 class _FusedConv(Fused):
     """A convolution of PEFT's, computed by `lora_conv` unless there is a reason not to."""
 
+    _lora_kernels_op = "lora_conv"
     _kind: type[nn.Module]
+
+    def _lora_kernels_left(self) -> str | None:
+        parts = fused_parts(self, self._kind)
+        return parts if isinstance(parts, str) else None
 
     def _fused_call(self, x: Any, impl: str) -> Callable[[], Tensor] | str:
         layer: Any = self
@@ -52,18 +57,21 @@ class _FusedConv(Fused):
 class FusedConv1d(_FusedConv, Conv1d):
     """PEFT's `lora.Conv1d`, computed by `lora_conv1d` unless there is a reason not to."""
 
+    _lora_kernels_theirs = Conv1d
     _kind = nn.Conv1d
 
 
 class FusedConv2d(_FusedConv, Conv2d):
     """PEFT's `lora.Conv2d`, computed by `lora_conv2d` unless there is a reason not to."""
 
+    _lora_kernels_theirs = Conv2d
     _kind = nn.Conv2d
 
 
 class FusedConv3d(_FusedConv, Conv3d):
     """PEFT's `lora.Conv3d`, computed by `lora_conv3d` unless there is a reason not to."""
 
+    _lora_kernels_theirs = Conv3d
     _kind = nn.Conv3d
 
 

@@ -21,6 +21,13 @@ _LEFT = ("max_norm", "scale_grad_by_freq", "sparse")
 class FusedEmbedding(Fused, Embedding):
     """PEFT's `lora.Embedding`, computed by `lora_embedding` unless there is a reason not to."""
 
+    _lora_kernels_theirs = Embedding
+    _lora_kernels_op = "lora_embedding"
+
+    def _lora_kernels_left(self) -> str | None:
+        parts = fused_parts(self)
+        return parts if isinstance(parts, str) else None
+
     def _fused_call(self, x: Any, impl: str) -> Callable[[], Tensor] | str:
         parts = fused_parts(self)
         if isinstance(parts, str):

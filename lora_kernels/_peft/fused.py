@@ -20,8 +20,10 @@ class Fused:
     PEFT's own forward.
     """
 
+    _lora_kernels_op: str
     _lora_kernels_impl: str
     _lora_kernels_calls: Calls
+    _lora_kernels_packed = None  # there are no copies to make
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted layer's output; arguments as PEFT's forward."""
@@ -40,6 +42,10 @@ class Fused:
         if calls is not None:
             calls.fused += 1
         return call()
+
+    def _lora_kernels_left(self) -> str | None:
+        """Return why the layer keeps PEFT's forward in its present state, or None."""
+        raise NotImplementedError
 
     def _fused_call(self, x: Any, impl: str) -> Callable[[], Tensor] | str:
         """Return what computes a call, or why it is PEFT's to compute."""

@@ -25,7 +25,7 @@ from lora_kernels.bypass import (
     scaling_reason,
 )
 from lora_kernels.checks import check_memory, is_dtensor, misfit, plainly_fit
-from lora_kernels.dispatch import slower_than_peft
+from lora_kernels.dispatch import has_op, slower_than_peft
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dora import DoraCall
 from lora_kernels.operands.dropout import drawn
@@ -45,6 +45,7 @@ class FusedLinear(Linear):
     """PEFT's `lora.Linear`, computed by `lora_linear` unless there is a reason not to."""
 
     _lora_kernels_theirs = Linear
+    _lora_kernels_op = "lora_linear"
     _lora_kernels_impl: str
     _lora_kernels_calls: Calls
     _lora_kernels_packed: OnednnWeight | None = None  # set by `prepack_`
@@ -86,6 +87,10 @@ class FusedLinear(Linear):
             return run_dora(x, DoraCall(call, magnitude), impl, cast, path)
         return run(x, call, impl, cast, path)
 
+    def _lora_kernels_left(self) -> str | None:
+        parts = fused_parts(self)
+        return parts if isinstance(parts, str) else None
+
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Merge as PEFT does; packed copies of the weight come back when it is unmerged."""
         forget(self, "merged, they come back with unmerge()", until_unmerged=True)
@@ -119,7 +124,7 @@ class FusedLoraModel(LoraModel):
         told = next((m._lora_kernels_calls.told for m in layers.values() if is_fused(m)), told)
         for path, layer in layers.items():
             kind = None if is_fused(layer) or "forward" in vars(layer) else fused_kind(layer)
-            if kind is not None:
+            if kind is not None and has_op(impl, kind._lora_kernels_op):
                 become(layer, kind, asked, path, told)
 
 
@@ -130,22 +135,24 @@ class Patched(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-# By the module of PEFT's class, ours with its `FUSED`: each needs a library of its own.
-_OVER_QUANTIZED = {
+# By the module of PEFT's class, ours with its `FUSED`; some need a library of their own.
+_MODULES = {
+    "peft.tuners.lora.layer": "lora_kernels._peft.other",
     "peft.tuners.lora.bnb": "lora_kernels._peft.bnb",
     "peft.tuners.lora.torchao": "lora_kernels._peft.torchao",
 }
 
 
-def fused_kind(layer: Any) -> type | None:
+def fused_kind(layer: Any) -> Any:
     """Return the class that a layer has when it is patched, or None."""
     kind = type(layer)
     if is_fused(layer):
         return kind
     if kind is Linear and not is_quantized(layer.get_base_layer()):
         return FusedLinear
-    module = _OVER_QUANTIZED.get(kind.__module__, "lora_kernels._peft.quantized")
-    found: type | None = import_module(module).FUSED.get(kind)
+    of_linear = "lora_kernels._peft.quantized"
+    module = of_linear if kind is Linear else _MODULES.get(kind.__module__)
+    found: Any = None if module is None else import_module(module).FUSED.get(kind)
     return found
 
 
@@ -263,11 +270,8 @@ def _with_lora_bias(
 
 def left_reason(layer: Any) -> str | None:
     """Return why a layer keeps PEFT's forward in its present state; None where it is fused."""
-    if isinstance(layer, FusedLinear):
-        parts = fused_parts(layer)
-    else:
-        parts = import_module("lora_kernels._peft.quantized").parts_of(layer)
-    return parts if isinstance(parts, str) else None
+    reason: str | None = layer._lora_kernels_left()
+    return reason
 
 
 def call_reason(

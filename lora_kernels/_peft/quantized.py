@@ -23,6 +23,7 @@ class QuantizedForward:
     """The forward of a patched layer over a quantised weight; each class of PEFT's gets its own."""
 
     _lora_kernels_theirs: type[Any]
+    _lora_kernels_op = "lora_linear"
     _lora_kernels_impl: str
     _lora_kernels_calls: Calls
     _lora_kernels_options: tuple[str, ...]
@@ -48,6 +49,10 @@ class QuantizedForward:
         if args or kwargs or not isinstance(x, Tensor):
             return _by_peft(self, x, *args, **kwargs)
         return _unfused(self, x, impl)
+
+    def _lora_kernels_left(self) -> str | None:
+        parts = parts_of(self)
+        return parts if isinstance(parts, str) else None
 
 
 class FusedQuantizedLinear(QuantizedForward, Linear):

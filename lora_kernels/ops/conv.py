@@ -119,10 +119,10 @@ def lora_conv2d(
     channels are last in memory is computed by `lora_linear`'s kernels, without a copy.
 
     Args:
-        x: [N, C, *spatial] or [C, *spatial], float16, bfloat16, float32 or float64.
-        weight: [out, C / groups, *kernel], x's dtype. Frozen by convention.
-        lora_A: [R, C, *kernel], R >= 1, any of the float dtypes.
-        lora_B: [out, R / groups, *ones], likewise.
+        x: [N, C, ...] or [C, ...], float16, bfloat16, float32 or float64.
+        weight: [out, C / groups, kernel...], x's dtype. Frozen by convention.
+        lora_A: [R, C, kernel...], R >= 1, any of the float dtypes.
+        lora_B: [out, R / groups, 1...], likewise.
         bias: [out], x's dtype, or None.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA; a float or a 0-dim tensor
             that doesn't require grad.
@@ -137,7 +137,7 @@ def lora_conv2d(
             others. A named implementation serves the call or raises.
 
     Returns:
-        y, [N, out, *spatial'], in x's dtype and the memory format that torch's convolution gives.
+        y, [N, out, ...], in x's dtype and the memory format that torch's convolution gives.
 
     Dilation isn't offered, nor is padding by anything but zeros: PEFT's adapter has neither.
 

@@ -30,15 +30,15 @@ def test_all_linear_layers_are_fused_and_equal(name):
 
 
 def test_a_row_says_what_is_left():
-    found = measured("Llama", "q_proj, embed_tokens", seeds=())
-    assert found.left == {"lora.layer.Embedding has no fused forward": 1}
-    assert (found.fused, found.layers) == (2, 3)
+    found = measured("gpt-oss", "q_proj, v_proj, experts", seeds=())
+    assert found.left == {"lora.layer.ParamWrapper has no fused forward": 4}
+    assert (found.fused, found.layers) == (4, 8)
     assert 0 < found.parameters < 1
     assert equal(found)
     assert not equal(found._replace(gradient=1e-3))
     assert not equal(found._replace(tokens=False))
     page = written([found._replace(ratio=1.0)])
-    assert "Embedding has no fused forward | Llama, q_proj, embed_tokens: 1 |" in page
+    assert "ParamWrapper has no fused forward | gpt-oss, q_proj, v_proj, experts: 4 |" in page
 
 
 def test_the_page_is_in_step():

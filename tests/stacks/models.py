@@ -10,6 +10,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import lora_kernels as lk
+import lora_kernels._peft.conv as peft_conv
+import lora_kernels._peft.embedding as peft_embedding
 import lora_kernels._peft.linear as peft_layer
 
 peft = pytest.importorskip("peft")
@@ -147,14 +149,23 @@ def peak_bytes(step):
     return peak
 
 
+# What each kind of patched layer computes a fused call by.
+_COMPUTING = (
+    (peft_layer, "run"),
+    (peft_layer, "run_dora"),
+    (peft_conv, "run"),
+    (peft_embedding, "lora_embedding"),
+)
+
+
 class FusedCalls:
     """Counts the fused calls of patched layers while it is entered."""
 
     def __enter__(self):
         self.count = 0
-        self._real = {name: getattr(peft_layer, name) for name in ("run", "run_dora")}
-        for name, real in self._real.items():
-            setattr(peft_layer, name, partial(self._counting, real))
+        self._real = {(module, name): getattr(module, name) for module, name in _COMPUTING}
+        for (module, name), real in self._real.items():
+            setattr(module, name, partial(self._counting, real))
         return self
 
     def _counting(self, real, *args, **kwargs):
@@ -162,5 +173,5 @@ class FusedCalls:
         return real(*args, **kwargs)
 
     def __exit__(self, *exception):
-        for name, real in self._real.items():
-            setattr(peft_layer, name, real)
+        for (module, name), real in self._real.items():
+            setattr(module, name, real)

@@ -80,8 +80,8 @@ CONFIGURATIONS = {
     "tied, both adapted": (
         {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
         {"tie_word_embeddings": True},
-        {"lora.layer.Embedding has no fused forward": 1},
-        1,
+        {},
+        2,
     ),
     "layer replication": ({"layer_replication": [[0, 2], [1, 2]]}, {}, {}, LAYERS + 7),
     "trained tokens": ({"trainable_token_indices": [3, 5]}, {}, {}, LAYERS),

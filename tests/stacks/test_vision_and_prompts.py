@@ -84,8 +84,8 @@ MODELS = {
     "UNet": (unet, 40, {}),
     "UNet, convolutions too": (
         lambda: unet(target_modules=[*ATTENTION, "conv1", "conv2"]),
-        40,
-        {"lora.layer.Conv2d has no fused forward"},
+        56,
+        set(),
     ),
     "DiT": (dit, 12, {}),
 }
