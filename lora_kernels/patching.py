@@ -83,13 +83,14 @@ def patch_peft(
     int8: str | None = None,
     fp8: str | None = None,
 ) -> PatchReport:
-    """Make a PEFT model's LoRA linear layers compute with `lora_linear`, layer by layer, in place.
+    """Make a PEFT model's LoRA layers compute with this package's functions, in place.
 
     Parameters, names, hooks and dictionaries stay the same objects: only the class of each
     `peft.tuners.lora.Linear` changes, and of PEFT's layers over weights that bitsandbytes or
-    torchao quantised. Whether a call is fused is decided at that call, since
-    adapters are switched, merged and added after patching; otherwise PEFT's own forward runs, and
-    the logger "lora_kernels" warns once of each reason. `report` tells later what became of calls.
+    torchao quantised, of DoRA, of embeddings and of convolutions. Whether a call is fused is
+    decided at that call, since adapters are switched, merged and added after patching; otherwise
+    PEFT's own forward runs, and the logger "lora_kernels" warns once of each reason. `report` tells
+    later what became of calls.
     Layers of adapters that a PeftModel adds later are fused, too. A second call renews `impl` and
     the report. The logger gets the report's first line at INFO, and a WARNING where no layer is
     patched or a compiled part is missed.
@@ -98,7 +99,8 @@ def patch_peft(
         model: a model with PEFT LoRA layers, or one such layer.
         impl: as for `lora_linear`. A named one has to serve the layers where they are and in their
             dtype: move and cast the model first. Layers on meta, and shards, are not asked: there,
-            and for what changes later, a fused call that it can't serve raises.
+            and for what changes later, a fused call that it can't serve raises. Embeddings and
+            convolutions, of which it has no kernel, are left.
         prepack: also pack the frozen weights, as `prepack_` does; the report then has its report.
         int8: "weights" fuses layers over `Linear8bitLt` on CUDA devices, too, whose own forward
             quantises x to int8 besides; a fused call doesn't.
@@ -115,7 +117,7 @@ def patch_peft(
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
-        >>> base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Embedding(4, 8))
+        >>> base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Embedding(4, 8, max_norm=1.0))
         >>> model = get_peft_model(base, LoraConfig(target_modules=["0", "2"]))
         >>> found = lk.patch_peft(model)
         >>> found.patched, list(found.left)
