@@ -32,7 +32,9 @@ class Served(NamedTuple):
     without_kernel: str | None = None
 
 
-def request_of(base: nn.Module, rank: int, dropout: bool, op: str) -> Request | None:
+def request_of(
+    base: nn.Module, rank: int, dropout: bool, op: str = "lora_linear"
+) -> Request | None:
     """Return what a layer's calls ask of an implementation; None where its weight doesn't say.
 
     On meta it is nowhere yet, a fake one may name a device that isn't there, and a shard of FSDP1

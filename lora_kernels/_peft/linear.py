@@ -230,13 +230,12 @@ def fused_parts(layer: Any, read: Callable[[Any], Any] = read_linear) -> FusedPa
         if reason is not None:
             return reason
     weight, bias = own
-    if magnitude is not None and not isinstance(weight, Tensor):
-        return "DoRA beside a quantised weight"
+    quantised = not isinstance(weight, Tensor)
+    if magnitude is not None and (quantised or b[1] is not None):
+        return f"DoRA beside {'a quantised weight' if quantised else 'a bias of lora_B'}"
     if b[1] is not None:
-        if not isinstance(weight, Tensor):
+        if quantised:
             return "lora_B has a bias beside a quantised weight"
-        if magnitude is not None:
-            return "lora_B has a bias beside DoRA"
         both = _with_lora_bias(own, b[0], b[1], scaling)
         if isinstance(both, str):
             return both

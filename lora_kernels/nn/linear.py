@@ -294,9 +294,9 @@ class LoRALinear(nn.Module):
             return reason
         magnitude = modules.get("lora_magnitude_vector")
         if magnitude is None:
-            return *base, a[0], b[0]
+            return base[0], base[1], a[0], b[0]
         m = magnitude.read(base[0])
-        return m if isinstance(m, str) else (*base, a[0], b[0], m)
+        return m if isinstance(m, str) else (base[0], base[1], a[0], b[0], m)
 
     def _quantized(self, x: Tensor, base: Base | str) -> Tensor:
         """Return y around a quantised base layer."""

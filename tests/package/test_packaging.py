@@ -52,6 +52,22 @@ def adapt(folder: str) -> Tensor:
     return y
 
 
+def others(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ids: Tensor, m: Tensor) -> list[Tensor]:
+    layers = (lk.LoRAConv1d(4, 4, 3), lk.LoRAConv2d(4, 4, 3), lk.LoRAConv3d(4, 4, 3))
+    embedding: lk.LoRAEmbedding = lk.LoRAEmbedding.from_embedding(nn.Embedding(4, 8))
+    quantized = lk.quantized_weight(nn.Linear(8, 4))
+    print(layers, quantized.shape)
+    return [
+        lk.lora_dora_linear(x, w, a, b, m),
+        lk.lora_embedding(ids, w, a, b),
+        lk.lora_conv1d(x, w, a, b),
+        lk.lora_conv2d(x, w, a, b, stride=2),
+        lk.lora_conv3d(x, w, a, b, padding="same"),
+        lk.lora_linear(x, quantized, a, b),
+        embedding(ids),
+    ]
+
+
 STYLES = {"q_proj": ColwiseLoRA(), "o_proj": RowwiseLoRA(use_local_output=False)}
 """
 WRONG = 'lk.lora_linear(1, 2, 3, 4, scale="2")'
