@@ -27,7 +27,7 @@ def _request(**fields):
 def test_what_of_a_call_an_implementation_has_not(impl):
     request = Request("lora_linear", torch.device("cpu"), torch.float32, 16, False)
     assert refusal(impl, request._replace(op="toy")) == "has no toy"
-    assert "got nf4" in refusal(impl, request._replace(format="nf4"))
+    assert "got awq" in refusal(impl, request._replace(format="awq"))
     # W itself is there: who doesn't know the format reads that.
     assert refusal(impl, request._replace(format="onednn")) == refusal(impl, request)
 
