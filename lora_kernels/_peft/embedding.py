@@ -54,7 +54,8 @@ def fused_parts(layer: Embedding) -> Parts | str:
     name, reason = active_adapter(layer, layer.lora_embedding_A, Embedding.forward)
     if name is None:
         return str(reason)
-    if layer.input_fns.get(name) is not None or layer.output_fns.get(name) is not None:
+    fns = (vars(layer).get(which, {}).get(name) for which in ("input_fns", "output_fns"))
+    if any(f is not None for f in fns):
         return "tensor parallel"
     base = layer.base_layer
     scale = _embed_scale(base)

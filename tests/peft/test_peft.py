@@ -145,14 +145,15 @@ STATES = {
     "merged: default": lambda model: model.merge_adapter(),
     "its forward was replaced on the instance": replace_forward,
     "base layer has hooks": lambda m: hooks.add_hook_to_module(up(m).base_layer, hooks.ModelHook()),
-    "scaling requires grad": lambda m: up(m).scaling.update(
-        default=nn.Parameter(torch.tensor(0.5))
-    ),
+    "scaling requires grad": lambda m: up(m).scaling.update(default=nn.Parameter(torch.ones(()))),
     "lora_A has hooks": lambda model: double_by_hook(up(model).lora_A),
     "dropout has hooks": lambda model: double_by_hook(up(model).lora_dropout),
     "base layer is Doubled, not torch.nn.Linear": lambda model: double(up(model).base_layer),
     "lora_B is Doubled, not torch.nn.Linear": lambda model: double(up(model).lora_B["default"]),
 }
+
+if peft.__version__.startswith("0.18."):  # a second adapter is no aLoRA there
+    del STATES["LoRA variant ALoraLinearVariant"]
 
 
 @pytest.mark.parametrize("when", ["before patching", "after patching"])
