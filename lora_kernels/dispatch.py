@@ -47,14 +47,17 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, CHOICES))}, got {impl!r}")
 
 
-def check_plain(impl: str) -> None:
-    """Raise ValueError unless `impl` may be torch's own operators, by the reference's formulas."""
+def check_plain(impl: str, *, exported: bool = False) -> None:
+    """Raise ValueError unless `impl` may be torch's own operators, by the reference's formulas.
+
+    exported: whether that is how the op is exported, too.
+    """
     check_impl(impl)
     if impl not in ("auto", "reference"):
         raise ValueError(
             f"impl: {impl!r} can't serve this call: inside torch.func transforms, forward-mode "
-            'differentiation, traces and FLOP counts "auto" and "reference" compute by torch\'s '
-            "own operators"
+            f'differentiation, traces{", exports" if exported else ""} and FLOP counts "auto" and '
+            '"reference" compute by torch\'s own operators'
         )
 
 

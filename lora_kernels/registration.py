@@ -7,7 +7,7 @@ goes through an `autograd.Function` of the op's file, which costs half of `custo
 kernels serve graphs that captured an operator alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
 from lora_kernels.impl import executor, gpu
@@ -80,6 +81,16 @@ def below_autograd(operator: Any, *args: Any) -> Any:
             return operator(*args)
     with _BelowAutograd():
         return operator(*args)
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call of these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def as_results(dy: Tensor, gradients: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """Return gradients as a schema has them, a fixed number: an empty one is not asked for."""
+    return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in gradients)
 
 
 def register(op: str, file: str, *directions: Direction) -> None:

@@ -17,7 +17,15 @@ from lora_kernels.impl.reference import conv as reference
 from lora_kernels.operands.call import Adapter, LinearCall, Wanted, as_autocast
 from lora_kernels.operands.conv import Geometry, branch_dtype, conv_call_of, flat
 from lora_kernels.ops.conv_gradients import ConvParams, LoraConv
-from lora_kernels.registration import Direction, Operators, below_autograd, operators, register
+from lora_kernels.registration import (
+    Direction,
+    Operators,
+    as_results,
+    below_autograd,
+    is_recorded,
+    operators,
+    register,
+)
 
 _ADAPTER = "Tensor lora_A, Tensor lora_B"
 _REST = (
@@ -148,11 +156,9 @@ def _compute_gradients(
     weight, (a, b, _) = call.weight.decode(), call.adapter
     check_memory(dy=dy, x=x, xa=xa, weight=weight, lora_A=a, lora_B=b)
     dx, *others = backward(dy, (x, xa, list(size)), call, geometry, Wanted(*wanted))
-    # A schema has a fixed number of tensors: an empty one stands for a gradient not asked for.
-    if dx is not None:
-        dx = dx.contiguous(memory_format=memory_format(dy, weight))
-    grads = (dx, *(grad if grad is None else grad.contiguous() for grad in others))
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+    form = memory_format(dy, weight)
+    dx = dy.new_empty(0) if dx is None else dx.contiguous(memory_format=form)
+    return dx, *as_results(dy, others)
 
 
 def _cast_forward(impl: str, dtype: torch.dtype, x: Tensor, *given: Any) -> tuple[Any, ...]:
@@ -176,12 +182,12 @@ def _recorded_forward(both: Operators, x: Tensor, *given: Any) -> Any:
 def _recorded_backward(both: Operators, dy: Tensor, x: Any, xa: Any, size: Any, *given: Any) -> Any:
     """Be the backward operator's autograd kernel: torch's operators where it is recorded."""
     tensors = (dy, x, xa, *given[:3])
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+    if not is_recorded(*tensors):
         return below_autograd(both.backward, dy, x, xa, size, *given)
     *flat_call, wanted = given
     call, geometry = _backward_call(*flat_call)
-    grads = reference.backward(dy, (x, xa, list(size)), call, geometry, Wanted(*wanted))
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+    dx, *others = reference.backward(dy, (x, xa, list(size)), call, geometry, Wanted(*wanted))
+    return dy.new_empty(0) if dx is None else dx, *as_results(dy, others)
 
 
 register(
@@ -204,8 +210,7 @@ def differentiable(
 ) -> tuple[Tensor, Tensor]:
     """Return y and xa by an implementation's operators, with gradients where they are wanted."""
     weight, a, b, bias, seed, threshold, tensor, number, *_ = flat(call, geometry)
-    tensors = [t for t in (x, weight, a, b, bias) if t is not None]
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+    if not is_recorded(x, weight, a, b, bias):
         return below_autograd(both.forward, x, *flat(call, geometry))
     params = ConvParams(both, threshold, number, geometry)
     return LoraConv.apply(x, weight, a, b, bias, seed, tensor, params)

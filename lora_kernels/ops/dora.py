@@ -28,7 +28,9 @@ from lora_kernels.ops.linear_gradients import CallParams
 from lora_kernels.registration import (
     Direction,
     Operators,
+    as_results,
     below_autograd,
+    is_recorded,
     library,
     operators,
     register,
@@ -115,12 +117,7 @@ def _compute_gradients(impl: str, backward: Any, dy: Tensor, *flat: Any) -> tupl
     *given, wanted = flat
     kept, call = _backward_call(*given)
     _check_memory(call, dy=dy, **kept._asdict())
-    return _results(dy, backward(dy, kept, call, DoraWanted(*wanted)))
-
-
-def _results(dy: Tensor, gradients: Any) -> tuple[Tensor, ...]:
-    # A schema has a fixed number of tensors: an empty one stands for a gradient not asked for.
-    return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in gradients)
+    return as_results(dy, backward(dy, kept, call, DoraWanted(*wanted)))
 
 
 def _check_memory(call: DoraCall, **others: Tensor | None) -> None:
@@ -146,7 +143,7 @@ def _cast_backward(impl: str, dtype: torch.dtype, dy: Tensor, *flat: Any) -> tup
 def _recorded_forward(both: Operators, x: Tensor, *flat: Any) -> Any:
     """Be the forward operator's autograd kernel: what a captured graph's backward needs."""
     magnitude, weight, parts, form, a, b, bias, seed, threshold, scaling_tensor, scaling = flat
-    if not _is_recorded(x, weight, a, b, bias, magnitude):
+    if not is_recorded(x, weight, a, b, bias, magnitude):
         return below_autograd(both.forward, x, *flat)
     params = CallParams(both, form, parts, parts, threshold, scaling)
     return DoraOperatorFunction.apply(
@@ -159,13 +156,9 @@ def _recorded_backward(both: Operators, dy: Tensor, *flat: Any) -> Any:
     *given, wanted = flat
     kept, call = _backward_call(*given)
     weight, (a, b, _), _, _ = call.linear
-    if not _is_recorded(dy, *kept, weight.decode(), a, b, call.magnitude):
+    if not is_recorded(dy, *kept, weight.decode(), a, b, call.magnitude):
         return below_autograd(both.backward, dy, *flat)
-    return _results(dy, reference.backward(dy, kept, call, DoraWanted(*wanted)))
-
-
-def _is_recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return as_results(dy, reference.backward(dy, kept, call, DoraWanted(*wanted)))
 
 
 register(
@@ -273,7 +266,7 @@ def run(
         return torch.ops.lora_kernels.lora_dora_linear.default(x, *call.flat(), impl)
     both = _operators(x, call, impl)
     magnitude, weight, parts, form, a, b, bias, *others = call.flat()
-    if not _is_recorded(x, weight, a, b, bias, magnitude):
+    if not is_recorded(x, weight, a, b, bias, magnitude):
         return below_autograd(both.forward, x, *call.flat())[0]
     seed, threshold, scaling_tensor, scaling = others
     params = CallParams(both, form, parts, parts, threshold, scaling, layer)

@@ -19,7 +19,15 @@ from lora_kernels.operands.call import Adapter, Wanted
 from lora_kernels.operands.embedding import NO_PADDING, EmbeddingCall, embedding_call_of
 from lora_kernels.operands.weight import Dense
 from lora_kernels.ops.plain_torch import is_plain_torch
-from lora_kernels.registration import Direction, Operators, below_autograd, operators, register
+from lora_kernels.registration import (
+    Direction,
+    Operators,
+    as_results,
+    below_autograd,
+    is_recorded,
+    operators,
+    register,
+)
 from lora_kernels.transforms import backward_needs_plain_torch
 
 _BRANCH = (
@@ -101,7 +109,7 @@ def _compute_gradients(
     check_memory(dy=dy, ids=ids, lora_embedding_A=flat[0], lora_embedding_B=flat[1])
     *given, (da, db) = flat
     gradients = backward(dy, ids, embedding_call_of(None, *given), Wanted(False, da, db, False))
-    return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in gradients[1:3])
+    return as_results(dy, gradients[1:3])
 
 
 def _as_it_is(impl: str, dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
@@ -115,12 +123,11 @@ def _recorded_forward(both: Operators, ids: Tensor, weight: Tensor, *flat: Any) 
 
 def _recorded_backward(both: Operators, dy: Tensor, ids: Tensor, *flat: Any) -> Any:
     """Be the backward operator's autograd kernel: torch's operators where it is recorded."""
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (dy, *flat[:2]))):
+    if not is_recorded(dy, *flat[:2]):
         return below_autograd(both.backward, dy, ids, *flat)
     *given, (da, db) = flat
     call, wanted = embedding_call_of(None, *given), Wanted(False, da, db, False)
-    gradients = reference.backward(dy, ids, call, wanted)[1:3]
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in gradients)
+    return as_results(dy, reference.backward(dy, ids, call, wanted)[1:3])
 
 
 register(
@@ -262,7 +269,7 @@ def lora_embedding(
 def _differentiable(both: Operators, ids: Tensor, call: EmbeddingCall) -> Tensor:
     assert call.weight is not None
     weight, (a, b, tensor, number, padding_idx, embed_scale) = call.weight.decode(), call.flat()
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (weight, a, b)):
+    if not is_recorded(weight, a, b):
         flat = (a, b, tensor, number, padding_idx, embed_scale)
         return below_autograd(both.forward, ids, weight, *flat)
     params = _Params(both, number, padding_idx)

@@ -34,7 +34,9 @@ from lora_kernels.ops.linear_gradients import CallParams, LoraLinear, OperatorFu
 from lora_kernels.registration import (
     Direction,
     Operators,
+    as_results,
     below_autograd,
+    is_recorded,
     library,
     operators,
     register,
@@ -99,8 +101,7 @@ def _compute_gradients(
     check_backward(dy, x, xa, call, wide_xa=_keeps_xa_wide(impl, dy, call))
     _check_memory(call, dy=dy, x=x, xa=xa)
     gradients = backward(dy, x, xa, call, Wanted(*wanted))
-    # A schema has a fixed number of tensors: an empty one stands for a gradient not asked for.
-    return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in gradients)
+    return as_results(dy, gradients)
 
 
 def _check_memory(call: LinearCall, **others: Tensor | None) -> None:
@@ -137,7 +138,7 @@ def _cast_backward(
 def _recorded_forward(both: Operators, x: Tensor, *flat: Any) -> Any:
     """Be the forward operator's autograd kernel: what a captured graph's backward needs."""
     weight, parts, form, a, b, bias, seed, threshold, scaling_tensor, scaling = flat
-    if not _is_recorded(x, weight, a, b, bias):
+    if not is_recorded(x, weight, a, b, bias):
         return below_autograd(both.forward, x, *flat)
     if isinstance(call_of(*flat).weight, QuantizedWeight):
         params, saved = CallParams(both, form, None, None, threshold, scaling), parts
@@ -149,15 +150,11 @@ def _recorded_forward(both: Operators, x: Tensor, *flat: Any) -> Any:
 def _recorded_backward(both: Operators, dy: Tensor, x: Any, xa: Any, *flat: Any) -> Any:
     """Be the backward operator's autograd kernel: torch's operators where it is recorded."""
     weight, _, _, a, b = flat[:5]
-    if not _is_recorded(dy, x, xa, weight, a, b):
+    if not is_recorded(dy, x, xa, weight, a, b):
         return below_autograd(both.backward, dy, x, xa, *flat)
     *flat_call, wanted = flat
     gradients = reference.backward(dy, x, xa, _backward_call(*flat_call), Wanted(*wanted))
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in gradients)
-
-
-def _is_recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return as_results(dy, gradients)
 
 
 register(

@@ -2,6 +2,7 @@
 
 import torch
 
+from lora_kernels.dispatch import check_plain
 from lora_kernels.transforms import needs_plain_torch
 
 
@@ -13,10 +14,5 @@ def is_plain_torch(impl: str) -> bool:
     """
     if not (needs_plain_torch() or torch.compiler.is_exporting()):
         return False
-    if impl not in ("auto", "reference"):
-        raise ValueError(
-            f"impl: {impl!r} can't serve this call: inside torch.func transforms, forward-mode "
-            'differentiation, traces, exports and FLOP counts "auto" and "reference" compute by '
-            "torch's own operators"
-        )
+    check_plain(impl, exported=True)
     return True

@@ -327,7 +327,7 @@ class Net(nn.Module):
     [("compile", True), ("compile, dynamic", False), ("export", False), ("make_fx", True)],
 )
 def test_captures_train(how, last):
-    case = problem((6, 5), 3, dtype=F32, last=last)
+    case = problem((6, 5), 3, last=last)
     net, x = Net(case), case[0].detach()
     if how.startswith("compile"):
         torch._dynamo.reset()

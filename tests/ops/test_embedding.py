@@ -274,7 +274,7 @@ def compiled(net):
     ids=["compile", "export", "jit.trace", "make_fx"],
 )
 def test_captures_train(capture):
-    ids, *parts = problem(dtype=F32)
+    ids, *parts = problem()
     net = Net(*parts)
     captured = capture(net)
     expected, found = net(ids), captured(ids)
