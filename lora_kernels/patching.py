@@ -144,6 +144,8 @@ def patch_peft(
                 kind = cast(type, ours.fused_kind(layer))
                 ours.become(layer, kind, ours.Patched(impl, asked), path, told)
                 reason = ours.left_reason(layer)
+            elif ours.is_fused(layer):  # by an earlier call, for another implementation
+                ours.become(layer, cast(Any, type(layer))._lora_kernels_theirs, None)
             if reason is None:
                 found.patched.append(path)
             else:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels.usage import Calls
+import lora_kernels as lk
+from lora_kernels.native import absence
 
 peft = pytest.importorskip("peft")
-from lora_kernels._peft.other import FUSED  # noqa: E402  it imports peft
 
 F64 = torch.float64
 IDS = torch.arange(22).reshape(2, 11) % 11
@@ -22,12 +22,11 @@ def model_of(base, **settings):
     return peft.get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=False)
 
 
-def fused(model, impl="auto"):
-    """Swap the class of a model's one layer as patch_peft will."""
-    layer = model.base_model.model[0]
-    layer.__class__ = FUSED[type(layer)]
-    vars(layer).update(_lora_kernels_impl=impl, _lora_kernels_calls=Calls())
-    return layer
+def fused(model):
+    """Patch a model of one layer, and return that."""
+    report = lk.patch_peft(model)
+    assert len(report.patched) + len(report.left) == 1
+    return model.base_model.model[0]
 
 
 def make(kind, dtype=F64, **how):
@@ -129,3 +128,54 @@ def test_states_of_a_layer(kind):
     layer.unmerge()
     torch.testing.assert_close(model(x), y)
     assert (calls.fused, calls.left) == (2, 2)
+
+
+def three_layers():
+    base = nn.Sequential(nn.Linear(6, 6), nn.Embedding(11, 6), nn.Conv2d(4, 6, 3))
+    config = peft.LoraConfig(r=2, target_modules=["0", "1", "2"], init_lora_weights=False)
+    return peft.get_peft_model(base, config)
+
+
+def kinds(model):
+    return [type(layer).__name__ for layer in model.base_model.model]
+
+
+PEFTS, OURS = ["Linear", "Embedding", "Conv2d"], ["FusedLinear", "FusedEmbedding", "FusedConv2d"]
+
+
+def test_a_report_names_what_runs_each_layer():
+    model = three_layers()
+    report = lk.patch_peft(model)
+    assert not report.left
+    assert [report.implementations[path] for path in report.patched][1:] == ["eager", "eager"]
+    assert kinds(model) == OURS
+    assert [use.state for use in lk.report(model).layers.values()] == [None] * 3
+    assert lk.unpatch_peft(model) == 3
+    assert kinds(model) == PEFTS
+
+
+@pytest.mark.skipif(absence("cpu") is not None, reason="needs the compiled CPU part")
+@pytest.mark.parametrize("before", [None, "auto"])
+def test_a_named_implementation_is_one_of_linear_layers(before):
+    """What it has no kernel of is PEFT's, also where an earlier call has fused it."""
+    model = three_layers()
+    if before is not None:
+        lk.patch_peft(model, impl=before)
+    report = lk.patch_peft(model, impl="cpu")
+    assert list(report.left.values()) == ["'cpu' has no lora_embedding", "'cpu' has no lora_conv"]
+    assert kinds(model) == [OURS[0], *PEFTS[1:]]
+    assert kinds_after_another(three_layers(), "cpu") == [OURS[0], *PEFTS[1:]]
+
+
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+def test_layers_of_an_adapter_that_comes_later(impl):
+    assert kinds_after_another(three_layers(), impl) == OURS
+
+
+def kinds_after_another(model, impl):
+    """The layers of a model whose second adapter has them all, the first the linear one."""
+    small = peft.LoraConfig(r=2, target_modules=["0"])
+    model = peft.get_peft_model(model.unload(), small)
+    lk.patch_peft(model, impl=impl)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0", "1", "2"]))
+    return kinds(model)
