@@ -1,4 +1,7 @@
-"""What PEFT's embedding and convolution layers with a fused forward have in common."""
+"""What the patched layers beside PEFT's plain linear one have in common.
+
+That one, `FusedLinear`, has a forward of its own, which costs a call less.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +23,7 @@ class Fused:
     PEFT's own forward.
     """
 
+    _lora_kernels_theirs: type[Any]
     _lora_kernels_op: str
     _lora_kernels_impl: str
     _lora_kernels_calls: Calls
@@ -29,16 +33,15 @@ class Fused:
         """Return the adapted layer's output; arguments as PEFT's forward."""
         own = self.__dict__
         impl: str | None = own.get("_lora_kernels_impl")
-        theirs: Callable[..., Tensor] = super().forward  # type: ignore[misc]
         if impl is None:  # unpatched meanwhile
-            return theirs(x, *args, **kwargs)
+            return self._lora_kernels_theirs.forward(self, x, *args, **kwargs)
         # A counter would be one of the things that a compiled graph depends on.
         calls = None if torch.compiler.is_dynamo_compiling() else own.get("_lora_kernels_calls")
         call = "called with more than x" if args or kwargs else self._fused_call(x, impl)
         if isinstance(call, str):
             if calls is not None:
                 calls.leave(call)
-            return theirs(x, *args, **kwargs)
+            return self._unfused(x, *args, **kwargs)
         if calls is not None:
             calls.fused += 1
         return call()
@@ -46,6 +49,10 @@ class Fused:
     def _lora_kernels_left(self) -> str | None:
         """Return why the layer keeps PEFT's forward in its present state, or None."""
         raise NotImplementedError
+
+    def _unfused(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of a call that isn't fused: PEFT's."""
+        return self._lora_kernels_theirs.forward(self, x, *args, **kwargs)
 
     def _fused_call(self, x: Any, impl: str) -> Callable[[], Tensor] | str:
         """Return what computes a call, or why it is PEFT's to compute."""

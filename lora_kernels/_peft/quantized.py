@@ -4,55 +4,69 @@ Classes over a library's own layers lie in a module each, which needs that libra
 `torchao.py`. Here is what they share, and the class for PEFT's plain layer over a quantised one.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from lora_kernels._peft.fused import Fused
 from lora_kernels._peft.linear import FusedParts, call_reason, fused_parts
 from lora_kernels.bypass import origin
 from lora_kernels.operands.call import Adapter
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.ops.linear import run
 from lora_kernels.quantized import Base, apply, as_computed, read_quantized, settled, unconverted
-from lora_kernels.usage import Calls
 
 
-class QuantizedForward:
+class QuantizedForward(Fused):
     """The forward of a patched layer over a quantised weight; each class of PEFT's gets its own."""
 
-    _lora_kernels_theirs: type[Any]
     _lora_kernels_op = "lora_linear"
-    _lora_kernels_impl: str
-    _lora_kernels_calls: Calls
     _lora_kernels_options: tuple[str, ...]
-    _lora_kernels_packed = None  # there are no copies to make
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the adapted layer's output; arguments as PEFT's forward."""
-        own = self.__dict__
-        impl: str | None = own.get("_lora_kernels_impl")
-        if impl is None:
-            return self._lora_kernels_theirs.forward(self, x, *args, **kwargs)
-        calls = None if torch.compiler.is_dynamo_compiling() else own.get("_lora_kernels_calls")
-        parts = parts_of(self)
-        if args or kwargs:
-            parts = parts if isinstance(parts, str) else "called with more than x"
-        elif not isinstance(x, Tensor):
-            parts = f"x is a {type(x).__name__}"
-        y = parts if isinstance(parts, str) else _fused(self, x, parts, impl, calls)
-        if isinstance(y, Tensor):
-            return y
-        if calls is not None:
-            calls.leave(y)
-        if args or kwargs or not isinstance(x, Tensor):
-            return _by_peft(self, x, *args, **kwargs)
-        return _unfused(self, x, impl)
 
     def _lora_kernels_left(self) -> str | None:
         parts = parts_of(self)
         return parts if isinstance(parts, str) else None
+
+    def _fused_call(self, x: Any, impl: str) -> Callable[[], Tensor] | str:
+        layer: Any = self
+        parts = parts_of(layer)
+        if isinstance(parts, str):
+            return parts
+        if not isinstance(x, Tensor):
+            return f"x is a {type(x).__name__}"
+        read, _, lora_A, lora_B, dropout, scaling, _ = parts
+        module = layer._modules["base_layer"]
+        base = settled(module, read, x)
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        given, call, cast = as_computed(x, base, Adapter(lora_A, lora_B, scaling), None)
+        reason = call_reason(given, call, p, cast, impl, module)
+        if reason is not None:
+            return reason
+        if p:
+            call = call._replace(dropout=drawn(p, None, x.device))
+        calls = layer.__dict__.get("_lora_kernels_calls")
+        path = "" if calls is None or torch.compiler.is_dynamo_compiling() else calls.path
+        compute = partial(run, given, call, impl, cast, path)
+        return (lambda: compute().to(x.dtype)) if base.casts_back else compute
+
+    def _unfused(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Return PEFT's output; without adapters, which it forms by the base layer, our product."""
+        layer: Any = self
+        alone = layer._disable_adapters or layer.merged_adapters
+        if alone and isinstance(x, Tensor) and not (args or kwargs):
+            if layer._disable_adapters and layer.merged_adapters:
+                layer.unmerge()  # as PEFT's forward does
+            module = layer._modules["base_layer"]
+            read = _readable(layer, module)
+            if not isinstance(read, str):
+                impl = layer.__dict__.get("_lora_kernels_impl", "auto")
+                return apply(x, settled(module, read[0], x), None, None, impl)
+        with unconverted(layer._modules["base_layer"]):
+            return super()._unfused(x, *args, **kwargs)
 
 
 class FusedQuantizedLinear(QuantizedForward, Linear):
@@ -81,40 +95,3 @@ def _readable(layer: Any, base: Any) -> tuple[Base, None] | str:
     if option is not None and option not in layer.__dict__.get("_lora_kernels_options", ()):
         return f'quantises activations too; {option}="weights" of patch_peft leaves them in 16 bits'
     return read, None
-
-
-def _fused(
-    layer: Any, x: Tensor, parts: FusedParts, impl: str, calls: Calls | None
-) -> Tensor | str:
-    """Return y by one call, or why it is PEFT's to compute."""
-    read, _, lora_A, lora_B, dropout, scaling, _ = parts
-    module = layer._modules["base_layer"]
-    base = settled(module, read, x)
-    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    given, call, cast = as_computed(x, base, Adapter(lora_A, lora_B, scaling), None)
-    reason = call_reason(given, call, p, cast, impl, module)
-    if reason is not None:
-        return reason
-    if calls is not None:
-        calls.fused += 1
-    if p:
-        call = call._replace(dropout=drawn(p, None, x.device))
-    y = run(given, call, impl, cast, "" if calls is None else calls.path)
-    return y.to(x.dtype) if base.casts_back else y
-
-
-def _unfused(layer: Any, x: Tensor, impl: str) -> Tensor:
-    """Return y of a layer in a state that isn't fused; without adapters by our base product."""
-    if layer._disable_adapters or layer.merged_adapters:
-        if layer._disable_adapters and layer.merged_adapters:
-            layer.unmerge()  # as PEFT's forward does
-        module = layer._modules["base_layer"]
-        read = _readable(layer, module)
-        if not isinstance(read, str):
-            return apply(x, settled(module, read[0], x), None, None, impl)
-    return _by_peft(layer, x)
-
-
-def _by_peft(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    with unconverted(layer._modules["base_layer"]):
-        return layer._lora_kernels_theirs.forward(layer, x, *args, **kwargs)
