@@ -78,7 +78,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     _check_not_peft(model, "model.save_pretrained")
     layers = lora_layers(model)
     others = [
-        (path, type(m).__name__) for path, m in model.named_modules() if isinstance(m, Adapted)
+        (path, type(m).__name__)
+        for path, m in model.named_modules()
+        if isinstance(m, Adapted) and not isinstance(m, LoRALinear)
     ]
     if others:
         raise ValueError(

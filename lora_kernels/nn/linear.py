@@ -17,6 +17,7 @@ from lora_kernels.checks import (
     plainly_fit,
 )
 from lora_kernels.merging import Update
+from lora_kernels.nn.adapted import Adapted
 from lora_kernels.nn.arguments import OWNER_READS, check_linear, check_settings, has_plain_matrix
 from lora_kernels.nn.dora import Magnitude
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
@@ -30,7 +31,7 @@ from lora_kernels.quantized import Base, apply, read_quantized, settled, unconve
 from lora_kernels.usage import Calls
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Adapted):
     """A frozen linear layer with a trainable low-rank adapter::
 
         y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ
@@ -73,7 +74,6 @@ class LoRALinear(nn.Module):
 
     base_layer: nn.Linear
     lora_magnitude_vector: Magnitude  # with use_dora
-    _merged_update: Update | None = None
     _lora_kernels_packed: OnednnWeight | None = None  # set by `prepack_`
 
     def __init__(
@@ -172,11 +172,6 @@ class LoRALinear(nn.Module):
             base.bias.requires_grad_()
 
     @property
-    def scaling(self) -> float:
-        """The factor on the adapter branch."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    @property
     def use_dora(self) -> bool:
         """Whether rows are rescaled to a learned length."""
         return "lora_magnitude_vector" in self._modules
@@ -205,17 +200,12 @@ class LoRALinear(nn.Module):
                 raise RuntimeError(f"lora_dropout: {OWNER_READS}, got {self.lora_dropout}")
         if not summable:
             return weight
-        return merging.with_updates(weight, self._update(weight))
+        return merging.with_updates(weight, self._update_of(weight))
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias, [out_features], or None."""
         return self.base_layer.bias
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base weight holds the adapter's update."""
-        return self._merged_update is not None
 
     def reset_lora_parameters(self) -> None:
         """Draw lora_A as PEFT does (Kaiming uniform, a = sqrt(5)) and zero lora_B.
@@ -326,64 +316,17 @@ class LoRALinear(nn.Module):
             return self.lora_magnitude_vector(self, y, dropped)
         return (y + self.lora_B(self.lora_A(dropped)) * self.scaling).to(y.dtype)
 
-    def _update(self, weight: Tensor) -> Update:
+    def _update_of(self, weight: Tensor) -> Update:
+        """Return what the adapter makes of a weight, as it is now."""
         gain = self.lora_magnitude_vector.gain(self, weight) if self.use_dora else None
         return Update(self.lora_A.weight, self.lora_B.weight, self.scaling, gain)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Add scaling · B A to the base layer's weight; a second call changes nothing.
-
-        DoRA rescales the rows of the sum, by the length that they have without other adapters.
-
-        `base_layer.weight` becomes another parameter, so that an embedding tied to it keeps its
-        own; a sharded one is written in place. The layer keeps its own weight until `unmerge`.
-        Several adapters on one base layer may be merged and unmerged in any order.
-        Precision: the sum is formed in float32 (float64 for float64) and rounded once.
-
-        Raises:
-            TypeError, ValueError: a weight is computed (parametrised, pruned), quantised, emptied
-                or on meta, or a submodule has a forward of its own. Nothing was changed.
-
-        Example:
-            >>> layer, x = lk.LoRALinear(4, 4), torch.ones(1, 4)
-            >>> y = layer(x)
-            >>> layer.merge()
-            >>> torch.allclose(layer(x), y), layer.merged
-            (True, True)
-        """
-        if self.merged:
-            return
+    def _update(self) -> Update:
         a, b = (merging.own_weight(getattr(self, n), n) for n in ("lora_A", "lora_B"))
         if self.lora_A.bias is not None or self.lora_B.bias is not None:
             raise TypeError("lora_A, lora_B: expected no bias to merge, got one")
-        gain = self._update(merging.unmerged(self.base_layer)).gain
-        update = Update(a.detach().clone(), b.detach().clone(), self.scaling, gain)
-        merging.merge(self.base_layer, update)
-        self._merged_update = update
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take back what `merge` added; without a merge nothing changes.
-
-        The base layer gets its own weight back, bit for bit; if somebody wrote to it meanwhile,
-        what was added is subtracted.
-
-        Raises:
-            TypeError, ValueError: as `merge`, or `base_layer` isn't the layer that was merged into.
-
-        Example:
-            >>> layer = lk.LoRALinear(4, 4)
-            >>> before = layer.base_layer.weight.clone()
-            >>> layer.merge()
-            >>> layer.unmerge()
-            >>> torch.equal(layer.base_layer.weight, before)
-            True
-        """
-        if self._merged_update is None:
-            return
-        merging.unmerge(self.base_layer, self._merged_update)
-        self._merged_update = None
+        update = self._update_of(merging.unmerged(self.base_layer))
+        return update._replace(lora_A=a.detach().clone(), lora_B=b.detach().clone())
 
     def extra_repr(self) -> str:
         """Say what the layer is: sizes, adapter settings, state."""

@@ -19,11 +19,17 @@ def described():
     found = {}
     for name, public in PUBLIC.items():
         found[name] = _lines(name, public)
-        for member, static in vars(public).items() if inspect.isclass(public) else ():
+        for member, static in _own(public).items() if inspect.isclass(public) else ():
             function = getattr(static, "__func__", static)  # of a class method
             if not member.startswith("_") and (callable(function) or isinstance(static, property)):
                 found[f"{name}.{member}"] = _lines(f"{name}.{member}", function)
     return dict(sorted(found.items()))
+
+
+def _own(kind):
+    """Return the attributes of a class that this package gave it, inherited ones too."""
+    ours = [base for base in kind.__mro__ if base.__module__.startswith("lora_kernels")]
+    return {name: value for base in reversed(ours) for name, value in vars(base).items()}
 
 
 def _lines(name, public):
