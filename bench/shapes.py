@@ -254,7 +254,7 @@ def _growth_cases(grid: Grid) -> Iterator[Case]:
 def flops(case: Case) -> int:
     """Return the floating-point operations of a case: two a multiplication."""
     base, adapter = case.m * case.n * case.k, case.m * case.r * (case.n + case.k)
-    # Forward: x Wᵀ and two thin products; backward: dy W and four.
+    # Forward: x Wᵀ and two of low rank; backward: dy W and four.
     return 2 * (2 * base + 3 * adapter) if case.mode == "train" else 2 * (base + adapter)
 
 

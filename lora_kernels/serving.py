@@ -68,8 +68,8 @@ def served(impl: str, request: Request) -> Served:
     if slower_than_peft(request) is not None:
         by = f"{by}, with dropout PEFT"
     kernels, reasons = _KERNELS.get(request.device.type, ()), refusals(request)
-    said = "; ".join(f"{kernel}: {reasons[kernel]}" for kernel in kernels)
-    return Served(by, said or f"no kernels for {request.device.type}")
+    text = "; ".join(f"{kernel}: {reasons[kernel]}" for kernel in kernels)
+    return Served(by, text or f"no kernels for {request.device.type}")
 
 
 def check_serves(impl: str, requests: dict[str, Request]) -> None:

@@ -138,12 +138,12 @@ def _single(row: Any) -> bool:
 
 def _saved(rows: Sequence[Any]) -> Iterator[str]:
     yield f"Kept for backward beyond x and the parameters, K = {rows[0].case.k}, in units of x:"
-    said = []
+    parts = []
     for by_name in _by_case(rows):
         case = by_name["peft"].case
         ours, peft = (by_name[name].saved_bytes / by_name[name].x_bytes for name in ("cpu", "peft"))
-        said.append(f"{case.dtype}, p = {case.p:g}: {ours:.3f}, PEFT {peft:.3f}")
-    yield "; ".join(said) + "."
+        parts.append(f"{case.dtype}, p = {case.p:g}: {ours:.3f}, PEFT {peft:.3f}")
+    yield "; ".join(parts) + "."
 
 
 def _by_case(rows: Sequence[Any]) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.tools.record import Launch
 
 TILE = Config(128, 128, 64, 8, 3)
-THIN = 64  # a product of fewer rows or columns takes tiles of so many, and four warps
+SMALL = 64  # a product of fewer rows or columns takes tiles of so many, and four warps
 BLOCK, PASS_WARPS = 1024, 4
 DROPOUT_P = 0.1
 
@@ -60,8 +60,8 @@ def peft(layer: Problem) -> list[Step]:
     m, n, k, r = layer[:4]
     if not layer.backward:
         drop = [Pass("dropout", m * k, 2, 1)] if layer.dropout else []
-        thin = [Product(m, r, k), Product(m, n, r)]
-        return [*plain(layer), *drop, *thin, Pass("scale", m * n, 2), Pass("add", m * n, 3)]
+        low_rank = [Product(m, r, k), Product(m, n, r)]
+        return [*plain(layer), *drop, *low_rank, Pass("scale", m * n, 2), Pass("add", m * n, 3)]
     drop = [Pass("masked", m * k, 2, 1)] if layer.dropout else []
     return [
         Pass("scale", m * n, 2),
@@ -107,8 +107,8 @@ def _product(step: Product) -> Launch:
     args |= {"stride_um": stride_um, "stride_uk": stride_uk}
     args |= {"stride_vn": stride_vn, "stride_vk": stride_vk, "stride_out": step.n}
     large = min(step.m, step.n) >= TILE.block_m
-    rows = TILE.block_m if large else min(THIN, _padded(step.m))
-    columns = TILE.block_n if large else min(THIN, _padded(step.n))
+    rows = TILE.block_m if large else min(SMALL, _padded(step.m))
+    columns = TILE.block_n if large else min(SMALL, _padded(step.n))
     depth = min(TILE.block_k, _padded(step.k))
     grid = -(-step.m // rows) * -(-step.n // columns)
     constants = {"ADD": step.added, "BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}
@@ -147,7 +147,7 @@ def _pass(step: Pass) -> Launch:
 
 
 def predicted_seconds(steps: list[Step], device: Device) -> float:
-    """Return the time of steps by the cost model: bytes for what is thin, its products else."""
+    """Return the time of steps by the cost model: a product of low rank by its bytes alone."""
     return sum(_predicted(step, device) for step in steps)
 
 

@@ -120,8 +120,8 @@ def numbers_of(form: str, *names: str) -> list[int]:
     Raises:
         ValueError: not as many as there are names, or one below 1.
     """
-    word, *said = form.split(":")
-    if len(said) != len(names) or not all(text.isdecimal() and int(text) > 0 for text in said):
+    word, *sizes = form.split(":")
+    if len(sizes) != len(names) or not all(text.isdecimal() and int(text) > 0 for text in sizes):
         expected = ":".join((word, *names))
         raise ValueError(f"format: expected {expected}, numbers of at least 1, got {form!r}")
-    return [int(text) for text in said]
+    return [int(text) for text in sizes]

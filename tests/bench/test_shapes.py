@@ -9,9 +9,9 @@ from tests.support.bench import SMALL
 
 def test_flops_and_bytes_are_those_of_the_formulas():
     case = replace(SMALL, m=3, n=5, k=7, r=2)
-    base, thin = 2 * 3 * 5 * 7, 2 * 3 * 2 * (5 + 7)
-    assert shapes.flops(case) == 2 * base + 3 * thin
-    assert shapes.flops(replace(case, mode="infer")) == base + thin
+    base, adapter = 2 * 3 * 5 * 7, 2 * 3 * 2 * (5 + 7)
+    assert shapes.flops(case) == 2 * base + 3 * adapter
+    assert shapes.flops(replace(case, mode="infer")) == base + adapter
     elements = 3 * 7 + 5 * 7 + 3 * 5
     assert shapes.floor_bytes(replace(case, mode="infer")) == 4 * (elements + 2 * (5 + 7))
     assert shapes.floor_bytes(replace(case, r=0)) == 2 * 4 * elements

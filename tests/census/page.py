@@ -29,10 +29,10 @@ def row(found: Row) -> str:
     shares = "0; 0" if not found.left else f"{found.parameters:.2f}; {found.flops:.2f}"
     ratio = "" if found.ratio is None else f"{found.ratio:.2f}"
     same = {None: "", True: ", tokens", False: ""}[found.tokens]
-    said = f"yes{same}" if equal(found) else "**no**"
+    verdict = f"yes{same}" if equal(found) else "**no**"
     cells = [
         *(found.model, found.recipe, f"{found.fused} / {found.layers}", shares),
-        *(f"{found.gradient:.0e}", ratio, said),
+        *(f"{found.gradient:.0e}", ratio, verdict),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -241,14 +241,14 @@ def test_settings_reach_the_function(monkeypatch):
 def test_repr_says_what_the_layer_is():
     layer = make_layer(lora_dropout=0.25, use_rslora=True, bias="lora_only", impl="eager")
     first_line = repr(layer).splitlines()[1]
-    for said in (
+    for part in (
         "in_features=24, out_features=16, r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=True",
         "scaling=3",
         "bias='lora_only'",
         "merged=False",
         "impl='eager'",
     ):
-        assert said in first_line
+        assert part in first_line
     layer.merge()
     assert "merged=True" in repr(layer)
 

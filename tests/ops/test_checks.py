@@ -111,8 +111,8 @@ def test_settings_by_position_are_said_to_be_keywords(given):
 def test_the_docstring_says_what_is_easily_missed():
     first = lk.lora_linear.__doc__.splitlines()[0]
     assert "`dropout_p` does nothing without `training=True`" in first
-    said = re.search(r"impl: (.*?)\. ", lk.lora_linear.__doc__, re.DOTALL)[1]
-    assert set(re.findall(r'"(\w+)"', said)) == set(CHOICES)
+    listed = re.search(r"impl: (.*?)\. ", lk.lora_linear.__doc__, re.DOTALL)[1]
+    assert set(re.findall(r'"(\w+)"', listed)) == set(CHOICES)
 
 
 def test_scaling_beside_another_device():

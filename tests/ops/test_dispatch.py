@@ -133,9 +133,9 @@ def test_nobody_gets_slower_by_dropout_without_a_kernel(gpu, capability, fields,
     _triton(monkeypatch)
     gpu(*capability)
     request = _request(**fields)
-    said = slower_than_peft(request)
-    assert said.startswith("dropout without a kernel (triton needs ")
-    assert slower_than_peft(request) == said
+    reason = slower_than_peft(request)
+    assert reason.startswith("dropout without a kernel (triton needs ")
+    assert slower_than_peft(request) == reason
     assert slower_than_peft(request._replace(dropout=False)) is None
     assert choose("eager", request).name == "eager"  # by name it still serves
 

@@ -21,5 +21,7 @@ FORMS = {
 @pytest.mark.parametrize("statement", FORMS)
 def test_the_operator_knows_what_either_form_has_set(statement):
     code = f"import torch, lora_kernels; {statement}; print(torch.ops.lora_kernels.allows_tf32())"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == str(FORMS[statement])
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == str(FORMS[statement])

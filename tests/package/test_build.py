@@ -182,8 +182,8 @@ def test_architectures_are_those_that_nvcc_knows(
     cuda = _cuda(tmp_path, monkeypatch, version, listed)
     kept = cuda.usable(cuda.ARCHS, cuda.known_archs())
     assert set(kept) == set(cuda.ARCHS.split(";")) - set(unknown)
-    said = capsys.readouterr().err.splitlines()
-    assert said == [
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
         f"lora_kernels: left out architecture {a}: nvcc doesn't know it" for a in unknown
     ]
 
@@ -242,8 +242,8 @@ def test_absence_names_the_reason_of_the_build(tmp_path, monkeypatch):
     assert native._left_out("cpu") == "see README.md, Install"
     (tmp_path / "_left_out.json").write_text('{"cpu": "no C++ compiler: c++ is not on PATH"}')
     monkeypatch.setitem(native.LIBRARIES, "cpu", tmp_path / "_cpu.abi3.so")
-    said = native.absence.__wrapped__("cpu")
-    assert said == "not built when the package was installed: no C++ compiler: c++ is not on PATH"
+    reason = native.absence.__wrapped__("cpu")
+    assert reason == "not built when the package was installed: no C++ compiler: c++ is not on PATH"
     assert native._left_out("cuda") == "see README.md, Install"
 
 

@@ -66,10 +66,10 @@ def test_version(capsys):
 
 def test_without_a_command_it_says_which_there_are(capsys):
     assert main([]) == 0
-    said = capsys.readouterr()
-    assert not said.err
+    printed = capsys.readouterr()
+    assert not printed.err
     for command in ("info", "inspect", "tune", "--version"):
-        assert command in said.out
+        assert command in printed.out
 
 
 def test_unknown_command_is_a_usage_error(capsys):
@@ -94,11 +94,11 @@ def test_the_built_part_is_read_by_tritons_program(absent, without_triton, monke
     for module in (__main__, inspect):
         monkeypatch.setattr(module, "absence", lambda part: absent)
     assert main(["inspect", "--built"]) in (1, 2)
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     if absent:
-        assert said.out == "compiled CUDA part: not built\n"
+        assert printed.out == "compiled CUDA part: not built\n"
     else:
-        assert said.err == f"{support.NO_TRITON}: pip install triton\n"
+        assert printed.err == f"{support.NO_TRITON}: pip install triton\n"
 
 
 def test_a_finder_may_refuse_triton(monkeypatch):

@@ -38,10 +38,10 @@ def test_example_runs(example, process_group, tmp_path, monkeypatch):
     if any("bitsandbytes" in each.source for each in example.examples):
         pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
-    said = []
+    failures = []
     example.globs = dict(NAMES)
-    failed, run = doctest.DocTestRunner(verbose=False).run(example, out=said.append)
-    assert not failed, "".join(said)
+    failed, run = doctest.DocTestRunner(verbose=False).run(example, out=failures.append)
+    assert not failed, "".join(failures)
     assert run == len(example.examples)
 
 

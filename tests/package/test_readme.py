@@ -59,11 +59,11 @@ def test_block_runs(block, one_process, tmp_path, monkeypatch, capsys, request):
     if HUB_MODEL.search(block):
         block = HUB_MODEL.sub(repr(request.getfixturevalue("hub")), block)
     exec(compile(block, "README.md", "exec"), {})
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for expected in re.findall(r"print\(report\)  # (.*)", block):
-        assert expected in said
+        assert expected in printed
     if "SFTTrainer" in block:
-        assert "14 LoRA layers patched, 0 left" in said
+        assert "14 LoRA layers patched, 0 left" in printed
         assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 

@@ -64,7 +64,7 @@ def test_peft_suite_is_green_where_as_much_ran(suite):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "printed"),
     [
         (None, "unpatched: no such file"),
         ("import nonsuch\n" + GOOD, "unpatched: a file can't be collected"),
@@ -77,12 +77,12 @@ def test_peft_suite_is_green_where_as_much_ran(suite):
         (WORSE, "Passed unpatched and not patched: 1"),
     ],
 )  # fmt: skip
-def test_peft_suite_is_red_where_less_ran(suite, text, said, capsys):
+def test_peft_suite_is_red_where_less_ran(suite, text, printed, capsys):
     suite.run(GOOD, "--write-baseline")
     (suite.baseline.parent / "tests" / "test_a.py").unlink()
     capsys.readouterr()
     assert suite.run(text) == 1
-    assert said in capsys.readouterr().out
+    assert printed in capsys.readouterr().out
 
 
 def test_peft_suite_is_red_where_nothing_was_patched(suite, capsys):

@@ -66,9 +66,9 @@ def test_the_report_names_what_runs_the_layers(caplog):
     report = lk.patch_peft(model)
     assert report.implementations == dict.fromkeys((FIRST, SECOND), by_cpu())
     assert not report.without_kernel
-    said = f"lora_kernels: 2 LoRA layers patched, 0 left; run by {by_cpu()}"
-    assert str(report) == said
-    assert logged(caplog, logging.INFO) == [said]
+    line = f"lora_kernels: 2 LoRA layers patched, 0 left; run by {by_cpu()}"
+    assert str(report) == line
+    assert logged(caplog, logging.INFO) == [line]
     assert not logged(caplog, logging.WARNING)
     use = lk.report(model).layers[FIRST]
     assert (use.impl, use.without_kernel) == (by_cpu(), None)
@@ -110,15 +110,15 @@ def test_a_named_implementation_is_named():
 def test_nothing_patched_is_warned_of(caplog):
     report = lk.patch_peft(two(alora_invocation_tokens=[1]))
     assert not report.implementations
-    (said,) = logged(caplog, logging.WARNING)
-    assert said == "0 of 2 LoRA layers patched: LoRA variant ALoraLinearVariant (2)"
+    (warning,) = logged(caplog, logging.WARNING)
+    assert warning == "0 of 2 LoRA layers patched: LoRA variant ALoraLinearVariant (2)"
 
 
 def test_an_absent_part_is_warned_of_with_the_cure(without_the_part, caplog):
     report = lk.patch_peft(two())
     assert f"run by eager (cpu: {ABSENT}): {FIRST}, {SECOND}" in str(report)
-    (said,) = logged(caplog, logging.WARNING)
-    assert said == (
+    (warning,) = logged(caplog, logging.WARNING)
+    assert warning == (
         f"the compiled CPU part is absent, {ABSENT}; cure: install lora_kernels again where a C++ "
         "compiler is on PATH"
     )

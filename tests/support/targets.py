@@ -31,7 +31,7 @@ class Target:
     """An implementation with a format of W, and where it runs.
 
     memory: the device of tensors. running: the number of a case -> a context in which calls run
-    there. step, first: of the "sizes" one in `step` is taken, from the `first`; `thin`: of other
+    there. step, first: of the "sizes" one in `step` is taken, from the `first`; `sampled`: of other
     kinds, too. kernels: whether cases are few and small, as a GPU's kernels are executed slowly.
     without_bf16: Triton 3.8's interpreter computes it wrongly, oneDNN doesn't pack it everywhere.
     """
@@ -42,7 +42,7 @@ class Target:
     running: Callable[[int], AbstractContextManager[Any]]
     step: int = 1
     first: int = 0
-    thin: bool = False
+    sampled: bool = False
     kernels: bool = False
     without_bf16: bool = False
 
@@ -84,7 +84,7 @@ def _on_host() -> Iterator[Any]:
             for form in sorted(formats[impl]):
                 target = Target(
                     impl, form, memory, lambda _, memory=memory: torch.device(memory),
-                    step=1 if form == "dense" else 3, thin=form != "dense",
+                    step=1 if form == "dense" else 3, sampled=form != "dense",
                     without_bf16=form == "onednn" and unpacked,
                 )  # fmt: skip
                 suffix = "" if form == "dense" else f"-{form}"
@@ -118,7 +118,7 @@ def _of_triton() -> Iterator[Any]:
         step, first = shares.get(executor.id, (4, 3))
         yield pytest.param(
             Target(
-                "triton", "dense", place.memory, run, step, first, thin=True, kernels=True,
+                "triton", "dense", place.memory, run, step, first, sampled=True, kernels=True,
                 without_bf16=executor.id == "interpreter",
             ),
             id=f"triton-{executor.id}", marks=[*executor.marks, pytest.mark.many],
@@ -137,7 +137,7 @@ def _of_cuda() -> Iterator[Any]:
 
         marks = [*executor.marks, cuda_executors.needs_part, elsewhere, pytest.mark.many]
         target = Target(
-            "cuda", "dense", place.memory, run, step=3, first=2, thin=True, kernels=True
+            "cuda", "dense", place.memory, run, step=3, first=2, sampled=True, kernels=True
         )
         yield pytest.param(target, id=f"cuda-{executor.id}", marks=marks)
 
@@ -153,7 +153,7 @@ def pairs(specs: Any) -> list[Any]:
         for given in TARGETS:
             target, number = given.values[0], 0
             for kind, cases in spec.cases().items():
-                step, first = (1, 0) if kind != "sizes" and not target.thin else (
+                step, first = (1, 0) if kind != "sizes" and not target.sampled else (
                     target.step, target.first
                 )  # fmt: skip
                 for case in cases[first::step]:

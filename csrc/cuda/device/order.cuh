@@ -105,7 +105,7 @@ struct Numbers {
   __device__ int next() const {
     hand_number(ticket.next, ahead, ticket.last, shared, kept_in_register(threadIdx.x) == 0);
     __syncthreads();
-    return handed_number(shared);
+    return broadcast_number(shared);
   }
 };
 

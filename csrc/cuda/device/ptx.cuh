@@ -220,7 +220,7 @@ __device__ inline void hand_number(int* ticket, int number, int last, uint32_t t
       "r"(number), "r"(last), "r"(to), "r"(static_cast<int>(does))
       : "memory");
 }
-__device__ inline int handed_number(uint32_t at) {
+__device__ inline int broadcast_number(uint32_t at) {
   int number;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(number) : "r"(at) : "memory");
   return number;

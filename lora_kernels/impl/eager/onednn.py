@@ -54,5 +54,5 @@ def _beats_mkl() -> bool:
         and cpuinfo.exists()
     ):
         return False
-    said = cpuinfo.read_text()
-    return "AuthenticAMD" in said and "avx512f" in said
+    text = cpuinfo.read_text()
+    return "AuthenticAMD" in text and "avx512f" in text

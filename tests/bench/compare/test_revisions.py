@@ -17,15 +17,15 @@ class _Side:
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "said"),
+    ("new", "old", "message"),
     [(float("nan"), 1.0, "can't make this call any more"), (1.0, float("nan"), "no call that")],
 )
-def test_a_comparison_of_no_call_fails(new, old, said, monkeypatch, capsys, tmp_path):
+def test_a_comparison_of_no_call_fails(new, old, message, monkeypatch, capsys, tmp_path):
     sides = iter([_Side(new), _Side(old)])
     monkeypatch.setattr(revisions, "Side", lambda package, folder: next(sides))
     monkeypatch.setattr(revisions, "checked_out", lambda revision, scratch: tmp_path)
     assert revisions.main(["HEAD", "--rounds", "2"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("built", [True, False])

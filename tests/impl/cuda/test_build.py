@@ -89,8 +89,8 @@ def test_no_symbol_is_left_to_chance(part):
     if absence(part) is not None or shutil.which("nm") is None:
         pytest.skip(f"compiled part: {absence(part) or 'needs nm'}")
     command = ["nm", "--dynamic", "--undefined-only", "--format=posix", LIBRARIES[part]]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    kinds = [line.split()[:2] for line in said.splitlines()]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    kinds = [line.split()[:2] for line in output.splitlines()]
     weak = {name.split("@")[0] for name, kind in kinds if kind in "wv"}
     assert weak - WEAK <= WEAK_BY_PART[part]
 
@@ -120,7 +120,7 @@ def program(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("soname", "source", "said"),
+    ("soname", "source", "printed"),
     [
         ("libtorch_cuda.so", TORCH_CUDA.replace("FAILS", "0"), "1003"),
         ("libtorch_cuda.so", TORCH_CUDA.replace("FAILS", "1"), f"{STREAM} of device 3 failed"),
@@ -129,11 +129,13 @@ def program(tmp_path_factory):
     ],
     ids=["there", "fails", "another torch", "no CUDA build"],
 )
-def test_the_current_stream_is_looked_up_in_what_is_loaded(program, soname, source, said, tmp_path):
+def test_the_current_stream_is_looked_up_in_what_is_loaded(
+    program, soname, source, printed, tmp_path
+):
     """The library is loaded locally, as torch's are, and no need of this one."""
     library = tmp_path / soname
     shared = [*COMPILE, "-", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", library]
     subprocess.run(shared, input=source, text=True, check=True)
     done = subprocess.run([program, library], capture_output=True, text=True)
-    assert done.returncode == (0 if said == "1003" else 1), done
-    assert said in done.stdout
+    assert done.returncode == (0 if printed == "1003" else 1), done
+    assert printed in done.stdout

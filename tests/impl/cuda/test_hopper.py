@@ -41,8 +41,8 @@ def compiled(tmp_path_factory):
         source, out = str(SOURCES / f"linear_sm90_{name}.cu"), str(folder / name)
         options = ["nvcc", *OPTIONS, source]
         subprocess.run([*options, "-ptx", "-o", f"{out}.ptx"], check=True)
-        said = [*options, "-cubin", "-Xptxas", "-v", "-o", f"{out}.cubin"]
-        reports.append(subprocess.run(said, check=True, capture_output=True, text=True).stderr)
+        command = [*options, "-cubin", "-Xptxas", "-v", "-o", f"{out}.cubin"]
+        reports.append(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
         texts.append(Path(f"{out}.ptx").read_text())
     head, bf16 = texts[0].split(".address_size 64")
     return head + ".address_size 64\n" + bf16 + texts[1].split(".address_size 64")[1], reports

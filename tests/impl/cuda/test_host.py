@@ -74,8 +74,9 @@ try:
     assert_parity(small, inputs, "cuda")
     raise SystemExit("was not refused")
 except RuntimeError as error:
-    said = str(error)
-assert "lora_forward_Small_bf16_r16_d1_c1: launch of " in said and "impl='eager'" in said, said
+    message = str(error)
+assert "lora_forward_Small_bf16_r16_d1_c1: launch of " in message, message
+assert "impl='eager'" in message, message
 driver.cudastub_set_runner(driver._runner)
 assert_parity(small, inputs, "cuda")
 assert torch.equal(lora_linear(given.x, *adapter, impl="cuda"), of_few_rows)

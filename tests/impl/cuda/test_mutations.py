@@ -101,8 +101,8 @@ MUTANTS = {
     **TICKET_MUTANTS,
     "number told before it is there": (
         "order.cuh",
-        "== 0);\n    __syncthreads();\n    return handed",
-        "== 0);\n    return handed",
+        "== 0);\n    __syncthreads();\n    return broadcast",
+        "== 0);\n    return broadcast",
     ),
     "a number for each thread": (
         "order.cuh",
@@ -214,13 +214,13 @@ HOPPER_MUTANTS = {
     **TICKET_MUTANTS,
     "number of another step": (
         "sm90/pipeline.cuh",
-        "parity);\n    return handed_number(memory.number(at.stage))",
-        "parity);\n    return handed_number(memory.number(0))",
+        "parity);\n    return broadcast_number(memory.number(at.stage))",
+        "parity);\n    return broadcast_number(memory.number(0))",
     ),
     "number told before it is there": (
         "sm90/pipeline.cuh",
-        "    synchronize<2, kHopperCopying>();\n    return handed_number",
-        "    return handed_number",
+        "    synchronize<2, kHopperCopying>();\n    return broadcast_number",
+        "    return broadcast_number",
     ),
     "dxa published before the store": (
         "sm90/backward.cuh",

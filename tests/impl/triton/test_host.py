@@ -43,21 +43,21 @@ def test_the_suites_cases_of_a_gpu(python, gpu, share):
     """A third of them in all."""
     suites = ["tests/ops/test_parity.py", *PARITY]
     options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu and triton", "--share", share]
-    said = python("-m", "pytest", *options, *suites, CUDASTUB_GPU=gpu)
-    assert " passed" in said
-    assert "skipped" not in said
+    output = python("-m", "pytest", *options, *suites, CUDASTUB_GPU=gpu)
+    assert " passed" in output
+    assert "skipped" not in output
 
 
 @pytest.mark.skipif(not OLDEST.is_dir(), reason=f"needs {OLDEST.name} in build (make test)")
 def test_cases_of_a_gpu_by_the_oldest_triton(python):
     """A dozen, as torch 2.10 and 2.11 have it."""
     path = os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")])
-    said = python("-c", "import triton; print(triton.__version__)", PYTHONPATH=path)
-    assert said.startswith(".".join(map(str, support.OLDEST_TRITON)))
+    output = python("-c", "import triton; print(triton.__version__)", PYTHONPATH=path)
+    assert output.startswith(".".join(map(str, support.OLDEST_TRITON)))
     options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu and triton", "--share", "5/8"]
     options.append("tests/ops/test_parity.py")
-    said = python("-m", "pytest", *options, CUDASTUB_GPU="H100", PYTHONPATH=path)
-    assert " passed" in said
+    output = python("-m", "pytest", *options, CUDASTUB_GPU="H100", PYTHONPATH=path)
+    assert " passed" in output
 
 
 PREAMBLE = """
@@ -126,10 +126,10 @@ def refused(call, kernel):
         call()
         raise SystemExit(f"{kernel} was not refused")
     except RuntimeError as error:
-        said = str(error)
+        message = str(error)
     launch.Gpu.run = plain
-    assert said.startswith(f"{kernel}: launch of ") and "impl='eager'" in said, said
-    assert "too many blocks in cooperative launch" in said, said
+    assert message.startswith(f"{kernel}: launch of ") and "impl='eager'" in message, message
+    assert "too many blocks in cooperative launch" in message, message
     assert not launch.current().workspace.zeros(1, torch.device("cuda", 0)).any()
     assert_parity(case, inputs, "triton")
 x = inputs.x.requires_grad_()

@@ -224,8 +224,8 @@ def test_an_error_of_a_launch_names_the_kernel_and_what_to_try():
     kernel = _Kernel(RuntimeError("Triton Error [CUDA]: unspecified launch failure"))
     with pytest.raises(RuntimeError) as found:
         Gpu().run(kernel, 132, {}, {}, Options(8, 3))
-    said = str(found.value)
-    assert "forward_kernel: launch of 132 programs of 256 threads failed: " in said
-    assert "unspecified launch failure" in said
-    assert "impl='eager'" in said
+    message = str(found.value)
+    assert "forward_kernel: launch of 132 programs of 256 threads failed: " in message
+    assert "unspecified launch failure" in message
+    assert "impl='eager'" in message
     assert found.value.__cause__ is kernel.error

@@ -165,11 +165,11 @@ def test_explain_prints_plan_prediction_and_floor():
 
     tensors = [torch.empty(s, dtype=torch.bfloat16) for s in ((512, 256), (128, 256), (8, 256))]
     with using(Planner()):
-        said = lk.explain(*tensors, torch.empty(128, 8, dtype=torch.bfloat16))
-    if said.choice == "triton":  # not where triton isn't installed
-        assert said.plans.keys() == {"forward", "backward"}
-        assert "predicted" in str(said)
-        assert "floor" in str(said)
+        explanation = lk.explain(*tensors, torch.empty(128, 8, dtype=torch.bfloat16))
+    if explanation.choice == "triton":  # not where triton isn't installed
+        assert explanation.plans.keys() == {"forward", "backward"}
+        assert "predicted" in str(explanation)
+        assert "floor" in str(explanation)
 
 
 def test_shipped_is_a_list_of_distinct_configurations():

@@ -36,17 +36,17 @@ def _unloved(problem=LAYER):
 
 
 def test_fastest_is_kept_and_read_back(folder):
-    said, winner = [], _unloved()
+    lines, winner = [], _unloved()
 
     def timer(problem, config):
         if config.block_m == 32:
             raise RuntimeError("out of resources")
         return 1e-5 if config == winner else 2e-5
 
-    found = tune.fastest(LAYER, DEVICE, timer, said.append)
+    found = tune.fastest(LAYER, DEVICE, timer, lines.append)
     assert found == (winner, 1e-5)
-    assert any("out of resources" in line for line in said)
-    assert "2.00" in said[-1]
+    assert any("out of resources" in line for line in lines)
+    assert "2.00" in lines[-1]
     tuned.write(tuned.path_of(DEVICE), DEVICE, {tuned.key_of(LAYER): found})
     for m in (2049, 3000, 4096):  # batch shapes of one power of two share a measurement
         chosen = tuned.planned(LAYER._replace(m=m), DEVICE)

@@ -83,7 +83,7 @@ struct CopyingSide {
     wait_for_phase(memory.read(at.stage), at.parity);
     hand_number(ticket.next, ahead, ticket.last, memory.number(at.stage), one);
     synchronize<2, kHopperCopying>();
-    return handed_number(memory.number(at.stage));
+    return broadcast_number(memory.number(at.stage));
   }
   // A step without copies, for a number without any.
   __device__ void pass() {
@@ -174,7 +174,7 @@ struct MultiplyingSide {
   // The number of the next tile, or of what else there is to do; for that it is a step to pass.
   __device__ int next() const {
     wait_for_phase_in_time(memory.filled(at.stage), at.parity);
-    return handed_number(memory.number(at.stage));
+    return broadcast_number(memory.number(at.stage));
   }
   __device__ void pass() {
     __syncwarp();
