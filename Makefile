@@ -9,7 +9,7 @@ JOBS ?= 2
 # Tests of the host path on a stub of a driver take minutes a case: `make test-host`.
 HOST := $(wildcard tests/impl/*/test_host.py)
 # Of tests with many cases in the virtual machine one in MANY, others each time; MANY=1 runs all.
-MANY ?= 6
+MANY ?= 12
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
 INTERPRETED := tests/ops/test_parity.py $(addprefix tests/impl/triton/test_,parity.py mutations.py split_k.py)
 

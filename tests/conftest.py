@@ -67,7 +67,7 @@ def pytest_addoption(parser):
     )
 
 
-FEW_CASES = 6  # of one test: all of them run
+FEW_CASES = 3  # of one test: all of them run
 
 
 def _beyond_one_in(n, items):

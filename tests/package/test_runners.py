@@ -22,6 +22,7 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line("3 layers patched, 2 calls fused")
 """
 GOOD = "import os\ndef test_lora_one(): pass\ndef test_lora_two(): pass\ndef test_other(): pass\n"
+OF_GOOD = {"tests": 2, "passed unpatched": 2, "layers patched": 3, "calls fused": 1}
 WORSE = GOOD + "def test_lora_three(): assert os.environ['LORA_KERNELS_PATCH'] == '0'\n"
 
 
@@ -34,7 +35,7 @@ def _script(path):
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
-    """PEFT's runner on a suite of one file: a function that runs it, and its baseline."""
+    """PEFT's runner on a suite of one file: functions that run it and write its baseline."""
     runner = _script(ROOT / "tests" / "peft_suite" / "run.py")
     (tmp_path / "hubless.py").write_text(DESELECT)
     (tmp_path / "src" / "peft").mkdir(parents=True)
@@ -42,23 +43,27 @@ def suite(tmp_path, monkeypatch):
     (tmp_path / "src" / "peft" / "__init__.py").write_text(f'__version__ = "{version}"\n')
     (tmp_path / "tests").mkdir()
     baseline = tmp_path / "baseline.json"
-    baseline.write_text(json.dumps({"peft": version, "excused": {}, "files": {}}))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # for speed
     monkeypatch.setattr(runner, "HERE", tmp_path)
     monkeypatch.setattr(runner, "BASELINE", baseline)
+
+    def expect(counted):
+        files = {"test_a": counted} if counted else {}
+        baseline.write_text(json.dumps({"peft": version, "excused": {}, "files": files}))
+
+    expect(None)
 
     def run(text, *options):
         if text is not None:
             (tmp_path / "tests" / "test_a.py").write_text(text)
         return runner.main([str(tmp_path), "test_a.py", *options])
 
-    return SimpleNamespace(run=run, baseline=baseline)
+    return SimpleNamespace(run=run, expect=expect, baseline=baseline)
 
 
 def test_peft_suite_is_green_where_as_much_ran(suite):
     assert suite.run(GOOD, "--write-baseline") == 0
-    counted = json.loads(suite.baseline.read_text())["files"]["test_a"]
-    assert counted == {"tests": 2, "passed unpatched": 2, "layers patched": 3, "calls fused": 1}
+    assert json.loads(suite.baseline.read_text())["files"] == {"test_a": OF_GOOD}
     assert suite.run(GOOD) == 0
     assert suite.run("from tests import test_a\n" + GOOD) == 0
 
@@ -78,15 +83,13 @@ def test_peft_suite_is_green_where_as_much_ran(suite):
     ],
 )  # fmt: skip
 def test_peft_suite_is_red_where_less_ran(suite, text, printed, capsys):
-    suite.run(GOOD, "--write-baseline")
-    (suite.baseline.parent / "tests" / "test_a.py").unlink()
-    capsys.readouterr()
+    suite.expect(OF_GOOD)
     assert suite.run(text) == 1
     assert printed in capsys.readouterr().out
 
 
 def test_peft_suite_is_red_where_nothing_was_patched(suite, capsys):
-    suite.run(GOOD, "--write-baseline")
+    suite.expect(OF_GOOD)
     plugin = suite.baseline.with_name("hubless.py")
     plugin.write_text(DESELECT.replace("3 layers patched, 2", "0 layers patched, 0"))
     assert suite.run(GOOD) == 1
