@@ -52,6 +52,7 @@ def pytest_configure(config):
     os.environ["LORA_KERNELS_TUNED"] = os.devnull
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left alone (compiled code)")
     config.addinivalue_line("markers", "many: of many slow cases, `--one-in N` runs some")
+    config.addinivalue_line("markers", "slow: of these tests `--one-in N` runs a third")
 
 
 def pytest_addoption(parser):
@@ -63,25 +64,34 @@ def pytest_addoption(parser):
         metavar="N",
         type=int,
         default=1,
-        help="of the cases of each test marked `many` one in N, others with each run's seed",
+        help="of the cases of each test marked `many` one in N, of tests marked `slow` a third; "
+        "others with each run's seed",
     )
 
 
 FEW_CASES = 3  # of one test: all of them run
 
 
-def _beyond_one_in(n, items):
-    """Return the items to leave out: of each test with many cases all but one in n, by the seed."""
+def _items_by_test(mark, items):
+    """Return the cases of each test that has a mark, by its name."""
     cases = {}
     for item in items:
-        if "many" in item.keywords:
+        if mark in item.keywords:
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return cases
+
+
+def _beyond_one_in(n, items):
+    """Return the items to leave out: of each test with many cases all but one in n, by the seed."""
     dropped = set()
-    for name, of_one in cases.items():
+    for name, of_one in _items_by_test("many", items).items():
         if len(of_one) > FEW_CASES:
             fewer = max(FEW_CASES, -(-len(of_one) // n))
             kept = random.Random(f"{SEED}/{name}").sample(range(len(of_one)), fewer)
             dropped.update(item for i, item in enumerate(of_one) if i not in kept)
+    slow = _items_by_test("slow", items)
+    for name in random.Random(SEED).sample(sorted(slow), len(slow) * 2 // 3):
+        dropped.update(slow[name])
     return dropped
 
 

@@ -254,6 +254,7 @@ def test_a_second_derivative_beside_a_frozen_lora_a_is_right_or_refused(kind):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("kind", ["peft", *KINDS])
 @pytest.mark.parametrize("name", ["grad", "jvp", "vmap", "per-sample"])

@@ -302,6 +302,7 @@ def test_declarations_are_those_of_torch(tmp_path):
 KERNELS = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compiler", ["clang++", "aarch64-linux-gnu-g++", "clang++ --target=aarch64-linux-gnu"]
 )

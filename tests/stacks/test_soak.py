@@ -36,6 +36,7 @@ def census():
     return tensors, len(objects), sum(c.cache_info().currsize for c in own)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 def test_memory_is_flat_over_2000_steps():
     model = adapted_llama(base=llama(num_hidden_layers=1), lora_dropout=0.1)

@@ -80,6 +80,7 @@ def run(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_sft_by_hand_by_callback_and_by_environment(folder, run, capsys):
     """The same losses and the same report; PEFT's own losses differ, by its dropout masks."""
     from tests.stacks import user_script
@@ -105,6 +106,7 @@ def test_sft_by_hand_by_callback_and_by_environment(folder, run, capsys):
     assert done.stderr.count(str(reports[0])) == 1
 
 
+@pytest.mark.slow
 def test_trl_sft_from_the_command_line(folder, run):
     """docs/trainers.md shows this command; its training process is a child of accelerate's."""
     command = f"""sft --model_name_or_path {folder}/model --dataset_name {folder}/data
@@ -125,6 +127,7 @@ def test_trl_sft_from_the_command_line(folder, run):
     assert (folder / "sft" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_environment_reaches_programs_that_bind_peft_at_import(run, tmp_path):
     """LLaMA-Factory's way; what has no LoRA layer runs as PEFT made it, and says so."""
     done = run(sys.executable, "-c", BOUND_AT_IMPORT, tmp_path, LORA_KERNELS_AUTO="1")

@@ -46,6 +46,7 @@ class Graphs:
         return self.compile(graph, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "autocast", "tolerance"),
     [("aot_eager", False, 1e-4), ("aot_eager", True, 2e-2), ("inductor", False, 1e-4)],
@@ -106,6 +107,7 @@ def exported(model):
         return torch.export.export(Logits(model), (tokens(3, 20),), dynamic_shapes=(sizes,))
 
 
+@pytest.mark.slow
 def test_export_and_aot_inductor_of_an_inference_model(tmp_path):
     model = one_layer().eval().requires_grad_(False)
     program = exported(model)

@@ -158,6 +158,7 @@ def _isa(name):
     return environment, done.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("LORA_KERNELS_TEST_ISA" in os.environ, reason="is run by this test itself")
 @pytest.mark.parametrize("isa", ISAS[1:])
 def test_kernels_of_lesser_processors(isa):

@@ -70,6 +70,7 @@ def test_resident_programs():
     assert inspect.resident(Resources(32, 0, 0), 4, inspect.GPUS[89]) == 12
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("arch", "only", "kind"),
@@ -107,6 +108,7 @@ def test_an_unknown_architecture_is_a_usage_error(capsys):
     assert "invalid choice: 75" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
