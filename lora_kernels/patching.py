@@ -30,7 +30,7 @@ _OWN_ATTRIBUTES = tuple(f"_lora_kernels_{name}" for name in ("impl", "options", 
 class PatchReport(Summary):
     """What `patch_peft` did: paths of layers now fused, and of layers left with the reason.
 
-    A layer that is left for its present state (merged, disabled, several active adapters, ...) is
+    A layer that is left for its present state (merged, disabled, no active adapter, ...) is
     fused as soon as that state ends; one that is left for its type keeps PEFT's forward.
 
     Attributes:

@@ -15,6 +15,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, is_grad_enabled, nn
 
 from lora_kernels._peft import dora
+from lora_kernels._peft.summed import summed_parts
 from lora_kernels.bypass import (
     PLAIN_TENSORS,
     dropout_reason,
@@ -202,8 +203,10 @@ def fused_parts(layer: Any, read: Callable[[Any], Any] = read_linear) -> FusedPa
     names = [active] if isinstance(active, str) else active
     if len(names) != 1 or names[0] not in adapters:
         names = [name for name in names if name in adapters]
-        if len(names) != 1:
-            return f"{len(names)} active adapters, one is fused" if names else "no active adapter"
+        if not names:
+            return "no active adapter"
+        if len(names) > 1:
+            return summed_parts(layer, names, read)
     name = names[0]
     magnitude: Any = None
     if name in layer.lora_variant or layer.use_dora.get(name):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -117,8 +118,8 @@ def add_second(model, **config):
     randomize(model).set_adapter("second")
 
 
-def activate_both(model):
-    add_second(model)
+def activate_both(model, **config):
+    add_second(model, **config)
     model.base_model.set_adapter(["default", "second"])
 
 
@@ -139,7 +140,7 @@ def double_by_hook(adapters):
 # Why `up` keeps PEFT's forward, and what brings it there.
 STATES = {
     "LoRA variant ALoraLinearVariant": lambda model: add_second(model, alora_invocation_tokens=[1]),
-    "2 active adapters, one is fused": activate_both,
+    "2 active adapters: lora_B has a bias": partial(activate_both, lora_bias=True),
     "no active adapter": lambda model: up(model).set_adapter([]),
     "adapters disabled": lambda model: model.base_model.disable_adapter_layers(),
     "merged: default": lambda model: model.merge_adapter(),
@@ -237,7 +238,7 @@ def test_each_call_decides(fused):
         assert len(fused) == fused_calls
 
     check(2)
-    check(0, activate_both)
+    check(2, activate_both)
     check(2, lambda m: m.set_adapter("second"))
     check(0, lambda m: m.base_model.disable_adapter_layers())
     check(2, lambda m: m.base_model.enable_adapter_layers())
