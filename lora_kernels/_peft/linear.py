@@ -203,10 +203,8 @@ def fused_parts(layer: Any, read: Callable[[Any], Any] = read_linear) -> FusedPa
     names = [active] if isinstance(active, str) else active
     if len(names) != 1 or names[0] not in adapters:
         names = [name for name in names if name in adapters]
-        if not names:
-            return "no active adapter"
-        if len(names) > 1:
-            return summed_parts(layer, names, read)
+        if len(names) != 1:
+            return summed_parts(layer, names, read) if names else "no active adapter"
     name = names[0]
     magnitude: Any = None
     if name in layer.lora_variant or layer.use_dora.get(name):
