@@ -18,7 +18,7 @@ constexpr int64_t kDecodeWork = 4;   // multiplications that take the time of de
 
 // Rows of x or dy that take the package's own products.
 constexpr int64_t kForwardRows = 16, kLeastBackwardRows = 4, kBackwardRows = 32;
-constexpr int64_t kStrip = 128;  // columns of W that a thread decodes for few rows of dy
+constexpr int64_t kWidestStrip = 128;  // columns of W that a thread decodes for few rows of dy
 
 // Codes beside the tensors that they are views of, or of which they are copies.
 struct Held {
@@ -121,10 +121,12 @@ void forward_by_panels(const Codes& codes, const Tensor& x, const OptionalTensor
 
 // dy W by panels of W's columns.
 void backward_by_panels(const Codes& codes, const Tensor& dy, const Tensor& dx) {
-  const int64_t step = panel_of(codes.rows, dy);
+  const int64_t step = std::min(panel_of(codes.rows, dy), codes.columns);
+  const Tensor panel = empty_matrix(codes.rows, step, dy.scalar_type());
   for (int64_t k = 0; k < codes.columns; k += step) {
     const int64_t columns = std::min(step, codes.columns - k);
-    const Tensor w = empty_matrix(codes.rows, columns, dy.scalar_type());
+    // The last one's rows lie together too: memory is asked for once, since new pages cost more than decoding.
+    const Tensor w = columns == step ? panel : empty_matrix(codes.rows, columns, dy.scalar_type());
     decode(codes, 0, k, w);
     write_library_product(dx, k, dy, w, std::nullopt);
   }
@@ -144,13 +146,14 @@ Tensor few_rows_backward(const Codes& codes, const Tensor& dy) {
   const Buffer<float> q = to_columns(dy, stride);
   const Sums sums(stride, k);
   const Panel none(0, 0);
+  const int64_t width = std::min(kWidestStrip, panel_of(n, dy));
   const bool is_bf16 = dy.scalar_type() == ScalarType::BFloat16;
   const int64_t bytes = static_cast<int64_t>(dy.element_size());
-  in_parallel(k, kStrip, (stride + kDecodeWork) * n, [&](int64_t begin, int64_t end) {
-    const Buffer<char> strip(n * kStrip * bytes);
-    for (int64_t column = begin; column < end; column += kStrip) {
-      const int64_t columns = std::min(kStrip, end - column);
-      const Matrix w{strip.get(), kStrip, n, columns, is_bf16};
+  in_parallel(k, width, (stride + kDecodeWork) * n, [&](int64_t begin, int64_t end) {
+    const Buffer<char> strip(n * width * bytes);
+    for (int64_t column = begin; column < end; column += width) {
+      const int64_t columns = std::min(width, end - column);
+      const Matrix w{strip.get(), width, n, columns, is_bf16};
       kernels().decode(codes, 0, column, w);
       kernels().column_pass({}, w, none, q.get(), stride, sums.data.get() + column, sums.pitch, {}, 0, columns);
     }
