@@ -16,8 +16,10 @@ constexpr int64_t kPanelBytes = 2 << 20;
 constexpr int64_t kLeastPanel = 64;  // rows or columns of W: fewer waste the library's tiles
 constexpr int64_t kDecodeWork = 4;   // multiplications that take the time of decoding a number
 
-// Rows of x or dy that take the package's own products.
-constexpr int64_t kForwardRows = 16, kLeastBackwardRows = 4, kBackwardRows = 32;
+// Rows of x or dy that take the package's own products. 2026-11-29, Zen 3, float32, 2048x2048: forward 16 rows take 0.8 to 0.9
+// of what 17 take by panels; dy W as much as with a dense W. Beside a matrix unit as in base_product.cpp, not measured.
+constexpr int64_t kForwardRows = 16, kForwardRowsBesideTiles = 4;
+constexpr int64_t kLeastBackwardRows = 4, kBackwardRows = 32, kBackwardRowsBesideTiles = 16;
 constexpr int64_t kWidestStrip = 128;  // columns of W that a thread decodes for few rows of dy
 
 // Codes beside the tensors that they are views of, or of which they are copies.
@@ -77,10 +79,12 @@ Held held(const Weight& weight, const Tensor& v) {
   return made;
 }
 
-// v as it is multiplied: without products of bfloat16 pairs, as float32. 2026-11-29, Zen 3: the library's products of bfloat16
-// take 5 times as long as those of float32 for x WT, over 150 times for dy W.
+Tensor as_type(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+
+// v as it is multiplied: without products of bfloat16 pairs, as float32. 2026-11-29, Zen 3, 16 rows: the library's products of
+// bfloat16 take 5 times the time of those of float32 for x WT, 100 times for dy W.
 Tensor multiplied(const Tensor& v) {
-  return kernels().has_pairs ? v : torch::stable::to(v, ScalarType::Float);
+  return kernels().has_pairs ? v : as_type(v, ScalarType::Float);
 }
 
 OptionalTensor multiplied(const OptionalTensor& bias) {
@@ -120,7 +124,8 @@ void forward_by_panels(const Codes& codes, const Tensor& x, const OptionalTensor
 }
 
 // dy W by panels of W's columns.
-void backward_by_panels(const Codes& codes, const Tensor& dy, const Tensor& dx) {
+Tensor backward_by_panels(const Codes& codes, const Tensor& dy) {
+  const Tensor dx = empty_matrix(dy.size(0), codes.columns, dy.scalar_type());
   const int64_t step = std::min(panel_of(codes.rows, dy), codes.columns);
   const Tensor panel = empty_matrix(codes.rows, step, dy.scalar_type());
   for (int64_t k = 0; k < codes.columns; k += step) {
@@ -130,6 +135,7 @@ void backward_by_panels(const Codes& codes, const Tensor& dy, const Tensor& dx) 
     decode(codes, 0, k, w);
     write_library_product(dx, k, dy, w, std::nullopt);
   }
+  return dx;
 }
 
 void few_rows_forward(const Codes& codes, const Tensor& x, const OptionalTensor& bias, const Tensor& y) {
@@ -167,19 +173,17 @@ Tensor quantised_forward(const Tensor& x, const Weight& weight, const OptionalTe
   const Held w = held(weight, x);
   const Tensor v = multiplied(x), y = empty_matrix(x.size(0), weight.n, v.scalar_type());
   const OptionalTensor added = multiplied(bias);
-  x.size(0) <= kForwardRows ? few_rows_forward(w.codes, v, added, y) : forward_by_panels(w.codes, v, added, y);
-  return torch::stable::to(y, x.scalar_type());
+  const bool few = v.size(0) <= (kernels().has_tiles ? kForwardRowsBesideTiles : kForwardRows);
+  few ? few_rows_forward(w.codes, v, added, y) : forward_by_panels(w.codes, v, added, y);
+  return as_type(y, x.scalar_type());
 }
 
 Tensor quantised_backward(const Tensor& dy, const Weight& weight) {
   const Held w = held(weight, dy);
   const Tensor v = multiplied(dy);
-  if (kLeastBackwardRows <= v.size(0) && v.size(0) <= kBackwardRows) {
-    return torch::stable::to(few_rows_backward(w.codes, v), dy.scalar_type());
-  }
-  const Tensor dx = empty_matrix(v.size(0), weight.k, v.scalar_type());
-  backward_by_panels(w.codes, v, dx);
-  return torch::stable::to(dx, dy.scalar_type());
+  const int64_t m = v.size(0), most = kernels().has_tiles ? kBackwardRowsBesideTiles : kBackwardRows;
+  const bool few = kLeastBackwardRows <= m && m <= most;
+  return as_type(few ? few_rows_backward(w.codes, v) : backward_by_panels(w.codes, v), dy.scalar_type());
 }
 
 }  // namespace lora_kernels

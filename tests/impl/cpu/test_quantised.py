@@ -19,7 +19,7 @@ pytestmark = [
 FP32, BF16 = torch.float32, torch.bfloat16
 CPU = operators("lora_linear", "cpu")
 # Rows that end inside blocks and bytes; more columns than few rows decode at a time.
-SHAPES = ((1, 1), (5, 33), (7, 129), (72, 88), (40, 1100))
+SHAPES = ((1, 1), (5, 33), (7, 129), (72, 88), (150, 140), (40, 1100))
 
 
 def decoded(weight, dtype, rows):
