@@ -3,26 +3,11 @@
 
 #pragma once
 
-#include <array>
 #include <tuple>
-#include <utility>
 
-#include "arguments.h"
+#include "weight.h"
 
 namespace lora_kernels {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-// What an operator takes of a weight besides W or its codes; none of a dense one.
-using Parts = std::optional<std::vector<Tensor>>;
-
-// W [N, K] as it is stored.
-struct Weight {
-  Tensor matrix;
-  Parts parts;
-  std::string format;
-};
 
 // A [R, K], B [N, R] and the factor on their product: a number, or a tensor in its place.
 struct Adapter {
@@ -44,8 +29,8 @@ struct LinearCall {
   OptionalTensor bias;
   std::optional<Dropout> dropout;
 
-  int64_t n() const { return weight.matrix.size(0); }
-  int64_t k() const { return weight.matrix.size(1); }
+  int64_t n() const { return weight.n; }
+  int64_t k() const { return weight.k; }
   int64_t r() const { return adapter.a.size(0); }
 };
 
@@ -72,28 +57,16 @@ inline Wanted wanted_of(const std::vector<bool>& flags) {
   return {flags[0], flags[1], flags[2], flags[3]};
 }
 
-// The format of W is one of those that an implementation reads.
-template <size_t count>
-void check_format(const Weight& weight, const std::array<const char*, count>& known) {
-  if (std::none_of(known.begin(), known.end(), [&](const char* name) { return weight.format == name; })) {
-    std::string names;
-    for (const char* name : known) names += (names.empty() ? "" : " or ") + std::string(name);
-    STD_TORCH_CHECK(false, "format: expected ", names, ", got ", weight.format);
-  }
-  STD_TORCH_CHECK(weight.format != "dense" || !weight.parts, "parts: expected none of a dense weight, got some");
-}
-
 // What forward and backward share, beside v: x [..., K] or dy [..., N].
 inline void check_call(const Tensor& v, const LinearCall& call) {
-  const Tensor &w = call.weight.matrix, &a = call.adapter.a, &b = call.adapter.b;
-  check_memory("weight", w, v);
+  const Tensor &a = call.adapter.a, &b = call.adapter.b;
+  check_weight(call.weight, v);
   check_memory("lora_A", a, v);
   check_memory("lora_B", b, v);
-  check_size(w.dim() == 2, "weight", "[N, K]", w);
-  check_size(a.dim() == 2 && a.size(1) == w.size(1), "lora_A", "[R, K]", a);
-  check_size(b.dim() == 2 && b.size(0) == w.size(0) && b.size(1) == a.size(0), "lora_B", "[N, R]", b);
-  check_size(a.size(0) >= 1, "lora_A", "[R, K] with R of at least 1", a);
-  check_type("weight", w, v.scalar_type());
+  check_size(a.dim() == 2 && a.size(1) == call.k(), "lora_A", "[R, K]", a);
+  check_size(b.dim() == 2 && b.size(0) == call.n() && b.size(1) == a.size(0), "lora_B", "[N, R]", b);
+  // Codes' own product is a call of rank 0.
+  check_size(a.size(0) >= 1 || call.weight.is_quantised(), "lora_A", "[R, K] with R of at least 1", a);
   check_adapter_type("lora_A", a);
   check_adapter_type("lora_B", b);
   if (call.dropout) {
@@ -149,7 +122,7 @@ template <std::tuple<Tensor, Tensor> (*body)(const Tensor&, const LinearCall&), 
 std::tuple<Tensor, Tensor> forward_operator(
     Tensor x, Tensor weight, Parts parts, arguments::Format format, Tensor lora_A, Tensor lora_B, OptionalTensor bias,
     OptionalTensor seed, int64_t threshold, OptionalTensor scaling_tensor, double scaling) {
-  const LinearCall call{{std::move(weight), std::move(parts), arguments::taken(format)},
+  const LinearCall call{arguments::weight_of(std::move(weight), std::move(parts), format),
                         {std::move(lora_A), std::move(lora_B), std::move(scaling_tensor), scaling},
                         std::move(bias),
                         arguments::dropout_of(seed, threshold)};
@@ -164,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_operator(
     Tensor dy, OptionalTensor x, OptionalTensor xa, Tensor weight, Parts parts, arguments::Format format, Tensor lora_A,
     Tensor lora_B, OptionalTensor seed, int64_t threshold, OptionalTensor scaling_tensor, double scaling,
     std::vector<bool> flags) {
-  const LinearCall call{{std::move(weight), std::move(parts), arguments::taken(format)},
+  const LinearCall call{arguments::weight_of(std::move(weight), std::move(parts), format),
                         {std::move(lora_A), std::move(lora_B), std::move(scaling_tensor), scaling},
                         std::nullopt,
                         arguments::dropout_of(seed, threshold)};

@@ -54,6 +54,24 @@ struct Matrix {
   bool is_bf16;
 };
 
+// W [rows, columns] as codes that share scales, as lora_kernels/operands defines it (codebook.py, scaled.py).
+struct Codes {
+  enum Kind { kFourBits, kInt8, kFloat8 } kind;
+  const uint8_t* data;
+  int64_t rows, columns;
+  int64_t stride;  // bytes between rows of codes of eight bits; those of four bits lie without a gap
+  int64_t block_rows, block_columns;  // that share a scale; of four bits block_columns codes, wherever rows end
+  const float* scales;
+  const float* numbers;  // the sixteen that four bits stand for
+  // A nested scale b is rn(rn(nested_numbers[nested[b]] * scales[b / kNestedBlock]) + offset).
+  const uint8_t* nested;
+  const float* nested_numbers;
+  float offset;
+  bool rounds_to_bf16;  // W is of bfloat16, in whichever type it is written
+};
+
+constexpr int64_t kNestedBlock = 256;
+
 // The mask of a matrix [*, columns]: element (m, k) stays iff lane k % 8 of Philox counter
 // m * ceil(columns / 8) + k / 8 is at least the threshold. Threshold 0: everything stays.
 struct Mask {
@@ -81,6 +99,7 @@ struct Panel {
 struct Kernels {
   const char* name;
   bool has_tiles;  // made for a matrix unit
+  bool has_pairs;  // multiplies pairs of bfloat16
   // Panels of a product that sums over m's rows, or over its columns.
   Panel (*panel_over_rows)(Matrix m);
   Panel (*panel_over_columns)(Matrix m);
@@ -99,6 +118,10 @@ struct Kernels {
       int64_t pitch, Mask mask, int64_t begin, int64_t end);
   // y[i, n] = x[i] . w[n] + bias[n] for rows [begin, end) of w; bias [1, N] may be absent.
   void (*few_rows)(Matrix x, Matrix w, Matrix bias, Matrix y, int64_t begin, int64_t end);
+  // Writes W[row + i, column + j] to out[i, j], which is float32, or bfloat16 as W.
+  void (*decode)(const Codes& w, int64_t row, int64_t column, Matrix out);
+  // few_rows with a W that is decoded on the way; x, bias and y are of one type, as decode's out.
+  void (*few_rows_of_codes)(Matrix x, const Codes& w, Matrix bias, Matrix y, int64_t begin, int64_t end);
   // Writes a byte a counter, its bit j set iff lane j stays.
   void (*keep_bits)(uint64_t counter, int64_t count, uint64_t seed, uint32_t threshold, uint8_t* out);
 };

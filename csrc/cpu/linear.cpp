@@ -1,8 +1,9 @@
 // The adapted linear layer on CPUs: lora_kernels::lora_linear_{forward,backward}_cpu.
 //
 // Schemas and documentation stand in lora_kernels/ops/linear.py. GEMMs with the weight are the library's
-// (base_product.cpp); the low-rank products, dropout inside, are those of products.inc. Beyond its
-// outputs a call holds the factors and [M, R] numbers.
+// (base_product.cpp), with a quantised one panel by panel (quantised_product.cpp); the low-rank products,
+// dropout inside, are those of products.inc. Beyond its outputs a call holds the factors, [M, R] numbers
+// and a panel of a quantised weight.
 
 #include <torch/csrc/stable/library.h>
 
@@ -20,7 +21,7 @@ namespace lora_kernels {
 
 namespace {
 
-constexpr std::array kFormats{"dense", "onednn"};
+constexpr std::array kFormats{"dense", "onednn", "nf4", "fp4", "int8", "float8"};
 
 Mask mask_of(const LinearCall& call) {
   if (!call.dropout) return {};
@@ -37,11 +38,12 @@ float scale_of(const Adapter& adapter) {
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const LinearCall& call) {
-  check_parts(call.weight.parts, call.n(), call.k(), x);
+  check_packed(call.weight, call.n(), call.k(), x);
   const Tensor rows = left_operand(x), a = factor(call.adapter.a, x), b = factor(call.adapter.b, x);
   const int64_t m = rows.size(0), r = call.r();
   const Tensor y = base_forward(rows, call);
   const Tensor xa = empty_matrix(m, r, x.scalar_type());
+  if (r == 0) return {shaped_like(x, y), xa};
   const Mask mask = mask_of(call);
   const float scale = scale_of(call.adapter);
   const Kernels& kernel = kernels();
@@ -78,13 +80,14 @@ Tensor add_adapter(
 
 Gradients backward(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& xa, const LinearCall& call, const Wanted& wanted) {
-  check_parts(call.weight.parts, call.k(), call.n(), dy);
+  check_packed(call.weight, call.k(), call.n(), dy);
   const Tensor rows = left_operand(dy);
   const auto empty = [&] { return torch::stable::new_empty(dy, {0}); };
   Gradients gradients{empty(), empty(), empty(), empty()};
   if (wanted.dx) gradients.dx = base_backward(rows, call.weight);
-  if (wanted.dx || wanted.da) gradients.da = add_adapter(gradients.dx, rows, x, call, wanted);
-  if (wanted.db) {
+  const bool adapted = call.r() > 0;
+  if (adapted && (wanted.dx || wanted.da)) gradients.da = add_adapter(gradients.dx, rows, x, call, wanted);
+  if (adapted && wanted.db) {
     const int64_t stride = round_up(call.r(), kLanes);
     const Buffer<float> q = padded_floats(*xa, stride);
     const Sums sums(stride, call.n());

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.native import absence
 from lora_kernels.operands.codebook import CodebookWeight
 from lora_kernels.operands.scaled import ScaledWeight
 
@@ -17,6 +18,8 @@ NF4 = (
 )  # fmt: skip
 FP4 = tuple(sign * v / 12 for sign in (1, -1) for v in (0.0, 0.0625, 8, 12, 4, 6, 2, 3))
 FORMATS = ("nf4", "nf4-nested", "fp4", "int8", "float8-tiles", "float8-rows")
+COMPILED = absence("cpu") is None
+ON_CPUS = "cpu" if COMPILED else "eager"  # what "auto" takes there for float32 and bfloat16
 
 
 def drawn(name, n, k, blocksize=64, device=None):
@@ -115,6 +118,11 @@ def adapted(kind="nf4", patched=True, seed=0, dropout=0.0, **how):
         found = lk.patch_peft(model)
         assert not found.left, found
     return model
+
+
+def is_served(impl, word):
+    """Whether a report says that calls with weights in a format are served as they should be."""
+    return impl.partition(" ")[0] == ON_CPUS and impl.endswith(f"weights in {word})")
 
 
 def results(model, x):

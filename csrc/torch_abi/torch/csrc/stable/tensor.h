@@ -12,7 +12,8 @@ namespace torch::headeronly {
 
 // Those that this package asks for, by torch's own numbers.
 enum class ScalarType : int8_t {
-  Byte = 0, Short = 2, Int = 3, Long = 4, Half = 5, Float = 6, Double = 7, Bool = 11, BFloat16 = 15, Undefined = 127
+  Byte = 0, Char = 1, Short = 2, Int = 3, Long = 4, Half = 5, Float = 6, Double = 7, Bool = 11, BFloat16 = 15,
+  Float8_e4m3fn = 24, Float8_e8m0fnu = 44, Undefined = 127
 };
 
 }  // namespace torch::headeronly
@@ -34,7 +35,9 @@ inline constexpr Numbered kTypes[] = {
     {ScalarType::Half, aoti_torch_dtype_float16},  {ScalarType::Double, aoti_torch_dtype_float64},
     {ScalarType::Long, aoti_torch_dtype_int64},    {ScalarType::Int, aoti_torch_dtype_int32},
     {ScalarType::Short, aoti_torch_dtype_int16},   {ScalarType::Byte, aoti_torch_dtype_uint8},
-    {ScalarType::Bool, aoti_torch_dtype_bool}};
+    {ScalarType::Bool, aoti_torch_dtype_bool},     {ScalarType::Char, aoti_torch_dtype_int8},
+    {ScalarType::Float8_e4m3fn, aoti_torch_dtype_float8_e4m3fn},
+    {ScalarType::Float8_e8m0fnu, aoti_torch_dtype_float8_e8m0fnu}};
 
 inline int32_t number_of(ScalarType type) {
   for (const Numbered& known : kTypes) {

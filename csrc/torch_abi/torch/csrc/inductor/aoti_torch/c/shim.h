@@ -22,6 +22,7 @@ using StableIValue = uint64_t;
 
 // Numbers of types, layouts and devices, which may differ between versions of torch.
 int32_t aoti_torch_dtype_uint8();
+int32_t aoti_torch_dtype_int8();
 int32_t aoti_torch_dtype_int16();
 int32_t aoti_torch_dtype_int32();
 int32_t aoti_torch_dtype_int64();
@@ -30,6 +31,8 @@ int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float64();
+int32_t aoti_torch_dtype_float8_e4m3fn();
+int32_t aoti_torch_dtype_float8_e8m0fnu();
 size_t aoti_torch_dtype_element_size(int32_t dtype);
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_layout_strided();

@@ -1,0 +1,21 @@
+// The library's products: MKL's or oneDNN's, whichever is faster here.
+
+#pragma once
+
+#include <vector>
+
+#include "tensors.h"
+
+namespace lora_kernels {
+
+// v factor + bias: v [M, L], factor [L, C].
+Tensor library_product(const Tensor& v, const Tensor& factor, const OptionalTensor& bias);
+
+// The same, written to C columns of `out` from `column` on.
+void write_library_product(
+    const Tensor& out, int64_t column, const Tensor& v, const Tensor& factor, const OptionalTensor& bias);
+
+// x wT + bias by oneDNN, for w [C, L] packed in parts of L.
+Tensor packed_linear(const Tensor& x, const std::vector<Tensor>& parts, const OptionalTensor& bias);
+
+}  // namespace lora_kernels
