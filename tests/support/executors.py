@@ -16,7 +16,7 @@ from lora_kernels.impl.triton.launch import Gpu, add_product
 from lora_kernels.impl.triton.plan.config import Config, Problem, illegal, shipped
 from lora_kernels.impl.triton.plan.cost import seconds
 from lora_kernels.impl.triton.plan.device import Device, known
-from lora_kernels.impl.triton.plan.plan import Plan, library_plan, plan_of
+from lora_kernels.impl.triton.plan.plan import Plan, library_plan, plan_of, rounded
 from lora_kernels.impl.triton.plan.tuned import planned
 from lora_kernels.impl.triton.workspace import Workspace
 from lora_kernels.testing import Case, assert_results, make_inputs, run
@@ -114,6 +114,7 @@ def fixed_library(segment: int = 64) -> Callable[[Problem, Device], Plan]:
 
 def own_plan(problem: Problem, device: Device) -> Plan:
     """Plan a call by Triton's own products, the fastest by the cost model, and in any layout."""
+    problem = rounded(problem)
     legal = [c for c in shipped(problem) if illegal(c, problem, device) is None]
     return plan_of(min(legal, key=lambda c: (seconds(c, problem, device), c)), problem, device)
 
