@@ -15,7 +15,7 @@ from lora_kernels.dispatch import (
     slower_than_peft,
 )
 from lora_kernels.impl.triton import launch
-from lora_kernels.impl.triton.plan.config import Problem
+from lora_kernels.impl.triton.plan.config import problem_of
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dropout import drop_threshold
 from lora_kernels.operands.request import Request
@@ -30,9 +30,9 @@ class Explanation:
     Attributes:
         choice: name of the implementation, or None where none serves the call.
         reasons: for every other implementation the reason why it isn't taken.
-        plans: how Triton's kernels would run forward and backward, with the time predicted (or
-            measured by `tune`) and the floor, the frozen layer's own at the GPU's peak rates; empty
-            for others.
+        plans: how "triton" would run forward and backward, with the time predicted (or measured by
+            `tune`), and the times predicted of the frozen layer, PEFT's launches, the library plan
+            and one launch; empty for others.
         peft: why "auto" of a patched layer keeps PEFT's forward in such a call; None where it
             doesn't.
         format: of the weight, such as "nf4".
@@ -114,14 +114,9 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
 
 
 def _triton_plans(x: Tensor, weight: Weight, request: Request) -> dict[str, str]:
-    layer = Problem(
-        max(x.numel() // weight.shape[1], 1),
-        weight.shape[0],
-        weight.shape[1],
-        request.rank,
-        request.dtype.itemsize * 8,
-        request.dropout,
-    )
+    rows = x.reshape(-1, weight.shape[1])
+    layer = problem_of(rows, weight.stored, rows.new_empty(request.rank, 0), request.dropout)
+    layer = layer._replace(m=max(layer.m, 1), bits=request.dtype.itemsize * 8)
     executor = launch.current()
     device = executor.device(x)
     both = {"forward": layer, "backward": layer._replace(backward=True)}

@@ -158,8 +158,7 @@ def _predicted(step: Step, device: Device) -> float:
         )
     m, n, k = step[:3]
     if min(m, n, k) >= TILE.block_m:
-        whole = Problem(m, n, k, 1, 16)
-        return cost.seconds(TILE, whole, device) - cost.shrink_seconds(whole, device)
+        return cost.frozen_seconds(Problem(m, n, k, 1, 16), device)
     moved = 2 * (m * k + k * n + m * n * (2 if step.added else 1))
     return cost.LAUNCH_SECONDS + moved / device.bandwidth
 

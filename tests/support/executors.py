@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from lora_kernels.impl.executor import using
-from lora_kernels.impl.triton.launch import Gpu
-from lora_kernels.impl.triton.plan.config import Config, Problem
+from lora_kernels.impl.triton.launch import Gpu, add_product
+from lora_kernels.impl.triton.plan.config import Config, Problem, illegal, shipped
+from lora_kernels.impl.triton.plan.cost import seconds
 from lora_kernels.impl.triton.plan.device import Device, known
-from lora_kernels.impl.triton.plan.plan import Plan, plan_of
+from lora_kernels.impl.triton.plan.plan import Plan, library_plan, plan_of, rounded
 from lora_kernels.impl.triton.plan.tuned import planned
 from lora_kernels.impl.triton.workspace import Workspace
 from lora_kernels.testing import Case, assert_results, make_inputs, run
@@ -52,6 +53,8 @@ class Interpreter:
 
     def run(self, kernel: Any, grid: int, args: Any, constants: Any, how: Any) -> None:
         kernel[(grid,)](**args, **constants, num_warps=how.num_warps, num_stages=how.num_stages)
+
+    add_product = staticmethod(add_product)
 
 
 class PlannedGpu(Gpu):
@@ -100,12 +103,33 @@ def fixed_plan(segment: int | None = None, **fields: Any) -> Callable[[Problem, 
     return plan
 
 
-def check_same_bits(case: Case, make: Callable[..., Any]) -> None:
+def fixed_library(segment: int = 64) -> Callable[[Problem, Device], Plan]:
+    """Return a planner of the library plan, by segments of so many rows."""
+
+    def plan(problem: Problem, device: Device) -> Plan:
+        return replace(library_plan(problem, device), segment=segment)
+
+    return plan
+
+
+def own_plan(problem: Problem, device: Device) -> Plan:
+    """Plan a call by Triton's own products, the fastest by the cost model, and in any layout."""
+    problem = rounded(problem)
+    legal = [c for c in shipped(problem) if illegal(c, problem, device) is None]
+    return plan_of(min(legal, key=lambda c: (seconds(c, problem, device), c)), problem, device)
+
+
+# What a test of either plan takes by turns.
+PLANS: tuple[Callable[[Problem, Device], Plan], ...] = (own_plan, fixed_library())
+
+
+def check_same_bits(case: Case, make: Callable[..., Any], library: bool = False) -> None:
     """Check a call's results, the same to the bit whatever the schedule.
 
     Sums over rows are of five segments or so: two would be the same in either order. xa is summed
     over three parts of K, and left by each to the next.
     make: returns a machine with programs at once, a seed and a plan.
+    library: whether by the library plan.
     """
     inputs = make_inputs(case)
     runs = []
@@ -113,6 +137,8 @@ def check_same_bits(case: Case, make: Callable[..., Any]) -> None:
         machine = make(resident, seed)
         descriptors = machine.target > 80
         machine.plan = fixed_plan(segment=64, descriptors=descriptors, xa_columns=3)
+        if library:
+            machine.plan = fixed_library()
         with running(machine):
             runs.append(run(case, inputs, "triton"))
     assert_results(case, inputs, runs[0], "triton")

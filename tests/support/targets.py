@@ -96,7 +96,7 @@ def _of_triton() -> Iterator[Any]:
         missing = pytest.mark.skip(reason="needs Triton")
         yield pytest.param(Target("triton", "dense", "cpu", using), id="triton", marks=[missing])
         return
-    from tests.support.executors import Machine, executors, running
+    from tests.support.executors import PLANS, Machine, executors, running
 
     shares = {
         "interpreter": (2, 0),
@@ -109,7 +109,7 @@ def _of_triton() -> Iterator[Any]:
         place = executor.values[0]
 
         def run(number: int, place: Any = place) -> Any:
-            made = place()
+            made = place(plan=PLANS[number % len(PLANS)])
             if isinstance(made, Machine):
                 made.resident, made.seed = 1 + number % 7, number
                 made.weak = int(number % 3 == 0)

@@ -58,6 +58,15 @@ class Executor(executor.Executor, Protocol):
         """
         ...
 
+    def add_product(self, out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add left right to a matrix by the library's GEMM, in place: every one passes here."""
+        ...
+
+
+def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left right to a matrix in place, by torch: on a GPU by its library, cuBLAS."""
+    out.addmm_(left, right)
+
 
 _WHAT_TO_TRY = (
     "Programs wait for each other, at most half a minute. If this call fails again, try "
@@ -107,6 +116,8 @@ class Gpu:
                 f"{kernel.__name__}: launch of {grid} programs of {32 * how.num_warps} threads "
                 f"failed: {error}\n{_WHAT_TO_TRY}"
             ) from error
+
+    add_product = staticmethod(add_product)
 
 
 _GPU = Gpu()

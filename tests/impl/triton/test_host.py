@@ -67,7 +67,9 @@ cudastub.install("H100,A100", sms=20, tensors=True)
 from lora_kernels import lora_linear
 from lora_kernels.impl.triton import launch
 from lora_kernels.testing import Case, assert_parity, make_inputs
+from tests.support.executors import fixed_library, own_plan
 case = Case((300,), 256, 136, 8, torch.bfloat16, torch.float32, 0.1)
+launch.Gpu.plan = lambda self, problem, device: own_plan(problem, device)
 
 def launched():
     made = [(call.name, call.device, call.cooperative) for call in cudastub.history()]
@@ -91,6 +93,11 @@ assert launched() == [("forward_kernel", 0, False), ("backward_kernel", 0, False
 assert len(set(threads)) == 2, "backward has a thread of its own"
 assert_parity(case, make_inputs(case, "cuda:1"), "triton")
 assert launched() == [("forward_kernel", 1, False), ("backward_kernel", 1, False)]
+launch.Gpu.plan = lambda self, problem, device: fixed_library()(problem, device)
+assert_parity(case, make_inputs(case, "cuda:1"), "triton")
+names = ("shrink_kernel", "expand_kernel", "dy_pass_kernel", "x_pass_kernel")
+assert launched() == [(name, 1, False) for name in names]
+launch.Gpu.plan = lambda self, problem, device: own_plan(problem, device)
 assert torch.cuda.current_device() == 0
 errors = []
 def other():

@@ -11,13 +11,13 @@ from lora_kernels import lora_linear
 from lora_kernels.impl.triton.launch import Gpu, Options
 from lora_kernels.impl.triton.plan.config import Problem, shared_bytes, shrink_config
 from lora_kernels.impl.triton.plan.device import estimated, known, of_gpu
-from lora_kernels.impl.triton.plan.plan import plan
 from lora_kernels.testing import Case, assert_parity, make_inputs
 from tests.support.executors import (
     Machine,
     fixed_plan,
     needs_compiler,
     needs_machine,
+    own_plan,
     running,
 )
 
@@ -39,10 +39,10 @@ MOST_THREADS, MOST_REGISTERS = 1024, 255  # of a program; of a thread, where all
 
 
 def _launches(problem, device):
-    """What a planned call launches, and bytes of shared memory that each program may need."""
+    """What a call launches by own products, and bytes of shared memory that each may need."""
     from lora_kernels.impl.triton.tools.record import launches
 
-    config = plan(problem, device).config
+    config = own_plan(problem, device).config
     dtype = BF16 if problem.bits == 16 else torch.float32
     for launch in launches(problem, config, device, dtype, "meta"):
         if launch.kernel.__name__ == "shrink_kernel":

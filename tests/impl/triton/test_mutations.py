@@ -19,6 +19,7 @@ from tests.support.executors import (
     Interpreter,
     Machine,
     check_same_bits,
+    fixed_library,
     fixed_plan,
     needs_machine,
     running,
@@ -28,7 +29,7 @@ CASE = Case((130,), 200, 136, 5, torch.float16, dropout_p=0.2)
 # What each imports of the others stands before it.
 SOURCES = (
     "arguments", "memory", "products", "units", "flags", "order", "mask", "split_k", "weights",
-    "mainloop", "epilogue", "sums", "shrink", "forward", "backward",
+    "mainloop", "epilogue", "sums", "shrink", "forward", "backward", "expand", "dy_pass", "x_pass",
 )  # fmt: skip
 
 # name: (file, text, replacement, whether only several programs at once show it)
@@ -132,6 +133,23 @@ RANGE_MUTANTS = {
     "unit below what float16 needs": ("units", "- 1, 14)", "- 1, 18)", 7),
 }
 
+# Of the library plan, in three segments. name: (file, text, replacement)
+LIBRARY_MUTANTS = {
+    "bias forgotten": ("expand", "acc += load_bias", "load_bias"),
+    "tile of y at another place": ("expand", "tile % COLUMNS", "tile * 0"),
+    "kept values of dxa not scaled": ("dy_pass", "scale * keep_scale(threshold)", "scale"),
+    "panels of the first segment alone": ("dy_pass", "part * panels + tile", "tile"),
+    "rows of the first segment alone": ("dy_pass", "Segment(part * segment,", "Segment(0 * part,"),
+    "dropout forgotten in dx": ("x_pass", "result = keep_where(masks, result)", "pass"),
+    "dropout forgotten in dA of x": ("x_pass", "x_tile = keep_where(masks, x_tile)", "pass"),
+    "rows of dA counted twice": ("x_pass", "(rows >= first) & (rows < m)", "(rows < m)"),
+    "one counter for all blocks of dA": ("x_pass", "counters + block", "counters"),
+}
+LIBRARY_RANGE_MUTANTS = {
+    "unit of a step forgotten in dA": ("x_pass", "read(made, MODE) * unit", "read(made, MODE)", 9),
+    "unit of a step forgotten in dx": ("x_pass", "result *= unit", "result *= 1.0", 7),
+    "unit of one": ("x_pass", "unit = unit_of(factor)", "unit = unit_of(factor * 0 + 1)", 7),
+}
 
 # The interpreter's one program can't wait for others.
 PLAN = fixed_plan(sum_columns=64, xa_columns=1 if INTERPRETED else 3)
@@ -154,12 +172,12 @@ class Interpreted(Broken, Interpreter):
     kernels: dict[str, Any] = field(default_factory=dict)
 
 
-def _executor(kernels):
+def _executor(kernels, plan=PLAN):
     """Return what runs mutants that one program after the other shows."""
     if INTERPRETED:
-        return Interpreted(plan=PLAN, kernels=kernels)
+        return Interpreted(plan=plan, kernels=kernels)
     pytest.importorskip("ptxvm", reason="needs the PTX virtual machine or TRITON_INTERPRET=1")
-    return Mutated(80, plan=PLAN, kernels=kernels)
+    return Mutated(80, plan=plan, kernels=kernels)
 
 
 def _mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
@@ -191,7 +209,7 @@ def _mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
         kernel = f"{name}_kernel"
         if hasattr(module, kernel):
             found[kernel] = getattr(module, kernel)
-    assert len(found) == 3
+    assert len(found) == 6
     return found
 
 
@@ -213,6 +231,22 @@ def test_wrong_values_are_caught(name, tmp_path, monkeypatch):
 def test_a_short_range_is_caught(name, tmp_path, monkeypatch):
     *mutant, index = RANGE_MUTANTS[name]
     executor = _executor(_mutated_kernels(tmp_path, monkeypatch, *mutant))
+    case = float16_range_cases((130,), 72, 136, 5)[index]
+    with pytest.raises(AssertionError, match=r"budget|NaN"):
+        _runs(executor, case)
+
+
+@pytest.mark.parametrize("name", LIBRARY_MUTANTS)
+def test_wrong_passes_are_caught(name, tmp_path, monkeypatch):
+    kernels = _mutated_kernels(tmp_path, monkeypatch, *LIBRARY_MUTANTS[name])
+    with pytest.raises(Exception, match=r"budget|NaN|out-of-bounds|race"):
+        _runs(_executor(kernels, fixed_library()))
+
+
+@pytest.mark.parametrize("name", LIBRARY_RANGE_MUTANTS)
+def test_a_short_range_of_passes_is_caught(name, tmp_path, monkeypatch):
+    *mutant, index = LIBRARY_RANGE_MUTANTS[name]
+    executor = _executor(_mutated_kernels(tmp_path, monkeypatch, *mutant), fixed_library())
     case = float16_range_cases((130,), 72, 136, 5)[index]
     with pytest.raises(AssertionError, match=r"budget|NaN"):
         _runs(executor, case)

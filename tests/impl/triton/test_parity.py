@@ -21,6 +21,7 @@ from lora_kernels.testing import (
 )
 from tests.support.executors import (
     INTERPRETED,
+    PLANS,
     Interpreter,
     Machine,
     check_same_bits,
@@ -28,6 +29,7 @@ from tests.support.executors import (
     fixed_plan,
     needs_compiler,
     needs_machine,
+    own_plan,
     running,
 )
 from tests.support.implementations import linear_call
@@ -133,7 +135,7 @@ def test_same_bits_whatever_the_schedule(target, dropout_p):
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_workspace_is_left_as_found(target):
     case = Case((300,), 136, 200, 16, BF16, dropout_p=0.1)
-    with running(Machine(target)) as machine:
+    with running(Machine(target, plan=own_plan)) as machine:
         for _ in range(3):
             assert_parity(case, make_inputs(case), "triton")
     assert not machine.workspace.zeros(1, torch.device("cpu")).any()
@@ -149,12 +151,16 @@ def test_counters_beyond_32_bits():
             super().run(kernel, grid, args, constants | {"MODE": mode}, how)
 
     case = Case((65,), 40, 72, 8, FP32, dropout_p=0.3)
-    with running(Wide()):
-        assert_parity(case, make_inputs(case), "triton")
+    for plan in PLANS:
+        with running(Wide(plan=plan)):
+            assert_parity(case, make_inputs(case), "triton")
 
 
+# Own products: forward and backward. Library plan: shrink, expand, and the passes over dy and x; D
+# matters to the first and the last.
 @needs_compiler
-def test_few_variants_in_a_training_run():
+@pytest.mark.parametrize(("plan", "kernels"), [*zip(PLANS, (4, 6), strict=True)])
+def test_few_variants_in_a_training_run(plan, kernels):
     """Batch shapes of a training run share one kernel a layer shape and mode."""
     a, b = torch.zeros(16, 1024), torch.zeros(1024, 16)
     weight = torch.zeros(1024, 1024, dtype=BF16)
@@ -164,6 +170,7 @@ def test_few_variants_in_a_training_run():
     from lora_kernels.ops.linear import lora_linear
 
     recorder = Recorder(known("NVIDIA H100 80GB HBM3"))
+    recorder.plan = plan
     with running(recorder):
         for m in (4096, 4095, 3001, 2560, 3777, 4000):
             for p in (0.0, 0.05):
@@ -174,4 +181,4 @@ def test_few_variants_in_a_training_run():
                 )  # fmt: skip
                 y.backward(y)
     variants = {variant(*code_of(launch)) for launch in recorder.launches}
-    assert len(variants) == 4  # forward and backward, with and without dropout
+    assert len(variants) == kernels

@@ -1,5 +1,7 @@
 """The picker: a pure function of the layer and the GPU, tested without either."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -7,15 +9,18 @@ import lora_kernels as lk
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton.plan.config import (
     Config,
+    LibraryConfig,
     Problem,
     illegal,
+    library_alone,
     problem_of,
     shared_bytes,
     shipped,
 )
-from lora_kernels.impl.triton.plan.cost import floor_seconds, seconds
+from lora_kernels.impl.triton.plan.cost import frozen_seconds, seconds
 from lora_kernels.impl.triton.plan.device import KNOWN, estimated, known
-from lora_kernels.impl.triton.plan.plan import plan, plan_of
+from lora_kernels.impl.triton.plan.plan import fastest_config, plan, plan_of
+from tests.support.executors import own_plan
 
 UNKNOWN = estimated("a GPU of tomorrow", (13, 1), 100)
 DEVICES = [*KNOWN, UNKNOWN, estimated("a small one", (8, 7), 16)]
@@ -33,11 +38,12 @@ LAYERS = [
 @pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
 def test_every_layer_has_a_legal_plan_everywhere(device):
     for problem in LAYERS:
-        chosen = plan(problem, device)
-        assert illegal(chosen.config, problem._replace(m=1 << 14), device) is None
-        assert shared_bytes(chosen.config, problem, device) <= device.shared_bytes
-        assert (chosen.shrink is not None) == (chosen.config.xa_columns == 0)
-        assert chosen.floor <= chosen.seconds
+        chosen, own = plan(problem, device), own_plan(problem, device)
+        assert illegal(own.config, problem._replace(m=1 << 14), device) is None
+        assert shared_bytes(own.config, problem, device) <= device.shared_bytes
+        assert (own.shrink is not None) == (own.config.xa_columns == 0)
+        assert chosen.seconds <= chosen.predicted.library <= chosen.predicted.peft
+        assert chosen.predicted.frozen <= chosen.predicted.library
 
 
 def test_rank_beyond_the_limit_is_an_error():
@@ -56,19 +62,95 @@ def test_rank_beyond_the_limit_is_an_error():
         ("NVIDIA B200", True),
     ],
 )
-def test_training_shapes_take_one_launch_of_large_tiles(name, descriptors):
+def test_one_launch_takes_large_tiles(name, descriptors):
     device = known(name)
     for backward in (False, True):
-        chosen = plan(Problem(8192, 4096, 4096, 16, 16, True, True, backward), device).config
+        chosen = fastest_config(Problem(8192, 4096, 4096, 16, 16, True, True, backward), device)
         # On sm_90 there are registers for more.
         assert (chosen.block_m, chosen.block_n) == (128, 256 if device.wgmma else 128)
         assert chosen.xa_columns >= 1
         assert chosen.descriptors == descriptors
 
 
-def test_unaligned_rows_take_pointers():
-    chosen = plan(Problem(8192, 4096, 4097, 16, 16, aligned=False), known("NVIDIA H200"))
-    assert not chosen.config.descriptors
+FOUR = (
+    "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3", "NVIDIA B200"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["p0", "p"])
+@pytest.mark.parametrize("name", FOUR)
+def test_auto_is_never_above_peft_and_near_the_frozen_layer(name, dropout):
+    """Forward and backward together; at most 1.20 of the frozen layer at 8192 x 4096 x 4096."""
+    for m, (n, k) in product(
+        (1, 16, 512, 2048, 8192), ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
+    ):
+        both = [
+            plan(Problem(m, n, k, 16, 16, dropout, backward=backward), known(name))
+            for backward in (False, True)
+        ]
+        for chosen in both:
+            assert chosen.seconds <= chosen.predicted.peft
+        if (m, n, k) == (8192, 4096, 4096):
+            frozen = sum(chosen.predicted.frozen for chosen in both)
+            assert sum(chosen.seconds for chosen in both) <= 1.20 * frozen
+
+
+# GPU, M, N, K, whether the library plan is taken in both directions.
+TABLE = [
+    *((name, 8192, n, k, True) for name in FOUR for n, k in ((4096, 4096), (14336, 4096))),
+    *((name, 8192, 1024, 4096, True) for name in (FOUR[0], FOUR[3])),
+    *(("NVIDIA B200", m, 4096, 4096, True) for m in (256, 1024)),
+    *((name, 512, 4096, 4096, True) for name in FOUR[:2]),
+    ("NVIDIA H100 80GB HBM3", 8192, 1024, 4096, False),
+    *((name, 1, 4096, 4096, False) for name in FOUR),
+]
+
+
+@pytest.mark.parametrize(("name", "m", "n", "k", "library"), TABLE)
+def test_the_table_of_plans(name, m, n, k, library):
+    """As computed from others' measurements, without dropout."""
+    for backward in (False, True):
+        chosen = plan(Problem(m, n, k, 16, 16, backward=backward), known(name))
+        assert isinstance(chosen.config, LibraryConfig) == library
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+def test_odd_layers_take_the_library_plan(device):
+    """No kernel that is chosen loads single words in its main loop."""
+    for k, n in product((130, 1000, 1024, 4097, 4104), (1024, 1032, 4095)):
+        for dtype, m in product((torch.bfloat16, torch.float32), (1, 300, 8192)):
+            x = torch.empty(m, k, dtype=dtype, device="meta")
+            dy, weight, a = x.new_empty(m, n), x.new_empty(n, k), x.new_empty(16, k)
+            own = [
+                not isinstance(plan(problem, device).config, LibraryConfig)
+                for problem in (
+                    problem_of(x, weight, a, False),
+                    problem_of(dy, weight, a, True, (True, True, True, False)),
+                )
+            ]
+            multiple = 8 if device.descriptors else 16
+            if dtype == torch.float32 or k % multiple:
+                assert not any(own)
+            if n % multiple:
+                assert not own[1]
+
+
+def test_other_layouts_take_the_library_plan():
+    plain = torch.empty(64, 4096, dtype=torch.bfloat16, device="meta")
+    weight = plain.new_empty(4096, 4096)
+    device = known("NVIDIA H100 80GB HBM3")
+    assert library_alone(problem_of(plain, weight, plain, False), device) is None
+    transposed = plain.new_empty(4096, 4096).t()
+    assert "copied" in library_alone(problem_of(plain, transposed, plain, False), device)
+    shifted = plain.new_empty(64, 4104)[:, 1:4097]
+    assert "16 bytes" in library_alone(problem_of(shifted, weight, plain, False), device)
+
+
+def test_tf32_is_no_reason_against_one_launch():
+    problem = Problem(64, 4096, 4096, 16, 32)
+    for device in DEVICES:
+        assert "float32" in library_alone(problem, device)
+        assert library_alone(problem._replace(tf32=True), device) is None
 
 
 @pytest.mark.parametrize(
@@ -103,7 +185,7 @@ def test_a_tensor_that_starts_within_a_vector_has_no_descriptor():
 @pytest.mark.parametrize("m", [1, 8, 16])
 def test_decoding_streams_the_weight_with_most_multiprocessors(name, m):
     device = known(name)
-    config = plan(Problem(m, 4096, 4096, 16, 16), device).config
+    config = fastest_config(Problem(m, 4096, 4096, 16, 16), device)
     assert config.block_m <= 32
     assert 4096 // config.block_n >= device.multiprocessors / 2.5
 
@@ -115,7 +197,7 @@ def test_costs_grow_with_the_work():
     for field in ("m", "n", "k"):
         larger = base._replace(**{field: 8192})
         assert seconds(config, larger, device) > 1.5 * seconds(config, base, device)
-        assert floor_seconds(larger, device) > 1.5 * floor_seconds(base, device)
+        assert frozen_seconds(larger, device) > 1.5 * frozen_seconds(base, device)
     assert seconds(config, base._replace(dropout=True), device) > seconds(config, base, device)
 
 
@@ -155,7 +237,7 @@ def test_partial_sums_stay_small():
         assert written <= 0.03 * 2 * (m * (2 * n + 2 * k) + n * k)
 
 
-def test_explain_prints_plan_prediction_and_floor():
+def test_explain_prints_the_plan_and_what_each_would_take():
     class Planner:
         impl = "triton"
         plan = staticmethod(plan)
@@ -168,8 +250,8 @@ def test_explain_prints_plan_prediction_and_floor():
         explanation = lk.explain(*tensors, torch.empty(128, 8, dtype=torch.bfloat16))
     if explanation.choice == "triton":  # not where triton isn't installed
         assert explanation.plans.keys() == {"forward", "backward"}
-        assert "predicted" in str(explanation)
-        assert "floor" in str(explanation)
+        for word in ("predicted", "frozen", "PEFT", "library", "one launch"):
+            assert word in str(explanation)
 
 
 def test_shipped_is_a_list_of_distinct_configurations():

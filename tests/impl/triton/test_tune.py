@@ -1,6 +1,7 @@
 """`python -m lora_kernels tune`, with a timer that needs no GPU, and the file it leaves."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from lora_kernels._progress import Progress
 pytest.importorskip("triton")
 
 from lora_kernels.impl.triton.plan import tuned
-from lora_kernels.impl.triton.plan.config import Config, Problem, illegal, shipped
+from lora_kernels.impl.triton.plan.config import Config, LibraryConfig, Problem, illegal, shipped
 from lora_kernels.impl.triton.plan.device import known
-from lora_kernels.impl.triton.plan.plan import plan
+from lora_kernels.impl.triton.plan.plan import library_plan, plan, plan_of
 from lora_kernels.impl.triton.tools import tune
 
 DEVICE = known("NVIDIA H200")
@@ -58,6 +59,26 @@ def test_fastest_is_kept_and_read_back(folder):
     assert [path.name for path in folder.iterdir()] == [tuned.path_of(DEVICE).name]
 
 
+def test_the_library_plan_is_timed_and_kept(folder):
+    """Its tiles aren't: they follow from the layer."""
+
+    def timer(problem, config):
+        return 1e-5 if isinstance(config, LibraryConfig) else 2e-5
+
+    config, time = tune.fastest(LAYER, DEVICE, timer, lambda line: None)
+    assert isinstance(config, LibraryConfig)
+    tune._keep(tuned.path_of(DEVICE), DEVICE, tuned.key_of(LAYER), config, time)
+    chosen = tuned.planned(LAYER, DEVICE)
+    assert chosen == replace(library_plan(LAYER, DEVICE), seconds=1e-5, measured=True)
+    assert "library plan; measured 10.0 us" in str(chosen)
+
+
+def test_what_was_measured_slower_than_peft_is_not_taken(folder):
+    slow = plan(LAYER, DEVICE).predicted.peft * 1.01
+    tuned.write(tuned.path_of(DEVICE), DEVICE, {tuned.key_of(LAYER): (_unloved(), slow)})
+    assert tuned.planned(LAYER, DEVICE) == plan(LAYER, DEVICE)
+
+
 def test_the_fewest_useful_configurations_are_kept_as_they_come():
     """In the order of the cost model, which is asked first and may be wrong."""
     timed, kept = [], []
@@ -71,7 +92,8 @@ def test_the_fewest_useful_configurations_are_kept_as_they_come():
 
     found = tune.fastest(LAYER, DEVICE, timer, lambda line: None, 4, keep)
     assert len(timed) == 4
-    assert timed[0] == plan(LAYER._replace(m=4096), DEVICE).config
+    predicted = [plan_of(config, LAYER, DEVICE).seconds for config in timed]
+    assert predicted == sorted(predicted)
     assert [number for number, *_ in kept] == [1, 3]
     assert found == kept[-1][1:] == (timed[2], 1e-5)
 

@@ -61,8 +61,8 @@ class Factor(NamedTuple):
 class Shared(NamedTuple):
     """What backward's programs tell each other by.
 
-    flags: int32, one a row panel and the ticket; counters: int32, one a block of dB and dA; zero
-        before and after.
+    flags: int32, one a row panel and the ticket, None where nobody waits; counters: int32, one a
+        block of dB and dA; zero before and after.
     partials: float32 [blocks, segments, RANKS + 1, BLOCK_C] if there are several segments.
     mask: int32 [max(M, BLOCK_S), MASK_STRIDE], a bit for each element of x; None: all tiles draw.
         Tiles of dA, drawing it beside their copies, leave it to those of dx.
@@ -118,6 +118,28 @@ class ShrinkShape(NamedTuple):
     BLOCK_M: int
     BLOCK_L: int
     BLOCK_R: int
+
+
+class ExpandShape(NamedTuple):
+    """Sizes of the layer and of the expand's tiles."""
+
+    N: int
+    R: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_R: int
+    RANK_STEP: int
+
+
+class PassShape(NamedTuple):
+    """Sizes of the layer and of the tiles of dB or dA that a pass over dy or x sums."""
+
+    N: int
+    K: int
+    R: int
+    RANKS: int
+    BLOCK_C: int
+    BLOCK_S: int
 
 
 class Mode(NamedTuple):

@@ -35,34 +35,13 @@ from lora_kernels.impl.triton.kernels.memory import (
 )
 from lora_kernels.impl.triton.kernels.order import dx_tile, take
 from lora_kernels.impl.triton.kernels.products import opaque, read
-from lora_kernels.impl.triton.kernels.sums import row_sums, sum_of_parts
+from lora_kernels.impl.triton.kernels.sums import (
+    row_sums,
+    store_da,
+    store_dy_sums,
+    sum_of_parts,
+)
 from lora_kernels.impl.triton.kernels.units import inverse_of, unit_of
-
-
-@triton.jit
-def _store_dy_sums(out, product, total, scale, column, rank, SHAPE: tl.constexpr):
-    """Store scale times a block of dBᵀ, and dbias of its columns, where they are wanted."""
-    columns = column + tl.arange(0, SHAPE.BLOCK_C)
-    if out.db is not None:
-        ranks = rank + tl.arange(0, SHAPE.RANKS)
-        inside = (columns < SHAPE.N)[:, None] & (ranks < SHAPE.R)[None, :]
-        pointers = out.db + columns[:, None] * SHAPE.R + ranks[None, :]
-        result = (product * scale).to(out.db.dtype.element_ty)
-        tl.store(pointers, result.T, mask=inside)
-    if out.dbias is not None:
-        # Every slab of ranks summed dy; the first one's sum is kept.
-        inside = (columns < SHAPE.N) & (rank == 0)
-        tl.store(out.dbias + columns, total.to(out.dbias.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _store_da(da, product, column, rank, SHAPE: tl.constexpr):
-    """Store a block of dA."""
-    columns = column + tl.arange(0, SHAPE.BLOCK_C)
-    ranks = rank + tl.arange(0, SHAPE.RANKS)
-    inside = (ranks < SHAPE.R)[:, None] & (columns < SHAPE.K)[None, :]
-    pointers = da + ranks[:, None] * SHAPE.K + columns[None, :]
-    tl.store(pointers, product.to(da.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["m", "scaling", "threshold", "segment"])
@@ -169,7 +148,7 @@ def backward_kernel(
                     PRODUCT=NEED_DB, TOTAL=NEED_DBIAS,
                 )  # fmt: skip
                 if last:
-                    _store_dy_sums(out, product, total, scale, column, rank, SHAPE)
+                    store_dy_sums(out, product, total, scale, column, rank, SHAPE)
             elif NEED_DA:
                 block = (tile - db_end) % DA_BLOCKS
                 part = (tile - db_end) // DA_BLOCKS
@@ -193,4 +172,4 @@ def backward_kernel(
                     PRODUCT=True, TOTAL=False,
                 )  # fmt: skip
                 if last:
-                    _store_da(out.da, product, column, rank, SHAPE)
+                    store_da(out.da, product, column, rank, SHAPE)

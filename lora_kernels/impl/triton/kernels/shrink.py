@@ -20,6 +20,39 @@ from lora_kernels.impl.triton.kernels.products import plus_product, read, zeros
 from lora_kernels.impl.triton.kernels.units import inverse_of, unit_of
 
 
+@triton.jit
+def shrink_panel(v, f, out, panel, draw, scale, m, SHAPE: tl.constexpr, MODE: tl.constexpr):
+    """Store scale · D(v) f of a row panel, fᵀ if TRANSPOSED; see `shrink_kernel`."""
+    dtype: tl.constexpr = v.pointer.dtype.element_ty
+    L: tl.constexpr = SHAPE.L
+    BLOCK_L: tl.constexpr = SHAPE.BLOCK_L
+    ranks = tl.arange(0, SHAPE.BLOCK_R)
+    steps = tl.arange(0, BLOCK_L)
+    rows = panel * SHAPE.BLOCK_M + tl.arange(0, SHAPE.BLOCK_M)
+    v_pointers = block_pointers(v.pointer, tl.minimum(rows, m - 1), v.stride, 0, BLOCK_L)
+    acc = zeros(SHAPE.BLOCK_R, SHAPE.BLOCK_M)
+    for first in tl.range(0, L, BLOCK_L):
+        inside = first + steps < L
+        v_tile = tl.load(v_pointers + first, mask=inside[None, :], other=0.0)
+        if SHAPE.TRANSPOSED:
+            pointers = block_pointers(f.pointer, ranks, f.stride, first, BLOCK_L)
+        else:
+            columns = (first + steps).to(tl.int64)[None, :]
+            pointers = f.pointer + columns * f.stride + ranks[:, None]
+        f_inside = inside[None, :] & (ranks < SHAPE.R)[:, None]
+        f_tile = tl.load(pointers, mask=f_inside, other=0.0)
+        if MODE.DROPOUT:
+            masks, _ = masks_by_element(rows, first, draw, L, BLOCK_L, MODE)
+            v_tile = keep_where(masks, v_tile)
+        acc = plus_product(acc, f_tile.to(dtype), v_tile.T, MODE)
+    sums = read(acc, MODE).T * scale
+    if out.units is not None:
+        unit = unit_of(sums)
+        tl.store(out.units + panel, unit)
+        sums *= inverse_of(unit)
+    store_factor(out.numbers, sums, rows, m, SHAPE.R, SHAPE.BLOCK_R)
+
+
 @triton.jit(do_not_specialize=["m", "scaling", "threshold"])
 def shrink_kernel(
     v, f, seed_pointer, scaling_pointer, out, m, scaling, threshold, SHAPE: tl.constexpr,
@@ -29,11 +62,6 @@ def shrink_kernel(
 
     v, f: `Rows`; out: a `Factor`. Where it has units, one goes there for each BLOCK_M rows.
     """
-    dtype: tl.constexpr = v.pointer.dtype.element_ty
-    L: tl.constexpr = SHAPE.L
-    BLOCK_L: tl.constexpr = SHAPE.BLOCK_L
-    ranks = tl.arange(0, SHAPE.BLOCK_R)
-    steps = tl.arange(0, BLOCK_L)
     scale = scaling_of(scaling, scaling_pointer) * keep_scale(threshold)
     if MODE.DROPOUT:
         seed = tl.load(seed_pointer)
@@ -41,26 +69,4 @@ def shrink_kernel(
         seed = 0
     draw = arguments.Draw(seed, threshold, None)
     for panel in tl.range(tl.program_id(0), tl.cdiv(m, SHAPE.BLOCK_M), tl.num_programs(0)):
-        rows = panel * SHAPE.BLOCK_M + tl.arange(0, SHAPE.BLOCK_M)
-        v_pointers = block_pointers(v.pointer, tl.minimum(rows, m - 1), v.stride, 0, BLOCK_L)
-        acc = zeros(SHAPE.BLOCK_R, SHAPE.BLOCK_M)
-        for first in tl.range(0, L, BLOCK_L):
-            inside = first + steps < L
-            v_tile = tl.load(v_pointers + first, mask=inside[None, :], other=0.0)
-            if SHAPE.TRANSPOSED:
-                pointers = block_pointers(f.pointer, ranks, f.stride, first, BLOCK_L)
-            else:
-                columns = (first + steps).to(tl.int64)[None, :]
-                pointers = f.pointer + columns * f.stride + ranks[:, None]
-            f_inside = inside[None, :] & (ranks < SHAPE.R)[:, None]
-            f_tile = tl.load(pointers, mask=f_inside, other=0.0)
-            if MODE.DROPOUT:
-                masks, _ = masks_by_element(rows, first, draw, L, BLOCK_L, MODE)
-                v_tile = keep_where(masks, v_tile)
-            acc = plus_product(acc, f_tile.to(dtype), v_tile.T, MODE)
-        sums = read(acc, MODE).T * scale
-        if out.units is not None:
-            unit = unit_of(sums)
-            tl.store(out.units + panel, unit)
-            sums *= inverse_of(unit)
-        store_factor(out.numbers, sums, rows, m, SHAPE.R, SHAPE.BLOCK_R)
+        shrink_panel(v, f, out, panel, draw, scale, m, SHAPE, MODE)

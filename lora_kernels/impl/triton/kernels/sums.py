@@ -65,7 +65,6 @@ def _plus_rows(
     RANKS: tl.constexpr = SHAPE.RANKS
     BLOCK_C: tl.constexpr = SHAPE.BLOCK_C
     BLOCK_S: tl.constexpr = SHAPE.BLOCK_S
-    MASK_BYTES: tl.constexpr = 4 * SHAPE.MASK_STRIDE
     DRAWN: tl.constexpr = DROPOUT and draw.mask is not None
     product = sums.product
     total = sums.total
@@ -77,6 +76,7 @@ def _plus_rows(
     if PRODUCT:
         left_pointers = left + near.to(tl.int64)[None, :] * R + ranks[:, None]
     if DRAWN:
+        MASK_BYTES: tl.constexpr = 4 * SHAPE.MASK_STRIDE
         # A byte is a group. In neighbouring threads, as `masks` below; Triton would lay several
         # side by side in one to store words, and draw them once more there.
         groups = opaque(at.column // 8 + tl.arange(0, BLOCK_C // 8))
@@ -152,3 +152,29 @@ def sum_of_parts(
                 if TOTAL:
                     total += tl.load(space + i * SIZE + RANKS * BLOCK_C + row)
     return product, total, last
+
+
+@triton.jit
+def store_dy_sums(out, product, total, scale, column, rank, SHAPE: tl.constexpr):
+    """Store scale times a block of dBᵀ, and dbias of its columns, where they are wanted."""
+    columns = column + tl.arange(0, SHAPE.BLOCK_C)
+    if out.db is not None:
+        ranks = rank + tl.arange(0, SHAPE.RANKS)
+        inside = (columns < SHAPE.N)[:, None] & (ranks < SHAPE.R)[None, :]
+        pointers = out.db + columns[:, None] * SHAPE.R + ranks[None, :]
+        result = (product * scale).to(out.db.dtype.element_ty)
+        tl.store(pointers, result.T, mask=inside)
+    if out.dbias is not None:
+        # Every slab of ranks summed dy; the first one's sum is kept.
+        inside = (columns < SHAPE.N) & (rank == 0)
+        tl.store(out.dbias + columns, total.to(out.dbias.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_da(da, product, column, rank, SHAPE: tl.constexpr):
+    """Store a block of dA."""
+    columns = column + tl.arange(0, SHAPE.BLOCK_C)
+    ranks = rank + tl.arange(0, SHAPE.RANKS)
+    inside = (ranks < SHAPE.R)[:, None] & (columns < SHAPE.K)[None, :]
+    pointers = da + ranks[:, None] * SHAPE.K + columns[None, :]
+    tl.store(pointers, product.to(da.dtype.element_ty), mask=inside)

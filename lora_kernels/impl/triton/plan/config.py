@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.impl import gpu
 from lora_kernels.impl.gpu import MAX_RANK
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.plan.spill_free import Row, spill_free
@@ -15,6 +16,7 @@ MIN_TILE = 16  # the smallest side of a matrix product
 TENSOR_MEMORY_COLUMNS = 512
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of addresses and row strides
 DESCRIPTOR_STRIDE = 1 << 40  # bytes, beyond every row stride
+POINTER_STRIDE = 16  # elements, by which Triton knows strides
 MAX_SUM_RANKS = 64
 
 
@@ -48,6 +50,8 @@ class Problem(NamedTuple):
     aligned: bool = True  # whether tensor descriptors may describe x (or dy) and W
     backward: bool = False
     needs: tuple[bool, bool, bool, bool] = (True, True, True, False)  # dx, dA, dB, dbias
+    wide: bool = True  # whether rows of x (or dy) and W start at multiples of 16 elements
+    tf32: bool = False  # whether float32 products are TF32's
 
     @property
     def block_r(self) -> int:
@@ -70,8 +74,12 @@ def problem_of(
 ) -> Problem:
     """Describe a call by its matrices: rows are x, or with backward's `needs` dy."""
     (n, k), bits = weight.shape, rows.element_size() * 8
-    aligned = all(map(_describable, (rows, weight)))
-    problem = Problem(rows.shape[0], n, k, a.shape[0], bits, dropout, aligned)
+    problem = Problem(
+        rows.shape[0], n, k, a.shape[0], bits, dropout,
+        aligned=_describable(rows) and _describable(weight),
+        wide=_is_wide(rows) and _is_wide(weight),
+        tf32=rows.dtype == torch.float32 and gpu.tf32_allowed(),
+    )  # fmt: skip
     if needs is None:
         return problem
     dx, da, db, dbias = needs
@@ -88,6 +96,16 @@ def _describable(t: Tensor) -> bool:
         t.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
         and stride % DESCRIPTOR_ALIGNMENT == 0
         and t.shape[1] * t.element_size() <= stride < DESCRIPTOR_STRIDE
+        and t.stride(1) == 1
+    )
+
+
+def _is_wide(t: Tensor) -> bool:
+    """Whether Triton knows that rows are aligned: it asks for strides by 16 elements."""
+    return (
+        t.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
+        and t.stride(0) % POINTER_STRIDE == 0
+        and t.stride(1) == 1
     )
 
 
@@ -114,13 +132,35 @@ class Config:
 
 @dataclass(frozen=True)
 class ShrinkConfig:
-    """Tiles of the split path's shrink: block_m tokens, block_k a step."""
+    """Tiles of a shrink, the split path's or the library plan's: block_m tokens, block_k a step."""
 
     block_m: int
     block_k: int
     num_warps: int
     num_stages: int
 
+
+@dataclass(frozen=True, order=True)
+class LibraryConfig:
+    """Tiles of the library plan's passes; the library chooses its GEMM's itself.
+
+    block_m, block_n: tokens by columns of y, of the expand.
+    sum_columns, sum_rows: tiles of dB, columns by rows a step.
+    pass_columns: columns of x and dx that a program takes, sum_rows a step.
+    """
+
+    block_m: int
+    block_n: int
+    expand_warps: int
+    sum_columns: int
+    sum_rows: int
+    sum_warps: int
+    pass_columns: int
+    pass_warps: int
+    pass_stages: int
+
+
+AnyConfig = Config | LibraryConfig
 
 # Largest first. Which of them serve a rank, in one launch or two, `spill_free` says.
 TILES_16 = (
@@ -180,6 +220,15 @@ def shrink_config(problem: Problem, device: Device) -> ShrinkConfig:
     return ShrinkConfig(rows, depth, 2 if few else 4, stages)
 
 
+def library_config(problem: Problem) -> LibraryConfig:
+    """Return the tiles of the library plan's passes: sums of all ranks lie in registers."""
+    if problem.bits == 32:
+        columns = max(MIN_TILE, min(64, 2048 // problem.block_r))
+        return LibraryConfig(32, 64, 4, 64, 32, 4, columns, 4, 2)
+    columns = min(128, 16384 // problem.block_r)
+    return LibraryConfig(64, 128, 4, 128, 64, 4, columns, 8, 2)
+
+
 def shared_bytes(config: Config, problem: Problem, device: Device) -> int:
     """Return an upper bound of the shared memory that a program needs.
 
@@ -203,6 +252,20 @@ def shared_bytes(config: Config, problem: Problem, device: Device) -> int:
     if problem.depth <= 2 * config.block_k:  # unrolled: a step's operands may lie beside the last
         last += config.block_k
     return max(total, last * (config.block_m + config.block_n) * size) + 2048
+
+
+def library_alone(problem: Problem, device: Device) -> str | None:
+    """Return why only the library plan serves a layer well on a device, or None."""
+    if problem.bits == 32 and not problem.tf32:
+        return "float32 products on plain cores: the library's GEMM is faster"
+    if not problem.aligned:
+        return "rows that don't start at multiples of 16 bytes, or columns apart: W would be copied"
+    widths = (problem.n, problem.k)
+    if not device.descriptors and not (
+        problem.wide and all(width % POINTER_STRIDE == 0 for width in widths)
+    ):
+        return f"rows that aren't multiples of {POINTER_STRIDE} elements: Triton would load words"
+    return None
 
 
 def illegal(config: Config, problem: Problem, device: Device) -> str | None:

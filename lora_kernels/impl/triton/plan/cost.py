@@ -1,18 +1,51 @@
-"""The cost model: seconds that a configuration should take on a layer, from rates and counts.
+"""The cost model: seconds that each way of computing a layer should take, from rates and counts.
 
-    time = launches + max(products, memory) + a tenth of the other + xa columns' delay
+    frozen       the layer without an adapter: one GEMM of the library's
+    PEFT         frozen + the passes that PEFT's operators make over x, y, dy and dx
+    library      frozen + two passes, and a part of y or dx, which the GEMM reads again at its end
+    one launch   launches + max(products, memory) + a tenth of the other + xa columns' delay
+                 + backward's sums over rows
 
 products  waves of tiles, each at the tile's share of a multiprocessor's peak
 memory    what must be read and written once, at the bandwidth that the busy multiprocessors reach
 delay     what a tile that also makes xa (dxa), over its part of K, takes longer than others, which
           wait for it once, and what sums take on their way from part to part
 
-The rates are the vendor's; the shares below are estimates until `tune` has measured: a plan is the
-smallest prediction, so only their order matters.
+`_REACHED` has the rates that others measured, with sources; the rest are estimates, until `tune`
+has measured.
 """
+
+from typing import NamedTuple
 
 from lora_kernels.impl.triton.plan.config import Config, Problem, shrink_config
 from lora_kernels.impl.triton.plan.device import Device
+
+
+class Reached(NamedTuple):
+    """Shares of an architecture's peaks: a library's GEMMs, our loop's tiles, streaming passes.
+
+    tiles: a factor on `_SHARE_BY_TILE`, so that the best tile comes to what Triton's GEMMs reach.
+    """
+
+    gemm: float
+    tiles: float
+    streaming: float
+
+
+# TFLOP/s of 16-bit products, cuBLAS / Triton's loop like ours; TB/s of passes:
+# sm_80  A100 255 / 215; 1.6. Source: triton-lang/triton issues 743, 6523 (8,192^3).
+# sm_89  RTX 4090 158 / 128; 0.87. Source: LeetCUDA's hgemm page (L20: cuBLAS 88 to 96 % of the
+#        peak, good mma.sync kernels 95 to 98 % of that).
+# sm_90  H100 670 / 590; 2.7. Source: triton-lang/triton, python/tutorials/gluon/07-persistence.py
+#        (cuBLAS 646, persistent 630, K = 1,024: 588 and 575), issue 3672 (585 and 525).
+# sm_100 B200 1,450 / 700; 6.2. Source: the same file (cuBLAS 1,564, persistent 1,121), and
+#        06-tcgen05.py for one program of 128x128 tiles a multiprocessor.
+_REACHED = {
+    (8, 0): Reached(0.82, 0.98, 0.78),
+    (8, 9): Reached(0.955, 1.09, 0.86),
+    (9, 0): Reached(0.68, 0.84, 0.81),
+    (10, 0): Reached(0.645, 0.53, 0.78),
+}
 
 LAUNCH_SECONDS = 4e-6
 # Of the mask per element (Philox, compare, select); and what a multiprocessor issues.
@@ -31,19 +64,97 @@ TILE_SECONDS = 1.5e-6
 # Of the shorter of products and memory: the two don't overlap fully.
 NOT_OVERLAPPED = 0.1
 PLAIN_COPIES = 1.05  # copies by pointers cost issue slots that descriptors save
+# Of a pass over memory, at least, and what a GEMM costs beside its products: launch and tail.
+PASS_SECONDS = 2.5e-6
+GEMM_SECONDS = 3e-6
+# What the GEMM's reading of y or dx costs, of a pass over it: most lies beside its products.
+READ_AGAIN = 0.4
+# The second reading of dy, from L2.
+TWICE_FROM_L2 = 1.2
+# Share of the peak that the library's GEMMs reach where float32 products are IEEE's.
+GEMM_SHARE_32 = 0.85
 
 
-def floor_seconds(problem: Problem, device: Device) -> float:
-    """Return the time of the frozen layer's own product at the device's peaks."""
-    flops = 2 * problem.m * problem.n * problem.k
-    rate = device.flops_16 if problem.bits == 16 else device.flops_32
-    size = problem.bits // 8
-    data = size * (problem.m * problem.n + problem.m * problem.k + problem.n * problem.k)
-    return max(flops / rate, data / device.bandwidth)
+def frozen_seconds(problem: Problem, device: Device) -> float:
+    """Return the time of the layer without an adapter: x Wᵀ, or dy W where dx is wanted."""
+    m, n, k = problem[:3]
+    if problem.backward and not problem.needs[0]:
+        return 0.0
+    products = 2 * m * n * k / _gemm_rate(problem, device)
+    data = problem.bits // 8 * (m * n + m * k + n * k)
+    return max(products, data / _streaming(device)) + GEMM_SECONDS
+
+
+def peft_seconds(problem: Problem, device: Device) -> float:
+    """Return the time of what PEFT's layer launches; its mask is a byte an element."""
+    x, y = _sides(problem)
+    passes: list[float]
+    if problem.backward:
+        dx, da, db, _ = problem.needs
+        passes = [2 * y, *[y] * db, *[y] * (dx or da), *[x] * da, *[x, 3 * x] * dx]
+        passes += [2.5 * x] * (problem.dropout and dx)
+    else:
+        passes = [x, y, 2 * y, 3 * y] + [2.5 * x] * problem.dropout
+    return frozen_seconds(problem, device) + sum(_pass_seconds(p, device) for p in passes)
+
+
+def library_seconds(problem: Problem, device: Device) -> float:
+    """Return the time of the library plan."""
+    x, y = _sides(problem)
+    mask = problem.m * problem.k * MASK_INSTRUCTIONS * problem.dropout
+    drawn = mask / (ISSUES_PER_SECOND * device.multiprocessors)
+    if not problem.backward:
+        passes = _pass_seconds(x, device, drawn) + (1 + READ_AGAIN) * _pass_seconds(y, device)
+    else:
+        dx, da, db, dbias = problem.needs
+        shrinks, sums = dx or da, db or dbias
+        passes = 0.0
+        if shrinks or sums:
+            passes += _pass_seconds(y * (TWICE_FROM_L2 if shrinks and sums else 1), device)
+        if shrinks:
+            passes += _pass_seconds(x * (dx + da), device, drawn)
+        passes += READ_AGAIN * dx * _pass_seconds(x, device)
+    return frozen_seconds(problem, device) + passes
+
+
+def _sides(problem: Problem) -> tuple[int, int]:
+    """Return the bytes of x and of y."""
+    size = problem.bits // 8 * problem.m
+    return size * problem.k, size * problem.n
+
+
+def _pass_seconds(data: float, device: Device, drawn: float = 0.0) -> float:
+    """Return the time of a launch that moves so many bytes, and draws a mask meanwhile."""
+    moved = data / _streaming(device)
+    both = max(moved, drawn) + NOT_OVERLAPPED * min(moved, drawn)
+    return max(both, PASS_SECONDS)
+
+
+def _streaming(device: Device) -> float:
+    return device.bandwidth * _reached(device).streaming
+
+
+def _gemm_rate(problem: Problem, device: Device) -> float:
+    if problem.bits == 32 and not problem.tf32:
+        return device.flops_32 * GEMM_SHARE_32
+    return _peak(problem, device) * _reached(device).gemm
+
+
+def _peak(problem: Problem, device: Device) -> float:
+    """Return the peak of a call's products: TF32's tensor cores take half of 16 bits' rate."""
+    if problem.bits == 16:
+        return device.flops_16
+    return device.flops_16 / 2 if problem.tf32 else device.flops_32
+
+
+def _reached(device: Device) -> Reached:
+    """Return an architecture's shares; what isn't known is taken as sm_89."""
+    major, _ = device.capability
+    return _REACHED.get(device.capability, _REACHED.get((major, 0), _REACHED[8, 9]))
 
 
 def seconds(config: Config, problem: Problem, device: Device) -> float:
-    """Return the predicted time of a call, launches included."""
+    """Return the time of a configuration's one launch, or two, that included."""
     tiles = -(-problem.m // config.block_m) * -(-problem.out // config.block_n)
     waves = -(-tiles // device.multiprocessors)
     steps = -(-problem.depth // config.block_k)
@@ -55,6 +166,7 @@ def seconds(config: Config, problem: Problem, device: Device) -> float:
     if problem.backward:
         products += _sums_seconds(problem, device)
     total = LAUNCH_SECONDS + max(products, memory) + NOT_OVERLAPPED * min(products, memory)
+    total += _sums_bytes(problem) / _streaming(device)
     if config.xa_columns:
         return total + _xa_delay(config, problem, tile)
     if not problem.backward or problem.needs[0] or problem.needs[1]:
@@ -73,10 +185,12 @@ def shrink_seconds(problem: Problem, device: Device) -> float:
 
 
 def _step_seconds(config: Config, problem: Problem, device: Device) -> float:
-    rate = device.flops_16 if problem.bits == 16 else device.flops_32
     area = config.block_m * config.block_n
     share = next(share for size, share in _SHARE_BY_TILE if area >= size)
-    time = 2 * area * config.block_k * device.multiprocessors / (rate * share)
+    if problem.bits == 16:
+        share *= _reached(device).tiles
+    rate = _peak(problem, device) * share
+    time = 2 * area * config.block_k * device.multiprocessors / rate
     if device.descriptors and not config.descriptors:
         time *= PLAIN_COPIES
     return time + STEP_SECONDS
@@ -85,13 +199,17 @@ def _step_seconds(config: Config, problem: Problem, device: Device) -> float:
 def _bytes(problem: Problem) -> int:
     size = problem.bits // 8
     large = problem.n * problem.k + problem.m * (problem.n + problem.k)
-    if problem.backward:
-        large += problem.m * problem.k * problem.needs[1] + problem.m * problem.n * problem.needs[2]
     return size * (large + problem.r * (problem.n + problem.k + 2 * problem.m))
 
 
+def _sums_bytes(problem: Problem) -> int:
+    """Return what tiles of dA and dB read once more; all programs do so at the same time."""
+    x, y = _sides(problem)
+    return (x * problem.needs[1] + y * problem.needs[2]) * problem.backward
+
+
 def _sums_seconds(problem: Problem, device: Device) -> float:
-    """Return what dA and dB add to the products: issue slots of the mask; their reads are bytes."""
+    """Return what dA and dB add to the products: issue slots of the mask."""
     masked = problem.m * problem.k if problem.dropout and any(problem.needs[:2]) else 0
     return masked * MASK_INSTRUCTIONS / (ISSUES_PER_SECOND * device.multiprocessors)
 

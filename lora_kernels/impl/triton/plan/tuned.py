@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels._version import __version__
-from lora_kernels.impl.triton.plan.config import Config, Problem, illegal
+from lora_kernels.impl.triton.plan.config import Config, Problem
 from lora_kernels.impl.triton.plan.device import Device
-from lora_kernels.impl.triton.plan.plan import Plan, plan, plan_of, rounded
+from lora_kernels.impl.triton.plan.plan import (
+    Plan,
+    library_plan,
+    may_serve,
+    plan,
+    plan_of,
+    rounded,
+)
 
 ENVIRONMENT = "LORA_KERNELS_TUNED"
+# What was fastest, None for the library plan, and its seconds.
+Measured = tuple[Config | None, float]
 
 
 def path_of(device: Device) -> Path:
@@ -38,7 +47,7 @@ def _folder() -> Path:
 
 def key_of(problem: Problem) -> str:
     """Return the name of a layer in the file; M counts as the next power of two."""
-    m, n, k, r, bits, dropout, aligned, backward, _ = rounded(problem)
+    m, n, k, r, bits, dropout, aligned, backward, *_ = rounded(problem)
     return (
         f"{'backward' if backward else 'forward'} {m}x{n}x{k}x{r} {bits}-bit "
         f"{'dropout' if dropout else 'no dropout'} {'aligned' if aligned else 'unaligned'}"
@@ -47,7 +56,10 @@ def key_of(problem: Problem) -> str:
 
 @lru_cache(maxsize=4096)
 def planned(problem: Problem, device: Device) -> Plan:
-    """Return the measured plan of a layer if there is one and it is legal, else the predicted one.
+    """Return the measured plan of a layer, or else the predicted one.
+
+    So it is if there is no measured one, or if that may not serve the layer, or if it is slower
+    than PEFT's own launches.
 
     Raises:
         ValueError: the file is not what `tune` writes; or as `plan`.
@@ -56,19 +68,25 @@ def planned(problem: Problem, device: Device) -> Plan:
     if entry is None:
         return plan(problem, device)
     config, seconds = entry
-    if illegal(config, problem, device) is not None:
+    if config is None:
+        return replace(library_plan(problem, device), seconds=seconds, measured=True)
+    measured = replace(plan_of(config, problem, device), seconds=seconds, measured=True)
+    if not may_serve(config, problem, device) or seconds > measured.predicted.peft:
         return plan(problem, device)
-    return replace(plan_of(config, problem, device), seconds=seconds, measured=True)
+    return measured
 
 
-def write(path: Path, device: Device, found: dict[str, tuple[Config, float]]) -> None:
+def write(path: Path, device: Device, found: dict[str, Measured]) -> None:
     """Add measured plans to a file; it is replaced as a whole, so no reader sees half of it."""
     plans = {**_read(path), **found}
     text = {
         "device": device.name,
         "triton": metadata.version("triton"),
         "plans": {
-            key: {"config": asdict(config), "seconds": seconds}
+            key: {
+                "config": None if config is None else asdict(config),
+                "seconds": seconds,
+            }
             for key, (config, seconds) in sorted(plans.items())
         },
     }
@@ -80,13 +98,17 @@ def write(path: Path, device: Device, found: dict[str, tuple[Config, float]]) ->
     planned.cache_clear()
 
 
+def _config(fields: dict[str, Any] | None) -> Config | None:
+    return None if fields is None else Config(**fields)
+
+
 @cache
-def _read(path: Path) -> dict[str, tuple[Config, float]]:
+def _read(path: Path) -> dict[str, Measured]:
     if not path.exists():
         return {}
     try:
         plans: dict[str, Any] = json.loads(path.read_text())["plans"]
-        return {key: (Config(**e["config"]), float(e["seconds"])) for key, e in plans.items()}
+        return {key: (_config(e["config"]), float(e["seconds"])) for key, e in plans.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected plans as `python -m lora_kernels tune` writes them, got {error!r}; "

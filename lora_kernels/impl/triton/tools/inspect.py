@@ -19,7 +19,15 @@ import torch
 
 from lora_kernels._progress import Progress
 from lora_kernels.impl.triton.launch import Options
-from lora_kernels.impl.triton.plan.config import Config, Problem, illegal, shipped
+from lora_kernels.impl.triton.plan.config import (
+    AnyConfig,
+    Config,
+    LibraryConfig,
+    Problem,
+    illegal,
+    library_config,
+    shipped,
+)
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.tools.compiler import Resources, compile_for, resources, variant
 from lora_kernels.impl.triton.tools.machine import GPUS
@@ -63,7 +71,7 @@ class Job(NamedTuple):
 
     arch: int
     problem: Problem
-    config: Config
+    config: AnyConfig
 
 
 def shipped_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
@@ -79,6 +87,12 @@ def shrink_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
         yield from islice((job for job in jobs if refusal(job) is None), 1)
 
 
+def library_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
+    """Yield the library plan's passes for each architecture, element size, mode and rank."""
+    for problem, arch in _layers(archs, ranks):
+        yield Job(arch, problem, library_config(problem))
+
+
 def _layers(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[tuple[Problem, int]]:
     for arch, bits, backward, dropout, r in product(archs, DTYPES, _BOTH, _BOTH, ranks):
         yield Problem(M, N, K, r, bits, dropout, True, backward), arch
@@ -86,12 +100,16 @@ def _layers(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[tuple[Proble
 
 def refusal(job: Job) -> str | None:
     """Return why a configuration is never chosen for the job's layer, or None if it may be."""
+    if isinstance(job.config, LibraryConfig):
+        return None
     return illegal(job.config, job.problem, GPUS[job.arch])
 
 
 def label(job: Job) -> str:
     """Return the configuration in words, as in the table."""
     c = job.config
+    if isinstance(c, LibraryConfig):
+        return f"{job.problem.bits}-bit library plan"
     copies = "descriptors" if c.descriptors else "pointers"
     path = f"{c.xa_columns} xa columns" if c.xa_columns else "split"
     return (
@@ -132,7 +150,7 @@ def _report(job: Job, launch: Launch, compiled: Any, used: Resources) -> Report:
     return Report(
         arch=job.arch,
         kernel=launch.kernel.__name__,
-        config=label(job) if launch.kernel.__name__ != "shrink_kernel" else _shrink_label(launch),
+        config=_shrink_label(launch) if launch.kernel.__name__ == "shrink_kernel" else label(job),
         rank=job.problem.r,
         dropout=job.problem.dropout,
         registers=used.registers,
@@ -147,7 +165,8 @@ def _report(job: Job, launch: Launch, compiled: Any, used: Resources) -> Report:
 
 def faults(job: Job, launch: Launch, used: Resources, ptx: str) -> Iterator[str]:
     """Yield what must not ship: spills, too much shared memory, products known to go wrong."""
-    device, large = GPUS[job.arch], launch.kernel.__name__ != "shrink_kernel"
+    device = GPUS[job.arch]
+    large = launch.kernel.__name__ in ("forward_kernel", "backward_kernel")
     if used.spill_bytes > spill_limit(job.arch):
         yield f"spills {used.spill_bytes} bytes"
     if used.shared_bytes > device.shared_bytes:
@@ -160,7 +179,8 @@ def faults(job: Job, launch: Launch, used: Resources, ptx: str) -> Iterator[str]
         yield "an asynchronous product takes registers in a loop (Triton issue 9433)"
     if reads_before_wait(ptx):
         yield "reads what tensor memory brings before it waits for it"
-    if device.tensor_memory and job.problem.bits == 32 and job.config.descriptors:
+    descriptors = isinstance(job.config, Config) and job.config.descriptors
+    if device.tensor_memory and job.problem.bits == 32 and descriptors:
         yield "float32 by descriptors, which Triton 3.8 compiles wrongly"
 
 
@@ -186,6 +206,7 @@ def spill_limit(arch: int) -> int:
 def expected_instruction(job: Job) -> str:
     """Return the matrix instruction that a configuration's large product should use."""
     device = GPUS[job.arch]
+    assert isinstance(job.config, Config)
     if job.config.block_m >= 64 and job.config.num_warps >= 4:
         if device.wgmma:
             return "wgmma.mma_async"
@@ -289,7 +310,9 @@ def main(
     archs: list[int], ranks: list[int], only: str, json_file: Path | None, dump: Path | None
 ) -> int:
     """Print the table; return 1 if a kernel has a fault or there is none, else 0."""
-    everything = chain(shipped_jobs(archs, ranks), shrink_jobs(archs, ranks))
+    everything = chain(
+        shipped_jobs(archs, ranks), shrink_jobs(archs, ranks), library_jobs(archs, ranks)
+    )
     jobs = [j for j in everything if refusal(j) is None and only in label(j)]
     print(TABLE_HEAD)
     reports: list[Report] = []

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lora_kernels.impl import executor
-from lora_kernels.impl.triton.launch import Options
+from lora_kernels.impl.triton.launch import Options, add_product
 from lora_kernels.impl.triton.plan.config import Problem
 from lora_kernels.impl.triton.plan.device import Device, known
 from lora_kernels.impl.triton.plan.plan import Plan
@@ -82,6 +82,8 @@ class Machine:
         self.seed += 1
         self.stats.append(stats)
         stats.assert_clean()
+
+    add_product = staticmethod(add_product)
 
 
 def _parameters(compiled: Any, kernel: Any, args: dict[str, Any]) -> Iterator[Any]:

@@ -7,8 +7,8 @@ import torch
 
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton import linear
-from lora_kernels.impl.triton.launch import Options
-from lora_kernels.impl.triton.plan.config import Config, Problem
+from lora_kernels.impl.triton.launch import Executor, Options
+from lora_kernels.impl.triton.plan.config import AnyConfig, Problem
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.plan.plan import Plan, plan_of
 from lora_kernels.impl.triton.plan.tuned import planned
@@ -35,16 +35,37 @@ class Launch(NamedTuple):
         )
         return flags
 
+    def play(self, executor: Executor) -> None:
+        """Let an executor run it."""
+        executor.run(*self)
+
+
+class Product(NamedTuple):
+    """A product by the library, as an executor gets it."""
+
+    out: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def play(self, executor: Executor) -> None:
+        """Let an executor compute it."""
+        executor.add_product(*self)
+
 
 class Recorder:
-    """An executor that keeps launches instead of running them."""
+    """An executor that keeps launches and the library's products instead of running them."""
 
     impl = "triton"
 
-    def __init__(self, device: Device, config: Config | None = None) -> None:
+    def __init__(self, device: Device, config: AnyConfig | None = None) -> None:
         self._device, self._config = device, config
         self.workspace = Workspace()
-        self.launches: list[Launch] = []
+        self.calls: list[Launch | Product] = []
+
+    @property
+    def launches(self) -> list[Launch]:
+        """The launches of Triton's kernels."""
+        return [call for call in self.calls if isinstance(call, Launch)]
 
     def device(self, tensor: torch.Tensor) -> Device:  # noqa: ARG002  the protocol's
         """Return the GPU that is planned for."""
@@ -64,18 +85,35 @@ class Recorder:
         self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
     ) -> None:
         """Keep the launch."""
-        self.launches.append(Launch(kernel, grid, args, constants, how))
+        self.calls.append(Launch(kernel, grid, args, constants, how))
+
+    def add_product(self, out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Keep the product."""
+        self.calls.append(Product(out, left, right))
 
 
 def launches(
     problem: Problem,
-    config: Config,
+    config: AnyConfig,
     device: Device,
     dtype: torch.dtype = torch.bfloat16,
     memory: torch.device | str = "cpu",
     bias: bool = False,
 ) -> list[Launch]:
-    """Return the launches of a layer's call with a configuration, on tensors of random numbers.
+    """Return the launches of Triton's kernels among `calls`."""
+    recorded = calls(problem, config, device, dtype, memory, bias)
+    return [call for call in recorded if isinstance(call, Launch)]
+
+
+def calls(
+    problem: Problem,
+    config: AnyConfig,
+    device: Device,
+    dtype: torch.dtype = torch.bfloat16,
+    memory: torch.device | str = "cpu",
+    bias: bool = False,
+) -> list[Launch | Product]:
+    """Return what a layer's call with a configuration runs, on tensors of random numbers.
 
     Args:
         problem: sizes and mode; contiguous tensors.
@@ -96,4 +134,4 @@ def launches(
             linear.backward(normal(m, n), normal(m, k), xa, call, wanted)
         else:
             linear.forward(normal(m, k), call)
-    return recorder.launches
+    return recorder.calls

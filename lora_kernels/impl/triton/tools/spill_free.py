@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora_kernels.impl.triton.plan import spill_free as table_module
-from lora_kernels.impl.triton.plan.config import compiled_as
+from lora_kernels.impl.triton.plan.config import Config, compiled_as
 from lora_kernels.impl.triton.plan.spill_free import Row, spill_free, write
 from lora_kernels.impl.triton.tools.inspect import (
     Job,
@@ -72,6 +72,7 @@ def spill_free_ranks(of_a_row: list[Job]) -> tuple[list[int], bool]:
 
 def row_of(job: Job) -> Row:
     """Return the row of the table."""
+    assert isinstance(job.config, Config)
     return compiled_as(job.config, job.problem, GPUS[job.arch])
 
 

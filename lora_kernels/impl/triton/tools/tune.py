@@ -1,4 +1,4 @@
-"""Time every legal configuration of a few layers on this GPU and keep the fastest.
+"""Time the library plan and every legal configuration of a few layers, and keep the fastest.
 
 A tool, never part of a call: nothing is tuned in a user's step.
 """
@@ -14,14 +14,18 @@ import torch
 
 from lora_kernels._progress import Progress
 from lora_kernels.impl.triton.launch import Gpu
-from lora_kernels.impl.triton.plan.config import Config, Problem, illegal, shipped
-from lora_kernels.impl.triton.plan.cost import seconds
+from lora_kernels.impl.triton.plan.config import (
+    AnyConfig,
+    Config,
+    Problem,
+    library_config,
+)
 from lora_kernels.impl.triton.plan.device import Device, of_gpu
-from lora_kernels.impl.triton.plan.plan import plan
+from lora_kernels.impl.triton.plan.plan import one_launch_configs, plan, plan_of
 from lora_kernels.impl.triton.plan.tuned import key_of, path_of, write
-from lora_kernels.impl.triton.tools.record import launches
+from lora_kernels.impl.triton.tools.record import calls
 
-Timer = Callable[[Problem, Config], float]
+Timer = Callable[[Problem, AnyConfig], float]
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)")
 NO_GPU = "tune: needs a CUDA GPU of compute capability 8.0 or newer; none is visible to torch"
 
@@ -44,10 +48,11 @@ def layers_of(shapes: Iterable[str], bits: int) -> list[Problem]:
     return problems
 
 
-def candidates(problem: Problem, device: Device, most: int | None = None) -> list[Config]:
-    """Return the legal configurations, or `most` of them, the fastest by the cost model first."""
-    legal = [config for config in shipped(problem) if illegal(config, problem, device) is None]
-    return sorted(legal, key=lambda config: (seconds(config, problem, device), config))[:most]
+def candidates(problem: Problem, device: Device, most: int | None = None) -> list[AnyConfig]:
+    """Return what may serve, or `most` of it: the fastest by the cost model first."""
+    legal = sorted(one_launch_configs(problem, device))
+    found: list[AnyConfig] = [library_config(problem), *legal]
+    return sorted(found, key=lambda c: plan_of(c, problem, device).seconds)[:most]
 
 
 def fastest(
@@ -56,8 +61,8 @@ def fastest(
     timer: Timer,
     say: Callable[[str], object],
     most: int | None = None,
-    keep: Callable[[Config, float], object] | None = None,
-) -> tuple[Config, float]:
+    keep: Callable[[AnyConfig, float], object] | None = None,
+) -> tuple[AnyConfig, float]:
     """Return the legal configuration with the shortest measured time, and that time in seconds.
 
     A configuration that this GPU or this Triton can't run is reported and left out.
@@ -70,7 +75,7 @@ def fastest(
         most: how many are timed, those that the cost model predicts to be fastest; None for all.
         keep: gets the best so far, whenever there is a better one.
     """
-    times: dict[Config, float] = {}
+    times: dict[AnyConfig, float] = {}
     for config in candidates(problem, device, most):
         try:
             time = timer(problem, config)
@@ -95,13 +100,13 @@ def gpu_timer(dtype: torch.dtype) -> Timer:
 
     gpu = Gpu()
 
-    def time(problem: Problem, config: Config) -> float:
+    def time(problem: Problem, config: AnyConfig) -> float:
         device = of_gpu(torch.cuda.current_device())
-        recorded = launches(problem, config, device, dtype, "cuda")
+        recorded = calls(problem, config, device, dtype, "cuda")
 
         def call() -> None:
-            for launch in recorded:
-                gpu.run(*launch)
+            for each in recorded:
+                each.play(gpu)
 
         return float(do_bench(call, return_mode="median")) * 1e-3
 
@@ -131,7 +136,7 @@ def main(shapes: list[str], dtype: str, out: Path | None, most: int | None = Non
 
 
 def _counted(timer: Timer, progress: Progress) -> Timer:
-    def time(problem: Problem, config: Config) -> float:
+    def time(problem: Problem, config: AnyConfig) -> float:
         try:
             return timer(problem, config)
         finally:
@@ -140,5 +145,5 @@ def _counted(timer: Timer, progress: Progress) -> Timer:
     return time
 
 
-def _keep(path: Path, device: Device, key: str, config: Config, time: float) -> None:
-    write(path, device, {key: (config, time)})
+def _keep(path: Path, device: Device, key: str, config: AnyConfig, time: float) -> None:
+    write(path, device, {key: (config if isinstance(config, Config) else None, time)})
