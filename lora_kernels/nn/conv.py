@@ -116,11 +116,7 @@ class _LoRAConv(Adapted):
         """
         check_keyword("r", misplaced)
         check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
-        reason = _reason(conv, cls._kind)
-        if reason is not None:
-            kind = f"torch.nn.{cls._kind.__name__}"
-            raise TypeError(f"conv: expected a {kind} to adapt, got one that {reason}")
-        _check_rank(conv, r)
+        check_conv(conv, cls._kind, r)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adapt(conv, r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl)
@@ -214,6 +210,16 @@ class LoRAConv3d(_LoRAConv):
 def _check_rank(conv: _Kind, r: int) -> None:
     if r % conv.groups:
         raise ValueError(f"r: expected a multiple of groups, {conv.groups}, got {r}")
+
+
+def check_conv(conv: _Kind, kind: type[_Kind], r: int) -> None:
+    """Raise TypeError or ValueError unless a convolution can be adapted with a rank."""
+    reason = _reason(conv, kind)
+    if reason is not None:
+        raise TypeError(
+            f"conv: expected a torch.nn.{kind.__name__} to adapt, got one that {reason}"
+        )
+    _check_rank(conv, r)
 
 
 def _reason(conv: nn.Module, kind: type[_Kind]) -> str | None:

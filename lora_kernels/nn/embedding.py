@@ -104,11 +104,7 @@ class LoRAEmbedding(Adapted):
         """
         check_keyword("r", misplaced)
         check_settings(r, lora_alpha, 0.0, "none", adapter_dtype, impl)
-        reason = _reason(embedding)
-        if reason is not None:
-            raise TypeError(
-                f"embedding: expected a torch.nn.Embedding to adapt, got one that {reason}"
-            )
+        check_embedding(embedding)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adapt(embedding, r, lora_alpha, use_rslora, adapter_dtype, impl)
@@ -174,5 +170,12 @@ def _reason(embedding: nn.Module) -> str | None:
     read = read_plain(embedding, nn.Embedding)
     if isinstance(read, str):
         return read
+def check_embedding(embedding: nn.Module) -> None:
+    """Raise TypeError unless an embedding can be adapted."""
+    reason = _reason(embedding)
+    if reason is not None:
+        raise TypeError(f"embedding: expected a torch.nn.Embedding to adapt, got one that {reason}")
+
+
     found = next((name for name in _LEFT_TO_PEFT if getattr(embedding, name)), None)
     return None if found is None else f"has {found}"
