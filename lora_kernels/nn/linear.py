@@ -16,6 +16,7 @@ from lora_kernels.checks import (
     check_keyword,
     plainly_fit,
 )
+from lora_kernels.copies import Copies, current
 from lora_kernels.merging import Update
 from lora_kernels.nn.adapted import Adapted
 from lora_kernels.nn.arguments import OWNER_READS, check_linear, check_settings, has_plain_matrix
@@ -23,10 +24,8 @@ from lora_kernels.nn.dora import Magnitude
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dora import DoraCall
 from lora_kernels.operands.dropout import drawn
-from lora_kernels.operands.onednn import OnednnWeight
 from lora_kernels.ops.dora import run as run_dora
 from lora_kernels.ops.linear import run
-from lora_kernels.prepack import current
 from lora_kernels.quantized import Base, apply, read_quantized, settled, unconverted
 from lora_kernels.usage import Calls
 
@@ -74,7 +73,7 @@ class LoRALinear(Adapted):
 
     base_layer: nn.Linear
     lora_magnitude_vector: Magnitude  # with use_dora
-    _lora_kernels_packed: OnednnWeight | None = None  # set by `prepack_`
+    _lora_kernels_packed: Copies | None = None  # set by `prepack_` and `cast_weights_`
 
     def __init__(
         self,
@@ -252,6 +251,7 @@ class LoRALinear(Adapted):
         # A counter would be one of the things that a compiled graph depends on.
         if not torch.compiler.is_dynamo_compiling():
             self._lora_kernels_calls.fused += 1
+            self._lora_kernels_calls.autocast = cast
         if p:
             call = call._replace(dropout=drawn(p, None, x.device))
         if len(parts) == 5:
