@@ -328,10 +328,11 @@ def _tell(found: PatchReport, impl: str, requests: dict[str, Request]) -> None:
 def _left_for_its_type(layer: "LoraLayer", impl: str = "auto") -> str | None:
     """Return why a layer can't be fused whatever its state, or None."""
     from lora_kernels._peft.linear import fused_kind
+    from lora_kernels._peft.variants import layer_reason
 
     kind = fused_kind(layer)
     if kind is None:
-        return f"{_qualified_name(layer)} has no fused forward"
+        return layer_reason(layer)
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
     # Whoever names an implementation means it for linear layers.
@@ -389,8 +390,3 @@ def _instead(model: nn.Module) -> str:
     if "LORA" in kinds:
         return f"none in {type(model).__name__}: its LoRA layers were merged and unloaded"
     return f"a PEFT model without LoRA layers ({', '.join(sorted(kinds))})"
-
-
-def _qualified_name(layer: "LoraLayer") -> str:
-    kind = type(layer)
-    return f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__qualname__}"
