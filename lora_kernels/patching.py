@@ -13,7 +13,7 @@ from lora_kernels.bypass import read_linear
 from lora_kernels.casting import CastReport, cast_weights_, check_cast_dtype
 from lora_kernels.copies import state_of_copies
 from lora_kernels.dispatch import check_impl, has_op
-from lora_kernels.nn import LoRALinear
+from lora_kernels.nn.adapted import Adapted
 from lora_kernels.operands.call import autocast_dtype
 from lora_kernels.operands.request import Request
 from lora_kernels.prepack import PrepackReport, prepack_
@@ -215,7 +215,7 @@ def report(model: nn.Module) -> UsageReport:
     named.
 
     Args:
-        model: a model with LoRALinear layers, or with PEFT LoRA layers, patched or not.
+        model: a model with adapted layers of this package, or PEFT LoRA layers, patched or not.
 
     Returns:
         A `UsageReport`; `print(report)` is readable.
@@ -235,7 +235,7 @@ def report(model: nn.Module) -> UsageReport:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     layers, compiled = {}, any(map(_is_compiled, model.modules()))
     for path, layer in model.named_modules():
-        if isinstance(layer, LoRALinear) or _is_peft_layer(layer):
+        if isinstance(layer, Adapted) or _is_peft_layer(layer):
             layers[path] = _use_of(layer, compiled)
     if not layers:
         raise ValueError(f"model: expected one with LoRA layers, got {_instead(model)}")
@@ -260,9 +260,9 @@ def _use_of(layer: nn.Module, compiled: bool) -> LayerUse:
     """
     calls, state = vars(layer).get("_lora_kernels_calls") or Calls(), _state_of(layer)
     request, by, without = None, None, None
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, Adapted):
         impl = layer.impl
-        op = "lora_dora_linear" if layer.use_dora else "lora_linear"
+        op = "lora_dora_linear" if getattr(layer, "use_dora", False) else layer._lora_kernels_op
         request = request_of_base(layer.base_layer, layer.r, False, op)
     elif state is None:
         impl, request = vars(layer)["_lora_kernels_impl"], _request_of(cast(Any, layer))
@@ -277,7 +277,7 @@ def _use_of(layer: nn.Module, compiled: bool) -> LayerUse:
 
 def _state_of(layer: nn.Module) -> str | None:
     """Return why a call would be left now, as far as the layer itself says."""
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, Adapted):
         return "merged" if layer.merged else layer.left_reason()
     from lora_kernels._peft.linear import left_reason
 

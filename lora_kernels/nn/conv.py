@@ -14,6 +14,7 @@ from lora_kernels.merging import Update
 from lora_kernels.nn.adapted import Adapted
 from lora_kernels.nn.arguments import check_settings
 from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
+from lora_kernels.usage import Calls
 
 _Kind = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -54,6 +55,7 @@ class _LoRAConv(Adapted):
     """A frozen convolution with a trainable low-rank adapter, in any number of dimensions."""
 
     base_layer: Any
+    _lora_kernels_op = "lora_conv"
     _kind: type[_Kind]
     _function: Callable[..., Tensor]
 
@@ -141,6 +143,7 @@ class _LoRAConv(Adapted):
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora, self.bias_mode, self.impl = use_rslora, bias, impl
         self.base_layer = base.requires_grad_(False)
+        self._lora_kernels_calls = Calls()
         # Which class it is, and so its tuples, mypy can't know.
         make: Any = self._kind
         self.lora_A = make(
@@ -161,7 +164,9 @@ class _LoRAConv(Adapted):
         base = self.base_layer
         if self.merged:
             return base(x)
-        if self.left_reason() is None:
+        reason = self.left_reason()
+        self._note(reason)
+        if reason is None:
             return self._function(
                 x, base.weight, self.lora_A.weight, self.lora_B.weight, base.bias,
                 scaling=self.scaling, stride=base.stride, padding=base.padding, groups=base.groups,
@@ -207,11 +212,6 @@ class LoRAConv3d(_LoRAConv):
     _function = staticmethod(lora_conv3d)
 
 
-def _check_rank(conv: _Kind, r: int) -> None:
-    if r % conv.groups:
-        raise ValueError(f"r: expected a multiple of groups, {conv.groups}, got {r}")
-
-
 def check_conv(conv: _Kind, kind: type[_Kind], r: int) -> None:
     """Raise TypeError or ValueError unless a convolution can be adapted with a rank."""
     reason = _reason(conv, kind)
@@ -220,6 +220,11 @@ def check_conv(conv: _Kind, kind: type[_Kind], r: int) -> None:
             f"conv: expected a torch.nn.{kind.__name__} to adapt, got one that {reason}"
         )
     _check_rank(conv, r)
+
+
+def _check_rank(conv: _Kind, r: int) -> None:
+    if r % conv.groups:
+        raise ValueError(f"r: expected a multiple of groups, {conv.groups}, got {r}")
 
 
 def _reason(conv: nn.Module, kind: type[_Kind]) -> str | None:

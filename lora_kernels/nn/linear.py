@@ -72,6 +72,7 @@ class LoRALinear(Adapted):
     """
 
     base_layer: nn.Linear
+    _lora_kernels_op = "lora_linear"
     lora_magnitude_vector: Magnitude  # with use_dora
     _lora_kernels_packed: Copies | None = None  # set by `prepack_` and `cast_weights_`
 
