@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
 
 
-_OWN_ATTRIBUTES = tuple(f"_lora_kernels_{name}" for name in ("impl", "options", "calls", "packed"))
+_OWN_ATTRIBUTES = tuple(
+    f"_lora_kernels_{name}" for name in ("impl", "options", "calls", "packed", "norms")
+)
 
 
 @dataclass(frozen=True)

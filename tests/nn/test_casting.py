@@ -163,6 +163,7 @@ def test_the_report_names_what_autocast_costs_and_the_cure():
     assert "weight copies" not in str(lk.report(model))
     with torch.autocast("cpu", BF16):
         model(x)
+    model(x)  # as an evaluation may
     text = str(lk.report(model))
     assert "weight copies (none: each call under autocast casts the float32 weight; load" in text
     assert "lora_kernels.cast_weights_(model, torch.bfloat16)" in text
