@@ -15,7 +15,6 @@ from lora_kernels.operands.weight import Dense, Weight
 from lora_kernels.prepack import reason_left
 
 Copies = OnednnWeight | CastWeight
-_CHANGED = "the weight was replaced, moved or changed; call prepack_ or cast_weights_ again"
 
 
 class HoldingLayer(Protocol):
@@ -33,7 +32,7 @@ def current(layer: HoldingLayer, weight: Tensor) -> Weight:
         return Dense(weight)
     if held.holds(weight):
         return held
-    forget(layer, _CHANGED)
+    forget(layer, _changed(held))
     return Dense(weight)
 
 
@@ -73,7 +72,7 @@ def state_of_copies(layer: Any, weight: Tensor | None, impl: str | None) -> str 
             return _cast_each_time(calls, weight)
         return f"lost: {calls.lost}"
     if weight is None or not held.holds(weight):
-        return f"lost: {_CHANGED}"
+        return f"lost: {_changed(held)}"
     if isinstance(held, CastWeight):
         return _state_of_cast(held, calls)
     if held.unused is not None:
@@ -82,6 +81,11 @@ def state_of_copies(layer: Any, weight: Tensor | None, impl: str | None) -> str 
     if impl is not None and not impl.startswith("cpu"):
         return f"unused: calls run by {impl}"
     return "packed"
+
+
+def _changed(held: Copies) -> str:
+    made_by = "cast_weights_" if isinstance(held, CastWeight) else "prepack_"
+    return f"the weight was replaced, moved or changed; call {made_by} again"
 
 
 def _cast_each_time(calls: Any, weight: Tensor | None) -> str | None:

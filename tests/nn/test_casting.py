@@ -99,7 +99,7 @@ def test_a_changed_weight_is_used_and_the_copy_dropped(change):
             y = model[0](x)
             assert torch.equal(y, copy.deepcopy(model)[0](x))
     assert model[0]._lora_kernels_packed is None
-    assert "lost: the weight was replaced, moved or changed" in str(lk.report(model))
+    assert "moved or changed; call cast_weights_ again)" in str(lk.report(model))
 
 
 def test_a_copy_outlives_a_merge_and_no_deep_copy():
