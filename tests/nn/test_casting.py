@@ -127,6 +127,7 @@ def test_a_weight_that_is_trained_is_not_held():
         optimizer.zero_grad()
         with torch.autocast("cpu", BF16):
             layer(x).square().sum().backward()
+        assert layer.base_layer.weight.grad.any()  # the copy has no gradient
         optimizer.step()
     layer.base_layer.weight.requires_grad_(False)
     with torch.autocast("cpu", BF16):
