@@ -24,16 +24,20 @@ PARTS = (*PAIR, MAGNITUDE, *EMBEDDING_PAIR)
 class Kind(NamedTuple):
     """A kind of adapted layer.
 
-    plain: torch's class, which a layer is put around. make: what puts it there, given r,
-    adapter_dtype and `settings`. check: raises unless it may, given the plain layer, r and
+    plain: torch's class, which a layer is put around. maker: the class method that puts it there,
+    given r, adapter_dtype and `settings`. check: raises unless it may, given the plain layer, r and
     use_dora.
     """
 
     adapted: type[Adapted]
     plain: type[nn.Module]
-    make: Callable[..., Any]
+    maker: str
     settings: tuple[str, ...]
     check: Callable[[Any, int, bool], None]
+
+    def make(self, plain: nn.Module, **settings: Any) -> Any:
+        """Return an adapted layer around a plain one."""
+        return getattr(self.adapted, self.maker)(plain, **settings)
 
 
 _SHARED = ("lora_alpha", "use_rslora")
@@ -58,10 +62,10 @@ def _check_conv(kind: Any, conv: Any, rank: int, use_dora: bool) -> None:
 
 
 KINDS = (
-    Kind(LoRALinear, nn.Linear, LoRALinear.from_linear, (*_DROPPING, "use_dora"), _check_linear),
-    Kind(LoRAEmbedding, nn.Embedding, LoRAEmbedding.from_embedding, _SHARED, _check_embedding),
+    Kind(LoRALinear, nn.Linear, "from_linear", (*_DROPPING, "use_dora"), _check_linear),
+    Kind(LoRAEmbedding, nn.Embedding, "from_embedding", _SHARED, _check_embedding),
     *(
-        Kind(ours, plain, ours.from_conv, _DROPPING, partial(_check_conv, plain))
+        Kind(ours, plain, "from_conv", _DROPPING, partial(_check_conv, plain))
         for ours, plain in _CONVS
     ),
 )
