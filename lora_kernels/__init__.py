@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kernels._version import __version__ as __version__
 from lora_kernels.adapter_files import load_adapter, save_adapter
+from lora_kernels.casting import CastReport, cast_weights_
 from lora_kernels.explanation import Explanation, explain
 from lora_kernels.nn import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
 from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lora_kernels.integrations.transformers import TrainerCallback as TrainerCallback
 
 __all__ = [
+    "CastReport",
     "Explanation",
     "LayerUse",
     "LoRAConv1d",
@@ -30,6 +32,7 @@ __all__ = [
     "PatchReport",
     "PrepackReport",
     "UsageReport",
+    "cast_weights_",
     "dropout_mask",
     "explain",
     "load_adapter",

@@ -1,4 +1,4 @@
-"""Save and load adapters of LoRALinear models in PEFT's on-disk layout, without peft."""
+"""Save and load the adapters of a model in PEFT's on-disk layout, without peft."""
 
 import json
 import os
@@ -7,10 +7,11 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from lora_kernels.adapter_layers import MAGNITUDE, Kind, kind_of, owner_of, shapes_of, uses_dora
 from lora_kernels.adapter_layout import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -27,8 +28,7 @@ from lora_kernels.adapter_layout import (
 )
 from lora_kernels.checks import FLOAT_DTYPES, check_memory, is_dtensor
 from lora_kernels.nn.adapted import Adapted
-from lora_kernels.nn.arguments import check_linear, check_settings
-from lora_kernels.nn.linear import LoRALinear
+from lora_kernels.nn.arguments import check_settings
 from lora_kernels.wrappers import (
     Place,
     find,
@@ -40,17 +40,17 @@ from lora_kernels.wrappers import (
     unwrapped,
 )
 
-# What an adapter's file sets of a LoRALinear beside its weights.
+# What an adapter's file sets of a layer that has it, beside its weights.
 _SETTINGS = ("lora_alpha", "lora_dropout", "use_rslora", "bias_mode")
 # What DeepSpeed sets on parameters of which it keeps another copy.
 _DEEPSPEED = ("ds_id", "_hp_mapping", "_z3_optimizer")
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the adapters of a model's LoRALinear layers as PEFT would.
+    """Write the adapters of a model's LoRALinear, LoRAEmbedding and LoRAConv layers as PEFT would.
 
     Args:
-        model: a module with LoRALinear layers, whose paths become the keys. Wrappers (of
+        model: a module with adapted layers, whose paths become the keys. Wrappers (of
             torch.compile, DistributedDataParallel, activation checkpointing, FSDP, ...) are no
             part of a path. Sharded adapters are gathered: all ranks have to call.
         directory: made if absent. Both files are written under temporary names and moved into
@@ -58,10 +58,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: no LoRALinear layer, an adapted embedding or convolution, whose files aren't
-            written yet, a PEFT model, an adapter without values (on the meta
+        ValueError: no adapted layer, a PEFT model, an adapter without values (on the meta
             device), or settings that differ from layer to layer where PEFT's layout has one value
-            (lora_dropout, use_rslora, bias).
+            (lora_dropout, use_rslora, bias; use_dora, which embeddings and convolutions haven't).
 
     Precision: tensors are written in the dtype that they have.
 
@@ -77,18 +76,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     _check_not_peft(model, "model.save_pretrained")
     layers = lora_layers(model)
-    others = [
-        (path, type(m).__name__)
-        for path, m in model.named_modules()
-        if isinstance(m, Adapted) and not isinstance(m, LoRALinear)
-    ]
-    if others:
-        raise ValueError(
-            f"model: expected adapters of linear layers alone, got a {others[0][1]} at "
-            f"{others[0][0]!r} (keep its state_dict)"
-        )
     if not layers:
-        raise ValueError(f"model: expected LoRALinear layers, got none in {type(model).__name__}")
+        raise ValueError(f"model: expected LoRA layers, got none in {type(model).__name__}")
     config = config_of(model, layers)
     with gathered(model, write=False):
         tensors = tensors_of(model, layers, config["bias"])
@@ -104,26 +93,27 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Read an adapter that `save_adapter` or PEFT wrote into a model's layers.
 
-    A LoRALinear named in the file gets its weights, lora_alpha, lora_dropout, use_rslora and bias
-    mode; a plain nn.Linear is replaced by a LoRALinear around it. Everything is checked before
-    anything changes.
+    An adapted layer named in the file gets its weights, lora_alpha, lora_dropout, use_rslora and
+    bias mode; a plain nn.Linear, Embedding or Conv1d to 3d is replaced by one around it. A base
+    layer's weight, which PEFT adds of adapted embed_tokens and lm_head, is written, too. Everything
+    is checked before anything changes.
 
     Args:
         model: a module whose submodules have the paths in the file, wrapped or not. A sharded
-            LoRALinear gets its shards: all ranks have to call. One on the meta device gets an
-            adapter with values; its base layer stays there.
+            layer gets its shards: all ranks have to call. One on the meta device gets an adapter
+            with values; its base layer stays there.
         directory: holds adapter_model.safetensors and adapter_config.json.
 
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: a file is absent; pickle files (adapter_model.bin) are not read.
-        ValueError: a file that can't be read, a setting or tensor without counterpart in
-            LoRALinear, a layer of the model or of target_modules that the file lacks, one that
+        ValueError: a file that can't be read, a setting or tensor without counterpart
+            here, a layer of the model or of target_modules that the file lacks, one that
             the model lacks, shapes that don't fit, a PEFT model, or a model to which a layer can't
-            be added any more (an nn.Linear inside DistributedDataParallel or FSDP, DeepSpeed).
+            be added any more (a plain one inside DistributedDataParallel or FSDP, DeepSpeed).
 
-    Precision: a LoRALinear keeps its adapter's dtype, to which the file's values are cast; around
-    an nn.Linear the adapter has the file's.
+    Precision: an adapted layer keeps its adapter's dtype, to which the file's values are cast;
+    around a plain one the adapter has the file's.
 
     Example:
         >>> import tempfile
@@ -144,7 +134,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     with gathered(model, write=True):
         check_complete(model, adapter)
         changes = [_plan_layer(model, path, adapter) for path in adapter.layers]
-        changes += [_plan_bias(model, path, bias) for path, bias in adapter.biases.items()]
+        changes += [_plan_other(model, path, value) for path, value in adapter.others.items()]
         try:
             for change in changes:
                 change.write()
@@ -168,7 +158,7 @@ def _check_not_peft(model: nn.Module, method: str) -> None:
     )
     if any(isinstance(module, kinds) for module in model.modules()):
         raise ValueError(
-            f"model: expected LoRALinear layers, got PEFT's in {type(model).__name__} "
+            f"model: expected layers of lora_kernels, got PEFT's in {type(model).__name__} "
             f"(use {method})"
         )
 
@@ -194,54 +184,66 @@ def _plan_layer(model: nn.Module, path: str, adapter: Adapter) -> _Change:
     place, config, weights = find(model, path), adapter.config, adapter.layers[path]
     if place is None:
         raise ValueError(f"model: expected a layer {path!r}, got none")
-    layer = place.module
-    if not isinstance(layer, LoRALinear | nn.Linear) or (
-        place.owner is None and isinstance(layer, nn.Linear)
-    ):
+    layer: Any = place.module
+    kind = kind_of(layer)
+    if kind is None or (place.owner is None and not isinstance(layer, Adapted)):
         raise ValueError(
-            f"model: expected {path!r} to be a LoRALinear or an nn.Linear inside the model, "
-            f"got {type(layer).__name__}"
+            f"model: expected {path!r} to be an adapted layer, or one of torch's to adapt inside "
+            f"the model, got {type(layer).__name__}"
         )
     # What a file leaves out has the default of peft.LoraConfig.
     rank = pattern_value(config.get("rank_pattern"), path, config.get("r", 8))
-    shapes = ([rank, layer.in_features], [layer.out_features, rank], [layer.out_features])
-    for name, t, shape in zip(weights._fields, weights, shapes, strict=True):
-        if t is not None and (list(t.shape) != shape or t.dtype not in FLOAT_DTYPES):
-            raise ValueError(
-                f"{join(path, name)}: expected floats of shape {shape}, "
-                f"got {t.dtype} of shape {list(t.shape)}"
-            )
     settings = {
         "lora_alpha": pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8)),
         "lora_dropout": config.get("lora_dropout", 0.0),
         "bias": config.get("bias", "none"),
     }
-    if isinstance(layer, nn.Linear):
+    use_dora = MAGNITUDE in weights
+    if not isinstance(layer, Adapted):
         _check_values(path, layer.weight, layer)
     try:
-        check_settings(r=rank, adapter_dtype=weights.lora_A.dtype, impl="auto", **settings)
-        if isinstance(layer, nn.Linear):
-            check_linear(layer, use_dora=weights.magnitude is not None)
+        check_settings(r=rank, adapter_dtype=None, impl="auto", **settings)
+        if not isinstance(layer, Adapted):
+            kind.check(layer, rank, use_dora)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    settings["use_rslora"] = bool(config.get("use_rslora", False))
-    if isinstance(layer, nn.Linear):
-        return _plan_wrapping(layer, place, path, weights, settings)
-    if layer.use_dora != (weights.magnitude is not None):
-        raise ValueError(f"{path}: expected use_dora={layer.use_dora}, got {not layer.use_dora}")
+    _check_tensors(layer, path, weights, rank)
+    settings |= {"use_rslora": bool(config.get("use_rslora", False)), "use_dora": use_dora}
+    if not isinstance(layer, Adapted):
+        return _plan_wrapping(kind, place, path, weights, settings)
+    if uses_dora(layer) != use_dora:
+        raise ValueError(f"{path}: expected use_dora={not use_dora}, got {use_dora}")
     _check_adapter(layer, path, rank, settings["bias"], reducer_around(place))
     return _plan_filling(layer, path, weights, settings)
 
 
-def _check_adapter(layer: LoRALinear, path: str, rank: int, bias: str, reducer: str | None) -> None:
-    """Check that a LoRALinear is in a state to get a file's adapter."""
+def _check_tensors(layer: nn.Module, path: str, weights: Weights, rank: int) -> None:
+    """Check that a file's tensors of a layer are those of its kind, by name, shape and dtype."""
+    shapes = shapes_of(layer, rank, MAGNITUDE in weights)
+    if shapes.keys() != weights.keys():
+        raise ValueError(
+            f"{path}: expected {', '.join(shapes)} by {type(layer).__name__}, "
+            f"got {', '.join(weights)}"
+        )
+    for part, shape in shapes.items():
+        t = weights[part]
+        if list(t.shape) != shape or t.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{join(path, part.removesuffix('.weight'))}: expected floats of shape {shape}, "
+                f"got {t.dtype} of shape {list(t.shape)}"
+            )
+
+
+def _check_adapter(layer: Any, path: str, rank: int, bias: str, reducer: str | None) -> None:
+    """Check that an adapted layer is in a state to get a file's adapter."""
     if layer.r != rank:
         raise ValueError(f"{join(path, 'r')}: expected rank {layer.r}, got {rank}")
     if layer.merged:
         raise ValueError(f"model: expected {path!r} unmerged, got a merged layer")
-    if reducer and (bias == "none") != (layer.bias_mode == "none"):
+    mode = getattr(layer, "bias_mode", bias)  # an embedding has none
+    if reducer and (bias == "none") != (mode == "none"):
         raise ValueError(
-            f"{path}: expected bias {layer.bias_mode!r} inside {reducer}, which was told what is "
+            f"{path}: expected bias {mode!r} inside {reducer}, which was told what is "
             f"trained, got {bias!r} (load before wrapping)"
         )
 
@@ -258,51 +260,45 @@ def _check_values(path: str, t: Tensor, module: nn.Module) -> None:
 
 
 def _plan_wrapping(
-    linear: nn.Linear,
-    place: Place,
-    path: str,
-    weights: Weights,
-    settings: dict[str, Any],
+    kind: Kind, place: Place, path: str, weights: Weights, settings: dict[str, Any]
 ) -> _Change:
-    """Check that a LoRALinear may be put around an nn.Linear; return what does, and its undoing."""
-    reducer = reducer_around(place)
-    if reducer or is_dtensor(linear.weight):
+    """Check that an adapter may be put around a layer; return what does, and its undoing."""
+    reducer, plain = reducer_around(place), cast(Any, place.module)
+    if reducer or is_dtensor(plain.weight):
         raise ValueError(
-            f"model: expected {path!r} to be a LoRALinear inside {reducer or 'a sharded layer'}, "
-            f"where ranks would train a new adapter apart, got {type(linear).__name__} "
-            "(load before wrapping or sharding)"
+            f"model: expected {path!r} to be a {kind.adapted.__name__} inside "
+            f"{reducer or 'a sharded layer'}, where ranks would train a new adapter apart, "
+            f"got {type(plain).__name__} (load before wrapping or sharding)"
         )
-    trained = [(p, p.requires_grad) for p in linear.parameters()]
-    a, use_dora = weights.lora_A, weights.magnitude is not None
+    trained = [(p, p.requires_grad) for p in plain.parameters()]
+    a, *_ = weights.values()
+    taken = {name: settings[name] for name in kind.settings}
 
     def write() -> None:
-        layer = LoRALinear.from_linear(
-            linear, r=a.shape[0], adapter_dtype=a.dtype, use_dora=use_dora, **settings
-        )
-        for _, module, value in _trained_modules(layer, weights):
-            _plan_tensor(module, "weight", value).write()
+        layer = kind.make(plain, r=a.shape[0], adapter_dtype=a.dtype, **taken)
+        for part, value in weights.items():
+            _plan_tensor(*owner_of(layer, part), value).write()
         replace(place, layer)
 
     def undo() -> None:
-        replace(place, linear)
+        replace(place, plain)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
     return _Change(write, undo)
 
 
-def _plan_filling(
-    layer: LoRALinear, path: str, weights: Weights, settings: dict[str, Any]
-) -> _Change:
-    """Return what gives a LoRALinear a file's weights and settings, and its undoing."""
+def _plan_filling(layer: Any, path: str, weights: Weights, settings: dict[str, Any]) -> _Change:
+    """Return what gives an adapted layer a file's weights and settings, and its undoing."""
     tensors = []
-    for name, module, value in _trained_modules(layer, weights):
-        bare = unwrapped(module)
-        _check_values(join(path, name), module.weight, bare)
-        tensors.append(_plan_tensor(bare, "weight", value))
-    old = {name: getattr(layer, name) for name in _SETTINGS}
-    new = {name: settings.get(name, settings["bias"]) for name in _SETTINGS}
-    bias = layer.base_layer.bias
+    for part, value in weights.items():
+        owner, name = owner_of(layer, part)
+        bare = unwrapped(owner)
+        _check_values(join(path, part.removesuffix(".weight")), getattr(owner, name), bare)
+        tensors.append(_plan_tensor(bare, name, value))
+    old = {name: getattr(layer, name) for name in _SETTINGS if hasattr(layer, name)}
+    new = {name: settings.get(name, settings["bias"]) for name in old}
+    bias = getattr(layer.base_layer, "bias", None)
     trained = bias is not None and bias.requires_grad
 
     def put(values: dict[str, Any], train_bias: bool) -> None:
@@ -312,7 +308,7 @@ def _plan_filling(
             bias.requires_grad_(train_bias)
 
     def write() -> None:
-        put(new, new["bias_mode"] != "none")
+        put(new, settings["bias"] != "none")
         for tensor in tensors:
             tensor.write()
 
@@ -324,27 +320,21 @@ def _plan_filling(
     return _Change(write, undo)
 
 
-def _trained_modules(layer: LoRALinear, weights: Weights) -> list[tuple[str, Any, Tensor]]:
-    """Return names and modules of a layer that have a weight in the file, with that."""
-    names = ("lora_A", "lora_B", "lora_magnitude_vector")
-    pairs = zip(names, weights, strict=True)
-    return [(name, getattr(layer, name), t) for name, t in pairs if t is not None]
-
-
-def _plan_bias(model: nn.Module, path: str, value: Tensor) -> _Change:
-    """Check one bias against the model; return what writes it, and its undoing."""
-    # A bias of a layer that is about to be wrapped has its plain path until then.
-    for owner_path in (path.rpartition(".")[0], path.removesuffix(".base_layer.bias")):
-        owner = find(model, owner_path)
-        bias = own_tensor(owner.module, "bias") if owner is not None else None
-        if owner is not None and bias is not None:
+def _plan_other(model: nn.Module, path: str, value: Tensor) -> _Change:
+    """Check a bias or base weight against the model; return what writes it, and its undoing."""
+    owner_path, _, name = path.rpartition(".")
+    # That of a layer that is about to be wrapped has its plain path until then.
+    for where in (owner_path, owner_path.removesuffix(".base_layer")):
+        owner = find(model, where)
+        own = own_tensor(owner.module, name) if owner is not None else None
+        if owner is not None and own is not None:
             break
     else:
-        raise ValueError(f"model: expected a bias at {path!r}, got none")
-    if bias.shape != value.shape:
-        raise ValueError(f"{path}: expected shape {list(bias.shape)}, got {list(value.shape)}")
-    _check_values(path, bias, owner.module)
-    return _plan_tensor(owner.module, "bias", value)
+        raise ValueError(f"model: expected a {name} at {path!r}, got none")
+    if own.shape != value.shape:
+        raise ValueError(f"{path}: expected shape {list(own.shape)}, got {list(value.shape)}")
+    _check_values(path, own, owner.module)
+    return _plan_tensor(owner.module, name, value)
 
 
 def _plan_tensor(module: nn.Module, name: str, value: Tensor) -> _Change:

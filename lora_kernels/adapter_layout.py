@@ -3,7 +3,11 @@
 adapter_model.safetensors   base_model.model.<path>.lora_A.weight   [r, in_features]
                             base_model.model.<path>.lora_B.weight   [out_features, r]
                             base_model.model.<path>.lora_magnitude_vector of DoRA [out_features]
+                            base_model.model.<path>.lora_embedding_A  [r, num_embeddings]
+                            base_model.model.<path>.lora_embedding_B  [embedding_dim, r]
                             base_model.model.<path>.base_layer.bias with bias "lora_only"
+                            base_model.model.<path>.base_layer.weight, which PEFT adds of adapted
+                            embed_tokens and lm_head; it is read and not written
 adapter_config.json         the fields of peft.LoraConfig that these layers have
 """
 
@@ -15,19 +19,26 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lora_kernels.adapter_layers import (
+    EMBEDDING_PAIR,
+    MAGNITUDE,
+    PAIR,
+    PARTS,
+    owner_of,
+    shapes_of,
+    uses_dora,
+)
 from lora_kernels.checks import check_memory
-from lora_kernels.nn import LoRALinear
+from lora_kernels.nn.adapted import Adapted
 from lora_kernels.wrappers import bare_modules, whole
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
-MAGNITUDE = "lora_magnitude_vector"  # PEFT's files leave out ".weight" here
-_PARTS = ("lora_A.weight", "lora_B.weight", MAGNITUDE)
 _KEY = re.compile(
-    re.escape(_PREFIX) + rf"(?:(?P<path>.+)\.)?(?P<part>{'|'.join(map(re.escape, _PARTS))})"
+    re.escape(_PREFIX) + rf"(?:(?P<path>.+)\.)?(?P<part>{'|'.join(map(re.escape, PARTS))})"
 )
-# Settings that change what an adapter computes and that LoRALinear does not have. fan_in_fan_out
+# Settings that change what an adapter computes and that our layers do not have. fan_in_fan_out
 # is none: PEFT sets it to False for an nn.Linear, too.
 _UNSUPPORTED = (
     "lora_bias",
@@ -46,36 +57,25 @@ _UNSUPPORTED = (
 # Initialisations with which PEFT changes the base weights, at loading too.
 _CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What PEFT adapts where target_modules match it.
-_ADAPTED = (
-    LoRALinear,
-    nn.Linear,
-    nn.Embedding,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.MultiheadAttention,
-)
+_TARGETS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
-
-class Weights(NamedTuple):
-    """A layer's tensors; `magnitude` is DoRA's."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    magnitude: Tensor | None = None
+Weights = dict[str, Tensor]  # a layer's tensors by part
 
 
 class Adapter(NamedTuple):
-    """What the two files say: settings, weights by layer path, biases by parameter path."""
+    """What the two files say: settings, weights by layer path, others by parameter path.
+
+    others: biases, and weights of base layers.
+    """
 
     config: dict[str, Any]
     layers: dict[str, Weights]
-    biases: dict[str, Tensor]
+    others: dict[str, Tensor]
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Return a model's LoRALinear layers by their paths without wrappers."""
-    return {path: m for path, m in bare_modules(model, LoRALinear) if isinstance(m, LoRALinear)}
+def lora_layers(model: nn.Module) -> dict[str, Adapted]:
+    """Return a model's adapted layers by their paths without wrappers."""
+    return {path: m for path, m in bare_modules(model, Adapted) if isinstance(m, Adapted)}
 
 
 def join(path: str, name: str) -> str:
@@ -83,16 +83,18 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+def config_of(model: nn.Module, layers: dict[str, Adapted]) -> dict[str, Any]:
     """Return the fields of adapter_config.json; ValueError where layers need several values."""
-    shared = {}
-    for ours, field in (
-        ("lora_dropout", "lora_dropout"),
-        ("use_rslora", "use_rslora"),
-        ("use_dora", "use_dora"),
-        ("bias_mode", "bias"),
+    shared: dict[str, Any] = {}
+    for ours, field, default in (
+        ("lora_dropout", "lora_dropout", 0.0),
+        ("use_rslora", "use_rslora", False),
+        ("use_dora", "use_dora", False),
+        ("bias_mode", "bias", "none"),
     ):
-        values = {getattr(layer, ours) for layer in layers.values()}
+        # An embedding has no dropout and no bias, but DoRA would have to be its own, too.
+        having = [m for m in layers.values() if field == "use_dora" or hasattr(m, ours)]
+        values = {getattr(layer, ours, default) for layer in having} or {default}
         if len(values) > 1:
             raise ValueError(
                 f"{field}: expected one value for all layers, as PEFT's layout has, got {values}"
@@ -122,29 +124,25 @@ def config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]
     }
 
 
-def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str:
+def _target_modules(model: nn.Module, layers: dict[str, Adapted]) -> list[str] | str:
     """Return the layers' paths; one regular expression where PEFT's suffix match takes more."""
-    others = [path for path, _ in bare_modules(model, LoRALinear) if path not in layers]
+    others = [path for path, _ in bare_modules(model, Adapted) if path not in layers]
     if any(other.endswith(f".{path}") for path in layers for other in others):
         return "|".join(re.escape(path) for path in layers)
     return sorted(layers)
 
 
-def tensors_of(
-    model: nn.Module, layers: dict[str, LoRALinear], bias_mode: str
-) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module, layers: dict[str, Adapted], bias_mode: str) -> dict[str, Tensor]:
     """Return the values of adapter_model.safetensors; ValueError for one that isn't there."""
     parameters: dict[str, tuple[Tensor, list[int] | None]] = {}
     for path, layer in layers.items():
-        shape_a, shape_b = [layer.r, layer.in_features], [layer.out_features, layer.r]
-        parameters[join(path, "lora_A.weight")] = layer.lora_A.weight, shape_a
-        parameters[join(path, "lora_B.weight")] = layer.lora_B.weight, shape_b
-        if layer.use_dora:
-            magnitude = layer.lora_magnitude_vector.weight
-            parameters[join(path, MAGNITUDE)] = magnitude, [layer.out_features]
-        base = layer.base_layer
-        if bias_mode == "lora_only" and base.bias is not None:
-            parameters[join(path, "base_layer.bias")] = base.bias, [layer.out_features]
+        shapes = shapes_of(layer, layer.r, uses_dora(layer))
+        for part, size in shapes.items():
+            parameters[join(path, part)] = getattr(*owner_of(layer, part)), size
+        bias: Any = getattr(layer.base_layer, "bias", None)
+        if bias_mode == "lora_only" and bias is not None:
+            _, of_b, *_ = shapes.values()
+            parameters[join(path, "base_layer.bias")] = bias, of_b[:1]
     if bias_mode == "all":
         for path, module in bare_modules(model):
             bias = own_tensor(module, "bias")
@@ -174,7 +172,7 @@ def own_tensor(module: nn.Module, name: str) -> Tensor | None:
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Read both files; ValueError for what can't be read or has no counterpart in LoRALinear."""
+    """Read both files; ValueError for what can't be read or has no counterpart here."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -193,7 +191,7 @@ def read_adapter(directory: Path) -> Adapter:
     for field in _UNSUPPORTED:
         if config.get(field):
             raise ValueError(
-                f"{CONFIG_NAME}: {field} has no counterpart in LoRALinear, got {config[field]!r}"
+                f"{CONFIG_NAME}: {field} has no counterpart in lora_kernels, got {config[field]!r}"
             )
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGING_BASE):
         raise ValueError(
@@ -241,31 +239,39 @@ def _is_list(value: Any, kind: type) -> bool:
 def _parse(
     tensors: dict[str, Tensor], use_dora: bool
 ) -> tuple[dict[str, Weights], dict[str, Tensor]]:
-    """Split a file's tensors into weights by layer path and biases by parameter path."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    biases = {}
+    """Split a file's tensors into weights by layer path, and others by parameter path."""
+    layers: dict[str, Weights] = {}
+    others = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match:
-            parts.setdefault(match["path"] or "", {})[match["part"]] = tensor
-        elif key.startswith(_PREFIX) and key.split(".")[-1] == "bias":
-            biases[key.removeprefix(_PREFIX)] = tensor
+            layers.setdefault(match["path"] or "", {})[match["part"]] = tensor
+        elif key.startswith(_PREFIX) and key.endswith((".bias", ".base_layer.weight")):
+            others[key.removeprefix(_PREFIX)] = tensor
         else:
             raise ValueError(f"{WEIGHTS_NAME}: expected lora_A and lora_B weights, got key {key!r}")
-    for path, found in parts.items():
-        for part in _PARTS if use_dora else _PARTS[:2]:
-            if part not in found:
-                raise ValueError(f"{WEIGHTS_NAME}: expected {join(path, part)!r}, got none")
-        if MAGNITUDE in found and not use_dora:
-            raise ValueError(f"{WEIGHTS_NAME}: expected no {MAGNITUDE} without use_dora, got one")
-    layers = {path: Weights(*map(found.get, _PARTS)) for path, found in parts.items()}  # type: ignore[arg-type]
-    return layers, biases
+    for path, found in layers.items():
+        pair = EMBEDDING_PAIR if any(part in found for part in EMBEDDING_PAIR) else PAIR
+        expected = (*pair, MAGNITUDE) if use_dora else pair
+        absent = next((part for part in expected if part not in found), None)
+        if absent is not None:
+            raise ValueError(f"{WEIGHTS_NAME}: expected {join(path, absent)!r}, got none")
+        more = next((part for part in found if part not in expected), None)
+        if more is not None:
+            without = " without use_dora" if more == MAGNITUDE else f" beside {pair[0]}"
+            raise ValueError(f"{WEIGHTS_NAME}: expected no {join(path, more)!r}{without}, got one")
+    for path in others:
+        if path.endswith(".weight") and path.removesuffix(".base_layer.weight") not in layers:
+            raise ValueError(
+                f"{WEIGHTS_NAME}: expected base weights of adapted layers alone, got {path!r}"
+            )
+    return layers, others
 
 
 def check_complete(model: nn.Module, adapter: Adapter) -> None:
     """Raise ValueError for the first layer that the file should have and hasn't, or has."""
     excluded = adapter.config.get("exclude_modules") or []
-    for path, module in bare_modules(model, LoRALinear):
+    for path, module in bare_modules(model, Adapted):
         if path in adapter.layers:
             if _named(excluded, path):
                 raise ValueError(
@@ -273,9 +279,9 @@ def check_complete(model: nn.Module, adapter: Adapter) -> None:
                     f"of {CONFIG_NAME} name, got some"
                 )
             continue
-        if isinstance(module, LoRALinear):
+        if isinstance(module, Adapted):
             raise ValueError(f"{WEIGHTS_NAME}: expected weights of layer {path!r}, got none")
-        if isinstance(module, _ADAPTED) and targets(adapter.config, path, module, model):
+        if isinstance(module, _TARGETS) and targets(adapter.config, path, module, model):
             raise ValueError(
                 f"{WEIGHTS_NAME}: expected weights of layer {path!r}, which target_modules of "
                 f"{CONFIG_NAME} name, got none"

@@ -241,8 +241,10 @@ def check_magnitude(magnitude: Any, x: Tensor, n: int) -> None:
         raise ValueError(f"magnitude: expected shape [{n}], got {list(magnitude.shape)}")
 
 
-def check_norm(norm: Any, u: Tensor | None, dy: Tensor) -> None:
+def check_norm(norm: Any, u: Tensor | None, dy: Tensor, wide_u: bool) -> None:
     """Check what DoRA's backward reads besides `check_backward`'s: row norms [N] and u [M, N].
+
+    wide_u: whether u may be float32 beside another dy.
 
     Raises:
         TypeError, ValueError: they don't fit dy.
@@ -258,7 +260,7 @@ def check_norm(norm: Any, u: Tensor | None, dy: Tensor) -> None:
             raise error
         if tuple(t.shape) != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
-        if t.dtype != dtype:
+        if t.dtype != dtype and not (wide_u and name == "u" and t.dtype == torch.float32):
             raise TypeError(f"{name}: expected {dtype}, got {t.dtype}")
 
 

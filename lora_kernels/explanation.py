@@ -1,12 +1,20 @@
 """Which implementation takes a call, and why not another: `explain`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from typing import Any
 
 from torch import Tensor
 
-from lora_kernels.checks import check_call, check_dropout_p, check_scaling, check_seed
+from lora_kernels.checks import (
+    check_call,
+    check_dropout_p,
+    check_magnitude,
+    check_scaling,
+    check_seed,
+)
 from lora_kernels.dispatch import (
     IMPLEMENTATIONS,
     check_impl,
@@ -18,8 +26,14 @@ from lora_kernels.impl.triton import launch
 from lora_kernels.impl.triton.plan.config import problem_of
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dropout import drop_threshold
+from lora_kernels.operands.embedding import NO_PADDING, EmbeddingCall
 from lora_kernels.operands.request import Request
 from lora_kernels.operands.weight import Dense, QuantizedWeight, Weight
+from lora_kernels.ops.conv import geometry_of, lora_conv1d, lora_conv2d, lora_conv3d, op_of
+from lora_kernels.ops.conv_operators import check as check_conv
+from lora_kernels.ops.dora import lora_dora_linear
+from lora_kernels.ops.embedding import check as check_embedding
+from lora_kernels.ops.embedding import lora_embedding, row_of, scale_tensor
 from lora_kernels.ops.linear import lora_linear
 
 
@@ -63,7 +77,8 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
     """Say which implementation a function of this package takes for a call; nothing is computed.
 
     Args:
-        arguments: the function, `lora_linear` where it is left out, and what it would be given.
+        arguments: the function (`lora_linear`, which may be left out, `lora_dora_linear`,
+            `lora_embedding`, `lora_conv1d`, 2d or 3d), and what it would be given.
         named: the same by name. `impl` is checked only: the choice reported is that of "auto".
 
     Returns:
@@ -83,26 +98,18 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
     if not arguments or not callable(arguments[0]):
         arguments = (lora_linear, *arguments)
     function, *positional = arguments
-    if function is not lora_linear:
-        raise TypeError(f"function: expected lora_linear, got {function!r}")
+    read = next((reader for known, reader in _READERS if known is function), None)
+    if read is None:
+        known = ", ".join(each.__name__ for each, _ in _READERS)
+        raise TypeError(f"function: expected one of {known}, got {function!r}")
     bound = signature(function).bind(*positional, **named)
     bound.apply_defaults()
-    given = bound.arguments
-    x, weight, lora_A, scaling = (given[name] for name in ("x", "weight", "lora_A", "scaling"))
-    cast = autocast_dtype(x)
-    weight = weight if isinstance(weight, QuantizedWeight) else Dense(weight)
-    call = LinearCall(weight, Adapter(lora_A, given["lora_B"], scaling), given["bias"], None)
-    check_call(x, call, cast=cast)
-    check_scaling(scaling)
-    check_dropout_p(given["dropout_p"])
-    check_seed(given["seed"], x.device)
-    check_impl(given["impl"])
-    dropout = given["training"] and drop_threshold(given["dropout_p"]) > 0
-    dtype, form = cast or x.dtype, weight.format
-    request = Request("lora_linear", x.device, dtype, lora_A.shape[0], dropout, form)
+    check_impl(bound.arguments["impl"])
+    x, weight, request = read(bound.arguments)
     reasons = refusals(request)
     names = [i.name for i in IMPLEMENTATIONS]
-    first = preferred(x, weight.stored, dropout) if form == "dense" else "auto"
+    linear = request.op == "lora_linear" and request.format == "dense"
+    first = preferred(x, weight.stored, request.dropout) if linear else "auto"
     if first != "auto":
         names.insert(0, first)
     choice = next((name for name in names if name not in reasons), None)
@@ -110,7 +117,77 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
         if implementation.name not in (choice, *reasons):
             reasons[implementation.name] = f"serves the call too; {choice} comes first"
     plans = _triton_plans(x, weight, request) if choice == "triton" else {}
-    return Explanation(choice, reasons, plans, slower_than_peft(request), form)
+    return Explanation(choice, reasons, plans, slower_than_peft(request), request.format)
+
+
+# What a call asks for: x or ids, the weight, the request.
+_Read = tuple[Tensor, Weight, Request]
+
+
+def _linear(given: dict[str, Any]) -> _Read:
+    """Read and check the arguments of `lora_linear`."""
+    x, weight, lora_A, scaling = (given[name] for name in ("x", "weight", "lora_A", "scaling"))
+    cast = autocast_dtype(x)
+    read = weight if isinstance(weight, QuantizedWeight) else Dense(weight)
+    call = LinearCall(read, Adapter(lora_A, given["lora_B"], scaling), given["bias"], None)
+    check_call(x, call, cast=cast)
+    check_scaling(scaling)
+    dropout, rank = _drops(given, x), lora_A.shape[0]
+    return x, read, Request("lora_linear", x.device, cast or x.dtype, rank, dropout, read.format)
+
+
+def _dora(given: dict[str, Any]) -> _Read:
+    """Read and check the arguments of `lora_dora_linear`."""
+    if isinstance(given["weight"], QuantizedWeight):
+        raise TypeError("weight: expected a Tensor beside a magnitude, got a QuantizedWeight")
+    x, weight, request = _linear(given)
+    check_magnitude(given["magnitude"], x, weight.shape[0])
+    return x, weight, request._replace(op="lora_dora_linear")
+
+
+def _conv(dims: int, given: dict[str, Any]) -> _Read:
+    """Read and check the arguments of a convolution in `dims` dimensions."""
+    x, weight, lora_A, scaling = (given[name] for name in ("x", "weight", "lora_A", "scaling"))
+    check_scaling(scaling)
+    call = LinearCall(Dense(weight), Adapter(lora_A, given["lora_B"], scaling), given["bias"], None)
+    kernel = tuple(getattr(weight, "shape", ()))[2:]
+    geometry = geometry_of(dims, given["stride"], given["padding"], given["groups"], kernel)
+    x = x[None] if isinstance(x, Tensor) and x.ndim == dims + 1 else x
+    cast = autocast_dtype(x)
+    check_conv(x, call, geometry, cast)
+    op, dtype, rank = op_of(x, call, geometry), cast or x.dtype, lora_A.shape[0]
+    read = Dense(weight.flatten(1)) if op == "lora_linear" else call.weight
+    return x, read, Request(op, x.device, dtype, rank, _drops(given, x))
+
+
+def _embedding(given: dict[str, Any]) -> _Read:
+    """Read and check the arguments of `lora_embedding`."""
+    ids, weight, scaling = (given[name] for name in ("ids", "weight", "scaling"))
+    a, b = given["lora_embedding_A"], given["lora_embedding_B"]
+    check_scaling(scaling)
+    check_embedding(ids, EmbeddingCall(Dense(weight), Adapter(a, b, scaling), NO_PADDING, None))
+    row_of(given["padding_idx"], weight.shape[0])
+    if given["embed_scale"] is not None:
+        scale_tensor(given["embed_scale"], weight)
+    request = Request("lora_embedding", ids.device, weight.dtype, len(a), False)
+    return ids, Dense(weight), request
+
+
+def _drops(given: dict[str, Any], x: Tensor) -> bool:
+    """Check what dropout takes; return whether any of it is applied."""
+    check_dropout_p(given["dropout_p"])
+    check_seed(given["seed"], x.device)
+    return bool(given["training"]) and drop_threshold(given["dropout_p"]) > 0
+
+
+_READERS: tuple[tuple[Callable[..., Tensor], Callable[[dict[str, Any]], _Read]], ...] = (
+    (lora_linear, _linear),
+    (lora_dora_linear, _dora),
+    (lora_embedding, _embedding),
+    (lora_conv1d, partial(_conv, 1)),
+    (lora_conv2d, partial(_conv, 2)),
+    (lora_conv3d, partial(_conv, 3)),
+)
 
 
 def _triton_plans(x: Tensor, weight: Weight, request: Request) -> dict[str, str]:

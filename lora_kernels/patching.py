@@ -6,13 +6,17 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_kernels.bypass import read_linear
+from lora_kernels.casting import CastReport, cast_weights_, check_cast_dtype
+from lora_kernels.copies import state_of_copies
 from lora_kernels.dispatch import check_impl, has_op
-from lora_kernels.nn import LoRALinear
+from lora_kernels.nn.adapted import Adapted
+from lora_kernels.operands.call import autocast_dtype
 from lora_kernels.operands.request import Request
-from lora_kernels.prepack import PrepackReport, prepack_, state_of_copies
+from lora_kernels.prepack import PrepackReport, prepack_
 from lora_kernels.quantized import request_of_base
 from lora_kernels.serving import check_serves, missed_part, served
 from lora_kernels.summary import Group, Summary, grouped
@@ -23,7 +27,9 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
 
 
-_OWN_ATTRIBUTES = tuple(f"_lora_kernels_{name}" for name in ("impl", "options", "calls", "packed"))
+_OWN_ATTRIBUTES = tuple(
+    f"_lora_kernels_{name}" for name in ("impl", "options", "calls", "packed", "norms")
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class PatchReport(Summary):
             and in their weights' dtype, or that of an autocast around it; a layer on meta, or
             in shards of FSDP1 or ZeRO-3, doesn't say.
         without_kernel: why that is none of the package's kernels, where it isn't.
+        cast_weights: the report of `cast_weights_` where it was asked for, else None.
 
     Example:
         >>> print(lk.PatchReport(["q_proj", "v_proj"], {"embed": "lora.layer.Embedding"}))
@@ -54,14 +61,15 @@ class PatchReport(Summary):
     # The model's part of the report is alike on any machine; the rest is the machine's.
     implementations: dict[str, str] = field(default_factory=dict, compare=False)
     without_kernel: dict[str, str] = field(default_factory=dict, compare=False)
+    cast_weights: CastReport | None = None
 
     def __str__(self) -> str:
-        packing = "" if self.prepack is None else f"\n{self.prepack}"
-        return super().__str__() + packing
+        more = [f"\n{found}" for found in (self.cast_weights, self.prepack) if found is not None]
+        return super().__str__() + "".join(more)
 
     def _repr_html_(self) -> str:
-        packing = "" if self.prepack is None else self.prepack._repr_html_()
-        return super()._repr_html_() + packing
+        found = (self.cast_weights, self.prepack)
+        return super()._repr_html_() + "".join(f._repr_html_() for f in found if f is not None)
 
     def _headline(self) -> str:
         by = run_by(self.implementations.values())
@@ -80,6 +88,7 @@ def patch_peft(
     *,
     impl: str = "auto",
     prepack: bool = False,
+    cast_weights: bool | torch.dtype = False,
     int8: str | None = None,
     fp8: str | None = None,
 ) -> PatchReport:
@@ -102,6 +111,8 @@ def patch_peft(
             and for what changes later, a fused call that it can't serve raises. Embeddings and
             convolutions, of which it has no kernel, are left.
         prepack: also pack the frozen weights, as `prepack_` does; the report then has its report.
+        cast_weights: also hold a copy of each frozen float32 weight, as `cast_weights_` does, in
+            that dtype of 16 bits; True stands for that of an autocast around it, or torch.bfloat16.
         int8: "weights" fuses layers over `Linear8bitLt` on CUDA devices, too, whose own forward
             quantises x to int8 besides; a fused call doesn't.
         fp8: "weights" fuses layers over transformers' `FP8Linear`, likewise.
@@ -112,8 +123,8 @@ def patch_peft(
     Raises:
         ImportError: peft is not installed, or older than 0.18.
         TypeError, ValueError: `model` is no module or has no LoRA layer, or `impl` is unknown or
-            can't serve the layers, or `int8` or `fp8` is. The model is as it was, after any
-            failure.
+            can't serve the layers, or `int8`, `fp8` or `cast_weights` is unknown. The model is as
+            it was, after any failure.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -125,6 +136,8 @@ def patch_peft(
     """
     check_impl(impl)
     asked = _options(int8=int8, fp8=fp8)
+    if not isinstance(cast_weights, bool):
+        check_cast_dtype(cast_weights, "cast_weights")
     _check_peft_version()
     from lora_kernels._peft import linear as ours
 
@@ -160,7 +173,9 @@ def patch_peft(
                 vars(module).pop(name, None)
             vars(module).update({k: v for k, v in attributes.items() if k in _OWN_ATTRIBUTES})
         raise
-    # Last, since nothing can fail after it: the packed copies are none of the model's own.
+    # Last, since nothing can fail after it: copies are none of the model's own.
+    if cast_weights:
+        found = replace(found, cast_weights=cast_weights_(model, _dtype_of(cast_weights, layers)))
     return replace(found, prepack=prepack_(model)) if prepack else found
 
 
@@ -202,7 +217,7 @@ def report(model: nn.Module) -> UsageReport:
     named.
 
     Args:
-        model: a model with LoRALinear layers, or with PEFT LoRA layers, patched or not.
+        model: a model with adapted layers of this package, or PEFT LoRA layers, patched or not.
 
     Returns:
         A `UsageReport`; `print(report)` is readable.
@@ -222,7 +237,7 @@ def report(model: nn.Module) -> UsageReport:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     layers, compiled = {}, any(map(_is_compiled, model.modules()))
     for path, layer in model.named_modules():
-        if isinstance(layer, LoRALinear) or _is_peft_layer(layer):
+        if isinstance(layer, Adapted) or _is_peft_layer(layer):
             layers[path] = _use_of(layer, compiled)
     if not layers:
         raise ValueError(f"model: expected one with LoRA layers, got {_instead(model)}")
@@ -247,9 +262,9 @@ def _use_of(layer: nn.Module, compiled: bool) -> LayerUse:
     """
     calls, state = vars(layer).get("_lora_kernels_calls") or Calls(), _state_of(layer)
     request, by, without = None, None, None
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, Adapted):
         impl = layer.impl
-        op = "lora_dora_linear" if layer.use_dora else "lora_linear"
+        op = "lora_dora_linear" if getattr(layer, "use_dora", False) else layer._lora_kernels_op
         request = request_of_base(layer.base_layer, layer.r, False, op)
     elif state is None:
         impl, request = vars(layer)["_lora_kernels_impl"], _request_of(cast(Any, layer))
@@ -264,7 +279,7 @@ def _use_of(layer: nn.Module, compiled: bool) -> LayerUse:
 
 def _state_of(layer: nn.Module) -> str | None:
     """Return why a call would be left now, as far as the layer itself says."""
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, Adapted):
         return "merged" if layer.merged else layer.left_reason()
     from lora_kernels._peft.linear import left_reason
 
@@ -315,10 +330,11 @@ def _tell(found: PatchReport, impl: str, requests: dict[str, Request]) -> None:
 def _left_for_its_type(layer: "LoraLayer", impl: str = "auto") -> str | None:
     """Return why a layer can't be fused whatever its state, or None."""
     from lora_kernels._peft.linear import fused_kind
+    from lora_kernels._peft.variants import layer_reason
 
     kind = fused_kind(layer)
     if kind is None:
-        return f"{_qualified_name(layer)} has no fused forward"
+        return layer_reason(layer)
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
     # Whoever names an implementation means it for linear layers.
@@ -332,6 +348,15 @@ def _options(**asked: str | None) -> tuple[str, ...]:
         if value not in (None, "weights"):
             raise ValueError(f'{name}: expected None or "weights", got {value!r}')
     return tuple(name for name, value in asked.items() if value is not None)
+
+
+def _dtype_of(cast_weights: bool | torch.dtype, layers: list[tuple[str, "LoraLayer"]]) -> Any:
+    """Return the dtype of copies: that of an autocast that is on, or bfloat16, where not said."""
+    if not isinstance(cast_weights, bool):
+        return cast_weights
+    weight = getattr(layers[0][1].get_base_layer(), "weight", None)
+    asked = autocast_dtype(weight) if isinstance(weight, Tensor) else None
+    return asked or torch.bfloat16
 
 
 def _check_peft_version() -> None:
@@ -367,8 +392,3 @@ def _instead(model: nn.Module) -> str:
     if "LORA" in kinds:
         return f"none in {type(model).__name__}: its LoRA layers were merged and unloaded"
     return f"a PEFT model without LoRA layers ({', '.join(sorted(kinds))})"
-
-
-def _qualified_name(layer: "LoraLayer") -> str:
-    kind = type(layer)
-    return f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__qualname__}"

@@ -1,7 +1,7 @@
 """Pack and unpack the frozen weights of a model's adapted layers, for the compiled CPU part."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from lora_kernels.bypass import read_linear
 from lora_kernels.checks import is_dtensor, lack_of_memory
 from lora_kernels.native import absence
+from lora_kernels.operands.held import CastWeight
 from lora_kernels.operands.onednn import OnednnWeight
-from lora_kernels.operands.weight import Dense, Weight
 from lora_kernels.summary import Group, Summary, grouped
 
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
-_CHANGED = "the weight was replaced, moved or changed; call prepack_ again"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
     can't be seen: call it again after them. Parameters, state_dict, saving and copying of the model
     are not touched. Results are those of the weight, but for the order of sums. Packed copies serve
     calls that `impl="cpu"` does, in the dtype of the weight: none under an autocast to another one,
-    and none inside compiled graphs. `explain` says which "auto" gives it.
+    and none inside compiled graphs. Where `cast_weights_` made a 16-bit copy of the weight, that is
+    packed instead. `explain` says which "auto" gives it.
 
     Args:
         model: a model with `LoRALinear` layers, or PEFT layers that `patch_peft` patched.
@@ -72,25 +72,23 @@ def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
         >>> [*report.packed, *report.left]
         ['0']
     """
-    layers = _adapted_layers(model)
-    if not layers:
-        raise ValueError(
-            "model: expected one with LoRALinear layers or patched PEFT layers, got none in "
-            f"{type(model).__name__} (call lora_kernels.patch_peft first)"
-        )
     packed, left, nbytes = [], {}, 0
-    for path, layer in layers:
-        layer._lora_kernels_packed = None
+    for path, layer in adapted_layers(model):
+        cast = _unpacked(layer)
         dora = layer._modules.get("lora_magnitude_vector")  # of PEFT's layers an empty dictionary
-        weight = "DoRA reads no packed weight" if dora else _weight_to_pack(layer.base_layer)
+        weight = "DoRA reads no packed weight" if dora else _weight_to_pack(layer.base_layer, cast)
         if isinstance(weight, str):
             left[path] = weight
             continue
-        layer._lora_kernels_packed = OnednnWeight(weight, backward)
+        copies = OnednnWeight(weight, backward)
+        if cast is None:
+            layer._lora_kernels_packed = copies
+        else:
+            cast.packed = copies
         calls = vars(layer).get("_lora_kernels_calls")
         if calls is not None:
-            calls.lost = calls.repack = None
-        nbytes += layer._lora_kernels_packed.nbytes
+            calls.lost = calls.recipe = None
+        nbytes += copies.nbytes
         packed.append(path)
     return PrepackReport(packed, left, nbytes)
 
@@ -113,86 +111,55 @@ def unprepack_(model: nn.Module) -> int:
         >>> lk.unprepack_(model) == len(packed), lk.unprepack_(model)
         (True, 0)
     """
-    layers = [
-        layer for _, layer in _adapted_layers(model) if layer._lora_kernels_packed is not None
-    ]
+    layers = [layer for _, layer in _layers_that_hold(model) if _is_packed(layer)]
     for layer in layers:
-        layer._lora_kernels_packed = None
+        _unpacked(layer)
     return len(layers)
 
 
-def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
+def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return the layers that may hold copies of their weights, with their paths.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, or has none.
+    """
+    layers = _layers_that_hold(model)
+    if not layers:
+        raise ValueError(
+            "model: expected one with LoRALinear layers or patched PEFT layers, got none in "
+            f"{type(model).__name__} (call lora_kernels.patch_peft first)"
+        )
+    return layers
+
+
+def _layers_that_hold(model: nn.Module) -> list[tuple[str, Any]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     # LoRALinear and a patched PEFT layer alone have the attribute.
     return [(path, m) for path, m in model.named_modules() if hasattr(m, "_lora_kernels_packed")]
 
 
-def _weight_to_pack(base: nn.Module) -> Tensor | str:
-    """Return the base layer's weight, or why it can't be packed."""
+def _is_packed(layer: Any) -> bool:
+    held = layer._lora_kernels_packed
+    return held.packed is not None if isinstance(held, CastWeight) else held is not None
+
+
+def _unpacked(layer: Any) -> CastWeight | None:
+    """Drop a layer's packed copies, and a stale cast one; return the cast copy that it holds."""
+    held, read = layer._lora_kernels_packed, read_linear(layer.base_layer)
+    if isinstance(held, CastWeight) and not isinstance(read, str) and held.holds(read[0]):
+        held.packed = None
+        return held
+    layer._lora_kernels_packed = None
+    return None
+
+
+def _weight_to_pack(base: nn.Module, cast: CastWeight | None) -> Tensor | str:
+    """Return the base layer's weight, or its 16-bit copy, or why that can't be packed."""
+    if cast is not None:
+        return reason_left(cast.copy) or cast.copy
     read = read_linear(base)
     return f"base layer {read}" if isinstance(read, str) else reason_left(read[0]) or read[0]
-
-
-class PackedLayer(Protocol):
-    """A layer that may have a packed weight."""
-
-    _lora_kernels_packed: OnednnWeight | None
-
-
-def current(layer: PackedLayer, weight: Tensor) -> Weight:
-    """Return a layer's weight as a call takes it: its packed one while that holds `weight`."""
-    # Another thread may be unpatching the layer.
-    packed = getattr(layer, "_lora_kernels_packed", None)
-    # Opaque tensors can't be traced: compiled graphs take the weight itself.
-    if packed is None or torch.compiler.is_compiling():
-        return Dense(weight)
-    if packed.holds(weight):
-        return packed
-    forget(layer, _CHANGED)
-    return Dense(weight)
-
-
-def forget(layer: PackedLayer, reason: str, until_unmerged: bool = False) -> None:
-    """Drop the layer's packed weight, if it has one; its record keeps the reason."""
-    packed = getattr(layer, "_lora_kernels_packed", None)
-    if packed is None:
-        return
-    layer._lora_kernels_packed = None
-    calls = vars(layer).get("_lora_kernels_calls")
-    if calls is not None:
-        calls.lost, calls.repack = reason, packed.both_ways if until_unmerged else None
-
-
-def restore(layer: Any, weight: Tensor | str) -> None:
-    """Pack the weight again that `forget` dropped until now, or say why it isn't read."""
-    calls = vars(layer).get("_lora_kernels_calls")
-    if calls is None or calls.repack is None:
-        return
-    both_ways, calls.repack = calls.repack, None
-    calls.lost = weight if isinstance(weight, str) else reason_left(weight)
-    if not isinstance(weight, str) and calls.lost is None:
-        layer._lora_kernels_packed = OnednnWeight(weight, both_ways)
-
-
-def state_of_copies(layer: Any, weight: Tensor | None, impl: str | None) -> str | None:
-    """Return whether a layer's packed copies are "packed", "unused: ..." or "lost: ...", if any.
-
-    weight: the base layer's as a call reads it, if one can. impl: what its calls run by, where that
-    is known.
-    """
-    packed = getattr(layer, "_lora_kernels_packed", None)
-    if packed is None:
-        calls = vars(layer).get("_lora_kernels_calls")
-        return None if calls is None or calls.lost is None else f"lost: {calls.lost}"
-    if weight is None or not packed.holds(weight):
-        return f"lost: {_CHANGED}"
-    if packed.unused is not None:
-        name, dtype = packed.unused
-        return f"unused: the last call ran by {name} in {dtype}, the copies are {packed.dtype}"
-    if impl is not None and not impl.startswith("cpu"):
-        return f"unused: calls run by {impl}"
-    return "packed"
 
 
 def reason_left(weight: Tensor) -> str | None:

@@ -5,6 +5,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
+
+from lora_kernels.operands.held import Recipe
 from lora_kernels.summary import Group, Summary, grouped
 
 LOGGER = logging.getLogger("lora_kernels")
@@ -17,20 +20,22 @@ class Calls:
 
     fused, left: how many calls were fused, and how many took the unfused forward.
     reason: why the last call that was left was.
-    lost: why packed copies of the weight are gone, where they are.
-    repack: which copies to make again on unmerging: for both directions, or forward only.
+    lost: why copies of the weight are gone, where they are.
+    recipe: how copies of the weight are made again on unmerging, if they are.
+    autocast: the dtype that autocast last asked for, if it did.
     path: the layer's, in the model that was patched.
     told: reasons that were logged, shared by the layers patched together.
     """
 
-    __slots__ = ("fused", "left", "lost", "path", "reason", "repack", "told")
+    __slots__ = ("autocast", "fused", "left", "lost", "path", "reason", "recipe", "told")
 
     def __init__(self, path: str = "", told: set[str] | None = None) -> None:
         self.path = path
         self.fused, self.left = 0, 0
         self.reason: str | None = None
         self.lost: str | None = None
-        self.repack: bool | None = None
+        self.recipe: Recipe | None = None
+        self.autocast: torch.dtype | None = None
         self.told: set[str] = set() if told is None else told
 
     def leave(self, reason: str) -> None:
@@ -54,8 +59,9 @@ class LayerUse:
         left: calls so far that weren't.
         state: why a call would be left now, by the layer itself; None where it would be fused.
         reason: why the last call that was left was.
-        packed: "packed", "lost: ..." where packed copies are gone, "unused: ..." where calls read
-            the weight itself, or None where there were none.
+        packed: copies of the weight that the layer holds: "packed", "cast to ...", "lost: ..."
+            where they are gone, "unused: ..." where calls read the weight itself, "none: ..." where
+            each call under autocast casts a float32 weight, or None.
         impl: what a call that is fused now runs by, such as "cpu (avx2)", in the weights' dtype or
             that of an autocast around `report`; None where it isn't fused, or where the weight
             doesn't say.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 
+from lora_kernels._peft.variants import variant_reason
 from lora_kernels.bypass import PLAIN_TENSORS, origin
 from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
 from lora_kernels.dispatch import slower_than_peft
@@ -24,7 +25,7 @@ def read_magnitude(layer: Any, name: str) -> Tensor | str:
     if variant is None:
         return "DoRA"
     if type(variant).__name__ != "DoraLinearVariant" or origin(variant.forward) != _VARIANTS:
-        return f"LoRA variant {type(variant).__name__}"
+        return variant_reason(variant)
     if getattr(layer, "fan_in_fan_out", False):
         return "DoRA beside a transposed weight"
     if getattr(layer, "ephemeral_gpu_offload", False):

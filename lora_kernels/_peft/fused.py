@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
+from lora_kernels._peft.variants import variant_reason
 from lora_kernels.bypass import PLAIN_TENSORS, origin
 from lora_kernels.usage import Calls
 
@@ -78,7 +79,7 @@ def active_adapter(
         return None, many if names else "no active adapter"
     variant = layer.lora_variant.get(names[0])
     if variant is not None or layer.use_dora.get(names[0]):
-        return None, "DoRA" if variant is None else f"LoRA variant {type(variant).__name__}"
+        return None, "DoRA" if variant is None else variant_reason(variant)
     return names[0], None
 
 

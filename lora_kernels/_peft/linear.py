@@ -26,15 +26,16 @@ from lora_kernels.bypass import (
     scaling_reason,
 )
 from lora_kernels.checks import check_memory, is_dtensor, misfit, plainly_fit
+from lora_kernels.copies import Copies, current, forget, restore
 from lora_kernels.dispatch import has_op, slower_than_peft
+from lora_kernels.norms import known_norm
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dora import DoraCall
 from lora_kernels.operands.dropout import drawn
-from lora_kernels.operands.onednn import OnednnWeight
 from lora_kernels.operands.request import Request
 from lora_kernels.ops.dora import run as run_dora
+from lora_kernels.ops.dora import run_with_norm
 from lora_kernels.ops.linear import run
-from lora_kernels.prepack import current, forget, restore
 from lora_kernels.quantized import is_quantized
 from lora_kernels.usage import Calls
 
@@ -49,7 +50,7 @@ class FusedLinear(Linear):
     _lora_kernels_op = "lora_linear"
     _lora_kernels_impl: str
     _lora_kernels_calls: Calls
-    _lora_kernels_packed: OnednnWeight | None = None  # set by `prepack_`
+    _lora_kernels_packed: Copies | None = None  # set by `prepack_` and `cast_weights_`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted layer's output; arguments as PEFT's forward."""
@@ -81,11 +82,16 @@ class FusedLinear(Linear):
             return Linear.forward(self, x)
         if calls is not None:
             calls.fused += 1
+            calls.autocast = cast or calls.autocast
         if p:
             call = call._replace(dropout=drawn(p, None, x.device))
         path = "" if calls is None else calls.path
         if magnitude is not None:
-            return run_dora(x, DoraCall(call, magnitude), impl, cast, path)
+            asked = DoraCall(call, magnitude)
+            norm = known_norm(self, weight, asked, impl, cast or x.dtype)
+            if norm is not None:
+                return run_with_norm(x, asked, norm, impl, cast)
+            return run_dora(x, asked, impl, cast, path)
         return run(x, call, impl, cast, path)
 
     def _lora_kernels_left(self) -> str | None:
@@ -169,7 +175,7 @@ def become(
     module.__class__ = kind
     own = vars(module)
     if asked is None:
-        for name in ("impl", "options", "packed", "calls"):
+        for name in ("impl", "options", "packed", "calls", "norms"):
             own.pop(f"_lora_kernels_{name}", None)
         return
     own["_lora_kernels_impl"] = asked.impl

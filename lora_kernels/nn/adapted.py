@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_kernels import merging
 from lora_kernels.merging import Update
+from lora_kernels.usage import Calls
 
 
 class Adapted(nn.Module):
@@ -18,6 +19,8 @@ class Adapted(nn.Module):
     use_rslora: bool
     impl: str
     _merged_update: Update | None = None
+    _lora_kernels_op: str
+    _lora_kernels_calls: Calls
 
     @property
     def scaling(self) -> float:
@@ -78,6 +81,20 @@ class Adapted(nn.Module):
         if self._merged_update is not None:
             merging.unmerge(self.base_layer, self._merged_update)
             self._merged_update = None
+
+    def left_reason(self) -> str | None:
+        """Return why a call would be composed of the submodules' own; None where it is fused."""
+        raise NotImplementedError
+
+    def _note(self, reason: str | None) -> None:
+        """Count a call that is fused, or left for a reason."""
+        # A counter would be one of the things that a compiled graph depends on.
+        if torch.compiler.is_dynamo_compiling():
+            return
+        if reason is None:
+            self._lora_kernels_calls.fused += 1
+        else:
+            self._lora_kernels_calls.leave(reason)
 
     def _update(self) -> Update:
         """Return what is merged, of tensors that nobody else writes to."""

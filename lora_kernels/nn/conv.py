@@ -14,6 +14,7 @@ from lora_kernels.merging import Update
 from lora_kernels.nn.adapted import Adapted
 from lora_kernels.nn.arguments import check_settings
 from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
+from lora_kernels.usage import Calls
 
 _Kind = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -54,6 +55,7 @@ class _LoRAConv(Adapted):
     """A frozen convolution with a trainable low-rank adapter, in any number of dimensions."""
 
     base_layer: Any
+    _lora_kernels_op = "lora_conv"
     _kind: type[_Kind]
     _function: Callable[..., Tensor]
 
@@ -116,11 +118,7 @@ class _LoRAConv(Adapted):
         """
         check_keyword("r", misplaced)
         check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)
-        reason = _reason(conv, cls._kind)
-        if reason is not None:
-            kind = f"torch.nn.{cls._kind.__name__}"
-            raise TypeError(f"conv: expected a {kind} to adapt, got one that {reason}")
-        _check_rank(conv, r)
+        check_conv(conv, cls._kind, r)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adapt(conv, r, lora_alpha, lora_dropout, use_rslora, bias, adapter_dtype, impl)
@@ -145,6 +143,7 @@ class _LoRAConv(Adapted):
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora, self.bias_mode, self.impl = use_rslora, bias, impl
         self.base_layer = base.requires_grad_(False)
+        self._lora_kernels_calls = Calls()
         # Which class it is, and so its tuples, mypy can't know.
         make: Any = self._kind
         self.lora_A = make(
@@ -165,7 +164,9 @@ class _LoRAConv(Adapted):
         base = self.base_layer
         if self.merged:
             return base(x)
-        if self.left_reason() is None:
+        reason = self.left_reason()
+        self._note(reason)
+        if reason is None:
             return self._function(
                 x, base.weight, self.lora_A.weight, self.lora_B.weight, base.bias,
                 scaling=self.scaling, stride=base.stride, padding=base.padding, groups=base.groups,
@@ -209,6 +210,16 @@ class LoRAConv3d(_LoRAConv):
     __doc__ = _TEXT.format(dims="three", n=3)
     _kind = nn.Conv3d
     _function = staticmethod(lora_conv3d)
+
+
+def check_conv(conv: _Kind, kind: type[_Kind], r: int) -> None:
+    """Raise TypeError or ValueError unless a convolution can be adapted with a rank."""
+    reason = _reason(conv, kind)
+    if reason is not None:
+        raise TypeError(
+            f"conv: expected a torch.nn.{kind.__name__} to adapt, got one that {reason}"
+        )
+    _check_rank(conv, r)
 
 
 def _check_rank(conv: _Kind, r: int) -> None:

@@ -12,6 +12,7 @@ from lora_kernels.merging import Update
 from lora_kernels.nn.adapted import Adapted
 from lora_kernels.nn.arguments import check_settings
 from lora_kernels.ops.embedding import lora_embedding
+from lora_kernels.usage import Calls
 
 # What PEFT passes on to torch and `lora_embedding` has not.
 _LEFT_TO_PEFT = ("max_norm", "scale_grad_by_freq", "sparse")
@@ -49,6 +50,7 @@ class LoRAEmbedding(Adapted):
     """
 
     base_layer: nn.Embedding
+    _lora_kernels_op = "lora_embedding"
 
     def __init__(
         self,
@@ -104,11 +106,7 @@ class LoRAEmbedding(Adapted):
         """
         check_keyword("r", misplaced)
         check_settings(r, lora_alpha, 0.0, "none", adapter_dtype, impl)
-        reason = _reason(embedding)
-        if reason is not None:
-            raise TypeError(
-                f"embedding: expected a torch.nn.Embedding to adapt, got one that {reason}"
-            )
+        check_embedding(embedding)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adapt(embedding, r, lora_alpha, use_rslora, adapter_dtype, impl)
@@ -131,6 +129,7 @@ class LoRAEmbedding(Adapted):
         self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
         self.r, self.lora_alpha, self.use_rslora, self.impl = r, lora_alpha, use_rslora, impl
         self.base_layer = base.requires_grad_(False)
+        self._lora_kernels_calls = Calls()
         self.lora_embedding_A = nn.Parameter(torch.empty(r, base.num_embeddings, **like))
         self.lora_embedding_B = nn.Parameter(torch.empty(base.embedding_dim, r, **like))
         self.reset_lora_parameters()
@@ -149,7 +148,9 @@ class LoRAEmbedding(Adapted):
             self.lora_embedding_B,
             self.base_layer.padding_idx,
         )
-        if self.left_reason() is None:
+        reason = self.left_reason()
+        self._note(reason)
+        if reason is None:
             return lora_embedding(
                 ids, self.base_layer.weight, a, b,
                 scaling=self.scaling, padding_idx=padding_idx, impl=self.impl,
@@ -167,6 +168,13 @@ class LoRAEmbedding(Adapted):
         a, b = self.lora_embedding_A.detach(), self.lora_embedding_B.detach()
         check_memory(lora_embedding_A=a, lora_embedding_B=b)
         return Update(b.t().clone(), a.t().clone(), self.scaling)
+
+
+def check_embedding(embedding: nn.Module) -> None:
+    """Raise TypeError unless an embedding can be adapted."""
+    reason = _reason(embedding)
+    if reason is not None:
+        raise TypeError(f"embedding: expected a torch.nn.Embedding to adapt, got one that {reason}")
 
 
 def _reason(embedding: nn.Module) -> str | None:

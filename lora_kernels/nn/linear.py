@@ -16,17 +16,18 @@ from lora_kernels.checks import (
     check_keyword,
     plainly_fit,
 )
+from lora_kernels.copies import Copies, current
 from lora_kernels.merging import Update
 from lora_kernels.nn.adapted import Adapted
 from lora_kernels.nn.arguments import OWNER_READS, check_linear, check_settings, has_plain_matrix
 from lora_kernels.nn.dora import Magnitude
+from lora_kernels.norms import known_norm
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dora import DoraCall
 from lora_kernels.operands.dropout import drawn
-from lora_kernels.operands.onednn import OnednnWeight
 from lora_kernels.ops.dora import run as run_dora
+from lora_kernels.ops.dora import run_with_norm
 from lora_kernels.ops.linear import run
-from lora_kernels.prepack import current
 from lora_kernels.quantized import Base, apply, read_quantized, settled, unconverted
 from lora_kernels.usage import Calls
 
@@ -73,8 +74,9 @@ class LoRALinear(Adapted):
     """
 
     base_layer: nn.Linear
+    _lora_kernels_op = "lora_linear"
     lora_magnitude_vector: Magnitude  # with use_dora
-    _lora_kernels_packed: OnednnWeight | None = None  # set by `prepack_`
+    _lora_kernels_packed: Copies | None = None  # set by `prepack_` and `cast_weights_`
 
     def __init__(
         self,
@@ -251,11 +253,16 @@ class LoRALinear(Adapted):
             check_dropout_p(p, name="lora_dropout")
         # A counter would be one of the things that a compiled graph depends on.
         if not torch.compiler.is_dynamo_compiling():
-            self._lora_kernels_calls.fused += 1
+            calls = self._lora_kernels_calls
+            calls.fused, calls.autocast = calls.fused + 1, cast or calls.autocast
         if p:
             call = call._replace(dropout=drawn(p, None, x.device))
         if len(parts) == 5:
-            return run_dora(x, DoraCall(call, parts[4]), self.impl, cast)
+            dora = DoraCall(call, parts[4])
+            norm = known_norm(self, weight, dora, self.impl, cast or x.dtype)
+            if norm is not None:
+                return run_with_norm(x, dora, norm, self.impl, cast)
+            return run_dora(x, dora, self.impl, cast)
         return run(x, call, self.impl, cast)
 
     def left_reason(self) -> str | None:

@@ -33,7 +33,7 @@ class LinearCall(NamedTuple):
         """Return the call with W and bias as autocast has them; codes stay, x decides for them."""
         weight, adapter, bias, dropout = self
         if weight.dtype != dtype and weight.dtype in AUTOCAST_DTYPES:
-            weight = Dense(weight.decode(dtype))
+            weight = weight.as_autocast(dtype)
         return LinearCall(weight, adapter, as_autocast(bias, dtype), dropout)
 
     def flat(self) -> tuple[Any, ...]:

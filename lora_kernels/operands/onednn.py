@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.operands.held import HeldWeight
 from lora_kernels.operands.weight import Stored
 
 # Longer float32 sums are made of parts. 2026-11-25, Zen 5: oneDNN's root mean square error is 1.5
@@ -15,49 +15,23 @@ from lora_kernels.operands.weight import Stored
 CHAIN = 1024
 
 
-class OnednnWeight:
-    """W and its packed copies: those of one version of one memory.
-
-    A weight that was replaced, moved or written to since is not held any more (writes through
-    `.data` leave no trace), nor one that is trained. A copied or unpickled module starts without.
-    """
+class OnednnWeight(HeldWeight):
+    """W and its packed copies."""
 
     format = form = "onednn"
 
     def __init__(self, weight: Tensor, backward: bool) -> None:
-        # The detached alias shares memory and version counter, and keeps that address from reuse.
-        self.stored, self._version = weight.detach(), weight._version
-        self.shape, self.dtype, self.both_ways = weight.shape, weight.dtype, backward
+        super().__init__(weight)
+        self.both_ways = backward
         self._copies = _packed(self.stored)
         self._transposed = _packed(self.stored.t()) if backward else []
         self.nbytes = sum(t.numel() * t.element_size() for t in self._copies + self._transposed)
         # Implementation and dtype of the last call, if it read the weight itself.
         self.unused: tuple[str, torch.dtype] | None = None
 
-    def holds(self, weight: Tensor) -> bool:
-        """Whether `weight` is still what was packed."""
-        mine = self.stored
-        return (
-            not weight.requires_grad  # fused optimizers leave no trace in the version
-            and weight._version == self._version
-            and weight.data_ptr() == mine.data_ptr()
-            and weight.stride() == mine.stride()  # `.data` may be the same memory read otherwise
-            and weight.shape == mine.shape
-        )
-
     def tensors(self, backward: bool) -> Stored:
         """Return W and its parts; those of Wᵀ for backward, none where it wasn't packed."""
         return self.stored, self._transposed or None if backward else self._copies
-
-    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return W."""
-        return self.stored if dtype is None else self.stored.to(dtype)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
 
 
 def parts(weight: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -41,6 +41,9 @@ class Weight(Protocol):
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return W itself, in `dtype` or as exactly as the format says it."""
 
+    def as_autocast(self, dtype: torch.dtype) -> "Weight":
+        """Return W in the dtype that autocast asks for; codes stay, x decides for them."""
+
 
 class Dense:
     """W as torch has it; no NamedTuple, which takes twice the time to make."""
@@ -69,6 +72,10 @@ class Dense:
         """Return W."""
         stored = self.stored
         return stored if dtype is None or stored.dtype is dtype else stored.to(dtype)
+
+    def as_autocast(self, dtype: torch.dtype) -> "Dense":
+        """Return W in that dtype."""
+        return Dense(self.decode(dtype))
 
 
 class QuantizedWeight:
@@ -104,6 +111,10 @@ class QuantizedWeight:
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return W: a product in float32, rounded once to `dtype`; float32 by default."""
         raise NotImplementedError
+
+    def as_autocast(self, dtype: torch.dtype) -> "QuantizedWeight":  # noqa: ARG002  the protocol's
+        """Return the weight itself."""
+        return self
 
     def misfit(self) -> Misfit:
         """Return the error that names what doesn't fit in codes, parts and numbers, or None."""

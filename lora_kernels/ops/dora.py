@@ -17,6 +17,7 @@ from lora_kernels.checks import (
     scaling_for,
 )
 from lora_kernels.dispatch import IMPLEMENTATIONS, check_plain, choose
+from lora_kernels.impl.eager.dora import scaled
 from lora_kernels.impl.reference import dora as reference
 from lora_kernels.operands.call import Adapter, LinearCall, as_autocast, autocast_dtype, call_of
 from lora_kernels.operands.dora import DoraCall, DoraWanted, Kept
@@ -24,6 +25,7 @@ from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.precision import has_wide_branch
 from lora_kernels.operands.weight import Dense
 from lora_kernels.ops.dora_gradients import DoraOperatorFunction, LoraDoraLinear
+from lora_kernels.ops.linear import run as run_linear
 from lora_kernels.ops.linear_gradients import CallParams
 from lora_kernels.registration import (
     Direction,
@@ -71,12 +73,12 @@ def _check_forward(x: Tensor, *flat: Any) -> None:
 
 def _check_backward(dy: Tensor, *flat: Any) -> None:
     kept, (linear, magnitude) = _backward_call(*flat[:-1])
-    # xa is float32 where forward made it so, in whichever implementation.
-    wide = kept.xa is not None and kept.xa.dtype == torch.float32 != dy.dtype
-    wide = wide and has_wide_branch(dy, linear.adapter)
+    # xa and u are float32 where forward made them so, in whichever implementation.
+    may_be = has_wide_branch(dy, linear.adapter)
+    wide = may_be and kept.xa is not None and kept.xa.dtype == torch.float32
     check_backward(dy, kept.x, kept.xa, linear, wide_xa=wide)
     check_magnitude(magnitude, dy, linear.weight.shape[0])
-    check_norm(kept.norm, kept.u, dy)
+    check_norm(kept.norm, kept.u, dy, may_be)
 
 
 def _fake_forward(impl: str, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
@@ -85,9 +87,9 @@ def _fake_forward(impl: str, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     n, r = linear.weight.shape[0], linear.adapter.a.shape[0]
     y = x.new_empty(*x.shape[:-1], n)
     m = y.numel() // n
-    xa = torch.float32 if has_wide_branch(x, linear.adapter) else x.dtype
+    branch = torch.float32 if has_wide_branch(x, linear.adapter) else x.dtype
     norm = torch.promote_types(x.dtype, torch.float32)
-    products = x.new_empty((m, r), dtype=xa), x.new_empty(m, n)
+    products = (x.new_empty(shape, dtype=branch) for shape in ((m, r), (m, n)))
     return y, *products, x.new_empty(n, dtype=norm)
 
 
@@ -135,8 +137,8 @@ def _cast_backward(impl: str, dtype: torch.dtype, dy: Tensor, *flat: Any) -> tup
     (x, xa, u, norm), call = _backward_call(*given)
     linear, cast = call.linear.cast(dtype), as_autocast(dy, dtype)
     wide = cast is not None and has_wide_branch(cast, linear.adapter)
-    xa = as_autocast(xa, torch.float32 if wide else dtype)
-    products = as_autocast(x, dtype), xa, as_autocast(u, dtype), norm
+    branch = torch.float32 if wide else dtype
+    products = as_autocast(x, dtype), as_autocast(xa, branch), as_autocast(u, branch), norm
     return cast, *products, call.magnitude, *linear.flat_backward(), wanted
 
 
@@ -219,7 +221,8 @@ def lora_dora_linear(
 
     Precision: as `lora_linear`. The norm is formed in float32 (float64 for float64) of weight,
     lora_A and lora_B as they are stored, its relative error below 1e-5; y is formed of u, g and
-    bias in that dtype and rounded once. u and, in backward, g ⊙ dy are rounded to x's dtype.
+    bias in that dtype and rounded once. u and, in backward, g ⊙ dy are rounded to x's dtype, but
+    not beside wider adapters on a float16 x on a CPU: what is rescaled to its range may leave it.
     lora_A's, lora_B's and magnitude's gradients come back in their own dtypes. Autocast,
     torch.func's transforms, forward-mode and second derivatives are served as by `lora_linear`;
     the norm is a constant to all of them.
@@ -272,6 +275,20 @@ def run(
     params = CallParams(both, form, parts, parts, threshold, scaling, layer)
     tensors = weight, a, b, bias, magnitude, seed, scaling_tensor
     return LoraDoraLinear.apply(x, *tensors, params)
+
+
+def run_with_norm(
+    x: Tensor, call: DoraCall, norm: Tensor, impl: str, cast: torch.dtype | None = None
+) -> Tensor:
+    """Compute a call without dropout and gradients whose norms are known: y = g ⊙ z + bias.
+
+    z is the linear layer's product, by whichever implementation serves that.
+    """
+    linear = call.linear
+    z = run_linear(x, linear._replace(bias=None), impl, cast)
+    bias = linear.bias if cast is None else as_autocast(linear.bias, cast)
+    rows = z.reshape(-1, z.shape[-1])
+    return scaled(rows, call.gain(norm), bias).view(z.shape)
 
 
 def _operators(x: Tensor, call: DoraCall, impl: str) -> Operators:

@@ -257,8 +257,8 @@ def lora_embedding(
     call = EmbeddingCall(Dense(weight), adapter, NO_PADDING, None)
     check(ids, call)
     adapter = adapter._replace(scaling=scaling_for(scaling, ids.device))
-    padding_idx = _row(padding_idx, weight.shape[0])
-    scale = None if embed_scale is None else _scale_tensor(embed_scale, weight)
+    padding_idx = row_of(padding_idx, weight.shape[0])
+    scale = None if embed_scale is None else scale_tensor(embed_scale, weight)
     call = EmbeddingCall(Dense(weight), adapter, padding_idx, scale)
     if is_plain_torch(impl):
         return reference.forward(ids, call)
@@ -276,7 +276,7 @@ def _differentiable(both: Operators, ids: Tensor, call: EmbeddingCall) -> Tensor
     return LoraEmbedding.apply(ids, weight, a, b, tensor, embed_scale, params)
 
 
-def _row(padding_idx: int | None, rows: int) -> int:
+def row_of(padding_idx: int | None, rows: int) -> int:
     """Return a row's number from the start, NO_PADDING for none."""
     if padding_idx is None:
         return NO_PADDING
@@ -287,7 +287,7 @@ def _row(padding_idx: int | None, rows: int) -> int:
     return padding_idx % rows
 
 
-def _scale_tensor(embed_scale: Any, weight: Tensor) -> Tensor:
+def scale_tensor(embed_scale: Any, weight: Tensor) -> Tensor:
     """Return embed_scale as operators take it: 0-dim, where the weight is, float32 or float64."""
     if isinstance(embed_scale, Tensor):
         if (

@@ -274,6 +274,7 @@ def run(
     if cast is not None:
         check_memory(x=x, weight=given.stored, bias=call.bias)
         x, call = x.to(cast), call.cast(cast)
+        given = call.weight if isinstance(call.weight, OnednnWeight) else given
     if call.bias is not None and not call.bias.is_contiguous():
         check_memory(bias=call.bias)
         # oneDNN's linear reads a strided one as if it were not.

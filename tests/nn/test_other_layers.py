@@ -209,7 +209,33 @@ def test_settings_are_checked(make):
 
 @each
 def test_no_adapter_is_left_out_of_a_file(make, tmp_path):
-    model = nn.Sequential(lk.LoRALinear(4, 4), make()[0])
-    with pytest.raises(ValueError, match=r"got a LoRA\w+ at '1'"):
-        lk.save_adapter(model, tmp_path)
-    assert not list(tmp_path.iterdir())
+    model, other = (nn.Sequential(lk.LoRALinear(4, 4, r=1), make()[0]) for _ in range(2))
+    lk.save_adapter(model, tmp_path)
+    lk.load_adapter(other, tmp_path)
+    assert other[1].scaling == model[1].scaling
+    for (name, mine), theirs in zip(other.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs) == ("lora_" in name), name
+
+
+@each
+def test_the_report_counts_calls_and_names_what_runs_them(make):
+    layer, x = make()
+    model = nn.ModuleDict({"it": layer, "DoRA": lk.LoRALinear(4, 4, use_dora=True)})
+    layer(x)
+    model["DoRA"](torch.ones(1, 4))
+    use = lk.report(model).layers["it"]
+    assert (use.fused, use.left, use.state, use.impl) == (1, 0, None, "eager")
+    dora = lk.report(model).layers["DoRA"]
+    assert (dora.fused, dora.impl) == (1, "eager")
+    assert "has no lora_dora_linear" in dora.without_kernel
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    layer(x)
+    use = lk.report(model).layers["it"]
+    assert (use.fused, use.left) == (1, 1)
+    assert use.state == use.reason != ""
+    assert "has hooks" in use.state
+    layer.base_layer._forward_hooks.clear()
+    layer.merge()
+    layer(x)  # which needs no adapter
+    use = lk.report(model).layers["it"]
+    assert (use.fused, use.left, use.state, use.impl) == (1, 1, "merged", None)

@@ -15,6 +15,7 @@ from lora_kernels.operands.call import Adapter, LinearCall
 from lora_kernels.operands.weight import Dense
 from lora_kernels.registration import operators
 from lora_kernels.testing import Case
+from tests.support import dora as support
 from tests.support.dora import assert_dora_parity, call_of, make_dora_inputs, results
 from tests.support.layouts import LAYOUTS, laid_out
 
@@ -112,6 +113,26 @@ def test_parity(impl, dtype, p):
 @pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
 def test_wider_adapters(dtype, p):
     assert_dora_parity(Case((3, 20), 72, 136, 8, dtype, FP32, dropout_p=p), "eager")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("larger", ["A", "B", "both", "gain"])
+def test_what_g_brings_into_the_range_of_float16(larger, impl, p):
+    """Beside float32 adapters; A x, B or u beyond 65,504 were infinite, g dy below 6e-8 zero."""
+    case = Case((3, 20), 24, 33, 4, FP16, FP32, dropout_p=p)
+    inputs, magnitude = make_dora_inputs(case)
+    if larger in ("A", "both"):
+        inputs.lora_A.mul_(3e5)
+    if larger in ("B", "both"):
+        inputs.lora_B.mul_(3e5)
+    if larger == "gain":
+        inputs.weight.mul_(1e-4)
+        inputs.lora_B.mul_(1e-5)
+    oracle = support.reference_results(case, inputs, magnitude, FP64)
+    for name, found in results(case, inputs, magnitude, impl).items():
+        tolerance = 1e-2 * oracle[name].abs().max().item()
+        torch.testing.assert_close(found.double(), oracle[name], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)

@@ -268,12 +268,13 @@ def net_with(**modules):
     [
         (net_with(q=nn.Identity()), "expected 'q' to be .*, got Identity"),
         (net_with(z=nn.Identity()), r"expected a layer 'z\.k', got none"),
-        (net_with(q=nn.Conv1d(8, 12, 1)), "expected 'q' to be .*, got Conv1d"),
+        (net_with(q=nn.Conv1d(8, 12, 1)), r"q\.lora_A: expected .*\[2, 8, 1\], got .*\[2, 8\]"),
+        (net_with(q=nn.Embedding(8, 12)), "q: expected lora_embedding_A, .* by Embedding, got"),
         (net_with(q=nn.Linear(8, 12).to(torch.float8_e4m3fn)), "q: linear: expected .*float8"),
         (adapt(Net(), {"q": {}, "zok": {}}), "expected weights of layer 'zok', got none"),
         (adapt(Net(), {"z.k": {"r": 3}}), r"z\.k\.r: expected rank 3, got 2"),
     ],
-    ids=["no linear", "no layer", "conv", "float8", "layer not in the file", "rank"],
+    ids=["no linear", "no layer", "conv", "embedding", "float8", "layer not in the file", "rank"],
 )
 def test_a_model_that_does_not_fit_is_left_alone(model, message, tmp_path):
     lk.save_adapter(adapt(Net(), {"q": {}, "z.k": {}}), tmp_path)
@@ -348,7 +349,7 @@ def test_a_failed_save_leaves_the_directory_as_it_was(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Net(), "expected LoRALinear layers, got none in Net"),
+        (Net(), "expected LoRA layers, got none in Net"),
         (adapt(Net(), {"q": {"lora_dropout": 0.1}, "zok": {}}), "lora_dropout: expected one value"),
         (adapt(Net(), {"q": {"use_rslora": True}, "zok": {}}), "use_rslora: expected one value"),
         (adapt(Net(), {"q": {"bias": "lora_only"}, "zok": {}}), "bias: expected one value"),

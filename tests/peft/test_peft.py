@@ -137,9 +137,10 @@ def double_by_hook(adapters):
     adapters["default"].register_forward_hook(lambda module, args, y: 2 * y)
 
 
+ALORA = "LoRA variant ALoraLinearVariant: aLoRA adapts the tokens after its invocation"
 # Why `up` keeps PEFT's forward, and what brings it there.
 STATES = {
-    "LoRA variant ALoraLinearVariant": lambda model: add_second(model, alora_invocation_tokens=[1]),
+    ALORA: lambda model: add_second(model, alora_invocation_tokens=[1]),
     "2 active adapters: lora_B has a bias": partial(activate_both, lora_bias=True),
     "no active adapter": lambda model: up(model).set_adapter([]),
     "adapters disabled": lambda model: model.base_model.disable_adapter_layers(),
@@ -154,7 +155,7 @@ STATES = {
 }
 
 if peft.__version__.startswith("0.18."):  # a second adapter is no aLoRA there
-    del STATES["LoRA variant ALoraLinearVariant"]
+    del STATES[ALORA]
 
 
 @pytest.mark.parametrize("when", ["before patching", "after patching"])

@@ -111,7 +111,8 @@ def test_nothing_patched_is_warned_of(caplog):
     report = lk.patch_peft(two(alora_invocation_tokens=[1]))
     assert not report.implementations
     (warning,) = logged(caplog, logging.WARNING)
-    assert warning == "0 of 2 LoRA layers patched: LoRA variant ALoraLinearVariant (2)"
+    reason = "LoRA variant ALoraLinearVariant: aLoRA adapts the tokens after its invocation"
+    assert warning == f"0 of 2 LoRA layers patched: {reason} (2)"
 
 
 def test_an_absent_part_is_warned_of_with_the_cure(without_the_part, caplog):

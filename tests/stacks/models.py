@@ -153,6 +153,7 @@ def peak_bytes(step):
 _COMPUTING = (
     (peft_layer, "run"),
     (peft_layer, "run_dora"),
+    (peft_layer, "run_with_norm"),
     (peft_conv, "run"),
     (peft_embedding, "lora_embedding"),
 )

@@ -1,4 +1,4 @@
-"""Vision and diffusion models, and LoRA beside prompt or prefix tuning: trained as unpatched."""
+"""Vision, speech, diffusion models, embeddings, LoRA beside prompts: trained as unpatched."""
 
 import copy
 
@@ -78,6 +78,27 @@ def dit():
     return denoising(model, torch.randn(2, 4, 8, 8), torch.tensor([3, 40]), class_labels=labels)
 
 
+def whisper():
+    """Not its convolutions: the encoder reads their stride, which PEFT's layer hasn't."""
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 60}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 8, "init_std": 0.2}
+    lengths = {"max_source_positions": 8, "max_target_positions": 16}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(**sizes, **heads, **layers, **lengths, **ids)
+    model = transformers.WhisperForConditionalGeneration(config)
+    targets = ["q_proj", "v_proj", "fc1", "embed_tokens"]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
+    sounds, labels = torch.randn(2, 8, 16), torch.randint(3, 60, (2, 6))
+    return model, lambda m: m(input_features=sounds, labels=labels).loss
+
+
+def llama_with_embeddings():
+    model = peft.get_peft_model(llama(), lora_config(target_modules=[*LINEARS, "embed_tokens"]))
+    rows = tokens()
+    return model, lambda m: m(input_ids=rows, labels=rows).loss
+
+
 # What makes a model and its loss, the calls of a step that are fused, and what is left.
 MODELS = {
     "ViT": (vit, 12, {}),
@@ -88,6 +109,8 @@ MODELS = {
         set(),
     ),
     "DiT": (dit, 12, {}),
+    "Whisper, embed_tokens too": (whisper, 9, {}),
+    "Llama, embed_tokens too": (llama_with_embeddings, 2 * len(LINEARS) + 1, {}),
 }
 
 

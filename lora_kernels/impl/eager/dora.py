@@ -23,6 +23,7 @@ from lora_kernels.impl.eager.products import (
 )
 from lora_kernels.operands.call import LinearCall, Wanted
 from lora_kernels.operands.dora import DoraCall, DoraGradients, DoraWanted, Kept
+from lora_kernels.operands.precision import has_wide_branch
 
 # Of ‖w‖² + ‖s b A‖²: below it float32's n is off by more than 1e-5 (2026-11-28).
 CANCELLED = 1e-2
@@ -65,19 +66,22 @@ def forward(x: Tensor, call: DoraCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y [..., N], xa [M, R], u [M, N] and n [N]; see `reference`.
 
     Precision: as `linear`'s; u is rounded to x's dtype, g is not: y is formed of both in g's dtype
-    and rounded once.
+    and rounded once. Beside wider adapters all products of a float16 x are float32, and so is u.
     """
     linear = call.linear
     norm = row_norms(linear)
     gain = call.gain(norm)
+    if has_wide_branch(x, linear.adapter):
+        y, xa, u = _wide_forward(x, linear, gain)
+        return y.view(*x.shape[:-1], y.shape[1]), xa, u, norm
     x2 = left_operand(x)
     z, xa = plain.forward(x2, linear._replace(bias=None))
     if linear.dropout is None:
         u = z
-        y = _scaled(u, gain, linear.bias)
+        y = scaled(u, gain, linear.bias)
     else:
         u = _dropped_product(x2, xa, linear)
-        y = _scaled(u, gain - 1, linear.bias, z)
+        y = scaled(u, gain - 1, linear.bias, z)
     return y.view(*x.shape[:-1], y.shape[1]), xa, u, norm
 
 
@@ -90,8 +94,10 @@ def backward(dy: Tensor, kept: Kept, call: DoraCall, wanted: DoraWanted) -> Dora
     dy2 = left_operand(dy)
     x2 = as_matrix(kept.x) if wanted.da and kept.x is not None else None
     dx = da = db = dm = None
-    if wanted.dx or wanted.da or wanted.db:
-        dz, dropped = _scaled(dy2, gain), wanted.dx and linear.dropout is not None
+    if has_wide_branch(dy, linear.adapter):
+        dx, da, db = _wide_backward(dy2, x2, kept.xa, linear, gain, wanted)
+    elif wanted.dx or wanted.da or wanted.db:
+        dz, dropped = scaled(dy2, gain), wanted.dx and linear.dropout is not None
         asked = Wanted(wanted.dx and not dropped, wanted.da and not dropped, wanted.db, False)
         dx, da, db, _ = plain.backward(dz, x2, kept.xa, linear, asked)
         if dropped:
@@ -104,13 +110,72 @@ def backward(dy: Tensor, kept: Kept, call: DoraCall, wanted: DoraWanted) -> Dora
     return DoraGradients(
         dx.view(*dy.shape[:-1], dx.shape[1]) if dx is not None else None,
         as_dtype(da, linear.adapter.a.dtype) if da is not None else None,
-        db,
+        as_dtype(db, linear.adapter.b.dtype) if db is not None else None,
         dy2.sum(0) if wanted.dbias else None,
         dm,
     )
 
 
-def _scaled(
+def _wide_forward(x: Tensor, call: LinearCall, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y of a float16 x beside wider adapters, and xa and u, which are float32.
+
+    g ⊙ scaling · xa Bᵀ is formed as one product: (g - 1) of it would cancel where g is small.
+    """
+    (a, b, scaling), x2, weight = call.adapter, as_matrix(x), call.weight.decode()
+    at, bt, wt = a.float().t(), b.float().t(), weight.float().t()
+    y = x2.new_empty(x2.shape[0], weight.shape[0])
+    xa, u = (x2.new_empty((len(x2), n), dtype=torch.float32) for n in (a.shape[0], y.shape[1]))
+    for rows, keep in blocks(x2.shape[0], x2.shape[1], call.dropout):
+        wide = x2[rows].float()
+        kept = wide if keep is None else masked(wide, keep)
+        if call.dropout is not None:
+            kept = kept * call.dropout.scale
+        torch.mm(kept, at, out=xa[rows])
+        low = torch.mm(xa[rows] * scaling, bt)
+        product = torch.mm(kept, wt)
+        torch.add(product, low, out=u[rows])
+        total = low.mul_(gain)
+        if keep is None:
+            total.addcmul_(product, gain)
+        else:
+            total.addcmul_(product, gain - 1).add_(torch.mm(wide, wt))
+        y[rows] = total if call.bias is None else total.add_(call.bias)
+    return y, xa, u
+
+
+def _wide_backward(
+    dy2: Tensor,
+    x2: Tensor | None,
+    xa: Tensor | None,
+    call: LinearCall,
+    gain: Tensor,
+    wanted: DoraWanted,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx in dy's dtype, dA and dB in float32, all of float32 products."""
+    (lora_A, lora_B, scaling), weight = call.adapter, call.weight.decode().float()
+    a, b, dropout = lora_A.float(), lora_B.float(), call.dropout
+    dx = dy2.new_empty(dy2.shape[0], weight.shape[1]) if wanted.dx else None
+    da = torch.zeros_like(a) if x2 is not None else None
+    db = torch.zeros_like(b) if wanted.db and xa is not None else None
+    factor = 1.0 if dropout is None else dropout.scale
+    for rows, keep in blocks(dy2.shape[0], a.shape[1], dropout):
+        dy = dy2[rows].float()
+        dz = dy * gain
+        q = torch.mm(dz, b).mul_(scaling).mul_(factor)
+        if dx is not None and keep is None:
+            dx[rows] = torch.mm(dz, weight).addmm_(q, a)
+        elif dx is not None and keep is not None:
+            t = torch.mm((dz - dy) * factor, weight).addmm_(q, a)
+            dx[rows] = torch.mm(dy, weight).add_(masked(t, keep, out=t))
+        if da is not None and x2 is not None:
+            kept = x2[rows] if keep is None else masked(x2[rows], keep)
+            da.addmm_(q.t(), kept.float())
+        if db is not None and xa is not None:
+            db.addmm_(dz.t(), xa[rows].float())
+    return dx, da, None if db is None else db.mul_(scaling)
+
+
+def scaled(
     v: Tensor, gain: Tensor, bias: Tensor | None = None, base: Tensor | None = None
 ) -> Tensor:
     """Return gain ⊙ v + bias + base in v's dtype, rounded once."""
@@ -152,7 +217,7 @@ def _dropped_backward(
     da = None if x2 is None else torch.zeros_like(a, dtype=gain.dtype)
     for rows, keep in keep_blocks(dy2.shape[0], a.shape[1], dropout):
         q = torch.mm(as_dtype(dz[rows], dtype), b).mul_(call.adapter.scaling).mul_(dropout.scale)
-        t = torch.mm(_scaled(dy2[rows], (gain - 1) * dropout.scale), weight)
+        t = torch.mm(scaled(dy2[rows], (gain - 1) * dropout.scale), weight)
         t = as_dtype(t, dtype).addmm_(q, a)
         dx[rows].add_(masked(t, keep, out=t))
         if x2 is not None and da is not None:

@@ -37,23 +37,39 @@ def row_norms(call: LinearCall) -> Tensor:
 
 
 def products(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Return z = x Wᵀ + scaling · xa Bᵀ and u, both [M, N], which are one without dropout; xa."""
+    """Return z = x Wᵀ + scaling · xa Bᵀ and u, both [M, N], which are one without dropout; xa.
+
+    z and u are of xa's dtype: beside wider adapters g brings them into the range of float16.
+    """
     z, xa = plain.forward(as_matrix(x), call._replace(bias=None))
+    if xa.dtype != x.dtype:
+        own, kept, branch = _terms(x, xa, call)
+        return own + branch, kept + branch, xa
     if call.dropout is None:
         return z, z, xa
-    b, weight = rounded(call.adapter.b, x.dtype), call.weight.decode()
-    kept = dropped(as_matrix(x).to(b.dtype), call.dropout)
-    u = kept @ weight.to(b.dtype).T + (xa.to(b.dtype) @ b.T) * call.adapter.scaling
-    return z, u.to(x.dtype), xa
+    _, kept, branch = _terms(x, xa, call)
+    return z, (kept + branch).to(x.dtype), xa
+
+
+def _terms(x: Tensor, xa: Tensor, call: LinearCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x Wᵀ, D(x) Wᵀ and scaling · xa Bᵀ, of float16 in float32."""
+    b = rounded(call.adapter.b, x.dtype)
+    x2, weight = as_matrix(x).to(b.dtype), call.weight.decode().to(b.dtype)
+    branch = (xa.to(b.dtype) @ b.T) * call.adapter.scaling
+    return x2 @ weight.T, dropped(x2, call.dropout) @ weight.T, branch
 
 
 def forward(x: Tensor, call: DoraCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y [..., N], xa [M, R], u [M, N] in x's dtype (xa as in `linear`) and n [N]."""
+    """Return y [..., N], xa [M, R], u [M, N] of xa's dtype, which is as in `linear`, and n [N]."""
     linear = call.linear
     norm = row_norms(linear)
     gain = call.gain(norm)
     z, u, xa = products(x, linear)
-    y = gain * z if linear.dropout is None else z + (gain - 1) * u
+    if xa.dtype != x.dtype:  # z and u may be large and cancel
+        own, kept, branch = _terms(x, xa, linear)
+        y = own + (gain - 1) * kept + gain * branch
+    else:
+        y = gain * z if linear.dropout is None else z + (gain - 1) * u
     if linear.bias is not None:
         y = y + linear.bias
     return y.to(x.dtype).reshape(*x.shape[:-1], z.shape[1]), xa, u, norm
