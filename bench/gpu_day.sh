@@ -6,8 +6,8 @@
 # PYTHON names the interpreter (default python3); its torch must be a CUDA build, with triton. Each
 # step has a limit, its share of LIMIT seconds (default 1440), so that all end within 25 minutes; one
 # that fails, crashes or is cut off is reported, and the next goes on. Results are written as they
-# come. --dry-run: on a machine without a GPU, small versions of the steps that a CPU can do, and the
-# commands of the others.
+# come. SKIP names steps to leave out ("requirements build" where both are there). --dry-run: on a
+# machine without a GPU, small versions of the steps that a CPU can do, and the commands of the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,6 +31,10 @@ export LORA_KERNELS_TUNED=$folder/tuned HF_HUB_OFFLINE=1
 step() {
     local name=$1 limit=$((($2 * limit_in_all + whole - 1) / whole)) status=0 began=$SECONDS
     shift 2
+    if [[ " ${SKIP:-} " == *" $name "* ]]; then
+        echo "$name: left out" | tee -a "$folder/steps.txt"
+        return
+    fi
     local left=$((limit_in_all - SECONDS))
     if [ "$left" -lt "$limit" ]; then limit=$left; fi
     if [ "$limit" -le 0 ]; then

@@ -71,6 +71,14 @@ def test_gpu_day_asks_for_code_of_the_gpu_at_hand(tmp_path):
     assert "--most 3" in tune
 
 
+def test_gpu_day_leaves_out_what_it_is_told_to(tmp_path):
+    done = _gpu_day(tmp_path, "--", status=0, SKIP="build step")
+    assert done.returncode == 0
+    left_out = re.findall(r"(\S+): left out", (tmp_path / "day" / "steps.txt").read_text())
+    assert left_out == ["build", "step"]
+    assert "pip install -v" not in (tmp_path / "calls").read_text()
+
+
 def test_gpu_day_starts_nothing_when_its_time_is_over(tmp_path):
     assert _gpu_day(tmp_path, status=0, LIMIT="0").returncode == 1
     assert not (tmp_path / "calls").exists()
