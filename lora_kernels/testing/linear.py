@@ -287,7 +287,10 @@ def reference_results(
     x, w, a, b, dy = map(cast, (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.dy))
     bias = None if inputs.bias is None else cast(inputs.bias)
     dropout = drawn(case.dropout_p, inputs.seed, x.device)
-    call = LinearCall(Dense(w), Adapter(a, b, case.scaling), bias, dropout)
+    scaling = case.scaling
+    if isinstance(scaling, Tensor):
+        scaling = scaling.to(x.device)  # the oracle's may be another one than the call's
+    call = LinearCall(Dense(w), Adapter(a, b, scaling), bias, dropout)
     # xa alone is that of a layer without outputs.
     asked = (
         call if "y" in wanted else LinearCall(Dense(w[:0]), Adapter(a, b[:0], 1.0), None, dropout)

@@ -98,7 +98,7 @@ def _dy_pass(
     args = {
         "dy": as_rows(dy), "xa": xa, "b": as_rows(operands.b),
         "scaling_pointer": operands.scaling_pointer,
-        "dxa": None if dxa is None else Factor(dxa, None), "out": out._replace(dx=None, da=None),
+        "dxa": Factor(dxa, None), "out": out._replace(dx=None, da=None),
         "shared": _shared(dy, blocks, parts, (ranks + 1) * config.sum_columns),
         **operands.scalars(m), "segment": segment,
     }  # fmt: skip

@@ -26,7 +26,7 @@ def dy_pass_kernel(
     dy, xa, b, scaling_pointer, dxa, out, shared, m, scaling, threshold, segment,
     SHRINK: tl.constexpr, SHAPE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Compute what is not None of the `Factor` dxa, of db and of dbias; dy, b: `Rows`.
+    """Compute what is not None of dxa (a `Factor`), db and dbias; dy, b: `Rows`.
 
     segment: rows of one, a multiple of SHRINK's BLOCK_M and of BLOCK_S.
     """
@@ -37,7 +37,7 @@ def dy_pass_kernel(
     SLABS: tl.constexpr = SHRINK.BLOCK_R // RANKS
     DB_BLOCKS: tl.constexpr = (SHAPE.N + BLOCK_C - 1) // BLOCK_C * SLABS
     panels = 0
-    if dxa is not None:
+    if dxa.numbers is not None:
         panels = segment // SHRINK.BLOCK_M
     tiles = panels
     if NEED_DB or NEED_DBIAS:
@@ -47,7 +47,7 @@ def dy_pass_kernel(
     scale = scaling_of(scaling, scaling_pointer)
     draw = arguments.Draw(0, threshold, None)
     if tile < panels:
-        if dxa is not None:
+        if dxa.numbers is not None:
             panel = part * panels + tile
             if panel * SHRINK.BLOCK_M < m:
                 shrink_scale = scale * keep_scale(threshold)

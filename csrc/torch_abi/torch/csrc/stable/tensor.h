@@ -29,6 +29,9 @@ struct Numbered {
   int32_t (*number)();
 };
 
+// torch 2.10 and 2.11 have the type and no function for it; numbers are those of ScalarType.
+inline int32_t float8_e8m0fnu() { return static_cast<int32_t>(ScalarType::Float8_e8m0fnu); }
+
 // The commonest first.
 inline constexpr Numbered kTypes[] = {
     {ScalarType::Float, aoti_torch_dtype_float32}, {ScalarType::BFloat16, aoti_torch_dtype_bfloat16},
@@ -37,7 +40,7 @@ inline constexpr Numbered kTypes[] = {
     {ScalarType::Short, aoti_torch_dtype_int16},   {ScalarType::Byte, aoti_torch_dtype_uint8},
     {ScalarType::Bool, aoti_torch_dtype_bool},     {ScalarType::Char, aoti_torch_dtype_int8},
     {ScalarType::Float8_e4m3fn, aoti_torch_dtype_float8_e4m3fn},
-    {ScalarType::Float8_e8m0fnu, aoti_torch_dtype_float8_e8m0fnu}};
+    {ScalarType::Float8_e8m0fnu, float8_e8m0fnu}};
 
 inline int32_t number_of(ScalarType type) {
   for (const Numbered& known : kTypes) {

@@ -32,7 +32,6 @@ int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_float8_e4m3fn();
-int32_t aoti_torch_dtype_float8_e8m0fnu();
 size_t aoti_torch_dtype_element_size(int32_t dtype);
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_layout_strided();
