@@ -83,17 +83,15 @@ def by_reference(case, dy, dtype, dropout_p=0.0, **how):
 
 def assert_parity(case, impl, dropout_p=0.0, **how):
     x, _, a, b, bias = case
-    y = ours(case, impl, dropout_p, **how)
-    dy = torch.randn_like(y)
-    expected = by_reference(case, dy, F64, dropout_p, **how)
-    errors = errors_of_draws(
-        (*case, dy), y.numel() // y.shape[1] * a.shape[0],
-        lambda draw: by_reference(draw[:-1], draw[-1], x.dtype, dropout_p, **how),
-        lambda draw: by_reference(draw[:-1], draw[-1], F64, dropout_p, **how),
-    )  # fmt: skip
-    owners = dict(zip(NAMES, (x, x, a, b, bias), strict=True))
-    for name, result in results(y, case, dy).items():
-        assert result.dtype == owners[name].dtype
+    given = (*case, dy := torch.randn_like(y := ours(case, impl, dropout_p, **how)))
+
+    def of(dtype):
+        return lambda draw: by_reference(draw[:-1], draw[-1], dtype, dropout_p, **how)
+
+    expected, between = of(F64)(given), y.numel() // y.shape[1] * a.shape[0]
+    errors = errors_of_draws(given, between, of(x.dtype), of(F64))
+    for (name, result), owner in zip(results(y, case, dy).items(), (x, x, a, b, bias), strict=True):
+        assert result.dtype == owner.dtype
         assert_within_budget(result, expected[name], errors[name], f"{name} of {impl}")
 
 

@@ -26,6 +26,7 @@ from lora_kernels.tensor_parallel import ColwiseLoRA, RowwiseLoRA
 def patch(model: nn.Module) -> list[str]:
     report: lk.PatchReport = lk.patch_peft(model, impl="auto", prepack=True)
     packed: lk.PrepackReport | None = report.prepack
+    cast: lk.CastReport = lk.cast_weights_(model, torch.bfloat16)
     use: lk.UsageReport = lk.report(model)
     layers: list[lk.LayerUse] = list(use.layers.values())
     assert packed is None or packed.nbytes >= 0

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import pickle
-from functools import partial
 
 import pytest
 import torch
@@ -141,7 +140,7 @@ ALORA = "LoRA variant ALoraLinearVariant: aLoRA adapts the tokens after its invo
 # Why `up` keeps PEFT's forward, and what brings it there.
 STATES = {
     ALORA: lambda model: add_second(model, alora_invocation_tokens=[1]),
-    "2 active adapters: lora_B has a bias": partial(activate_both, lora_bias=True),
+    "2 active adapters: lora_B has a bias": lambda m: activate_both(m, lora_bias=True),
     "no active adapter": lambda model: up(model).set_adapter([]),
     "adapters disabled": lambda model: model.base_model.disable_adapter_layers(),
     "merged: default": lambda model: model.merge_adapter(),

@@ -65,11 +65,21 @@ def test_rank_beyond_the_limit_is_an_error():
 def test_one_launch_takes_large_tiles(name, descriptors):
     device = known(name)
     for backward in (False, True):
-        chosen = fastest_config(Problem(8192, 4096, 4096, 16, 16, True, True, backward), device)
+        problem = Problem(8192, 4096, 4096, 16, 16, not backward, True, backward)
+        chosen = fastest_config(problem, device)
         # On sm_90 there are registers for more.
         assert (chosen.block_m, chosen.block_n) == (128, 256 if device.wgmma else 128)
         assert chosen.xa_columns >= 1
         assert chosen.descriptors == descriptors
+
+
+@pytest.mark.parametrize(("r", "dropout"), [(16, True), (24, False), (5, True)])
+def test_what_a_gpu_computed_wrongly_is_the_librarys(r, dropout):
+    problem = Problem(8192, 14336, 4096, r, 16, dropout, True, True)
+    for name in FOUR:
+        assert "wrong on a GPU" in library_alone(problem, known(name))
+        assert isinstance(plan(problem, known(name)).config, LibraryConfig)
+    assert library_alone(problem._replace(backward=False), known(FOUR[2])) is None
 
 
 FOUR = (

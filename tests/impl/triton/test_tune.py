@@ -112,7 +112,7 @@ def test_the_command_counts_what_it_times(folder, monkeypatch, capsys):
 
     def timer(problem, config):
         number = next(times)
-        if number % 2:
+        if number % 3 == 2:
             raise RuntimeError("out of resources")
         return number * 1e-5
 
@@ -130,9 +130,10 @@ def test_the_command_counts_what_it_times(folder, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert main(["tune", "--shapes", "64x64x64x8", "--most", "3"]) == 0
+    assert main(["tune", "--shapes", "64x64x64x16", "--most", "3"]) == 0
     total, *steps = counted
-    assert total == len(steps) == 12  # both directions, with and without dropout, three each
+    # Both directions, with and without dropout, three each; backward with dropout has one.
+    assert total == len(steps) == 10
     assert "out of resources" in capsys.readouterr().out
     assert tuned.path_of(DEVICE).exists()
 

@@ -255,7 +255,7 @@ def shared_bytes(config: Config, problem: Problem, device: Device) -> int:
 
 
 def library_alone(problem: Problem, device: Device) -> str | None:
-    """Return why only the library plan serves a layer well on a device, or None."""
+    """Return why the library plan alone serves a layer rightly, or well, on a device; or None."""
     if problem.bits == 32 and not problem.tf32:
         return "float32 products on plain cores: the library's GEMM is faster"
     if not problem.aligned:
@@ -265,6 +265,9 @@ def library_alone(problem: Problem, device: Device) -> str | None:
         problem.wide and all(width % POINTER_STRIDE == 0 for width in widths)
     ):
         return f"rows that aren't multiples of {POINTER_STRIDE} elements: Triton would load words"
+    if problem.backward and (problem.dropout or problem.r != problem.block_r):
+        # 2026-11-29, an H200, Triton 3.6: docs/facts/gpu.md has what is known.
+        return "dx by one launch was wrong on a GPU with dropout, and with a rank that is padded"
     return None
 
 
