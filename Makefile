@@ -90,6 +90,8 @@ census: $(READY)
 # The compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, by its Python tests; its
 # kernels under ThreadSanitizer by a program of their own, since in a process with torch, which isn't
 # instrumented, every hand-over between its threads would look like a race.
+# Of the parity cases a third; SHARE=1/1 runs all.
+SHARE ?= 2/3
 SANITIZED := build/sanitized/lora_kernels/_cpu.abi3.so
 LIBRARIES := libasan.so libubsan.so libstdc++.so
 UNDER_SANITIZERS := LD_PRELOAD="$(foreach name,$(LIBRARIES),$(shell $(CXX) -print-file-name=$(name)))" \
@@ -97,7 +99,8 @@ UNDER_SANITIZERS := LD_PRELOAD="$(foreach name,$(LIBRARIES),$(shell $(CXX) -prin
 sanitize: $(READY)
 	LORA_KERNELS_CPU=1 LORA_KERNELS_CUDA=0 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
 		build_ext --build-lib build/sanitized --build-temp build/sanitized-objects > /dev/null
-	$(UNDER_SANITIZERS) tests/impl/cpu/test_cpu.py tests/impl/cpu/test_quantised.py tests/ops/test_parity.py -k "cpu and not lesser"
+	$(UNDER_SANITIZERS) tests/impl/cpu/test_cpu.py tests/impl/cpu/test_quantised.py -k "cpu and not lesser"
+	$(UNDER_SANITIZERS) tests/ops/test_parity.py -k "cpu and not lesser" --share $(SHARE)
 	LORA_KERNELS_FUZZ=100 $(UNDER_SANITIZERS) tests/stacks/test_fuzz_live.py
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/select.cpp $(wildcard csrc/cpu/isa/*.cpp) -o build/threads
