@@ -1,6 +1,7 @@
 """`python -m lora_kernels inspect`: what it compiles, reads from the code, and complains about."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 pytest.importorskip("triton")
 
 from lora_kernels.__main__ import main
+from lora_kernels.impl.cuobjdump import cuobjdump
 from lora_kernels.impl.triton.plan.config import Config, Problem, shared_bytes
+from lora_kernels.impl.triton.plan.device import known
 from lora_kernels.impl.triton.tools import inspect
 from lora_kernels.impl.triton.tools.compiler import Resources, compile_for
 from lora_kernels.impl.triton.tools.record import Launch, launches
@@ -149,3 +152,17 @@ def test_a_producing_tile_takes_more_instructions():
     config = Config(64, 64, 64, 4, 3, xa_columns=2)
     ratio = producing_ratio(80, Problem(64, 256, 256, 16, 16), config)
     assert 1.05 < ratio < 3
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_dropped_is_rounded_before_the_branch_is_added(dtype, tmp_path):
+    """In machine code: PTX had both roundings where an H200 executed the second one alone."""
+    problem = Problem(300, 128, 384, 64, 16, backward=True, dropout=True)
+    config = Config(64, 128, 64, 8, 3, descriptors=True, xa_columns=1)
+    (launch,) = launches(problem, config, known("NVIDIA H200"), dtype)
+    cubin = tmp_path / "backward.cubin"
+    cubin.write_bytes(compile_for(90, *inspect.code_of(launch)).asm["cubin"])
+    pairs = re.findall(r"F2FP\.\S+ R\d+, R(\d+), R(\d+)", cuobjdump("-sass", cubin))
+    turned = [first for first, second in pairs if int(second) == int(first) + 1]
+    assert len(turned) >= 64 * 128 // (2 * 32 * 8)

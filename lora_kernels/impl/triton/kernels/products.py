@@ -52,17 +52,21 @@ def rounded_now(product, dtype: tl.constexpr):
     """Return a product, complete, in a 16-bit type, before the next one adds to its registers.
 
     Left to itself LLVM rounds where the result is used, and copies the sums to keep them so long.
+    ptxas goes further (12.8 to 13.3): where an asynchronous product adds to the registers, it takes
+    an equal rounding after it for this one. So this one rounds a pair the other way round.
     """
     if arguments.INTERPRETED:
         return product.to(dtype)
     elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [product], tl.bfloat16, is_pure=False, pack=2
-        )
+            "cvt.rn.bf16x2.f32 $0, $1, $2; prmt.b32 $0, $0, $0, 0x1032;",
+            "=&r,r,r", [product], tl.bfloat16, is_pure=False, pack=2,
+        )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [product], tl.float16, is_pure=False, pack=2
-        )
+            "cvt.rn.f16x2.f32 $0, $1, $2; prmt.b32 $0, $0, $0, 0x1032;",
+            "=&r,r,r", [product], tl.float16, is_pure=False, pack=2,
+        )  # fmt: skip
 
 
 @triton.jit
