@@ -103,7 +103,13 @@ def _dy_pass(
         **operands.scalars(m), "segment": segment,
     }  # fmt: skip
     shape = arguments.PassShape(
-        N=n, K=0, R=r, RANKS=ranks, BLOCK_C=config.sum_columns, BLOCK_S=config.sum_rows
+        N=n,
+        K=0,
+        R=r,
+        BLOCK_R=padded_rank(r),
+        RANKS=ranks,
+        BLOCK_C=config.sum_columns,
+        BLOCK_S=config.sum_rows,
     )
     constants = {
         "SHRINK": shrink_shape(n, r, chosen.shrink, transposed=False), "SHAPE": shape,
@@ -130,7 +136,13 @@ def _x_pass(
     }  # fmt: skip
     del args["scaling"]
     shape = arguments.PassShape(
-        N=n, K=k, R=r, RANKS=ranks, BLOCK_C=config.pass_columns, BLOCK_S=config.sum_rows
+        N=n,
+        K=k,
+        R=r,
+        BLOCK_R=ranks,
+        RANKS=ranks,
+        BLOCK_C=config.pass_columns,
+        BLOCK_S=config.sum_rows,
     )
     constants = {"SHAPE": shape, "MODE": operands.mode(m, executor.device(dxa).mma)}
     how = Options(config.pass_warps, config.pass_stages)

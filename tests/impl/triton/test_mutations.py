@@ -139,7 +139,7 @@ LIBRARY_MUTANTS = {
     "tile of y at another place": ("expand", "tile % COLUMNS", "tile * 0"),
     "kept values of dxa not scaled": ("dy_pass", "scale * keep_scale(threshold)", "scale"),
     "panels of the first segment alone": ("dy_pass", "part * panels + tile", "tile"),
-    "rows of the first segment alone": ("dy_pass", "Segment(part * segment,", "Segment(0 * part,"),
+    "rows of the first segment alone": ("sums", "Segment(part * segment,", "Segment(0 * part,"),
     "dropout forgotten in dx": ("x_pass", "result = keep_where(masks, result)", "pass"),
     "dropout forgotten in dA of x": ("x_pass", "x_tile = keep_where(masks, x_tile)", "pass"),
     "rows of dA counted twice": ("x_pass", "(rows >= first) & (rows < m)", "(rows < m)"),

@@ -137,6 +137,7 @@ class PassShape(NamedTuple):
     N: int
     K: int
     R: int
+    BLOCK_R: int  # R padded
     RANKS: int
     BLOCK_C: int
     BLOCK_S: int

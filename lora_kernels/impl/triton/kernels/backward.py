@@ -38,7 +38,7 @@ from lora_kernels.impl.triton.kernels.products import opaque, read
 from lora_kernels.impl.triton.kernels.sums import (
     row_sums,
     store_da,
-    store_dy_sums,
+    sum_dy,
     sum_of_parts,
 )
 from lora_kernels.impl.triton.kernels.units import inverse_of, unit_of
@@ -132,23 +132,7 @@ def backward_kernel(
                     if FUSED or DRAWN:
                         leave(flags + panel, last_out)
             elif DY_SUMS and tile < db_end:
-                block = (tile - dxa_end) % DB_BLOCKS
-                part = (tile - dxa_end) // DB_BLOCKS
-                column = block // SLABS * BLOCK_C
-                rank = block % SLABS * RANKS
-                end = tl.minimum(part * segment + segment, m)
-                product, total = row_sums(
-                    arguments.Factor(xa, None), dy, draw,
-                    arguments.Segment(part * segment, end, m, column, rank, N), SHAPE, MODE,
-                    DROPOUT=False, PRODUCT=NEED_DB, TOTAL=NEED_DBIAS,
-                )  # fmt: skip
-                space = shared.partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
-                product, total, last = sum_of_parts(
-                    product, total, space, shared.counters + block, part, parts, SHAPE,
-                    PRODUCT=NEED_DB, TOTAL=NEED_DBIAS,
-                )  # fmt: skip
-                if last:
-                    store_dy_sums(out, product, total, scale, column, rank, SHAPE)
+                sum_dy(xa, dy, out, shared, tile - dxa_end, segment, m, scale, SHAPE, MODE)
             elif NEED_DA:
                 block = (tile - db_end) % DA_BLOCKS
                 part = (tile - db_end) // DA_BLOCKS

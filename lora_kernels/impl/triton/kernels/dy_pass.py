@@ -16,9 +16,9 @@ import triton.language as tl
 
 from lora_kernels.impl.triton.kernels import arguments
 from lora_kernels.impl.triton.kernels.mask import keep_scale
-from lora_kernels.impl.triton.kernels.memory import scaling_of, wide
+from lora_kernels.impl.triton.kernels.memory import scaling_of
 from lora_kernels.impl.triton.kernels.shrink import shrink_panel
-from lora_kernels.impl.triton.kernels.sums import row_sums, store_dy_sums, sum_of_parts
+from lora_kernels.impl.triton.kernels.sums import sum_dy
 
 
 @triton.jit(do_not_specialize=["m", "scaling", "threshold", "segment"])
@@ -34,7 +34,7 @@ def dy_pass_kernel(
     RANKS: tl.constexpr = SHAPE.RANKS
     NEED_DB: tl.constexpr = out.db is not None
     NEED_DBIAS: tl.constexpr = out.dbias is not None
-    SLABS: tl.constexpr = SHRINK.BLOCK_R // RANKS
+    SLABS: tl.constexpr = SHAPE.BLOCK_R // RANKS
     DB_BLOCKS: tl.constexpr = (SHAPE.N + BLOCK_C - 1) // BLOCK_C * SLABS
     panels = 0
     if dxa.numbers is not None:
@@ -53,20 +53,5 @@ def dy_pass_kernel(
                 shrink_scale = scale * keep_scale(threshold)
                 shrink_panel(dy, b, dxa, panel, draw, shrink_scale, m, SHRINK, MODE)
     elif NEED_DB or NEED_DBIAS:
-        block = tile - panels
-        parts = tl.cdiv(m, segment)
-        column = block // SLABS * BLOCK_C
-        rank = block % SLABS * RANKS
-        end = tl.minimum(part * segment + segment, m)
-        product, total = row_sums(
-            arguments.Factor(xa, None), dy, draw,
-            arguments.Segment(part * segment, end, m, column, rank, SHAPE.N), SHAPE, MODE,
-            DROPOUT=False, PRODUCT=NEED_DB, TOTAL=NEED_DBIAS,
-        )  # fmt: skip
-        space = shared.partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
-        product, total, last = sum_of_parts(
-            product, total, space, shared.counters + block, part, parts, SHAPE,
-            PRODUCT=NEED_DB, TOTAL=NEED_DBIAS,
-        )  # fmt: skip
-        if last:
-            store_dy_sums(out, product, total, scale, column, rank, SHAPE)
+        number = part * DB_BLOCKS + tile - panels
+        sum_dy(xa, dy, out, shared, number, segment, m, scale, SHAPE, MODE)

@@ -155,6 +155,38 @@ def sum_of_parts(
 
 
 @triton.jit
+def sum_dy(xa, dy, out, shared, number, segment, m, scale, SHAPE: tl.constexpr, MODE: tl.constexpr):
+    """Sum a segment's part of a block of dB and dbias; whoever comes last stores them whole.
+
+    number: of the tile, segment after segment, block after block of dB.
+    """
+    RANKS: tl.constexpr = SHAPE.RANKS
+    BLOCK_C: tl.constexpr = SHAPE.BLOCK_C
+    PRODUCT: tl.constexpr = out.db is not None
+    TOTAL: tl.constexpr = out.dbias is not None
+    SLABS: tl.constexpr = SHAPE.BLOCK_R // RANKS
+    BLOCKS: tl.constexpr = (SHAPE.N + BLOCK_C - 1) // BLOCK_C * SLABS
+    block = number % BLOCKS
+    part = number // BLOCKS
+    parts = tl.cdiv(m, segment)
+    column = block // SLABS * BLOCK_C
+    rank = block % SLABS * RANKS
+    end = tl.minimum(part * segment + segment, m)
+    product, total = row_sums(
+        arguments.Factor(xa, None), dy, arguments.Draw(0, 0, None),
+        arguments.Segment(part * segment, end, m, column, rank, SHAPE.N), SHAPE, MODE,
+        DROPOUT=False, PRODUCT=PRODUCT, TOTAL=TOTAL,
+    )  # fmt: skip
+    space = shared.partials + wide(block) * parts * (RANKS + 1) * BLOCK_C
+    product, total, last = sum_of_parts(
+        product, total, space, shared.counters + block, part, parts, SHAPE,
+        PRODUCT=PRODUCT, TOTAL=TOTAL,
+    )  # fmt: skip
+    if last:
+        store_dy_sums(out, product, total, scale, column, rank, SHAPE)
+
+
+@triton.jit
 def store_dy_sums(out, product, total, scale, column, rank, SHAPE: tl.constexpr):
     """Store scale times a block of dBᵀ, and dbias of its columns, where they are wanted."""
     columns = column + tl.arange(0, SHAPE.BLOCK_C)
