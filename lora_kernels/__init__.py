@@ -11,6 +11,7 @@ from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
 from lora_kernels.ops.dora import lora_dora_linear
 from lora_kernels.ops.dropout_mask import dropout_mask
 from lora_kernels.ops.embedding import lora_embedding
+from lora_kernels.ops.grouped import grouped_lora_linear
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
@@ -35,6 +36,7 @@ __all__ = [
     "cast_weights_",
     "dropout_mask",
     "explain",
+    "grouped_lora_linear",
     "load_adapter",
     "lora_conv1d",
     "lora_conv2d",

@@ -11,6 +11,7 @@ from lora_kernels.testing.budget import (
     assert_within_budget,
     to_tf32,
 )
+from lora_kernels.testing.grouped import GROUPED, GroupedCase
 from lora_kernels.testing.linear import (
     GRADIENTS,
     LINEAR,
@@ -32,12 +33,13 @@ from lora_kernels.testing.linear import (
 from lora_kernels.testing.spec import Spec
 
 # What checks and benchmarks every op.
-SPECS = (LINEAR,)
+SPECS = (LINEAR, GROUPED)
 
 __all__ = [
     "FEW_ELEMENTS",
     "FEW_SUMS",
     "GRADIENTS",
+    "GROUPED",
     "LINEAR",
     "MANY_DRAWS",
     "MORE_DRAWS",
@@ -45,6 +47,7 @@ __all__ = [
     "STORE",
     "USUAL",
     "Case",
+    "GroupedCase",
     "Inputs",
     "Sizes",
     "Spec",
