@@ -18,7 +18,7 @@ from lora_kernels.operands.call import autocast_dtype
 from lora_kernels.operands.request import Request
 from lora_kernels.prepack import PrepackReport, prepack_
 from lora_kernels.quantized import request_of_base
-from lora_kernels.serving import check_serves, missed_part, served
+from lora_kernels.serving import check_serves, missed_part, request_of_weight, served
 from lora_kernels.summary import Group, Summary, grouped
 from lora_kernels.usage import LOGGER, Calls, LayerUse, UsageReport, by_implementation, run_by
 from lora_kernels.wrappers import loaded
@@ -307,6 +307,8 @@ def _request_of(layer: "LoraLayer") -> Request | None:
     p = 0.0 if op == "lora_embedding" else getattr(layer.lora_dropout[names[0]], "p", 0.0)
     if op == "lora_linear" and layer.use_dora.get(names[0]):
         op = "lora_dora_linear"
+    if op == "grouped_lora_linear":
+        return request_of_weight(layer.get_param(), layer.r[names[0]], False, op)
     return request_of_base(layer.get_base_layer(), layer.r[names[0]], p > 0.0, op)
 
 
