@@ -73,11 +73,12 @@ struct Codes {
 constexpr int64_t kNestedBlock = 256;
 
 // The mask of a matrix [*, columns]: element (m, k) stays iff lane k % 8 of Philox counter
-// m * ceil(columns / 8) + k / 8 is at least the threshold. Threshold 0: everything stays.
+// m * ceil(columns / 8) + k / 8 is at least the threshold. Threshold 0: everything stays. m is the row, or rows[row].
 struct Mask {
   int64_t columns = 0;
   uint64_t seed = 0;
   uint32_t threshold = 0;
+  const int64_t* rows = nullptr;
 };
 
 // The least multiple of step that is not below value.

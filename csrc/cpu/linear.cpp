@@ -15,6 +15,7 @@
 
 #include "../common/call.h"
 #include "base_product.h"
+#include "linear.h"
 #include "parallel.h"
 
 namespace lora_kernels {
@@ -25,8 +26,8 @@ constexpr std::array kFormats{"dense", "onednn", "nf4", "fp4", "int8", "float8"}
 
 Mask mask_of(const LinearCall& call) {
   if (!call.dropout) return {};
-  const auto [seed, threshold] = *call.dropout;
-  return {call.k(), static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())), threshold};
+  const auto& [seed, threshold, rows] = *call.dropout;
+  return {call.k(), static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())), threshold, rows};
 }
 
 float keep_scale(const Mask& mask) { return 65536.0f / static_cast<float>(65536 - mask.threshold); }
@@ -37,7 +38,9 @@ float scale_of(const Adapter& adapter) {
   return *static_cast<const float*>(value.const_data_ptr());
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const LinearCall& call) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const LinearCall& call) {
   check_packed(call.weight, call.n(), call.k(), x);
   const Tensor rows = left_operand(x), a = factor(call.adapter.a, x), b = factor(call.adapter.b, x);
   const int64_t m = rows.size(0), r = call.r();
@@ -57,6 +60,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const LinearCall& call) {
   });
   return {shaped_like(x, y), xa};
 }
+
+namespace {
 
 // Adds D(dxa A) to dx, if that is wanted, and returns dA, if that is.
 Tensor add_adapter(
@@ -78,7 +83,9 @@ Tensor add_adapter(
   return wanted.da ? sums.as_rows(call.r(), a, 1) : torch::stable::new_empty(dy_rows, {0});
 }
 
-Gradients backward(
+}  // namespace
+
+Gradients linear_backward(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& xa, const LinearCall& call, const Wanted& wanted) {
   check_packed(call.weight, call.k(), call.n(), dy);
   const Tensor rows = left_operand(dy);
@@ -99,6 +106,8 @@ Gradients backward(
   return gradients;
 }
 
+namespace {
+
 std::string cpu_isa() { return kernels().name; }
 
 }  // namespace
@@ -111,11 +120,11 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
 
 // A packed weight is a tensor of another layout, which the dispatcher takes for another backend.
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
-  m.impl("lora_linear_forward_cpu", TORCH_BOX((&lora_kernels::forward_operator<lora_kernels::forward, lora_kernels::kFormats>)));
-  m.impl("lora_linear_backward_cpu", TORCH_BOX((&lora_kernels::backward_operator<lora_kernels::backward, lora_kernels::kFormats>)));
+  m.impl("lora_linear_forward_cpu", TORCH_BOX((&lora_kernels::forward_operator<lora_kernels::linear_forward, lora_kernels::kFormats>)));
+  m.impl("lora_linear_backward_cpu", TORCH_BOX((&lora_kernels::backward_operator<lora_kernels::linear_backward, lora_kernels::kFormats>)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, MkldnnCPU, m) {
-  m.impl("lora_linear_forward_cpu", TORCH_BOX((&lora_kernels::forward_operator<lora_kernels::forward, lora_kernels::kFormats>)));
-  m.impl("lora_linear_backward_cpu", TORCH_BOX((&lora_kernels::backward_operator<lora_kernels::backward, lora_kernels::kFormats>)));
+  m.impl("lora_linear_forward_cpu", TORCH_BOX((&lora_kernels::forward_operator<lora_kernels::linear_forward, lora_kernels::kFormats>)));
+  m.impl("lora_linear_backward_cpu", TORCH_BOX((&lora_kernels::backward_operator<lora_kernels::linear_backward, lora_kernels::kFormats>)));
 }
