@@ -18,9 +18,19 @@ Tensor view_of(const Tensor& t, const std::vector<int64_t>& sizes, const std::ve
   return Tensor(view);
 }
 
-void add(const float* from, int64_t count, float* to) { std::transform(to, to + count, from, to, std::plus<>()); }
-
 float* floats_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// Adds rows of so many numbers, float32 or bfloat16, to the float32 rows that `row` gives, one after the other.
+template <class F>
+void add_each(const Tensor& rows, int64_t count, int64_t columns, const Tensor& to, F row) {
+  const bool is_float = rows.scalar_type() == ScalarType::Float;
+  const Buffer<float> copied = padded_floats(is_float ? empty_matrix(0, columns, ScalarType::Float) : rows, columns);
+  const float* const from = is_float ? floats_of(rows) : copied.get();
+  for (int64_t i = 0; i < count; ++i) {
+    float* const into = floats_of(to) + row(i) * columns;
+    std::transform(into, into + columns, from + i * columns, into, std::plus<>());
+  }
+}
 
 }  // namespace
 
@@ -69,19 +79,13 @@ void put_rows(const Tensor& rows, const Tensor& to, const std::vector<int64_t>& 
 }
 
 void add_rows(const Tensor& rows, const Tensor& to, const std::vector<int64_t>& named, int64_t begin) {
-  const int64_t columns = to.size(1);
-  const Buffer<float> from = padded_floats(rows, columns);
   // By one thread: rows may be named twice.
-  for (int64_t i = 0; i < rows.size(0); ++i) {
-    const int64_t row = named.empty() ? begin + i : named[begin + i];
-    add(from.get() + i * columns, columns, floats_of(to) + row * columns);
-  }
+  add_each(rows, rows.size(0), to.size(1), to, [&](int64_t i) { return named.empty() ? begin + i : named[begin + i]; });
 }
 
 void add_part(const Tensor& part, const Tensor& stack, int64_t i) {
   const int64_t count = part.numel();
-  const Buffer<float> from = padded_floats(torch::stable::reshape(part, {1, count}), count);
-  add(from.get(), count, floats_of(stack) + i * count);
+  add_each(torch::stable::reshape(part, {1, count}), 1, count, stack, [i](int64_t) { return i; });
 }
 
 }  // namespace lora_kernels
