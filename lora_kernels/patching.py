@@ -308,7 +308,7 @@ def _request_of(layer: "LoraLayer") -> Request | None:
     if op == "lora_linear" and layer.use_dora.get(names[0]):
         op = "lora_dora_linear"
     if op == "grouped_lora_linear":
-        return request_of_weight(layer.get_param(), layer.r[names[0]], False, op)
+        return request_of_weight(cast(Any, layer).get_param(), layer.r[names[0]], False, op)
     return request_of_base(layer.get_base_layer(), layer.r[names[0]], p > 0.0, op)
 
 

@@ -47,6 +47,10 @@ class ExpertsLinear(NamedTuple):
         return GroupedCall(self.weight, adapter, self.bias, groups, None, x.shape[0])
 
 
+# The experts' module and its two layers.
+Parts = tuple[Any, tuple[ExpertsLinear, ExpertsLinear]]
+
+
 class FusedExperts(Fused, ParamWrapper):
     """PEFT's `lora.ParamWrapper` around experts, computed by `grouped_lora_linear` if it can be."""
 
@@ -85,13 +89,10 @@ class FusedExperts(Fused, ParamWrapper):
         if isinstance(parts, str):
             return parts
         experts, linears = parts
-        reason = _call_reason(x, *routed, experts, linears)
+        reason = _call_reason(x, *routed, parts, impl)
         if reason is not None:
             return reason
         return partial(experts_forward, x, *routed, experts, linears, impl)
-
-
-Parts = tuple[Any, tuple[ExpertsLinear, ExpertsLinear]]
 
 
 def fused_parts(layer: Any) -> Parts | str:
@@ -113,9 +114,10 @@ def fused_parts(layer: Any) -> Parts | str:
     names = "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
     if not adapters.keys() <= set(names):
         return f"adapts {', '.join(adapters)}, not {' or '.join(names)}"
-    found = [_linear(module, name, adapters.get(name)) for name in names]
-    reason = next((linear for linear in found if isinstance(linear, str)), None)
-    return (module, tuple(found)) if reason is None else reason
+    first, second = (_linear(module, name, adapters.get(name)) for name in names)
+    if isinstance(first, str):
+        return first
+    return second if isinstance(second, str) else (module, (first, second))
 
 
 def experts_forward(
@@ -149,35 +151,45 @@ def experts_forward(
 
 
 def _adapter(wrapper: Any) -> Adapter | str:
-    """Return A [E, R, K], B [E, N, R] and scaling of a wrapper's active adapters, or why not.
-
-    PEFT has A's experts one after the other, B's adjacent.
-    """
+    """Return A [E, R, K], B [E, N, R] and scaling of a wrapper's active adapters, or why not."""
     if wrapper._disable_adapters:
         return "adapters disabled"
     if wrapper.merged_adapters:
         return f"merged: {', '.join(wrapper.merged_adapters)}"
-    modules, experts = wrapper._modules, wrapper.num_experts
-    names = [name for name in wrapper.active_adapters if name in modules["lora_A"]._modules]
+    known = wrapper._modules["lora_A"]._modules
+    names = [name for name in wrapper.active_adapters if name in known]
     if not names:
         return "no active adapter"
-    if experts == 1:
-        return "it has no experts, or one"
+    if wrapper.num_experts == 1:
+        return f"{wrapper.parameter_name} has no experts, or one"
     found = []
     for name in names:
-        scaling = wrapper.scaling[name]
-        reason = scaling_reason(scaling)
-        factors = [read_linear(modules[each]._modules[name]) for each in ("lora_A", "lora_B")]
-        reason = reason or next((each for each in factors if isinstance(each, str)), None)
-        if reason is not None:
-            return reason
-        (a, _), (b, bias) = factors
-        if bias is not None or a.shape[0] % experts or b.shape[1] != a.shape[0]:
-            return f"lora_A {list(a.shape)} and lora_B {list(b.shape)} aren't {experts} experts'"
-        rank = a.shape[0] // experts
-        a, b = a.view(experts, rank, -1), b.view(-1, rank, experts).permute(2, 0, 1)
-        found.append(Adapter(a, b, scaling))
+        adapter = _factors(wrapper, name)
+        if isinstance(adapter, str):
+            return adapter
+        found.append(adapter)
     return found[0] if len(found) == 1 else _summed(found)
+
+
+def _factors(wrapper: Any, name: str) -> Adapter | str:
+    """Return one adapter of all experts: PEFT has A's one after the other, B's adjacent."""
+    modules, experts = wrapper._modules, wrapper.num_experts
+    a, b = (read_linear(modules[factor]._modules[name]) for factor in ("lora_A", "lora_B"))
+    if isinstance(a, str):
+        return f"lora_A {a}"
+    if isinstance(b, str):
+        return f"lora_B {b}"
+    reason = scaling_reason(wrapper.scaling[name])
+    if reason is not None:
+        return reason
+    rows, columns = a[0].shape[0], b[0].shape[1]
+    if b[1] is not None or rows % experts or columns != rows:
+        return (
+            f"lora_A {list(a[0].shape)} and lora_B {list(b[0].shape)} aren't of {experts} experts"
+        )
+    rank = rows // experts
+    own = a[0].view(experts, rank, -1), b[0].view(-1, rank, experts).permute(2, 0, 1)
+    return Adapter(*own, wrapper.scaling[name])
 
 
 def _summed(adapters: list[Adapter]) -> Adapter | str:
@@ -222,10 +234,9 @@ def _linear(module: Any, name: str, adapted: tuple[Any, Adapter] | None) -> Expe
     return ExpertsLinear(weight, bias, adapter)
 
 
-def _call_reason(
-    x: Any, ids: Any, gates: Any, experts: Any, linears: tuple[ExpertsLinear, ExpertsLinear]
-) -> str | None:
+def _call_reason(x: Any, ids: Any, gates: Any, parts: Parts, impl: str) -> str | None:
     """Return why a call is PEFT's to compute, or to refuse; None where it is fused."""
+    experts, linears = parts
     reason = tensors_reason(x=x, top_k_index=ids, top_k_weights=gates)
     if reason is not None:
         return reason
@@ -233,15 +244,18 @@ def _call_reason(
         return f"x has shape {list(x.shape)}, top_k_index {list(ids.shape)}"
     if ids.dtype != torch.int64:
         return f"top_k_index is {ids.dtype}"
+    if impl == "auto" and not x.is_cpu:
+        # The host would wait for the GPU, and launch group after group.
+        return f"no kernel of grouped_lora_linear for {x.device.type}"
     cast = autocast_dtype(x)
     first = linears[0].weight
     if cast not in (None, first.dtype) and experts.config._experts_implementation in _BY_LINEAR:
         return f"autocast casts its {first.dtype} weights"
-    for linear in linears:
-        # Beside a row of the first layer's inputs; the second's are as wide as its weight says.
-        row = first.new_empty(0, linear.weight.shape[2])
+    # The second layer's inputs are as wide as its weight says.
+    for linear, width in zip(linears, (x.shape[1], linears[1].weight.shape[2]), strict=True):
+        row, nobody = first.new_empty(0, width), ids.new_empty(len(first), dtype=torch.int32)
         try:
-            check(row, linear.call(row, Groups(ids.new_empty(len(first), dtype=torch.int32))))
+            check(row, linear.call(row, Groups(nobody)))
         except (TypeError, ValueError) as error:
             return str(error)
     return None

@@ -52,8 +52,8 @@ class GroupedCall(NamedTuple):
     tokens: int
 
     @property
-    def count(self) -> int:
-        """S, the sorted rows."""
+    def sorted_rows(self) -> int:
+        """S."""
         rows = self.groups.rows
         return self.tokens if rows is None else rows.shape[0]
 
@@ -70,9 +70,9 @@ class GroupedCall(NamedTuple):
         """
         ends: list[int] = self.groups.offsets.tolist()
         begins = [0, *ends[:-1]]
-        if ends and (ends[-1] > self.count or any(map(gt, begins, ends))):
+        if ends and (ends[-1] > self.sorted_rows or any(map(gt, begins, ends))):
             raise ValueError(
-                f"offsets: expected ends in ascending order, at most {self.count}, got {ends}"
+                f"offsets: expected ends in ascending order, at most {self.sorted_rows}, got {ends}"
             )
         adapters = _numbers(
             "adapters", self.groups.adapters, len(ends), NO_ADAPTER, len(self.adapter.a)
@@ -89,7 +89,7 @@ class GroupedCall(NamedTuple):
         """
         for name, named, limit in (
             ("rows", self.groups.rows, self.tokens),
-            ("scatter", self.groups.scatter, self.count),
+            ("scatter", self.groups.scatter, self.sorted_rows),
         ):
             if named is None or not named.is_cpu or not named.numel():
                 continue

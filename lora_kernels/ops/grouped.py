@@ -48,7 +48,7 @@ def _fake_forward(impl: str, x: Tensor, bias: Any, *flat: Any) -> tuple[Tensor, 
     call = grouped_call_of(bias, x.shape[0], *flat)
     check(x, call)
     wide = torch.float32 if x.dtype == torch.float16 else x.dtype
-    shapes = (call.count, call.weight.shape[1]), (call.count, call.adapter.a.shape[1])
+    shapes = (call.sorted_rows, call.weight.shape[1]), (call.sorted_rows, call.adapter.a.shape[1])
     return x.new_empty(shapes[0]), x.new_empty(shapes[1], dtype=wide)
 
 

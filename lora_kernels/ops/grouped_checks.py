@@ -22,16 +22,9 @@ def check(v: Any, call: GroupedCall, name: str = "x") -> None:
         TypeError, ValueError: an argument doesn't fit the others.
     """
     weight, (a, b, scaling), bias = call.weight, call.adapter, call.bias
-    given = (
-        (name, v, 2),
-        ("weight", weight, 3),
-        ("lora_A", a, 3),
-        ("lora_B", b, 3),
-        ("bias", bias, 2),
-    )
-    for what, t, dims in given:
-        if t is None and what == "bias":
-            continue
+    given: list[tuple[str, Any, int]] = [(name, v, 2), ("weight", weight, 3)]
+    given += [("lora_A", a, 3), ("lora_B", b, 3)]
+    for what, t, dims in given if bias is None else [*given, ("bias", bias, 2)]:
         error = not_a_float_tensor(what, t, v, name)
         if error is not None:
             raise error
@@ -70,9 +63,9 @@ def check_backward(dy: Any, x: Tensor | None, xa: Tensor | None, call: GroupedCa
     k, r = call.weight.shape[2], call.adapter.a.shape[1]
     xa_dtype = torch.float32 if dy.dtype == torch.float16 else dy.dtype
     for name, t, shape, dtype in (
-        ("dy", dy, (call.count, dy.shape[1]), dy.dtype),
+        ("dy", dy, (call.sorted_rows, dy.shape[1]), dy.dtype),
         ("x", x, (call.tokens, k), dy.dtype),
-        ("xa", xa, (call.count, r), xa_dtype),
+        ("xa", xa, (call.sorted_rows, r), xa_dtype),
     ):
         if t is None:
             continue
@@ -110,7 +103,7 @@ def check_scaling(scaling: Any) -> None:
 
 
 def _check_groups(v: Tensor, call: GroupedCall) -> None:
-    groups = call.groups
+    groups, (a, _, _) = call.groups, call.adapter
     for name, dtypes in _INTEGERS.items():
         t: Any = getattr(groups, name)
         if t is None and name != "offsets":
@@ -125,23 +118,21 @@ def _check_groups(v: Tensor, call: GroupedCall) -> None:
                 f"{t.device}"
             )
     count = groups.offsets.shape[0]
-    expected = (
-        ("scatter", groups.scatter, call.count, "sorted rows"),
-        ("adapters", groups.adapters, count, "groups"),
-        ("weights", groups.weights, count, "groups"),
-    )
-    for name, t, size, of in expected:
-        if t is not None and t.shape[0] != size:
-            raise ValueError(
-                f"{name}: expected {size} numbers, one of each of the {of}, got {t.shape[0]}"
-            )
-    for name, own, t in (
-        ("adapters", groups.adapters, call.adapter.a),
-        ("weights", groups.weights, call.weight),
+    if groups.scatter is not None and groups.scatter.shape[0] != call.sorted_rows:
+        raise ValueError(
+            f"scatter: expected a number of each of {call.sorted_rows} sorted rows, got "
+            f"{groups.scatter.shape[0]}"
+        )
+    for name, numbers, stack, of in (
+        ("adapters", groups.adapters, a, "lora_A"),
+        ("weights", groups.weights, call.weight, "weight"),
     ):
-        if own is None and t.shape[0] != count:
-            what = "lora_A" if name == "adapters" else "weight"
+        if numbers is not None and numbers.shape[0] != count:
             raise ValueError(
-                f"{name}: expected a number for each of {count} groups beside a {what} of "
-                f"{t.shape[0]}, got None"
+                f"{name}: expected a number of each of {count} groups, got {numbers.shape[0]}"
+            )
+        if numbers is None and stack.shape[0] != count:
+            raise ValueError(
+                f"{name}: expected a number of each of {count} groups beside a {of} of shape "
+                f"{list(stack.shape)}, got None"
             )

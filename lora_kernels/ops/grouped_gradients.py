@@ -31,8 +31,7 @@ class GroupedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, weight, a, b, *others):
-        *others, params = others
-        *groups, seed, scaling_tensor = others
+        *groups, seed, scaling_tensor, params = others
         y, xa = below_autograd(
             params.operators.forward,
             *(x, bias, weight, a, b, *groups, seed),

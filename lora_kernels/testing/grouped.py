@@ -101,7 +101,7 @@ def make_inputs(case: GroupedCase, device: torch.device | str | None = None) -> 
         return (torch.randn(shape, device=device) * scale).to(dtype or case.dtype)
 
     def numbers(given: tuple[int, ...] | None) -> Tensor | None:
-        return given and torch.tensor(given, dtype=torch.int32, device=device)
+        return torch.tensor(given, dtype=torch.int32, device=device) if given else None
 
     n, k, r, adapter = case.n, case.k, case.r, case.adapter_dtype or case.dtype
     bases = max(case.weights, default=0) + 1 if case.weights else len(case.sizes)

@@ -28,8 +28,8 @@ def forward(x: Tensor, call: GroupedCall) -> tuple[Tensor, Tensor]:
     spans, wide, scatter = call.spans(), _wide(x.dtype), call.groups.scatter
     a, b = _factor(call.adapter.a, wide), _factor(call.adapter.b, wide)
     # Who names rows of y need not name all.
-    y = (x.new_empty if scatter is None else x.new_zeros)(call.count, call.weight.shape[1])
-    xa = x.new_empty(call.count, a.shape[1], dtype=wide)
+    y = (x.new_empty if scatter is None else x.new_zeros)(call.sorted_rows, call.weight.shape[1])
+    xa = x.new_empty(call.sorted_rows, a.shape[1], dtype=wide)
     for span in spans:
         some, g = slice(span.begin, span.end), span.adapter
         read = left_operand(_rows(x, call.groups.rows, span))

@@ -42,10 +42,10 @@ def forward(x: Tensor, call: GroupedCall) -> tuple[Tensor, Tensor]:
             y = y + call.bias[span.weight]
         outputs.append(y.to(x.dtype))
         shrunk.append(xa)
-    y = _filled(outputs, call.count, x.new_zeros(0, call.weight.shape[1]))
+    y = _filled(outputs, call.sorted_rows, x.new_zeros(0, call.weight.shape[1]))
     if call.groups.scatter is not None:
         y = torch.zeros_like(y).index_copy(0, to, y)
-    return y, _filled(shrunk, call.count, a.new_zeros(0, a.shape[1]))
+    return y, _filled(shrunk, call.sorted_rows, a.new_zeros(0, a.shape[1]))
 
 
 def backward(
@@ -84,8 +84,8 @@ def backward(
                 dbs[g] = dbs[g] + (wide.T @ xa[some].to(b.dtype)) * scaling
         branches.append(branch)
     empty = dy.new_zeros(0, call.weight.shape[2])
-    branch = _filled(branches, call.count, empty.to(a.dtype))
-    dx = _filled(inputs, call.count, empty) + dropped(branch, call.dropout, to)
+    branch = _filled(branches, call.sorted_rows, empty.to(a.dtype))
+    dx = _filled(inputs, call.sorted_rows, empty) + dropped(branch, call.dropout, to)
     return Gradients(
         _summed(dx, call).to(dy.dtype) if wanted.dx else None,
         torch.stack(das).to(lora_A.dtype) if wanted.da else None,
@@ -110,7 +110,7 @@ def _places(call: GroupedCall) -> Tensor:
     scatter = call.groups.scatter
     if scatter is not None:
         return scatter.long()
-    return torch.arange(call.count, device=call.weight.device)
+    return torch.arange(call.sorted_rows, device=call.weight.device)
 
 
 def _filled(parts: list[Tensor], count: int, empty: Tensor) -> Tensor:
