@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kernels._version import __version__ as __version__
 from lora_kernels.adapter_files import load_adapter, save_adapter
+from lora_kernels.batches import adapter_batch
 from lora_kernels.casting import CastReport, cast_weights_
 from lora_kernels.explanation import Explanation, explain
 from lora_kernels.nn import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
@@ -33,6 +34,7 @@ __all__ = [
     "PatchReport",
     "PrepackReport",
     "UsageReport",
+    "adapter_batch",
     "cast_weights_",
     "dropout_mask",
     "explain",

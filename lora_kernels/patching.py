@@ -141,7 +141,7 @@ def patch_peft(
     _check_peft_version()
     from lora_kernels._peft import linear as ours
 
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     if not layers:
         raise ValueError(f"model: expected a model with PEFT LoRA layers, got {_instead(model)}")
     requests = _requests(layers, impl)
@@ -200,7 +200,7 @@ def unpatch_peft(model: nn.Module) -> int:
     """
     from lora_kernels._peft import linear as ours
 
-    patched = [layer for _, layer in _lora_layers(model) if ours.is_fused(layer)]
+    patched = [layer for _, layer in lora_layers(model) if ours.is_fused(layer)]
     for layer in patched:
         ours.become(layer, cast(Any, type(layer))._lora_kernels_theirs, None)
     for tuner in model.modules():
@@ -372,7 +372,8 @@ def _check_peft_version() -> None:
         raise ImportError(f"peft: expected version 0.18 or newer, got {installed}")
 
 
-def _lora_layers(model: nn.Module) -> list[tuple[str, "LoraLayer"]]:
+def lora_layers(model: nn.Module) -> list[tuple[str, "LoraLayer"]]:
+    """Return a model's PEFT LoRA layers with their paths."""
     from peft.tuners.lora.layer import LoraLayer
 
     if not isinstance(model, nn.Module):
