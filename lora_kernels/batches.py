@@ -53,6 +53,9 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         model: a PEFT model that `patch_peft` patched, whose layers are LoRA linear layers.
         names: of each sample, an adapter of the model, or "__base__" for none.
 
+    Returns:
+        A context manager.
+
     Raises:
         TypeError: `model` is no module, or a name is no string.
         ValueError: an unknown adapter, a layer that can't serve it (named with the reason), or a

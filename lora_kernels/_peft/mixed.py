@@ -53,7 +53,7 @@ def mixed_parts(layer: Any, names: Sequence[str]) -> MixedParts | str:
     if isinstance(own, str) or reason is not None:
         return str(reason)
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
-    drops = set()
+    drops: set[float] = set()
     for name in dict.fromkeys(names):
         if name == BASE or name not in modules["lora_A"]._modules:
             continue
@@ -62,8 +62,7 @@ def mixed_parts(layer: Any, names: Sequence[str]) -> MixedParts | str:
             return f"adapter {name!r}: {found}"
         a, b, scaling, dropout = found
         factors[name] = a, b, scaling
-        dropping = isinstance(dropout, nn.Dropout) and dropout.training
-        drops.add(dropout.p if dropping else 0.0)
+        drops.add(dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
     if len(drops) > 1:
         return "the adapters' probabilities of dropout differ"
     return MixedParts(*own, factors, drops.pop() if drops else 0.0)
