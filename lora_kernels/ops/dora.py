@@ -202,7 +202,9 @@ def lora_dora_linear(
         y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ + (g - 1) ⊙ u
 
     Without dropout that is y = g ⊙ u + bias. D drops elements as `lora_linear`'s does; in training
-    D(x) is multiplied by the frozen weight, too, a second product of x's size.
+    D(x) is multiplied by the frozen weight, too, a second product of x's size. g is 1 where the
+    magnitude is the norm within their roundings, as both are at the start of training; on a CPU,
+    where all are and lora_B is zero, y is the base layer's bit for bit.
 
     Args:
         x: [..., K], float16, bfloat16, float32 or float64; any strides, M = 0 allowed.
@@ -284,11 +286,17 @@ def run_with_norm(
 
     z is the linear layer's product, by whichever implementation serves that.
     """
+    gain = call.gain(norm)
+    if call.starts(gain):
+        x, call = (x, call) if cast is None else (x.to(cast), call.cast(cast))
+        weight, _, bias, _ = call.linear
+        check_memory(x=x, weight=weight.decode(), bias=bias)
+        return call.base_output(x)
     linear = call.linear
     z = run_linear(x, linear._replace(bias=None), impl, cast)
     bias = linear.bias if cast is None else as_autocast(linear.bias, cast)
     rows = z.reshape(-1, z.shape[-1])
-    return scaled(rows, call.gain(norm), bias).view(z.shape)
+    return scaled(rows, gain, bias).view(z.shape)
 
 
 def _operators(x: Tensor, call: DoraCall, impl: str) -> Operators:
