@@ -15,6 +15,7 @@
 
 #include "../common/call.h"
 #include "base_product.h"
+#include "branch.h"
 #include "parallel.h"
 
 namespace lora_kernels {
@@ -22,20 +23,6 @@ namespace lora_kernels {
 namespace {
 
 constexpr std::array kFormats{"dense", "onednn", "nf4", "fp4", "int8", "float8"};
-
-Mask mask_of(const LinearCall& call) {
-  if (!call.dropout) return {};
-  const auto [seed, threshold] = *call.dropout;
-  return {call.k(), static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())), threshold};
-}
-
-float keep_scale(const Mask& mask) { return 65536.0f / static_cast<float>(65536 - mask.threshold); }
-
-float scale_of(const Adapter& adapter) {
-  if (!adapter.scaling_tensor) return static_cast<float>(adapter.scaling);
-  const Tensor value = torch::stable::to(*adapter.scaling_tensor, ScalarType::Float);
-  return *static_cast<const float*>(value.const_data_ptr());
-}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const LinearCall& call) {
   check_packed(call.weight, call.n(), call.k(), x);
@@ -56,26 +43,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const LinearCall& call) {
     kernel.add_low_rank(matrix(y), over_r, q.get(), over_k.pitch, begin, end);
   });
   return {shaped_like(x, y), xa};
-}
-
-// Adds D(dxa A) to dx, if that is wanted, and returns dA, if that is.
-Tensor add_adapter(
-    const Tensor& dx, const Tensor& dy_rows, const OptionalTensor& x, const LinearCall& call, const Wanted& wanted) {
-  const auto& [a, b, scaling_tensor, scaling] = call.adapter;
-  const int64_t m = dy_rows.size(0), stride = round_up(call.r(), kLanes);
-  const Mask mask = mask_of(call);
-  const float scale = scale_of(call.adapter) * keep_scale(mask);
-  const Panel over_n = kernels().panel_over_rows(matrix(factor(b, dy_rows)));
-  const Panel over_r = kernels().panel_over_rows(matrix(factor(a, dy_rows)));
-  const Buffer<float> q(m * stride);
-  in_parallel(m, kRowGroup, stride * call.n(), [&](int64_t begin, int64_t end) {
-    kernels().rows_product(matrix(dy_rows), over_n, scale, q.get(), {}, begin, end);
-  });
-  const OptionalTensor into = wanted.dx ? OptionalTensor(dx) : std::nullopt;
-  const OptionalTensor from = wanted.da ? OptionalTensor(as_matrix(*x)) : std::nullopt;
-  const Sums sums(wanted.da ? stride : 0, call.k());
-  column_pass(into, from, over_r, {q.get(), stride}, mask, sums);
-  return wanted.da ? sums.as_rows(call.r(), a, 1) : torch::stable::new_empty(dy_rows, {0});
 }
 
 Gradients backward(

@@ -215,7 +215,7 @@ def lora_dora_linear(
         magnitude: [N], likewise, of any sign; m of the paper.
         bias: [N], x's dtype, or None. It is not rescaled.
         scaling, dropout_p, training, seed: as `lora_linear`.
-        impl: "auto", "eager" or "reference". A named implementation serves the call or raises.
+        impl: "auto", "cpu", "eager" or "reference". A named implementation serves the call or raises.
 
     Returns:
         y, [..., N], in x's dtype. A row whose norm is zero has an infinite gain, and y and
@@ -223,8 +223,9 @@ def lora_dora_linear(
 
     Precision: as `lora_linear`. The norm is formed in float32 (float64 for float64) of weight,
     lora_A and lora_B as they are stored, its relative error below 1e-5; y is formed of u, g and
-    bias in that dtype and rounded once. u and, in backward, g ⊙ dy are rounded to x's dtype, but
-    not beside wider adapters on a float16 x on a CPU: what is rescaled to its range may leave it.
+    bias in that dtype and rounded once. u and, in backward, g ⊙ dy are rounded to x's dtype, by
+    "cpu" g ⊙ lora_B instead where that does, but not beside wider adapters on a float16 x on a CPU:
+    what is rescaled to its range may leave it.
     lora_A's, lora_B's and magnitude's gradients come back in their own dtypes. Autocast,
     torch.func's transforms, forward-mode and second derivatives are served as by `lora_linear`;
     the norm is a constant to all of them.

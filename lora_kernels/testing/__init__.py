@@ -11,6 +11,7 @@ from lora_kernels.testing.budget import (
     assert_within_budget,
     to_tf32,
 )
+from lora_kernels.testing.dora import DORA, DoraCase, DoraInputs
 from lora_kernels.testing.linear import (
     GRADIENTS,
     LINEAR,
@@ -32,9 +33,10 @@ from lora_kernels.testing.linear import (
 from lora_kernels.testing.spec import Spec
 
 # What checks and benchmarks every op.
-SPECS = (LINEAR,)
+SPECS = (LINEAR, DORA)
 
 __all__ = [
+    "DORA",
     "FEW_ELEMENTS",
     "FEW_SUMS",
     "GRADIENTS",
@@ -45,6 +47,8 @@ __all__ = [
     "STORE",
     "USUAL",
     "Case",
+    "DoraCase",
+    "DoraInputs",
     "Inputs",
     "Sizes",
     "Spec",
