@@ -1,7 +1,8 @@
 // The grouped LoRA linear on CPUs: lora_kernels::grouped_lora_linear_{forward,backward}_cpu.
 //
-// Schemas and documentation stand in lora_kernels/ops/grouped.py. Each group is a call of the adapted layer on its rows,
-// copied to one place where x's rows are named. A and B are laid out by groups once a call.
+// Schemas and documentation stand in lora_kernels/ops/grouped.py. A group is what linear.cpp computes for its rows, which are
+// copied to one place where they are named. Groups with one W have one product with it. A and B are laid out by groups once
+// a call.
 
 #include "../common/grouped.h"
 
@@ -11,7 +12,7 @@
 #include <tuple>
 
 #include "base_product.h"
-#include "linear.h"
+#include "branch.h"
 #include "rows.h"
 
 namespace lora_kernels {
@@ -67,6 +68,29 @@ class Parts {
   }
 };
 
+// The product with W of each group's rows: made group by group, or for all groups at once where they have one W.
+template <class Product>
+class Bases {
+ public:
+  Bases(const GroupedCall& call, const Parts& parts, const Tensor& v, const std::vector<int64_t>& named, Product product)
+      : v_(v), named_(named), product_(product) {
+    if (call.weight.size(0) > 1 || call.groups.spans.empty()) return;
+    all_ = product(rows_of(v, named, 0, call.groups.spans.back().end), parts.of(call.groups.spans.front()));
+  }
+
+  // Rows of v, and their product.
+  std::tuple<Tensor, Tensor> of(const Span& span, const LinearCall& own) const {
+    const Tensor rows = rows_of(v_, named_, span.begin, span.end);
+    return {rows, all_ ? rows_of(*all_, {}, span.begin, span.end) : product_(rows, own)};
+  }
+
+ private:
+  const Tensor& v_;
+  const std::vector<int64_t>& named_;
+  const Product product_;
+  OptionalTensor all_;
+};
+
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const GroupedCall& call) {
   const Groups& groups = call.groups;
   const int64_t end = groups.spans.empty() ? 0 : groups.spans.back().end;
@@ -74,16 +98,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const GroupedCall& call) {
   const Tensor y = stack_of({call.count, call.n()}, x.scalar_type(), !all);
   const Tensor xa = stack_of({call.count, call.r()}, x.scalar_type(), true);
   const Parts parts(call);
+  const Bases bases(call, parts, x, groups.rows, [](const Tensor& rows, const LinearCall& own) {
+    return base_forward(left_operand(rows), own);
+  });
   for (const Span& span : groups.spans) {
-    const Tensor rows = rows_of(x, groups.rows, span.begin, span.end);
     const LinearCall own = parts.of(span);
-    if (span.adapter < 0) {
-      put_rows(base_forward(left_operand(rows), own), y, groups.places, span.begin);
-      continue;
-    }
-    const auto [out, shrunk] = linear_forward(rows, own);
+    const auto [rows, out] = bases.of(span, own);
+    if (span.adapter >= 0) put_rows(add_branch(out, left_operand(rows), own), xa, {}, span.begin);
     put_rows(out, y, groups.places, span.begin);
-    put_rows(shrunk, xa, {}, span.begin);
   }
   return {y, xa};
 }
@@ -106,22 +128,24 @@ Gradients backward(
   const Tensor db = zeros(wanted.db, {b.size(0), b.size(1), b.size(2)}, ScalarType::Float);
   const Tensor dbias = zeros(wanted.dbias, {call.weight.size(0), call.n()}, ScalarType::Float);
   const Parts parts(call);
+  const Bases bases(call, parts, dy, groups.places, [&](const Tensor& rows, const LinearCall& own) {
+    return wanted.dx ? base_backward(left_operand(rows), own.weight) : rows;
+  });
   for (const Span& span : groups.spans) {
-    const bool adapted = span.adapter >= 0;
-    const Tensor rows = rows_of(dy, groups.places, span.begin, span.end);
-    const OptionalTensor read =
-        x && adapted ? OptionalTensor(rows_of(*x, groups.rows, span.begin, span.end)) : std::nullopt;
-    const OptionalTensor shrunk = xa && adapted ? OptionalTensor(rows_of(*xa, {}, span.begin, span.end)) : std::nullopt;
     const LinearCall own = parts.of(span);
-    Gradients found = adapted
-                          ? linear_backward(rows, read, shrunk, own, wanted)
-                          : Gradients{wanted.dx ? base_backward(left_operand(rows), own.weight) : dx, da, db, dbias};
-    if (wanted.dx && by_rows) add_rows(found.dx, dx, groups.rows, span.begin);
-    if (wanted.dx && !by_rows) put_rows(found.dx, dx, {}, span.begin);
-    if (wanted.da && adapted) add_part(found.da, da, span.adapter);
-    if (wanted.db && adapted) add_part(found.db, db, span.adapter);
-    if (wanted.dbias && !adapted) found.dbias = torch::stable::sum(rows, std::vector<int64_t>{0});
-    if (wanted.dbias) add_part(found.dbias, dbias, span.weight);
+    const auto [dy_rows, out] = bases.of(span, own);
+    const Tensor rows = left_operand(dy_rows);
+    if (span.adapter >= 0 && (wanted.dx || wanted.da)) {
+      const OptionalTensor read = wanted.da ? OptionalTensor(rows_of(*x, groups.rows, span.begin, span.end)) : std::nullopt;
+      const Tensor part = add_adapter(out, rows, read, own, wanted);
+      if (wanted.da) add_part(part, da, span.adapter);
+    }
+    if (span.adapter >= 0 && wanted.db) {
+      add_part(gradient_of_b(rows, rows_of(*xa, {}, span.begin, span.end), own), db, span.adapter);
+    }
+    if (wanted.dx && by_rows) add_rows(out, dx, groups.rows, span.begin);
+    if (wanted.dx && !by_rows) put_rows(out, dx, {}, span.begin);
+    if (wanted.dbias) add_part(torch::stable::sum(rows, std::vector<int64_t>{0}), dbias, span.weight);
   }
   return {as_type(dx, type), as_type(da, a.scalar_type()), as_type(db, b.scalar_type()), as_type(dbias, type)};
 }

@@ -11,6 +11,7 @@ from lora_kernels.testing.budget import (
     assert_within_budget,
     to_tf32,
 )
+from lora_kernels.testing.dora import DORA, DoraCase, DoraInputs
 from lora_kernels.testing.grouped import GROUPED, GroupedCase
 from lora_kernels.testing.linear import (
     GRADIENTS,
@@ -33,9 +34,10 @@ from lora_kernels.testing.linear import (
 from lora_kernels.testing.spec import Spec
 
 # What checks and benchmarks every op.
-SPECS = (LINEAR, GROUPED)
+SPECS = (LINEAR, DORA, GROUPED)
 
 __all__ = [
+    "DORA",
     "FEW_ELEMENTS",
     "FEW_SUMS",
     "GRADIENTS",
@@ -47,6 +49,8 @@ __all__ = [
     "STORE",
     "USUAL",
     "Case",
+    "DoraCase",
+    "DoraInputs",
     "GroupedCase",
     "Inputs",
     "Sizes",
