@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -28,13 +28,12 @@ class Batch:
                 f"names: expected one of each of {len(x)} samples of x, got {len(self.names)}"
             )
         if layer.disable_adapters or not mixed.adapters_of(layer, self.names):
-            y: Tensor = layer.base_layer(x)
-            return y
-        call = mixed.call_of(layer, x, self.names, impl)
-        if isinstance(call, str):
-            raise ValueError(f"layer {path!r}: expected one that serves adapter_batch, got: {call}")
+            return cast(Tensor, layer.base_layer(x))
+        y = mixed.forward(layer, x, self.names, impl, path)
+        if isinstance(y, str):
+            raise ValueError(f"layer {path!r}: expected one that serves adapter_batch, got: {y}")
         vars(layer)["_lora_kernels_calls"].fused += 1
-        return mixed.forward(x, *call, impl, path)
+        return y
 
 
 @contextmanager

@@ -102,21 +102,18 @@ class FusedLinear(Linear):
         """Return the output of a batch whose samples name their adapters."""
         batch: Any = vars(self).get("_lora_kernels_batch")
         if batch is not None:
-            y: Tensor = batch.forward(self, x, impl, "" if calls is None else calls.path)
-            return y
+            mixed_batch: Tensor = batch.forward(self, x, impl, "" if calls is None else calls.path)
+            return mixed_batch
+        y: Tensor | str = "called with more than x"
         names = kwargs.get("adapter_names")
-        call: Any = "called with more than x"
         if names is not None and len(kwargs) == 1 and not args:
             self._check_forward_args(x, adapter_names=names)
-            call = mixed.call_of(self, x, names, impl)
-        if isinstance(call, str):
-            if calls is not None:
-                calls.leave(call)
-            return Linear.forward(self, x, *args, **kwargs)
-        if calls is not None:
+            y = mixed.forward(self, x, names, impl)
+        if calls is not None and isinstance(y, str):
+            calls.leave(y)
+        elif calls is not None:
             calls.fused += 1
-        rows, grouped = call
-        return mixed.forward(x, rows, grouped, impl)
+        return Linear.forward(self, x, *args, **kwargs) if isinstance(y, str) else y
 
     def _lora_kernels_left(self) -> str | None:
         parts = fused_parts(self)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
+from lora_kernels.checks import lack_of_memory
 from lora_kernels.operands.call import Adapter, autocast_dtype
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.grouped import NO_ADAPTER, GroupedCall, Groups
@@ -57,7 +58,7 @@ def mixed_parts(layer: Any, names: Sequence[str]) -> MixedParts | str:
     for name in dict.fromkeys(names):
         if name == BASE or name not in modules["lora_A"]._modules:
             continue
-        found = _factors(layer, name)
+        found = _factors(layer, name, own[0])
         if isinstance(found, str):
             return f"adapter {name!r}: {found}"
         a, b, scaling, dropout = found
@@ -68,10 +69,8 @@ def mixed_parts(layer: Any, names: Sequence[str]) -> MixedParts | str:
     return MixedParts(*own, factors, drops.pop() if drops else 0.0)
 
 
-def call_of(
-    layer: Any, x: Any, names: Sequence[str], impl: str
-) -> tuple[Tensor, GroupedCall] | str:
-    """Return the rows and the grouped call of a batch, or why it is left to PEFT."""
+def forward(layer: Any, x: Any, names: Sequence[str], impl: str, path: str = "") -> Tensor | str:
+    """Return a layer's output for a batch of several adapters, or why it is left to PEFT."""
     parts = mixed_parts(layer, names)
     if isinstance(parts, str):
         return parts
@@ -86,25 +85,24 @@ def call_of(
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)
         bias = None if bias is None else bias.to(cast)
-    groups, a, b, scaling = _by_adapter(x, factors, names)
+    groups = _sorted(tuple(names), tuple(factors), prod(x.shape[1:-1]), x.device)
+    scaling = torch.tensor([s for _, _, s in factors.values()], device=x.device)
     rows, dropout = x.reshape(-1, x.shape[-1]), drawn(p, None, x.device) if p else None
     stack = None if bias is None else bias.unsqueeze(0)
-    adapter = Adapter(a, b, scaling)
+    adapter = Adapter(*_stacks(factors), scaling)
     call = GroupedCall(weight.unsqueeze(0), adapter, stack, groups, dropout, len(rows))
     try:
         check(rows, call)
     except (TypeError, ValueError) as error:
         return str(error)
-    return rows, call
-
-
-def forward(x: Tensor, rows: Tensor, call: GroupedCall, impl: str, layer: str = "") -> Tensor:
-    """Return a layer's output for a batch of several adapters."""
-    y = run(rows, call, impl, layer)
+    y = run(rows, call, impl, path)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float, nn.Module] | str:
+def _factors(
+    layer: Any, name: str, weight: Tensor
+) -> tuple[Tensor, Tensor, float, nn.Module] | str:
+    """Return an adapter's A, B, scaling and dropout, or why it is left to PEFT."""
     if name in layer.lora_variant or layer.use_dora.get(name):
         return "another variant of LoRA"
     modules = layer._modules
@@ -115,6 +113,12 @@ def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float, nn.Module] |
         return f"lora_B {b}"
     if a[1] is not None or b[1] is not None:
         return "a bias"
+    for t, shape in (
+        (a[0], (b[0].shape[1], weight.shape[1])),
+        (b[0], (weight.shape[0], *a[0].shape[:1])),
+    ):
+        if type(t) not in PLAIN_TENSORS or t.is_meta or t.shape != shape or lack_of_memory(t):
+            return f"no plain factors for a weight of shape {list(weight.shape)}"
     dropout = modules["lora_dropout"]._modules[name]
     reason, scaling = dropout_reason(dropout), layer.scaling[name]
     if reason is None and (type(scaling) is not float or scaling - scaling != 0.0):
@@ -122,18 +126,12 @@ def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float, nn.Module] |
     return (a[0], b[0], scaling, dropout) if reason is None else reason
 
 
-def _by_adapter(
-    x: Tensor, factors: dict[str, tuple[Tensor, Tensor, float]], names: Sequence[str]
-) -> tuple[Groups, Tensor, Tensor, Tensor]:
-    """Return the groups of a batch and all adapters' factors, [n, ...].
-
-    Ranks that differ are filled up with zeros.
-    """
-    groups = _sorted(tuple(names), tuple(factors), prod(x.shape[1:-1]), x.device)
+def _stacks(factors: dict[str, tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
+    """Return all adapters' A [n, R, K] and B [n, N, R]; ranks that differ are filled with zeros."""
     ranks = max(a.shape[0] for a, _, _ in factors.values())
     a = torch.stack([pad(a, (0, 0, 0, ranks - a.shape[0])) for a, _, _ in factors.values()])
     b = torch.stack([pad(b, (0, ranks - b.shape[1])) for _, b, _ in factors.values()])
-    return groups, a, b, torch.tensor([s for _, _, s in factors.values()], device=x.device)
+    return a, b
 
 
 # All layers of a model ask the same of a batch.

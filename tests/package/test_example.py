@@ -1,4 +1,4 @@
-"""The example runs end to end and its three rows make sense."""
+"""The examples run end to end and what they print makes sense."""
 
 import importlib.util
 import json
@@ -47,3 +47,22 @@ def test_example_writes_table_and_curves(tmp_path: Path) -> None:
     assert (tmp_path / "finetune_minilm.png").read_bytes().startswith(b"\x89PNG")
     assert all(name in done.stdout for name in rows)
     assert done.stdout.startswith("lora_kernels: 36 LoRA layers patched, 0 left; run by ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("transformers" in MISSING, reason="the example needs transformers")
+def test_adapters_are_served() -> None:
+    script = ROOT / "examples" / "serve_adapters.py"
+    sizes = ["--adapters=4", "--requests=10", "--hidden=32", "--layers=2", "--new-tokens=3"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), *sizes], env=env, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tokens as PEFT's one by one: 10 of 10 requests" in done.stdout
+    missing = "adapter: expected one of adapter0, adapter1, adapter2, got 'adapter3'"
+    assert done.stdout.count(missing) == 2
+    assert "a broken file: ValueError" in done.stdout
+    assert done.stdout.count("tokens/s") == 3

@@ -213,3 +213,13 @@ def test_what_is_left_computes_as_peft_does(pair):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     left = [use for use in lk.report(pair[0]).layers.values() if use.left]
     assert [use.reason for use in left] == ["base layer has hooks"]
+
+
+def test_a_factor_whose_memory_is_gone_is_peft_s_to_refuse(pair):
+    model, _ = pair
+    q = model.base_model.model.model.layers[0].self_attn.q_proj
+    q.lora_B["second"].weight.data = torch.empty(0)
+    with pytest.raises(RuntimeError):
+        model(input_ids=tokens(), adapter_names=NAMES)
+    with pytest.raises(ValueError, match="no plain factors"), lk.adapter_batch(model, NAMES):
+        pass
