@@ -113,10 +113,8 @@ def _factors(
         return f"lora_B {b}"
     if a[1] is not None or b[1] is not None:
         return "a bias"
-    for t, shape in (
-        (a[0], (b[0].shape[1], weight.shape[1])),
-        (b[0], (weight.shape[0], *a[0].shape[:1])),
-    ):
+    (n, k), ranks = weight.shape, a[0].shape[:1]
+    for t, shape in ((a[0], (*ranks, k)), (b[0], (n, *ranks))):
         if type(t) not in PLAIN_TENSORS or t.is_meta or t.shape != shape or lack_of_memory(t):
             return f"no plain factors for a weight of shape {list(weight.shape)}"
     dropout = modules["lora_dropout"]._modules[name]
