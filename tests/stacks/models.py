@@ -63,6 +63,18 @@ def adapted_llama(dtype=torch.float32, base=None, **config):
     return randomize(model)
 
 
+def adapted_qwen3_moe(**config):
+    """Return a small Qwen3-MoE whose attention and experts are adapted."""
+    settings = transformers.Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, head_dim=8,
+        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, initializer_range=0.1,
+    )  # fmt: skip
+    targets = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    base = transformers.Qwen3MoeForCausalLM(settings)
+    return adapted_llama(base=base, target_modules=["q_proj"], **targets, **config)
+
+
 def patched_copy(model, left=0):
     """Return a patched deep copy, all of whose LoRA layers are fused but for `left`."""
     patched = copy.deepcopy(model)
