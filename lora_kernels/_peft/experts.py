@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_kernels._peft.fused import Fused, tensors_reason
 from lora_kernels.bypass import everywhere_reason, hooks_reason, origin, read_linear, scaling_reason
 from lora_kernels.checks import FLOAT_DTYPES
+from lora_kernels.impl.eager import grouped_mm
 from lora_kernels.operands.call import Adapter, autocast_dtype
 from lora_kernels.operands.grouped import NO_ADAPTER, GroupedCall, Groups
 from lora_kernels.ops.grouped import run
@@ -39,11 +40,15 @@ class ExpertsLinear(NamedTuple):
 
     def call(self, x: Tensor, groups: Groups) -> GroupedCall:
         """Return the call of x."""
-        adapter = self.adapter
+        adapter, (experts, n, k) = self.adapter, self.weight.shape
         if adapter is None:
-            (_, n, k), zeros = self.weight.shape, self.weight.new_zeros
-            groups = groups._replace(adapters=torch.full_like(groups.offsets, NO_ADAPTER))
-            adapter = Adapter(zeros(1, 1, k), zeros(1, n, 1), 1.0)
+            # A GPU's grouped_mm has no groups without an adapter.
+            count = 1 if self.weight.is_cpu else experts
+            zeros = self.weight.new_zeros
+            adapter = Adapter(zeros(count, 1, k), zeros(count, n, 1), 1.0)
+            if count != experts:
+                nobody = torch.full_like(groups.offsets, NO_ADAPTER)
+                groups = groups._replace(adapters=nobody)
         return GroupedCall(self.weight, adapter, self.bias, groups, None, x.shape[0])
 
 
@@ -244,9 +249,6 @@ def _call_reason(x: Any, ids: Any, gates: Any, parts: Parts, impl: str) -> str |
         return f"x has shape {list(x.shape)}, top_k_index {list(ids.shape)}"
     if ids.dtype != torch.int64:
         return f"top_k_index is {ids.dtype}"
-    if impl == "auto" and not x.is_cpu:
-        # The host would wait for the GPU, and launch group after group.
-        return f"no kernel of grouped_lora_linear for {x.device.type}"
     cast = autocast_dtype(x)
     first = linears[0].weight
     if cast not in (None, first.dtype) and experts.config._experts_implementation in _BY_LINEAR:
@@ -254,8 +256,12 @@ def _call_reason(x: Any, ids: Any, gates: Any, parts: Parts, impl: str) -> str |
     # The second layer's inputs are as wide as its weight says.
     for linear, width in zip(linears, (x.shape[1], linears[1].weight.shape[2]), strict=True):
         row, nobody = first.new_empty(0, width), ids.new_empty(len(first), dtype=torch.int32)
+        call = linear.call(row, Groups(nobody))
         try:
-            check(row, linear.call(row, Groups(nobody)))
+            check(row, call)
         except (TypeError, ValueError) as error:
             return str(error)
+        if impl == "auto" and not (x.is_cpu or grouped_mm.serves(row, call)):
+            # The host would wait for the GPU, and launch group after group.
+            return f"no kernel of grouped_lora_linear for {first.dtype} on this {x.device.type}"
     return None

@@ -9,9 +9,13 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, vmap
 
 import lora_kernels as lk
+from lora_kernels.impl.eager import grouped_mm
 from lora_kernels.native import absence
+from lora_kernels.operands.call import Adapter, Wanted
+from lora_kernels.operands.dropout import drawn
+from lora_kernels.operands.grouped import GroupedCall
 from lora_kernels.registration import operators
-from lora_kernels.testing import GROUPED, GroupedCase
+from lora_kernels.testing import GRADIENTS, GROUPED, GroupedCase
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 needs_cpu = pytest.mark.skipif(absence("cpu") is not None, reason=str(absence("cpu")))
@@ -267,6 +271,51 @@ def test_tensors_whose_memory_is_gone_are_refused_by_name(name, impl):
     given[name].untyped_storage().resize_(0)
     with pytest.raises(REFUSALS, match=f"{name}: expected memory"):
         lk.grouped_lora_linear(**given, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("adapter_dtype", [None, F32], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"tokens": 30},
+        {"tokens": 30, "scatter": True, "dropout_p": 0.3},
+        {"spare": 5, "stored": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("sizes", "r"), [((5, 0, 33, 1, 70), 4), ((0, 3, 0), 8), ((9,) * 6, 1)])
+def test_by_torch_s_grouped_mm(sizes, r, how, adapter_dtype, dtype):
+    """As eager serves experts on a GPU of Hopper's or Blackwell's kind; here by its CPU kernel."""
+    case = GroupedCase(sizes, 72, 40, r, dtype, adapter_dtype, **how)
+    inputs = GROUPED.inputs(case)
+    dropout = drawn(case.dropout_p, inputs.seed, inputs.x.device)
+    adapter = Adapter(inputs.lora_A, inputs.lora_B, inputs.scaling)
+    call = GroupedCall(inputs.weight, adapter, inputs.bias, inputs.groups, dropout, len(inputs.x))
+    assert grouped_mm.fits(inputs.x, call)
+    assert not grouped_mm.serves(inputs.x, call)
+    y, xa = grouped_mm.forward(inputs.x, call)
+    grads = grouped_mm.backward(inputs.dy, inputs.x, xa, call, Wanted(True, True, True, True))
+    results = dict(zip(("y", *GRADIENTS), (y, *grads), strict=True))
+    GROUPED.assert_results(case, inputs, results, "grouped_mm")
+    assert xa.shape == (case.count, r)
+
+
+def test_what_grouped_mm_does_not_take():
+    inputs = GROUPED.inputs(GroupedCase((3, 4), 72, 40, 4, BF16))
+    adapter = Adapter(inputs.lora_A, inputs.lora_B, 1.0)
+    call = GroupedCall(inputs.weight, adapter, None, inputs.groups, None, 7)
+    assert grouped_mm.fits(inputs.x, call)
+    numbers = torch.zeros(2, dtype=torch.int32)
+    for other in (
+        call._replace(weight=inputs.weight[..., :39]),
+        call._replace(weight=inputs.weight[:, ::2, ::2]),
+        call._replace(groups=inputs.groups._replace(adapters=numbers)),
+        call._replace(groups=inputs.groups._replace(weights=numbers)),
+    ):
+        assert not grouped_mm.fits(inputs.x, other)
+    assert not grouped_mm.fits(inputs.x.half(), call)
 
 
 def test_explained():

@@ -1,5 +1,7 @@
 """The grouped LoRA linear by ATen calls, group after group, which the host has to know.
 
+Where torch has one kernel for all groups, `grouped_mm` serves instead.
+
 Same equations and signatures as `reference`. Nothing is as large as the weights. A and B are copied
 once a call where their groups don't lie one after the other: in PEFT's B experts are adjacent. Of
 float16 the branch is float32.
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lora_kernels.impl.eager import grouped_mm
 from lora_kernels.impl.eager.mask import keep_rows, masked
 from lora_kernels.impl.eager.products import as_dtype, left_operand
 from lora_kernels.operands.call import Gradients, Wanted
@@ -24,6 +27,8 @@ def forward(x: Tensor, call: GroupedCall) -> tuple[Tensor, Tensor]:
     Precision: as `linear`'s; xa is rounded again after dropout's factor and after scaling, but for
     float16's, which is float32.
     """
+    if grouped_mm.serves(x, call):
+        return grouped_mm.forward(x, call)
     call.check_rows()
     spans, wide, scatter = call.spans(), _wide(x.dtype), call.groups.scatter
     a, b = _factor(call.adapter.a, wide), _factor(call.adapter.b, wide)
@@ -58,6 +63,8 @@ def backward(
 
     Precision: as `linear`'s; sums over groups, dx's with `rows` among them, are float32.
     """
+    if grouped_mm.serves(dy, call):
+        return grouped_mm.backward(dy, x, xa, call, wanted)
     call.check_rows()
     (lora_A, lora_B, _), wide, spans = call.adapter, _wide(dy.dtype), call.spans()
     a, b, rows = _factor(lora_A, wide), _factor(lora_B, wide), call.groups.rows
