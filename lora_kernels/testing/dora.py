@@ -68,7 +68,7 @@ def _sizes() -> list[DoraCase]:
         (1, 7, 33, 150, 17),
     )
     cases = []
-    for index, (dtype, r, p) in enumerate(product((FP32, BF16, FP16), (1, 5, 16, 96), (0.0, 0.1))):
+    for index, (dtype, r, p) in enumerate(product((FP32, BF16, FP16), (1, 16, 96), (0.0, 0.1))):
         n, k = sides[(index + index // 6) % len(sides)]
         m, adapters = rows[index % len(rows)], FP32 if dtype != FP32 and index % 5 == 0 else None
         cases.append(DoraCase((m,), n, k, r, dtype, adapters, p, bias=index % 3 != 0))

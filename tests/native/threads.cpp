@@ -51,6 +51,8 @@ void split(int64_t count, int64_t step, int threads, const std::function<void(in
 struct Results {
   std::vector<float> q, sums;
   std::vector<uint16_t> y, dx, few;
+  std::vector<float> squares, passed;
+  std::vector<uint16_t> dropped, rescaled;
 };
 
 Results run(const Kernels& kernel, bool is_bf16, int threads) {
@@ -63,7 +65,7 @@ Results run(const Kernels& kernel, bool is_bf16, int threads) {
   const Panel by_rows = kernel.panel_over_rows(first);
   const int64_t stride = over_k.pitch, pitch = round_up(kIn, kColumnBlock);
   Results out{std::vector<float>(kRows * stride), std::vector<float>(stride * pitch), start, start,
-              std::vector<uint16_t>(2 * 5 * kOut)};
+              std::vector<uint16_t>(2 * 5 * kOut), std::vector<float>(kRows), std::vector<float>(pitch), start, start};
   const Matrix y = matrix(out.y, kRows, kOut, is_bf16), dx = matrix(out.dx, kRows, kIn, is_bf16);
   split(kRows, 8, threads, [&](int64_t begin, int64_t end) {
     kernel.rows_product(inputs, over_k, 0.5f, out.q.data(), mask, begin, end);
@@ -75,6 +77,16 @@ Results run(const Kernels& kernel, bool is_bf16, int threads) {
   const Matrix few{x.data(), kIn, 5, kIn, is_bf16}, into{out.few.data(), kOut, 5, kOut, is_bf16};
   split(kOut, 8, threads, [&](int64_t begin, int64_t end) {
     kernel.few_rows(few, weight, Matrix{}, into, begin, end);
+  });
+  const std::vector<float> gain(pitch, 0.75f);
+  const Matrix dropped = matrix(out.dropped, kRows, kIn, is_bf16), rescaled = matrix(out.rescaled, kRows, kIn, is_bf16);
+  split(kRows, 8, threads, [&](int64_t begin, int64_t end) {
+    kernel.row_squares(inputs, out.squares.data(), begin, end);
+    kernel.add_kept(inputs, 0.5f, mask, 3, dropped, true, begin, end);
+    kernel.rescale(inputs, gain.data(), dropped, gain.data(), dropped, begin, end);
+  });
+  split(kIn, kColumnBlock, threads, [&](int64_t begin, int64_t end) {
+    kernel.gain_pass(inputs, gain.data(), dropped, rescaled, out.passed.data(), begin, end);
   });
   return out;
 }
@@ -101,6 +113,9 @@ int main() {
     good &= same(alone.q, together.q, kernel.name, "q") && same(alone.sums, together.sums, kernel.name, "sums");
     good &= same(alone.y, together.y, kernel.name, "y") && same(alone.dx, together.dx, kernel.name, "dx");
     good &= same(alone.few, together.few, kernel.name, "the product of few rows");
+    good &= same(alone.squares, together.squares, kernel.name, "squares of rows");
+    good &= same(alone.dropped, together.dropped, kernel.name, "D(x)") && same(alone.passed, together.passed, kernel.name, "dm");
+    good &= same(alone.rescaled, together.rescaled, kernel.name, "dz");
     std::printf("%s, %s: %s\n", kernel.name, is_bf16 ? "bfloat16" : "float32", good ? "the same bits" : "differs");
   }
   return good ? 0 : 1;

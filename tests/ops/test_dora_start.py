@@ -111,3 +111,22 @@ def test_a_start_has_the_gradients_of_any_other_point(impl):
     x, a = x.requires_grad_(), a.requires_grad_()
     dx = torch.autograd.grad(loss(m), x, create_graph=True)[0]
     assert torch.autograd.grad(dx.square().sum(), m)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+@pytest.mark.parametrize("impl", ["reference", "eager", "cpu", "auto"])
+def test_gains_of_one_alone_are_no_start(impl, bias):
+    """Where B isn't zero the layer is LoRA's."""
+    skip_if_refused(impl, FP32, op=OP)
+    _, (weight, a, b, _, added) = tensors(24, 40, FP32, bias)
+    b[3, 2] = 0.7
+    magnitude = torch.linalg.norm(weight + 2.0 * (b @ a), dim=1)
+    x = torch.randn(6, 40)
+    y = lk.lora_dora_linear(x, weight, a, b, magnitude, added, scaling=2.0, impl=impl)
+    torch.testing.assert_close(y, lk.lora_linear(x, weight, a, b, added, scaling=2.0))
+    layer = lk.LoRALinear(40, 24, r=5, use_dora=True, base_bias=bias, impl="auto")
+    layer.lora_B.weight.data[3, 2] = 0.7
+    layer.lora_magnitude_vector.reset(layer)
+    with torch.no_grad():
+        expected = x @ layer.weight.T + (layer.base_layer.bias if bias else 0)
+        torch.testing.assert_close(layer(x), expected)

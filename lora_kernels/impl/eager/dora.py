@@ -181,6 +181,12 @@ def scaled(
     v: Tensor, gain: Tensor, bias: Tensor | None = None, base: Tensor | None = None
 ) -> Tensor:
     """Return gain ⊙ v + bias + base in v's dtype, rounded once."""
+    if v.dtype == gain.dtype:
+        out = v * gain
+        for more in (base, bias):
+            if more is not None:
+                out.add_(more)
+        return out
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for rows, _ in blocks(v.shape[0], v.shape[1], None):
         t = v[rows] * gain
