@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_kernels.impl.executor import using
-from lora_kernels.impl.triton.launch import Gpu, add_product
+from lora_kernels.impl.triton.launch import Gpu, add_product, anew
 from lora_kernels.impl.triton.plan.config import Config, Problem, illegal, shipped
 from lora_kernels.impl.triton.plan.cost import seconds
 from lora_kernels.impl.triton.plan.device import Device, known
@@ -54,6 +54,7 @@ class Interpreter:
     def run(self, kernel: Any, grid: int, args: Any, constants: Any, how: Any) -> None:
         kernel[(grid,)](**args, **constants, num_warps=how.num_warps, num_stages=how.num_stages)
 
+    prepared = staticmethod(anew)
     add_product = staticmethod(add_product)
 
 

@@ -1,15 +1,21 @@
 """The seam between launchers and whatever runs a kernel: GPU, interpreter or virtual machine."""
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from lora_kernels.impl import executor, gpu
+from lora_kernels.impl.triton.compiled import CompiledKernels
+from lora_kernels.impl.triton.kept import Kept
 from lora_kernels.impl.triton.plan.config import Problem
 from lora_kernels.impl.triton.plan.device import Device, of_gpu
 from lora_kernels.impl.triton.plan.plan import Plan
 from lora_kernels.impl.triton.plan.tuned import planned
 from lora_kernels.impl.triton.workspace import Workspace
+
+T = TypeVar("T")
+_MOST_KINDS = 4096
 
 
 class Options(NamedTuple):
@@ -43,6 +49,10 @@ class Executor(executor.Executor, Protocol):
         """Return how many programs are of use: as many as run at the same time."""
         ...
 
+    def prepared(self, kind: Hashable, make: Callable[[], T]) -> T:
+        """Return what calls of a kind share: `make()`, or what it made for the one before."""
+        ...
+
     def run(
         self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
     ) -> None:
@@ -63,6 +73,11 @@ class Executor(executor.Executor, Protocol):
         ...
 
 
+def anew(kind: Hashable, make: Callable[[], T]) -> T:
+    """Make what calls of a kind share at each call: for executors whose plans change."""
+    return make()
+
+
 def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add left right to a matrix in place, by torch: on a GPU by its library, cuBLAS."""
     out.addmm_(left, right)
@@ -75,12 +90,22 @@ _WHAT_TO_TRY = (
 
 
 class Gpu:
-    """Runs kernels by Triton's own launcher, on the current stream of the tensors' device."""
+    """Runs kernels by Triton's own launcher, on the current stream of the tensors' device.
+
+    It keeps what it finds out: what calls of a kind share, and compiled kernels; no tensors but
+    the workspace's.
+    """
 
     impl = "triton"
 
     def __init__(self) -> None:
         self.workspace = Workspace()
+        self._compiled = CompiledKernels()
+        self._prepared = Kept(_MOST_KINDS)
+
+    def prepared(self, kind: Hashable, make: Callable[[], T]) -> T:
+        """Return what calls of a kind share, made once."""
+        return self._prepared.find(kind, make)
 
     def plan(self, problem: Problem, device: Device) -> Plan:
         """Return the measured plan, or the cost model's."""
@@ -104,9 +129,11 @@ class Gpu:
                 wait for instance, unless CUDA_LAUNCH_BLOCKING=1 makes each one tell by itself.
         """
         try:
-            kernel[(grid,)](
-                **args,
-                **constants,
+            self._compiled.launch(
+                kernel,
+                grid,
+                args,
+                constants,
                 num_warps=how.num_warps,
                 num_stages=how.num_stages,
                 enable_fp_fusion=True,  # Triton's own default is said to change

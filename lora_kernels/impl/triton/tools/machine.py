@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lora_kernels.impl import executor
-from lora_kernels.impl.triton.launch import Options, add_product
+from lora_kernels.impl.triton.launch import Options, add_product, anew
 from lora_kernels.impl.triton.plan.config import Problem
 from lora_kernels.impl.triton.plan.device import Device, known
 from lora_kernels.impl.triton.plan.plan import Plan
@@ -83,6 +83,7 @@ class Machine:
         self.stats.append(stats)
         stats.assert_clean()
 
+    prepared = staticmethod(anew)
     add_product = staticmethod(add_product)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton import linear
-from lora_kernels.impl.triton.launch import Executor, Options
+from lora_kernels.impl.triton.launch import Executor, Options, anew
 from lora_kernels.impl.triton.plan.config import AnyConfig, Problem
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.plan.plan import Plan, plan_of
@@ -80,6 +80,8 @@ class Recorder:
     def programs(self, device: Device) -> int:
         """Return one program a multiprocessor."""
         return device.multiprocessors
+
+    prepared = staticmethod(anew)
 
     def run(
         self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
