@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_kernels.impl.executor import using
-from lora_kernels.impl.triton.launch import Gpu, add_product, anew
+from lora_kernels.impl.triton.launch import Forgetful, Gpu, add_product
 from lora_kernels.impl.triton.plan.config import Config, Problem, illegal, shipped
 from lora_kernels.impl.triton.plan.cost import seconds
 from lora_kernels.impl.triton.plan.device import Device, known
@@ -38,7 +38,7 @@ needs_machine = pytest.mark.skipif(
 
 
 @dataclass
-class Interpreter:
+class Interpreter(Forgetful):
     """Triton's interpreter: programs run one after the other, so there may be only one."""
 
     impl = "triton"
@@ -54,7 +54,6 @@ class Interpreter:
     def run(self, kernel: Any, grid: int, args: Any, constants: Any, how: Any) -> None:
         kernel[(grid,)](**args, **constants, num_warps=how.num_warps, num_stages=how.num_stages)
 
-    prepared = staticmethod(anew)
     add_product = staticmethod(add_product)
 
 

@@ -19,6 +19,7 @@ class Kind(NamedTuple):
     """What the launches of a kind are made of; it holds no tensor.
 
     mode: how kernels compute that draw D, if there is dropout. wanted: None forward.
+    executor: whose launchers run them.
     """
 
     n: int
@@ -29,6 +30,7 @@ class Kind(NamedTuple):
     mode: Mode
     programs: int
     wanted: Wanted | None
+    executor: Executor
 
     @property
     def plain_mode(self) -> Mode:
@@ -36,19 +38,31 @@ class Kind(NamedTuple):
         return self.mode._replace(DROPOUT=False, PACKED=False)
 
 
-def key_of(rows: Tensor, operands: Operands, wanted: Wanted | None) -> tuple[Any, ...]:
-    """Return all that `kind_of` depends on: M as plans round it, and torch's switches too."""
-    (m, _), weight, dtype = rows.shape, operands.weight, rows.dtype
+def key_of(
+    rows: Tensor, operands: Operands, wanted: Wanted | None, *others: Tensor | None
+) -> tuple[Any, ...]:
+    """Return all that a kind's plan and compiled kernels depend on.
+
+    That is torch's switches too; of M, as plans round it; and how each tensor of the call lies:
+    compiled code knows dtypes, strides and which addresses are multiples of 16. What launchers
+    allocate lies alike within a kind.
+    """
+    (m, _), dtype = rows.shape, rows.dtype
+    weight, a, b, seed, scaling, threshold = operands
     return (
-        rows.device, dtype, (m - 1).bit_length(), weight.shape, operands.a.shape[0],
-        _lie(rows), _lie(weight), weight.stride(0), rows.stride(0),
-        operands.seed is None, operands.threshold <= PACKED_THRESHOLDS.value, wanted,
-        gpu.spared_multiprocessors(), dtype == torch.float32 and gpu.tf32_allowed(),
+        rows.device, (m - 1).bit_length(), weight.shape, a.shape[0], wanted,
+        threshold <= PACKED_THRESHOLDS.value, gpu.spared_multiprocessors(),
+        dtype == torch.float32 and gpu.tf32_allowed(),
+        _lie(rows), _lie(weight), _lie(a), _lie(b), _lie(seed), _lie(scaling),
+        *map(_lie, others),
     )  # fmt: skip
 
 
-def _lie(matrix: Tensor) -> tuple[int, int]:
-    return matrix.data_ptr() % DESCRIPTOR_ALIGNMENT, matrix.stride(1)
+def _lie(t: Any) -> tuple[torch.dtype, tuple[int, ...], int] | None:
+    """Return how a tensor lies in memory, None of what is absent or a number."""
+    if not isinstance(t, Tensor):
+        return None
+    return t.dtype, t.stride(), t.data_ptr() % DESCRIPTOR_ALIGNMENT
 
 
 def kind_of(rows: Tensor, operands: Operands, wanted: Wanted | None, executor: Executor) -> Kind:
@@ -58,4 +72,5 @@ def kind_of(rows: Tensor, operands: Operands, wanted: Wanted | None, executor: E
     device = executor.device(rows)
     mode = operands.mode(problem.m, device.mma)
     plan = executor.plan(problem, device)
-    return Kind(*operands.sizes, rows.dtype, plan, mode, executor.programs(device), wanted)
+    programs = executor.programs(device)
+    return Kind(*operands.sizes, rows.dtype, plan, mode, programs, wanted, executor)

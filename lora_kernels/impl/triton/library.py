@@ -16,7 +16,7 @@ from lora_kernels.impl.triton.kernels.dy_pass import dy_pass_kernel
 from lora_kernels.impl.triton.kernels.expand import expand_kernel
 from lora_kernels.impl.triton.kernels.x_pass import x_pass_kernel
 from lora_kernels.impl.triton.kinds import Kind
-from lora_kernels.impl.triton.launch import Options, current
+from lora_kernels.impl.triton.launch import Options
 from lora_kernels.impl.triton.operands import Operands, as_rows, floats
 from lora_kernels.impl.triton.plan.config import (
     LibraryConfig,
@@ -33,6 +33,7 @@ class Forward:
 
     def __init__(self, kind: Kind) -> None:
         assert kind.plan.shrink is not None
+        self._executor = kind.executor
         self._shrink, self._expand = Shrink(kind, kind.plan.shrink), _Expand(kind)
 
     def __call__(self, x: Tensor, operands: Operands, bias: Tensor | None, y: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class Forward:
         xa = x.new_empty(x.shape[0], operands.sizes[2])
         self._shrink(x, operands, Factor(xa, None))
         self._expand(xa, operands, bias, y)
-        current().add_product(y, x, operands.weight.t())
+        self._executor.add_product(y, x, operands.weight.t())
         return xa
 
 
@@ -48,6 +49,7 @@ class Backward:
     """The launches of backward calls of one kind."""
 
     def __init__(self, kind: Kind) -> None:
+        self._executor = kind.executor
         self._dy_pass, self._x_pass = _DyPass(kind), _XPass(kind)
         # float16's range is short: the pass over x rounds it in units.
         self._dtype = torch.float32 if kind.dtype == torch.float16 else kind.dtype
@@ -64,7 +66,7 @@ class Backward:
         if dxa is not None:
             self._x_pass(x, dxa, operands, out)
         if out.dx is not None:
-            current().add_product(out.dx, dy, operands.weight)
+            self._executor.add_product(out.dx, dy, operands.weight)
 
 
 class _Expand:
@@ -77,8 +79,9 @@ class _Expand:
             N=kind.n, R=kind.r, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_R=padded_rank(kind.r), RANK_STEP=rank_step(kind.r, kind.dtype),
         )  # fmt: skip
-        self._constants = {"SHAPE": shape, "MODE": kind.plain_mode}
-        self._how = Options(config.expand_warps, 1)
+        constants = {"SHAPE": shape, "MODE": kind.plain_mode}
+        how = Options(config.expand_warps, 1)
+        self._launch = kind.executor.launcher(expand_kernel, constants, how)
 
     def __call__(self, xa: Tensor, operands: Operands, bias: Tensor | None, y: Tensor) -> None:
         m = y.shape[0]
@@ -89,7 +92,7 @@ class _Expand:
         }  # fmt: skip
         del args["threshold"]
         grid = -(-m // self._rows) * self._columns
-        current().run(expand_kernel, grid, args, self._constants, self._how)
+        self._launch(grid, args)
 
 
 class _DyPass:
@@ -102,15 +105,17 @@ class _DyPass:
         ranks = sum_ranks(kind.r)
         blocks = -(-kind.n // config.sum_columns) * (padded_rank(kind.r) // ranks)
         self._blocks = blocks * (wanted.db or wanted.dbias)
-        self._room, self._panel = (ranks + 1) * config.sum_columns, shrink.block_m
+        self._space = _Space(kind, self._blocks, (ranks + 1) * config.sum_columns)
+        self._panel = shrink.block_m
         shape = arguments.PassShape(
             N=kind.n, K=0, R=kind.r, BLOCK_R=padded_rank(kind.r), RANKS=ranks,
             BLOCK_C=config.sum_columns, BLOCK_S=config.sum_rows,
         )  # fmt: skip
-        self._constants = {
+        constants = {
             "SHRINK": shrink_shape(kind, shrink), "SHAPE": shape, "MODE": kind.plain_mode,
         }  # fmt: skip
-        self._how = Options(config.sum_warps, shrink.num_stages)
+        how = Options(config.sum_warps, shrink.num_stages)
+        self._launch = kind.executor.launcher(dy_pass_kernel, constants, how)
 
     def __call__(
         self, dy: Tensor, xa: Tensor | None, operands: Operands, dxa: Tensor | None, out: Gradients
@@ -121,11 +126,11 @@ class _DyPass:
             "dy": as_rows(dy), "xa": xa, "b": as_rows(operands.b),
             "scaling_pointer": operands.scaling_pointer,
             "dxa": Factor(dxa, None), "out": Gradients(None, None, out.db, out.dbias),
-            "shared": _shared(dy, self._blocks, parts, self._room),
+            "shared": self._space.of(dy, parts),
             **operands.scalars(m), "segment": segment,
         }  # fmt: skip
         grid = parts * (self._blocks + segment // self._panel * (dxa is not None))
-        current().run(dy_pass_kernel, grid, args, self._constants, self._how)
+        self._launch(grid, args)
 
 
 class _XPass:
@@ -135,13 +140,14 @@ class _XPass:
         config, wanted, self._plan = _config(kind), kind.wanted, kind.plan
         assert wanted is not None
         ranks, self._blocks = padded_rank(kind.r), -(-kind.k // config.pass_columns)
-        self._room = (ranks + 1) * config.pass_columns * wanted.da
+        self._space = _Space(kind, self._blocks, (ranks + 1) * config.pass_columns * wanted.da)
         shape = arguments.PassShape(
             N=kind.n, K=kind.k, R=kind.r, BLOCK_R=ranks, RANKS=ranks,
             BLOCK_C=config.pass_columns, BLOCK_S=config.sum_rows,
         )  # fmt: skip
-        self._constants = {"SHAPE": shape, "MODE": kind.mode}
-        self._how = Options(config.pass_warps, config.pass_stages)
+        constants = {"SHAPE": shape, "MODE": kind.mode}
+        how = Options(config.pass_warps, config.pass_stages)
+        self._launch = kind.executor.launcher(x_pass_kernel, constants, how)
 
     def __call__(self, x: Tensor | None, dxa: Tensor, operands: Operands, out: Gradients) -> None:
         m, segment = dxa.shape[0], self._plan.segment_of(dxa.shape[0])
@@ -149,19 +155,26 @@ class _XPass:
         args = {
             "x": None if x is None else as_rows(x), "dxa": dxa, "a": as_rows(operands.a),
             "seed_pointer": operands.seed, "out": Gradients(out.dx, out.da, None, None),
-            "shared": _shared(dxa, self._blocks, parts, self._room),
+            "shared": self._space.of(dxa, parts),
             **operands.scalars(m), "segment": segment,
         }  # fmt: skip
         del args["scaling"]
-        current().run(x_pass_kernel, parts * self._blocks, args, self._constants, self._how)
+        self._launch(parts * self._blocks, args)
 
 
-def _shared(like: Tensor, blocks: int, parts: int, room: int) -> arguments.Shared:
-    """Return counters of blocks that are summed in parts, and room for the parts' floats."""
-    counters = current().workspace.zeros(max(blocks, 1), like.device)
-    space = blocks * parts * room if parts > 1 else 0
-    partials = floats(like, space) if space else counters.view(torch.float32)
-    return arguments.Shared(None, counters, partials, None)
+class _Space:
+    """What sums in parts need: a counter a block, and room for each part's floats."""
+
+    def __init__(self, kind: Kind, blocks: int, room: int) -> None:
+        self._workspace, self._counters = kind.executor.workspace, max(blocks, 1)
+        self._room = blocks * room
+
+    def of(self, like: Tensor, parts: int) -> arguments.Shared:
+        """Return it, on a tensor's device."""
+        counters = self._workspace.zeros(self._counters, like.device)
+        space = parts * self._room if parts > 1 else 0
+        partials = floats(like, space) if space else counters.view(torch.float32)
+        return arguments.Shared(None, counters, partials, None)
 
 
 def _config(kind: Kind) -> LibraryConfig:

@@ -29,7 +29,7 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], n)
     if m == 0:
         return y, x.new_empty(m, r)
-    key = key_of(rows, operands, None)
+    key = key_of(rows, operands, None, call.bias)
     launches = current().prepared(key, lambda: _forward_launches(rows, operands))
     with _on_device(x):
         return y, launches(rows, operands, call.bias, as_matrix(y))
@@ -61,7 +61,7 @@ def backward(
             if t is not None:
                 t.zero_()
     elif any(wanted):
-        key = key_of(rows, operands, wanted)
+        key = key_of(rows, operands, wanted, x2, xa)
         launches = current().prepared(key, lambda: _backward_launches(rows, operands, wanted))
         with _on_device(dy):
             launches(rows, x2, xa, operands, out)

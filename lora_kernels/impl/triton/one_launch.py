@@ -9,7 +9,7 @@ from lora_kernels.impl.triton.kernels.arguments import Factor
 from lora_kernels.impl.triton.kernels.backward import backward_kernel
 from lora_kernels.impl.triton.kernels.forward import forward_kernel
 from lora_kernels.impl.triton.kinds import Kind
-from lora_kernels.impl.triton.launch import Options, current
+from lora_kernels.impl.triton.launch import Options
 from lora_kernels.impl.triton.operands import Operands, as_rows, floats, unit_rows
 from lora_kernels.impl.triton.plan.config import (
     Config,
@@ -35,7 +35,8 @@ class Forward:
     """The launches of forward calls of one kind."""
 
     def __init__(self, kind: Kind) -> None:
-        self._config = config = _config(kind)
+        self._config, self._workspace = _config(kind), kind.executor.workspace
+        config = self._config
         self._programs, self._columns = kind.programs, -(-kind.n // config.block_n)
         shrink = kind.plan.shrink
         self._shrink = None if shrink is None else Shrink(kind, shrink)
@@ -45,13 +46,13 @@ class Forward:
             RANK_STEP=rank_step(kind.r, kind.dtype), GROUP=config.group,
             XA_COLUMNS=config.xa_columns,
         )  # fmt: skip
-        self._constants = {"SHAPE": shape, "MODE": kind.mode}
-        self._how = Options(config.num_warps, config.num_stages, max(config.xa_columns, 1))
+        constants = {"SHAPE": shape, "MODE": kind.mode}
+        how = Options(config.num_warps, config.num_stages, max(config.xa_columns, 1))
+        self._launch = kind.executor.launcher(forward_kernel, constants, how)
 
     def __call__(self, x: Tensor, operands: Operands, bias: Tensor | None, y: Tensor) -> Tensor:
         """Store y [M, N] and return xa."""
-        config, executor = self._config, current()
-        w, m = unit_rows(operands.weight), x.shape[0]
+        config, w, m = self._config, unit_rows(operands.weight), x.shape[0]
         xa = new_xa(x, operands.sizes[2], config)
         if self._shrink is not None:
             self._shrink(x, operands, Factor(xa, None))
@@ -60,10 +61,10 @@ class Forward:
             "x": as_rows(x), "x_descriptor": _descriptor(x, config.block_m, config),
             "call": operands.call(w, bias), "w_descriptor": _descriptor(w, config.block_n, config),
             "out": arguments.Outputs(y, xa, *_room_for_parts(xa, panels, config)),
-            "flags": executor.workspace.zeros(panels + 1, x.device), **operands.scalars(m),
+            "flags": self._workspace.zeros(panels + 1, x.device), **operands.scalars(m),
         }  # fmt: skip
         grid = min(panels * self._columns, self._programs)
-        executor.run(forward_kernel, grid, args, self._constants, self._how)
+        self._launch(grid, args)
         return xa
 
 
@@ -93,6 +94,7 @@ class Backward:
 
     def __init__(self, kind: Kind) -> None:
         self._config, self._plan, self._programs = _config(kind), kind.plan, kind.programs
+        self._workspace = kind.executor.workspace
         config, wanted = self._config, kind.wanted
         assert wanted is not None
         shrinks, shrink = wanted.dx or wanted.da, kind.plan.shrink
@@ -121,15 +123,15 @@ class Backward:
             RANKS=self._ranks, BLOCK_C=config.sum_columns, BLOCK_S=self._sum_rows,
             UNIT_ROWS=self._unit_rows or 1, MASK_STRIDE=stride,
         )  # fmt: skip
-        self._constants = {"SHAPE": shape, "MODE": kind.mode}
-        self._how = Options(config.num_warps, config.num_stages)
+        constants = {"SHAPE": shape, "MODE": kind.mode}
+        how = Options(config.num_warps, config.num_stages)
+        self._launch = kind.executor.launcher(backward_kernel, constants, how)
 
     def __call__(
         self, dy: Tensor, x: Tensor | None, xa: Tensor | None, operands: Operands, out: Gradients
     ) -> None:
         """Store the gradients that are not None in `out`."""
-        config, executor = self._config, current()
-        w, m = unit_rows(operands.weight), dy.shape[0]
+        config, w, m = self._config, unit_rows(operands.weight), dy.shape[0]
         dxa = Factor(None, None)
         if out.dx is not None or out.da is not None:
             dxa = self._new_dxa(dy, operands.sizes[2])
@@ -145,7 +147,7 @@ class Backward:
             **operands.scalars(m), "segment": segment,
         }  # fmt: skip
         grid = min(panels * self._tiles + parts * self._sums, self._programs)
-        executor.run(backward_kernel, grid, args, self._constants, self._how)
+        self._launch(grid, args)
 
     def _new_dxa(self, dy: Tensor, r: int) -> Factor:
         """Return an uninitialised dxa, with units for the row panels that make it."""
@@ -155,7 +157,7 @@ class Backward:
     def _shared(self, dy: Tensor, panels: int, parts: int) -> arguments.Shared:
         """Return what programs tell each other by."""
         blocks, mask = sum(self._blocks), None
-        counters = current().workspace.zeros(blocks + panels + 1, dy.device)
+        counters = self._workspace.zeros(blocks + panels + 1, dy.device)
         space = blocks * parts * (self._ranks + 1) * self._config.sum_columns if parts > 1 else 0
         partials = floats(dy, space) if space else counters.view(torch.float32)
         if self._mask_stride:

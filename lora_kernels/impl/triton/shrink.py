@@ -5,7 +5,7 @@ from torch import Tensor
 from lora_kernels.impl.triton.kernels.arguments import Factor, ShrinkShape
 from lora_kernels.impl.triton.kernels.shrink import shrink_kernel
 from lora_kernels.impl.triton.kinds import Kind
-from lora_kernels.impl.triton.launch import Options, current
+from lora_kernels.impl.triton.launch import Options
 from lora_kernels.impl.triton.operands import Operands, as_rows
 from lora_kernels.impl.triton.plan.config import ShrinkConfig, padded_rank
 
@@ -21,11 +21,12 @@ class Shrink:
     def __init__(self, kind: Kind, config: ShrinkConfig) -> None:
         self.rows, self._most = config.block_m, _PROGRAMS * kind.programs
         self._forward = kind.wanted is None
-        self._constants = {
+        constants = {
             "SHAPE": shrink_shape(kind, config),
             "MODE": kind.mode if self._forward else kind.plain_mode,
         }
-        self._how = Options(config.num_warps, config.num_stages)
+        how = Options(config.num_warps, config.num_stages)
+        self._launch = kind.executor.launcher(shrink_kernel, constants, how)
 
     def __call__(self, v: Tensor, operands: Operands, out: Factor) -> None:
         """Launch it, of x or dy."""
@@ -40,8 +41,7 @@ class Shrink:
             "v": as_rows(v), "f": as_rows(factor), "seed_pointer": seed,
             "scaling_pointer": pointer, "out": out, **scalars,
         }  # fmt: skip
-        grid = min(-(-m // self.rows), self._most)
-        current().run(shrink_kernel, grid, args, self._constants, self._how)
+        self._launch(min(-(-m // self.rows), self._most), args)
 
 
 def shrink_shape(kind: Kind, config: ShrinkConfig) -> ShrinkShape:
