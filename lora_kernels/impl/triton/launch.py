@@ -112,12 +112,14 @@ class Launch:
     and all options up as text: three quarters of its time (docs/facts/gpu.md). Arguments of one
     kind are special in the same way. So Triton launches what it hasn't compiled yet, and what hooks
     or debugging want to see; else what it compiled is run as its launch would.
+
+    compiled: the kernel, from the first launch on.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], how: Options) -> None:
         self._kernel, self._constants, self._how = kernel, constants, how
         self._fixed = tuple(constants.values())
-        self._compiled: Any = None
+        self.compiled: Any = None
 
     def __call__(self, grid: int, args: dict[str, Any]) -> None:
         """Launch.
@@ -126,7 +128,7 @@ class Launch:
             RuntimeError: compilation or the driver fails; or a launch before has, by giving up a
                 wait for instance, unless CUDA_LAUNCH_BLOCKING=1 makes each one tell by itself.
         """
-        compiled = self._compiled
+        compiled = self.compiled
         try:
             if compiled is None or _is_watched():
                 self._launch_by_triton(grid, args)
@@ -150,9 +152,9 @@ class Launch:
             num_stages=self._how.num_stages,
             enable_fp_fusion=True,  # Triton's own default is said to change
         )
-        # What is compiled in the background is no such thing yet, nor is what debugging changes.
-        if type(compiled) is CompiledKernel and not _is_watched():
-            self._compiled = compiled
+        # What is compiled in the background is no such thing yet.
+        if isinstance(compiled, CompiledKernel) and not _is_watched():
+            self.compiled = compiled
 
 
 def _is_watched() -> bool:

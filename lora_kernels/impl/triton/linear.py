@@ -13,6 +13,8 @@ from lora_kernels.impl.triton.operands import Operands, as_matrix, operands_of, 
 from lora_kernels.impl.triton.plan.config import LibraryConfig
 from lora_kernels.operands.call import Gradients, LinearCall, Wanted
 
+_HERE = nullcontext()
+
 
 def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     """Return y [..., N] and xa [M, R]; see `reference`.
@@ -88,5 +90,5 @@ def _launches_of(kind: Kind) -> Any:
 def _on_device(t: Tensor) -> Any:
     """Make the tensor's GPU the current one: Triton launches there."""
     if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
-        return nullcontext()
+        return _HERE
     return torch.cuda.device(t.device)

@@ -166,10 +166,20 @@ class Backward:
         return arguments.Shared(counters[blocks:], counters, partials, mask)
 
 
+class Tiles(TensorDescriptor):
+    """A descriptor that isn't checked once more: only `aligned` problems have one.
+
+    Triton's own checks take as long as making and encoding it.
+    """
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def _descriptor(
     t: Tensor, rows: int, config: Config, columns: int | None = None
 ) -> TensorDescriptor | None:
     """Return what copies tiles of so many rows, by steps of block_k or by `columns`, or None."""
     if not config.descriptors:
         return None
-    return TensorDescriptor.from_tensor(t, [rows, columns or config.block_k])
+    return Tiles(t, t.shape, t.stride(), [rows, columns or config.block_k])
