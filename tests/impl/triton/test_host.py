@@ -82,11 +82,14 @@ def test_devices_and_threads(python):
     """Tensors of a device that isn't current run there; backward in autograd's own thread."""
     python("-c", PREAMBLE + """
 threads = []
-class Launch(launch.Launch):
-    def __call__(self, *args):
+plain = launch.Gpu.launcher
+def launcher(self, *args):
+    made = plain(self, *args)
+    def launched(*args):
         threads.append(threading.get_ident())
-        super().__call__(*args)
-launch.Launch = Launch
+        made(*args)
+    return launched
+launch.Gpu.launcher = launcher
 
 assert_parity(case, make_inputs(case, "cuda:0"), "triton")
 assert launched() == [("forward_kernel", 0, False), ("backward_kernel", 0, False)]
@@ -240,5 +243,6 @@ for plan in (own_plan, library_plan):
     with running(Checked(plan)):
         for given in (*calls, *calls):
             call(device="cuda:0", **given)
-assert asked == [False] * 12 + [True] * 12 + [False] * 24 + [True] * 24, asked
+# What the bias is has no part in backward.
+assert (asked.count(False), asked.count(True)) == (11 + 22, 13 + 26), asked
 """)  # fmt: skip
