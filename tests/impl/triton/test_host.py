@@ -246,3 +246,10 @@ for plan in (own_plan, library_plan):
 # What the bias is has no part in backward.
 assert (asked.count(False), asked.count(True)) == (11 + 22, 13 + 26), asked
 """)  # fmt: skip
+
+
+def test_host_times_are_measured(python):
+    output = python("-m", "bench.suites.host", "--seconds", "0.1")
+    heading, *lines = output.splitlines()
+    assert heading.startswith("host time on a stub's H100")
+    assert len(lines) == 10
