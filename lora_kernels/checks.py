@@ -237,14 +237,9 @@ def _plainly_fit_backward(dy: Tensor, x: Tensor, xa: Tensor | None, call: Linear
 
 
 def _is_like(t: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
-    return (
-        type(t) in _PLAIN
-        and t.layout is _STRIDED
-        and not t.is_nested
-        and t.dtype is x.dtype
-        and t.device == x.device
-        and t.shape == shape
-    )
+    if type(t) not in _PLAIN or t.is_nested:
+        return False
+    return (t.layout, t.dtype, t.device, t.shape) == (_STRIDED, x.dtype, x.device, shape)
 
 
 def check_magnitude(magnitude: Any, x: Tensor, n: int) -> None:
