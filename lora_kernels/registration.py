@@ -74,6 +74,7 @@ _BODIES: dict[Any, Callable[..., Any]] = {}
 # that wants to see operators. What isn't here has a call that is longer anyway.
 _DIRECT = {Tensor, torch.nn.Parameter, type(None), int, float, tuple}
 _count_modes = torch._C._len_torch_dispatch_stack
+_count_function_modes = torch._C._len_torch_function_stack
 _is_profiled = torch._C._autograd._profiler_enabled
 
 
@@ -87,15 +88,19 @@ def below_autograd(operator: Any, *args: Any) -> Any:
     if torch.compiler.is_dynamo_compiling():  # which records operators by itself
         return operator(*args)
     body = _BODIES.get(operator)
-    if body is None or _count_modes() or _is_profiled() or not _DIRECT.issuperset(map(type, args)):
-        operator = operator._op  # what an OpOverload's call calls, 0.2 µs later
-    else:
-        operator = body
+    # `_op` is what an OpOverload's call calls, 0.2 µs later.
+    operator = operator._op if body is None or _is_seen(args) else body
     if _is_any_autocast_enabled():
         with _BelowAutograd(), torch._C._DisableAutocast():
             return operator(*args)
     with _BelowAutograd():
         return operator(*args)
+
+
+def _is_seen(args: tuple[Any, ...]) -> bool:
+    """Whether a mode, a profiler or an argument looks at operators."""
+    watched = _count_modes() or _count_function_modes() or _is_profiled()
+    return bool(watched) or not _DIRECT.issuperset(map(type, args))
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -175,6 +176,18 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Functions(TorchFunctionMode):
+    """Functions of torch that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
 def test_whoever_looks_at_operators_sees_them(monkeypatch):
     """An eager call runs a body in Python without torch's dispatcher, where nobody looks."""
     w, a, b = torch.randn(5, 16), *(torch.randn(s).requires_grad_() for s in ((2, 16), (5, 2)))
@@ -186,6 +199,9 @@ def test_whoever_looks_at_operators_sees_them(monkeypatch):
     with Operators() as seen:
         step()
     assert seen.names == names
+    with Functions() as functions:
+        step()
+    assert torch.ops.lora_kernels.lora_linear_forward_eager.default in functions.called
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as log:
         step()
     profiled = {event.name for event in log.events()}
