@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from lora_kernels.impl.triton import library, one_launch
+from lora_kernels.impl.triton.kinds import Kind, key_of, kind_of
 from lora_kernels.impl.triton.launch import current
-from lora_kernels.impl.triton.operands import as_matrix, operands_of, unit_rows
-from lora_kernels.impl.triton.plan.config import LibraryConfig, problem_of
+from lora_kernels.impl.triton.operands import Operands, as_matrix, operands_of, unit_rows
+from lora_kernels.impl.triton.plan.config import LibraryConfig
 from lora_kernels.operands.call import Gradients, LinearCall, Wanted
+
+_HERE = nullcontext()
 
 
 def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
@@ -28,12 +31,10 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], n)
     if m == 0:
         return y, x.new_empty(m, r)
-    problem = problem_of(rows, operands.weight, operands.a, call.dropout is not None)
-    executor = current()
-    chosen = executor.plan(problem, executor.device(x))
-    made = library if isinstance(chosen.config, LibraryConfig) else one_launch
+    key = key_of(rows, operands, None, call.bias)
+    launches = current().prepared(key, lambda: _forward_launches(rows, operands))
     with _on_device(x):
-        return y, made.forward(rows, operands, call.bias, y.view(m, n), chosen)
+        return y, launches(rows, operands, call.bias, as_matrix(y))
 
 
 def backward(
@@ -52,7 +53,7 @@ def backward(
     m, (n, k, r) = rows.shape[0], operands.sizes
     dx = dy.new_empty(*dy.shape[:-1], k) if wanted.dx else None
     out = Gradients(
-        dx if dx is None else dx.view(m, k),
+        None if dx is None else as_matrix(dx),
         lora_A.new_empty(r, k) if wanted.da else None,
         lora_B.new_empty(n, r) if wanted.db else None,
         dy.new_empty(n) if wanted.dbias else None,
@@ -62,15 +63,32 @@ def backward(
             if t is not None:
                 t.zero_()
     elif any(wanted):
-        problem = problem_of(rows, operands.weight, operands.a, call.dropout is not None, wanted)
-        executor = current()
-        chosen = executor.plan(problem, executor.device(dy))
-        made = library if isinstance(chosen.config, LibraryConfig) else one_launch
+        key = key_of(rows, operands, wanted, x2, xa)
+        launches = current().prepared(key, lambda: _backward_launches(rows, operands, wanted))
         with _on_device(dy):
-            made.backward(rows, x2, xa, operands, out, chosen)
-    return out._replace(dx=dx)
+            launches(rows, x2, xa, operands, out)
+    return out if dx is out.dx else out._replace(dx=dx)
+
+
+def _forward_launches(x: Tensor, operands: Operands) -> one_launch.Forward | library.Forward:
+    kind = kind_of(x, operands, None, current())
+    return _launches_of(kind).Forward(kind)
+
+
+def _backward_launches(
+    dy: Tensor, operands: Operands, wanted: Wanted
+) -> one_launch.Backward | library.Backward:
+    kind = kind_of(dy, operands, wanted, current())
+    return _launches_of(kind).Backward(kind)
+
+
+def _launches_of(kind: Kind) -> Any:
+    """Return the module that has the launches of a kind's plan."""
+    return library if isinstance(kind.plan.config, LibraryConfig) else one_launch
 
 
 def _on_device(t: Tensor) -> Any:
     """Make the tensor's GPU the current one: Triton launches there."""
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()
+    if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(t.device)
