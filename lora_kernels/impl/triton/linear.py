@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.impl.triton import library, one_launch
+from lora_kernels.impl.triton.decode import as_stored, read_weight
 from lora_kernels.impl.triton.launch import current
 from lora_kernels.impl.triton.operands import as_matrix, operands_of, unit_rows
 from lora_kernels.impl.triton.plan.config import LibraryConfig, problem_of
@@ -22,17 +23,22 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     without x Wᵀ. Parts of xa that one column of tiles leaves to the next are rounded to 12
     significant bits (bfloat16; 16 for float16, none for float32), four to five more than xa keeps.
     """
-    operands = operands_of(call)
-    rows = unit_rows(as_matrix(x))
-    m, (n, _, r) = rows.shape[0], operands.sizes
+    rows, weight = unit_rows(as_matrix(x)), as_stored(call.weight)
+    m, n, r = rows.shape[0], weight.shape[0], call.adapter.a.shape[0]
     y = x.new_empty(*x.shape[:-1], n)
     if m == 0:
         return y, x.new_empty(m, r)
-    problem = problem_of(rows, operands.weight, operands.a, call.dropout is not None)
+    if r == 0:
+        with _on_device(x):
+            w = read_weight(weight, x.dtype)
+            _base_product(y.view(m, n), rows, w.t(), call.bias)
+        return y, x.new_empty(m, r)
+    problem = problem_of(rows, weight, call.adapter.a, call.dropout is not None)
     executor = current()
     chosen = executor.plan(problem, executor.device(x))
     made = library if isinstance(chosen.config, LibraryConfig) else one_launch
     with _on_device(x):
+        operands = operands_of(call, read_weight(weight, x.dtype))
         return y, made.forward(rows, operands, call.bias, y.view(m, n), chosen)
 
 
@@ -46,10 +52,10 @@ def backward(
     results once to their parameters' dtypes. By the library plan dx is rounded twice, first without
     dy W.
     """
-    operands, (lora_A, lora_B, _) = operands_of(call), call.adapter
+    weight, (lora_A, lora_B, _) = as_stored(call.weight), call.adapter
     rows = unit_rows(as_matrix(dy))
     x2 = unit_rows(as_matrix(x)) if wanted.da and x is not None else None
-    m, (n, k, r) = rows.shape[0], operands.sizes
+    m, (n, k), r = rows.shape[0], weight.shape, lora_A.shape[0]
     dx = dy.new_empty(*dy.shape[:-1], k) if wanted.dx else None
     out = Gradients(
         dx if dx is None else dx.view(m, k),
@@ -61,14 +67,30 @@ def backward(
         for t in out:
             if t is not None:
                 t.zero_()
+    elif r == 0:
+        if out.dx is not None:
+            with _on_device(dy):
+                _base_product(out.dx, rows, read_weight(weight, dy.dtype))
+        if out.dbias is not None:
+            torch.sum(rows, 0, out=out.dbias)
     elif any(wanted):
-        problem = problem_of(rows, operands.weight, operands.a, call.dropout is not None, wanted)
+        problem = problem_of(rows, weight, lora_A, call.dropout is not None, wanted)
         executor = current()
         chosen = executor.plan(problem, executor.device(dy))
         made = library if isinstance(chosen.config, LibraryConfig) else one_launch
         with _on_device(dy):
+            operands = operands_of(call, read_weight(weight, dy.dtype, wanted.dx))
             made.backward(rows, x2, xa, operands, out, chosen)
     return out._replace(dx=dx)
+
+
+def _base_product(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
+    """Store left right + bias: a layer's whole result where a quantised W has no adapter."""
+    if bias is None:
+        out.zero_()
+    else:
+        out.copy_(bias)
+    current().add_product(out, left, right)
 
 
 def _on_device(t: Tensor) -> Any:

@@ -55,10 +55,10 @@ class Operands(NamedTuple):
         return Mode(dropout, wide, packed, mma, _precision(self.weight.dtype))
 
 
-def operands_of(call: LinearCall) -> Operands:
-    """Return a call's operands; W as it lies."""
+def operands_of(call: LinearCall, weight: Tensor) -> Operands:
+    """Return a call's operands; W as it lies, or was decoded."""
     (a, b, scaling), (seed, threshold) = call.adapter, call.dropout or (None, 0)
-    return Operands(call.weight.decode(), unit_rows(a), unit_rows(b), seed, scaling, threshold)
+    return Operands(weight, unit_rows(a), unit_rows(b), seed, scaling, threshold)
 
 
 def as_rows(matrix: Tensor) -> Rows:

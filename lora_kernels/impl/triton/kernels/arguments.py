@@ -24,6 +24,18 @@ class Rows(NamedTuple):
     stride: Any
 
 
+class Absmax(NamedTuple):
+    """Scales of blocks of codes: float32 `numbers`, or where they are nested bytes.
+
+    They stand for code[byte] · scales[block // 256] + offset; the three are None otherwise.
+    """
+
+    numbers: Any
+    code: Any
+    scales: Any
+    offset: Any
+
+
 class Call(NamedTuple):
     """A call's parameters. bias: forward's; seed, scaling: numbers in memory; each may be None."""
 
@@ -141,6 +153,28 @@ class PassShape(NamedTuple):
     RANKS: int
     BLOCK_C: int
     BLOCK_S: int
+
+
+class CodebookShape(NamedTuple):
+    """Sizes of a W of four bits, and of what a program decodes of it."""
+
+    SIZE: int  # N K
+    BLOCKSIZE: int
+    PIECE: int  # elements of a row of the tile,
+    PIECES: int  # and its rows
+
+
+class ScaledShape(NamedTuple):
+    """Sizes of a W of eight bits, of its blocks and tiles. DIVISOR: of the scales."""
+
+    N: int
+    K: int
+    ROWS: int
+    COLUMNS: int
+    DIVISOR: int
+    FLOAT8: bool  # whether codes are e4m3's
+    BLOCK_N: int
+    BLOCK_K: int
 
 
 class Mode(NamedTuple):

@@ -11,6 +11,7 @@ from lora_kernels.impl import gpu
 from lora_kernels.impl.gpu import MAX_RANK
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.plan.spill_free import Row, spill_free
+from lora_kernels.operands.weight import QuantizedWeight
 
 MIN_TILE = 16  # the smallest side of a matrix product
 TENSOR_MEMORY_COLUMNS = 512
@@ -52,6 +53,7 @@ class Problem(NamedTuple):
     needs: tuple[bool, bool, bool, bool] = (True, True, True, False)  # dx, dA, dB, dbias
     wide: bool = True  # whether rows of x (or dy) and W start at multiples of 16 elements
     tf32: bool = False  # whether float32 products are TF32's
+    form: str = "dense"  # the format of W
 
     @property
     def block_r(self) -> int:
@@ -70,15 +72,27 @@ class Problem(NamedTuple):
 
 
 def problem_of(
-    rows: Tensor, weight: Tensor, a: Tensor, dropout: bool, needs: Sequence[bool] | None = None
+    rows: Tensor,
+    weight: Tensor | QuantizedWeight,
+    a: Tensor,
+    dropout: bool,
+    needs: Sequence[bool] | None = None,
 ) -> Problem:
-    """Describe a call by its matrices: rows are x, or with backward's `needs` dy."""
+    """Describe a call by its matrices: rows are x, or with backward's `needs` dy.
+
+    A quantised weight counts as what it is decoded to, in memory of its own.
+    """
     (n, k), bits = weight.shape, rows.element_size() * 8
+    if isinstance(weight, QuantizedWeight):
+        aligned, wide = k * bits % (8 * DESCRIPTOR_ALIGNMENT) == 0, k % POINTER_STRIDE == 0
+    else:
+        aligned, wide = _describable(weight), _is_wide(weight)
     problem = Problem(
         rows.shape[0], n, k, a.shape[0], bits, dropout,
-        aligned=_describable(rows) and _describable(weight),
-        wide=_is_wide(rows) and _is_wide(weight),
+        aligned=_describable(rows) and aligned,
+        wide=_is_wide(rows) and wide,
         tf32=rows.dtype == torch.float32 and gpu.tf32_allowed(),
+        form=weight.format if isinstance(weight, QuantizedWeight) else "dense",
     )  # fmt: skip
     if needs is None:
         return problem
