@@ -1,17 +1,25 @@
-"""The launch that decodes a quantised W to memory of its own, for plans that read it dense."""
+"""How a plan reads a quantised W: decoded to memory by a launch before, or in its own loop."""
 
 import torch
 from torch import Tensor
 
 from lora_kernels.impl.triton.kernels import arguments
-from lora_kernels.impl.triton.kernels.decode import codebook_kernel, scaled_kernel
+from lora_kernels.impl.triton.kernels.decode import (
+    absmax_kernel,
+    codebook_kernel,
+    scaled_kernel,
+)
 from lora_kernels.impl.triton.launch import Options, current
-from lora_kernels.impl.triton.operands import as_rows, unit_rows
+from lora_kernels.impl.triton.operands import Operands, as_rows, operands_of, unit_rows
+from lora_kernels.impl.triton.plan.config import Config
+from lora_kernels.impl.triton.plan.plan import Plan
+from lora_kernels.operands.call import LinearCall
 from lora_kernels.operands.codebook import CodebookWeight
 from lora_kernels.operands.scaled import ScaledWeight
 from lora_kernels.operands.weight import QuantizedWeight, Weight
 
 _ELEMENTS, _WARPS = 4096, 4  # of a program
+_SCALES = 1024
 _PIECE = 256  # elements at most that are taken to share a scale
 
 
@@ -20,15 +28,27 @@ def as_stored(weight: Weight) -> Tensor | QuantizedWeight:
     return weight if isinstance(weight, QuantizedWeight) else weight.decode()
 
 
-def read_weight(
-    weight: Tensor | QuantizedWeight, dtype: torch.dtype, wanted: bool = True
-) -> Tensor:
-    """Return W as it lies, or decoded; where it isn't `wanted`, memory for it that nobody reads."""
-    if isinstance(weight, Tensor):
-        return weight
-    if not wanted:
-        return weight.stored.new_empty(weight.shape, dtype=dtype)
-    return decoded(weight, dtype)
+def read(call: LinearCall, rows: Tensor, chosen: Plan, product: bool = True) -> Operands:
+    """Return a call's operands with W as a plan reads it, in the dtype of x or dy.
+
+    product: whether anything is multiplied by W; else its memory is never read, nor written.
+    """
+    weight = call.weight
+    if not isinstance(weight, QuantizedWeight):
+        return operands_of(call, weight.decode())
+    if isinstance(chosen.config, Config) and chosen.config.codes:
+        assert isinstance(weight, CodebookWeight)
+        shape = torch.empty(weight.shape, dtype=rows.dtype, device="meta")
+        codes = _codes_of(weight, product)
+        return operands_of(call, shape)._replace(codes=codes, blocksize=weight.blocksize)
+    if not product:
+        return operands_of(call, rows.new_empty(weight.shape))
+    return operands_of(call, decoded(weight, rows.dtype))
+
+
+def in_memory(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return W as it lies, or decoded to a dtype."""
+    return decoded(weight, dtype) if isinstance(weight, QuantizedWeight) else weight.decode()
 
 
 def decoded(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
@@ -42,7 +62,21 @@ def decoded(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return w
 
 
-def absmax_of(weight: CodebookWeight) -> arguments.Absmax:
+def _codes_of(weight: CodebookWeight, product: bool) -> arguments.Codes:
+    """Return codes and scales as a loop reads them; nested scales are made float32 before."""
+    absmax = _absmax_of(weight)
+    scales = absmax.numbers
+    if absmax.code is not None:
+        scales = absmax.scales.new_empty(absmax.numbers.numel())
+        if product:
+            constants = {"SIZE": scales.numel(), "BLOCK": _SCALES}
+            grid = -(-scales.numel() // _SCALES)
+            args = {"absmax": absmax, "out": scales}
+            current().run(absmax_kernel, grid, args, constants, Options(_WARPS, 1))
+    return arguments.Codes(weight.stored.contiguous(), scales, weight.parts[1].contiguous())
+
+
+def _absmax_of(weight: CodebookWeight) -> arguments.Absmax:
     """Return the scales of blocks as kernels take them."""
     absmax, _, *nested = (part.contiguous() for part in weight.parts)
     return arguments.Absmax(absmax, *(nested or (None, None, None)))
@@ -52,7 +86,7 @@ def _decode_codebook(weight: CodebookWeight, w: Tensor) -> None:
     size, piece = w.numel(), min(weight.blocksize, _PIECE)
     args = {
         "codes": weight.stored.contiguous(), "code": weight.parts[1].contiguous(),
-        "absmax": absmax_of(weight), "w": w,
+        "absmax": _absmax_of(weight), "w": w,
     }  # fmt: skip
     shape = arguments.CodebookShape(size, weight.blocksize, piece, _ELEMENTS // piece)
     _run(codebook_kernel, -(-size // _ELEMENTS), args, shape)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels.impl.triton import library, one_launch
-from lora_kernels.impl.triton.decode import as_stored, read_weight
+from lora_kernels.impl.triton.decode import as_stored, in_memory, read
 from lora_kernels.impl.triton.launch import current
-from lora_kernels.impl.triton.operands import as_matrix, operands_of, unit_rows
+from lora_kernels.impl.triton.operands import as_matrix, unit_rows
 from lora_kernels.impl.triton.plan.config import LibraryConfig, problem_of
 from lora_kernels.operands.call import Gradients, LinearCall, Wanted
 
@@ -30,15 +30,14 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
         return y, x.new_empty(m, r)
     if r == 0:
         with _on_device(x):
-            w = read_weight(weight, x.dtype)
-            _base_product(y.view(m, n), rows, w.t(), call.bias)
+            _base_product(y.view(m, n), rows, in_memory(call.weight, x.dtype).t(), call.bias)
         return y, x.new_empty(m, r)
     problem = problem_of(rows, weight, call.adapter.a, call.dropout is not None)
     executor = current()
     chosen = executor.plan(problem, executor.device(x))
     made = library if isinstance(chosen.config, LibraryConfig) else one_launch
     with _on_device(x):
-        operands = operands_of(call, read_weight(weight, x.dtype))
+        operands = read(call, rows, chosen)
         return y, made.forward(rows, operands, call.bias, y.view(m, n), chosen)
 
 
@@ -70,7 +69,7 @@ def backward(
     elif r == 0:
         if out.dx is not None:
             with _on_device(dy):
-                _base_product(out.dx, rows, read_weight(weight, dy.dtype))
+                _base_product(out.dx, rows, in_memory(call.weight, dy.dtype))
         if out.dbias is not None:
             torch.sum(rows, 0, out=out.dbias)
     elif any(wanted):
@@ -79,7 +78,7 @@ def backward(
         chosen = executor.plan(problem, executor.device(dy))
         made = library if isinstance(chosen.config, LibraryConfig) else one_launch
         with _on_device(dy):
-            operands = operands_of(call, read_weight(weight, dy.dtype, wanted.dx))
+            operands = read(call, rows, chosen, product=wanted.dx)
             made.backward(rows, x2, xa, operands, out, chosen)
     return out._replace(dx=dx)
 

@@ -105,7 +105,7 @@ def _forward(
     shape = arguments.ForwardShape(
         N=n, K=k, R=r, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         BLOCK_R=padded_rank(r), RANK_STEP=rank_step(r, x.dtype), GROUP=config.group,
-        XA_COLUMNS=config.xa_columns,
+        XA_COLUMNS=config.xa_columns, BLOCKSIZE=operands.blocksize,
     )  # fmt: skip
     constants = {"SHAPE": shape, "MODE": operands.mode(m, device.mma)}
     how = Options(config.num_warps, config.num_stages, max(config.xa_columns, 1))
@@ -159,6 +159,7 @@ def _backward(
         BLOCK_R=padded_rank(r), RANK_STEP=rank_step(r, dy.dtype), GROUP=config.group, FUSED=fused,
         RANKS=ranks, BLOCK_C=config.sum_columns, BLOCK_S=sum_rows,
         UNIT_ROWS=1 if units is None else unit_rows, MASK_STRIDE=mask_size[1],
+        BLOCKSIZE=operands.blocksize,
     )  # fmt: skip
     constants = {"SHAPE": shape, "MODE": operands.mode(m, device.mma)}
     how = Options(config.num_warps, config.num_stages)
@@ -168,7 +169,10 @@ def _backward(
 def _descriptor(
     t: Tensor, rows: int, config: Config, columns: int | None = None
 ) -> TensorDescriptor | None:
-    """Return what copies tiles of so many rows, by steps of block_k or by `columns`, or None."""
-    if not config.descriptors:
+    """Return what copies tiles of so many rows, by steps of block_k or by `columns`, or None.
+
+    Codes, decoded in the loop, aren't copied so: in W's place is its shape alone, on "meta".
+    """
+    if not config.descriptors or t.is_meta:
         return None
     return TensorDescriptor.from_tensor(t, [rows, columns or config.block_k])

@@ -208,7 +208,7 @@ def mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
         monkeypatch.setitem(sys.modules, f"{package}.{name}", module)
         spec.loader.exec_module(module)
         found |= {each: v for each, v in vars(module).items() if each.endswith("_kernel")}
-    assert len(found) == 8
+    assert len(found) == 9
     return found
 
 

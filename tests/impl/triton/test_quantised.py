@@ -5,7 +5,7 @@ import torch
 
 import lora_kernels as lk
 from lora_kernels.impl.triton.decode import decoded
-from lora_kernels.impl.triton.plan.config import Problem, problem_of
+from lora_kernels.impl.triton.plan.config import Problem, illegal, problem_of
 from lora_kernels.impl.triton.plan.device import known
 from lora_kernels.impl.triton.plan.plan import plan
 from lora_kernels.operands.scaled import ScaledWeight
@@ -16,6 +16,7 @@ from tests.support.executors import (
     Machine,
     executors,
     fixed_library,
+    fixed_plan,
     needs_machine,
     own_plan,
     running,
@@ -117,20 +118,12 @@ def test_calls_are_within_the_budget(place, name, planned):
 @pytest.mark.parametrize(("name", "planned"), NAMED_PLANS)
 @places
 def test_w_by_an_identity(place, name, planned):
-    """Forward and backward multiply by the very numbers that the format means."""
     n, k, number = 72, 88, FORMATS.index(name)
     dtype = DTYPES[number % len(DTYPES)]
     weight = drawn(name, n, k, device=place.memory)
     wanted = expected(on("cpu", weight), dtype).to(place.memory)
-    a, b = wanted.new_zeros(1, k), wanted.new_zeros(n, 1)
-    x = torch.eye(k, dtype=dtype, device=place.memory).requires_grad_()
     with running(place(plan=planned)):
-        y = lk.lora_linear(x, weight, a, b, impl="triton")
-        assert torch.equal(y.T, wanted)
-        x = wanted.new_zeros(n, k, requires_grad=True)
-        dy = torch.eye(n, dtype=dtype, device=place.memory)
-        lk.lora_linear(x, weight, a, b, impl="triton").backward(dy)
-        assert torch.equal(x.grad, wanted)
+        assert_w_by_an_identity(weight, wanted)
 
 
 @places
@@ -147,7 +140,7 @@ def test_the_base_product_is_a_call_of_rank_0(place):
             grads = torch.autograd.grad(y.sum(), leaves)
         torch.testing.assert_close(y, torch.nn.functional.linear(x, w, given))
         torch.testing.assert_close(grads[0], w.sum(0).expand(5, 64))
-        torch.testing.assert_close(grads[1:], (torch.full((8,), 5.0),) * len(grads[1:]))
+        assert all(torch.equal(grad, torch.full_like(bias, 5.0)) for grad in grads[1:])
 
 
 @needs_machine
@@ -178,9 +171,14 @@ def test_explained():
             found = lk.explain(x, weight, a, b)
             assert (found.choice, found.format) == ("triton", weight.format)
             for text in found.plans.values():
-                assert text.startswith(f"W decoded from {weight.format} first, ")
+                assert text.startswith(f"W decoded from {weight.format} first, library plan; ")
+    with running(Machine(80, resident=108)):
+        weight = drawn("nf4", 4096, 4096)
+        x, a, b = (torch.randn(s, dtype=BF16) for s in ((16, 4096), (16, 4096), (4096, 16)))
+        forward = lk.explain(x, weight, a, b).plans["forward"]
+        assert forward.startswith("W decoded from nf4 in the loop, ")
         assert lk.explain(x, weight, a[:0], b[:, :0]).plans == {}
-        assert "decoded" not in str(lk.explain(x, torch.randn(16, 64), a, b))
+        assert "decoded" not in str(lk.explain(x, torch.randn(4096, 4096, dtype=BF16), a, b))
 
 
 def test_planned_as_what_it_is_decoded_to():
@@ -198,6 +196,111 @@ def test_planned_as_what_it_is_decoded_to():
         # Without dx nothing is decoded.
         problem = problem._replace(backward=True, needs=(False, True, True, False))
         assert plan(problem._replace(form="nf4"), device).seconds == plan(problem, device).seconds
+
+
+def in_loop(**fields):
+    """Return a planner of one launch that decodes W's codes in its loop."""
+
+    def plan(problem, device):
+        how = {"sum_columns": 64, "descriptors": device.descriptors}
+        return fixed_plan(codes=True, **how, **fields)(problem, device)
+
+    return plan
+
+
+# Sizes, blocks, dropout and tiles: chunks that are a row of the tile or less, rows and columns that
+# end inside a tile, one launch and two.
+LARGE = {"block_m": 128, "block_n": 128, "num_warps": 8}
+IN_LOOP = {
+    "a": ((70, 72, 128), "nf4", 64, 0.0, {"xa_columns": 0}),
+    "b": ((70, 72, 192), "nf4-nested", 64, 0.1, {"xa_columns": 2}),
+    "c": ((33, 40, 256), "fp4", 128, 0.0, LARGE),
+    "d": ((33, 136, 192), "nf4", 64, 0.0, LARGE | {"xa_columns": 0}),
+    "e": ((5, 24, 256), "nf4-nested", 256, 0.0, {"block_m": 16, "num_warps": 2}),
+}
+WIDE = tuple(dtype for dtype in DTYPES if dtype != FP32)
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("key", IN_LOOP)
+@places
+def test_calls_that_decode_in_the_loop(place, key):
+    (m, n, k), name, blocksize, p, tiles = IN_LOOP[key]
+    dtype = WIDE[ord(key) % len(WIDE)]
+    case = Case((m,), n, k, 8, dtype, FP32, p)
+    weight = drawn(name, n, k, blocksize, place.memory)
+    inputs = make_inputs(case, place.memory)
+    wanted = expected(on("cpu", weight), dtype).to(place.memory)
+    given, known_w = (type(inputs)(**{**vars(inputs), "weight": w}) for w in (weight, wanted))
+    with running(place(plan=in_loop(**tiles))):
+        assert_results(case, known_w, run(case, given, "triton"), "triton")
+        assert_w_by_an_identity(weight, wanted)
+
+
+def assert_w_by_an_identity(weight, wanted):
+    """Check that forward and backward multiply by the very numbers that the format means.
+
+    With an adapter of zeros, of the other calls' rank: their compiled kernels serve.
+    """
+    n, k = wanted.shape
+    a, b = wanted.new_zeros(8, k, dtype=FP32), wanted.new_zeros(n, 8, dtype=FP32)
+    bias = wanted.new_zeros(n).requires_grad_()
+    leaves = a.requires_grad_(), b.requires_grad_(), bias
+    x = torch.eye(k, dtype=wanted.dtype, device=wanted.device).requires_grad_()
+    y = lk.lora_linear(x, weight, *leaves, impl="triton")
+    assert torch.equal(y.T, wanted)
+    x = wanted.new_zeros(n, k, requires_grad=True)
+    dy = torch.eye(n, dtype=wanted.dtype, device=wanted.device)
+    lk.lora_linear(x, weight, *leaves, impl="triton").backward(dy)
+    assert torch.equal(x.grad, wanted)
+
+
+@needs_machine
+@pytest.mark.parametrize("target", [80, 90])
+def test_codes_are_read_packed_and_once(target):
+    """One row panel asks for each byte of codes and scales once, and no W is anywhere."""
+    weight, machine = drawn("nf4-nested", 256, 512), Machine(target, plan=in_loop(xa_columns=0))
+    x, a, b = torch.randn(33, 512).half(), torch.randn(4, 512), torch.randn(256, 4)
+    with running(machine):
+        lk.lora_linear(x.requires_grad_(), weight, a, b, impl="triton").sum().backward()
+    packed, scales = 256 * 512 // 2, 256 * 512 // 64 * 4
+    # Columns of tiles copy x or dy each, on sm_90 by descriptors.
+    others = 64 * 512 * 2 * 4 if target == 80 else 0
+    for _, _, stats in (machine.stats[:3], machine.stats[3:]):
+        sizes = [each["size"] for each in stats.buffers.values()]
+        assert max(sizes) == packed
+        assert [each["read"] for each in stats.buffers.values()].count(packed) == 1
+        assert stats.cp_async_bytes == packed + scales + others
+
+
+def test_which_codes_a_loop_may_decode():
+    x, a = torch.empty(64, 256, dtype=BF16), torch.empty(16, 256)
+    for name, blocksize, size in (
+        ("nf4", 64, 64), ("fp4", 256, 256), ("nf4-nested", 128, 128), ("nf4", 32, 0),
+        ("nf4", 512, 0), ("int8", 64, 0), ("float8-tiles", 64, 0),
+    ):  # fmt: skip
+        weight = drawn(name, 48, 256, blocksize)
+        assert problem_of(x, weight, a, False).blocksize == size
+    assert problem_of(x, drawn("nf4", 48, 192, 128), a, False).blocksize == 0
+    weight = drawn("nf4", 48, 256)
+    weight.stored = torch.cat((weight.stored[:1], weight.stored))[1:]
+    assert problem_of(x, weight, a, False).blocksize == 0
+
+
+@pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA B200"])
+def test_few_rows_decode_in_the_loop_and_many_first(name):
+    device = known(name)
+    for backward in (False, True)[: 1 if "B200" in name else 2]:
+        layer = Problem(1, 14336, 4096, 16, 16, backward=backward, form="nf4", blocksize=64)
+        few, more, many = (plan(layer._replace(m=m), device) for m in (16, 64, 16384))
+        for chosen in (few, more):
+            assert chosen.config.codes
+            assert illegal(chosen.config, layer._replace(blocksize=0), device) is not None
+            assert str(chosen).startswith("W decoded from nf4 in the loop, ")
+        assert str(many).startswith("W decoded from nf4 first, ")
+        # Products of float32 are the library's; ranks that no table has leave W to memory too.
+        for other in (layer._replace(bits=32), layer._replace(r=128)):
+            assert "first" in str(plan(other, device))
 
 
 # name: (text, replacement), of decode.py; W is [100, 200] in blocks of 64.
@@ -245,3 +348,24 @@ def test_a_wrong_decode_of_eight_bits_is_caught(name, tmp_path, monkeypatch):
     with running(running_mutant(kernels)):
         found = [torch.equal(bits(decoded(w, FP32)), bits(expected(w, FP32))) for w in weights]
     assert not all(found)
+
+
+LOOP_MUTANTS = {
+    "low nibble first": ("tl.join(early, late)", "tl.join(late, early)"),
+    "scales of another row": ("start // SHAPE.BLOCKSIZE", "(start // SHAPE.BLOCKSIZE + 1)"),
+    "scales of the first step": ("scales += ahead // SHAPE.BLOCKSIZE", "scales += 0"),
+    "table shifted": ("(codes & 15)", "(codes + 1 & 15)"),
+    "code in bfloat16": ("code[None, :] *", "code[None, :].to(tl.bfloat16).to(tl.float32) *"),
+    "rows of W one off": ("first + row", "first + row + 1"),
+}
+
+
+@pytest.mark.many
+@needs_machine  # which stops at what lies outside of W
+@pytest.mark.parametrize("name", LOOP_MUTANTS)
+def test_a_wrong_decode_in_the_loop_is_caught(name, tmp_path, monkeypatch):
+    kernels = mutated_kernels(tmp_path, monkeypatch, "weights", *LOOP_MUTANTS[name])
+    weight = drawn("nf4", 40, 192)
+    executor = running_mutant(kernels, in_loop())
+    with running(executor), pytest.raises(Exception, match=r"torch\.equal|bounds"):
+        assert_w_by_an_identity(weight, expected(weight, FP16))

@@ -36,10 +36,18 @@ class Absmax(NamedTuple):
     offset: Any
 
 
+class Codes(NamedTuple):
+    """A W of four bits: packed codes, float32 scales of blocks, the sixteen numbers of the code."""
+
+    packed: Any
+    scales: Any
+    code: Any
+
+
 class Call(NamedTuple):
     """A call's parameters. bias: forward's; seed, scaling: numbers in memory; each may be None."""
 
-    w: Rows
+    w: Rows | Codes
     a: Rows
     b: Rows
     bias: Any
@@ -99,6 +107,7 @@ class ForwardShape(NamedTuple):
     RANK_STEP: int  # ranks of one product of the expand
     GROUP: int  # row panels whose tiles follow each other
     XA_COLUMNS: int
+    BLOCKSIZE: int = 0  # codes that share a scale; 0 of a dense W
 
 
 class BackwardShape(NamedTuple):
@@ -119,6 +128,7 @@ class BackwardShape(NamedTuple):
     BLOCK_S: int  # and its rows a step
     UNIT_ROWS: int
     MASK_STRIDE: int
+    BLOCKSIZE: int = 0
 
 
 class ShrinkShape(NamedTuple):

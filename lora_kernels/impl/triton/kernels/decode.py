@@ -2,6 +2,7 @@
 
     codebook_kernel    4 bits: rn(code[nibble i] · absmax[i // BLOCKSIZE]), i = n · K + k
     scaled_kernel      8 bits: rn(codes[n, k] · s[n // ROWS, k // COLUMNS])
+    absmax_kernel      nested scales alone, for loops that decode the codes themselves
 
 A program takes a piece of W; each product is formed in float32 and rounded once, to W's dtype.
 """
@@ -24,6 +25,14 @@ def absmax_of(absmax, blocks, inside):
         own = tl.load(absmax.code + numbers.to(tl.int32))
         scales = tl.load(absmax.scales + blocks // NESTED_BLOCK, mask=inside, other=0.0)
         return apart(own, scales) + tl.load(absmax.offset)
+
+
+@triton.jit
+def absmax_kernel(absmax, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the SIZE scales of blocks, BLOCK a program."""
+    blocks = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = blocks < SIZE
+    tl.store(out + blocks, absmax_of(absmax, blocks, inside), mask=inside)
 
 
 @triton.jit

@@ -56,7 +56,7 @@ class Plan:
     segment: rows that one tile of dA or dB sums, a multiple of the tiles' rows.
     seconds: predicted by the cost model, or measured on the GPU.
     predicted: by the cost model, of every way to compute the call.
-    form: the format of W; what isn't dense is decoded by a launch before.
+    form: the format of W; what isn't dense is decoded by a launch before, unless config.codes.
     """
 
     config: AnyConfig
@@ -76,10 +76,11 @@ class Plan:
 
     def __str__(self) -> str:
         how = "measured" if self.measured else "predicted"
-        first = "" if self.form == "dense" else f"W decoded from {self.form} first, "
-        return (
-            f"{first}{self._launches()}; {how} {_us(self.seconds)} us; predicted: {self.predicted}"
-        )
+        of = ""
+        if self.form != "dense":
+            in_loop = isinstance(self.config, Config) and self.config.codes
+            of = f"W decoded from {self.form} {'in the loop' if in_loop else 'first'}, "
+        return f"{of}{self._launches()}; {how} {_us(self.seconds)} us; predicted: {self.predicted}"
 
     def _launches(self) -> str:
         c = self.config
