@@ -99,7 +99,7 @@ UNDER_SANITIZERS := LD_PRELOAD="$(foreach name,$(LIBRARIES),$(shell $(CXX) -prin
 sanitize: $(READY)
 	LORA_KERNELS_CPU=1 LORA_KERNELS_CUDA=0 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
 		build_ext --build-lib build/sanitized --build-temp build/sanitized-objects > /dev/null
-	$(UNDER_SANITIZERS) tests/impl/cpu/test_cpu.py tests/impl/cpu/test_quantised.py -k "cpu and not lesser"
+	$(UNDER_SANITIZERS) $(addprefix tests/impl/cpu/test_,cpu.py dora.py quantised.py) -k "cpu and not lesser"
 	$(UNDER_SANITIZERS) tests/ops/test_parity.py -k "cpu and not lesser" --share $(SHARE)
 	LORA_KERNELS_FUZZ=100 $(UNDER_SANITIZERS) tests/stacks/test_fuzz_live.py
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/cpu tests/native/threads.cpp \

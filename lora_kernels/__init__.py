@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_kernels._version import __version__ as __version__
 from lora_kernels.adapter_files import load_adapter, save_adapter
+from lora_kernels.batches import adapter_batch
 from lora_kernels.casting import CastReport, cast_weights_
 from lora_kernels.explanation import Explanation, explain
 from lora_kernels.nn import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
@@ -11,6 +12,7 @@ from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
 from lora_kernels.ops.dora import lora_dora_linear
 from lora_kernels.ops.dropout_mask import dropout_mask
 from lora_kernels.ops.embedding import lora_embedding
+from lora_kernels.ops.grouped import grouped_lora_linear
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
@@ -32,9 +34,11 @@ __all__ = [
     "PatchReport",
     "PrepackReport",
     "UsageReport",
+    "adapter_batch",
     "cast_weights_",
     "dropout_mask",
     "explain",
+    "grouped_lora_linear",
     "load_adapter",
     "lora_conv1d",
     "lora_conv2d",

@@ -27,6 +27,7 @@ from lora_kernels.impl.triton.plan.config import problem_of
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dropout import drop_threshold
 from lora_kernels.operands.embedding import NO_PADDING, EmbeddingCall
+from lora_kernels.operands.grouped import GroupedCall, Groups
 from lora_kernels.operands.request import Request
 from lora_kernels.operands.weight import Dense, QuantizedWeight, Weight
 from lora_kernels.ops.conv import geometry_of, lora_conv1d, lora_conv2d, lora_conv3d, op_of
@@ -34,6 +35,9 @@ from lora_kernels.ops.conv_operators import check as check_conv
 from lora_kernels.ops.dora import lora_dora_linear
 from lora_kernels.ops.embedding import check as check_embedding
 from lora_kernels.ops.embedding import lora_embedding, row_of, scale_tensor
+from lora_kernels.ops.grouped import grouped_lora_linear
+from lora_kernels.ops.grouped_checks import check as check_grouped
+from lora_kernels.ops.grouped_checks import check_scaling as check_grouped_scaling
 from lora_kernels.ops.linear import lora_linear
 
 
@@ -78,7 +82,8 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
 
     Args:
         arguments: the function (`lora_linear`, which may be left out, `lora_dora_linear`,
-            `lora_embedding`, `lora_conv1d`, 2d or 3d), and what it would be given.
+            `lora_embedding`, `lora_conv1d`, 2d or 3d, `grouped_lora_linear`), and what it would be
+            given.
         named: the same by name. `impl` is checked only: the choice reported is that of "auto".
 
     Returns:
@@ -173,6 +178,17 @@ def _embedding(given: dict[str, Any]) -> _Read:
     return ids, Dense(weight), request
 
 
+def _grouped(given: dict[str, Any]) -> _Read:
+    """Read and check the arguments of `grouped_lora_linear`."""
+    x, weight, lora_A, scaling = (given[name] for name in ("x", "weight", "lora_A", "scaling"))
+    check_grouped_scaling(scaling)
+    groups = Groups(*(given[name] for name in Groups._fields))
+    adapter, tokens = Adapter(lora_A, given["lora_B"], scaling), len(x)
+    check_grouped(x, GroupedCall(weight, adapter, given["bias"], groups, None, tokens))
+    rank, dropout = lora_A.shape[1], _drops(given, x)
+    return x, Dense(weight), Request("grouped_lora_linear", x.device, x.dtype, rank, dropout)
+
+
 def _drops(given: dict[str, Any], x: Tensor) -> bool:
     """Check what dropout takes; return whether any of it is applied."""
     check_dropout_p(given["dropout_p"])
@@ -184,6 +200,7 @@ _READERS: tuple[tuple[Callable[..., Tensor], Callable[[dict[str, Any]], _Read]],
     (lora_linear, _linear),
     (lora_dora_linear, _dora),
     (lora_embedding, _embedding),
+    (grouped_lora_linear, _grouped),
     (lora_conv1d, partial(_conv, 1)),
     (lora_conv2d, partial(_conv, 2)),
     (lora_conv3d, partial(_conv, 3)),

@@ -56,7 +56,7 @@ def known_norm(
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or linear.dropout is not None
-        or impl not in ("auto", "eager")
+        or impl not in ("auto", "cpu", "eager")
         or any(type(t) not in _PLAIN for t in (weight, *linear.adapter[:2]))
         or not weight.is_cpu
         or weight.requires_grad

@@ -18,7 +18,7 @@ from lora_kernels.operands.call import autocast_dtype
 from lora_kernels.operands.request import Request
 from lora_kernels.prepack import PrepackReport, prepack_
 from lora_kernels.quantized import request_of_base
-from lora_kernels.serving import check_serves, missed_part, served
+from lora_kernels.serving import check_serves, missed_part, request_of_weight, served
 from lora_kernels.summary import Group, Summary, grouped
 from lora_kernels.usage import LOGGER, Calls, LayerUse, UsageReport, by_implementation, run_by
 from lora_kernels.wrappers import loaded
@@ -141,7 +141,7 @@ def patch_peft(
     _check_peft_version()
     from lora_kernels._peft import linear as ours
 
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     if not layers:
         raise ValueError(f"model: expected a model with PEFT LoRA layers, got {_instead(model)}")
     requests = _requests(layers, impl)
@@ -200,7 +200,7 @@ def unpatch_peft(model: nn.Module) -> int:
     """
     from lora_kernels._peft import linear as ours
 
-    patched = [layer for _, layer in _lora_layers(model) if ours.is_fused(layer)]
+    patched = [layer for _, layer in lora_layers(model) if ours.is_fused(layer)]
     for layer in patched:
         ours.become(layer, cast(Any, type(layer))._lora_kernels_theirs, None)
     for tuner in model.modules():
@@ -307,6 +307,8 @@ def _request_of(layer: "LoraLayer") -> Request | None:
     p = 0.0 if op == "lora_embedding" else getattr(layer.lora_dropout[names[0]], "p", 0.0)
     if op == "lora_linear" and layer.use_dora.get(names[0]):
         op = "lora_dora_linear"
+    if op == "grouped_lora_linear":
+        return request_of_weight(cast(Any, layer).get_param(), layer.r[names[0]], False, op)
     return request_of_base(layer.get_base_layer(), layer.r[names[0]], p > 0.0, op)
 
 
@@ -370,7 +372,8 @@ def _check_peft_version() -> None:
         raise ImportError(f"peft: expected version 0.18 or newer, got {installed}")
 
 
-def _lora_layers(model: nn.Module) -> list[tuple[str, "LoraLayer"]]:
+def lora_layers(model: nn.Module) -> list[tuple[str, "LoraLayer"]]:
+    """Return a model's PEFT LoRA layers with their paths."""
     from peft.tuners.lora.layer import LoraLayer
 
     if not isinstance(model, nn.Module):

@@ -40,7 +40,11 @@ def request_of(
     On meta it is nowhere yet, a fake one may name a device that isn't there, and a shard of FSDP1
     or ZeRO-3 isn't where calls are computed.
     """
-    weight = getattr(base, "weight", None)
+    return request_of_weight(getattr(base, "weight", None), rank, dropout, op)
+
+
+def request_of_weight(weight: Any, rank: int, dropout: bool, op: str) -> Request | None:
+    """Return what calls with a weight ask, as `request_of` does of a layer."""
     if not isinstance(weight, Tensor) or weight.dtype not in FLOAT_DTYPES:
         return None
     if weight.is_meta or isinstance(weight, FakeTensor) or weight.ndim < 2 or not weight.numel():

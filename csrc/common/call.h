@@ -16,10 +16,12 @@ struct Adapter {
   double scaling;
 };
 
-// A mask's key, [] of int64, and the drop threshold in 1/65536, at least 1.
+// A mask's key, [] of int64, and the drop threshold in 1/65536, at least 1. Its rows are those that are named, one for each of
+// the input's, or the input's own.
 struct Dropout {
   Tensor seed;
   uint32_t threshold;
+  const int64_t* rows = nullptr;
 };
 
 // y = x WT + bias + scaling * D(x) AT BT, but for x; no dropout where D is nothing.
@@ -49,7 +51,7 @@ namespace arguments {
 inline std::optional<Dropout> dropout_of(const OptionalTensor& seed, int64_t threshold) {
   STD_TORCH_CHECK(0 <= threshold && threshold < 65536, "threshold: expected 0 to 65535, got ", threshold);
   if (!seed || threshold == 0) return std::nullopt;
-  return Dropout{*seed, static_cast<uint32_t>(threshold)};
+  return Dropout{*seed, static_cast<uint32_t>(threshold), nullptr};
 }
 
 inline Wanted wanted_of(const std::vector<bool>& flags) {

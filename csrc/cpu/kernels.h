@@ -73,11 +73,12 @@ struct Codes {
 constexpr int64_t kNestedBlock = 256;
 
 // The mask of a matrix [*, columns]: element (m, k) stays iff lane k % 8 of Philox counter
-// m * ceil(columns / 8) + k / 8 is at least the threshold. Threshold 0: everything stays.
+// m * ceil(columns / 8) + k / 8 is at least the threshold. Threshold 0: everything stays. m is the row, or rows[row].
 struct Mask {
   int64_t columns = 0;
   uint64_t seed = 0;
   uint32_t threshold = 0;
+  const int64_t* rows = nullptr;
 };
 
 // The least multiple of step that is not below value.
@@ -122,6 +123,20 @@ struct Kernels {
   void (*decode)(const Codes& w, int64_t row, int64_t column, Matrix out);
   // few_rows with a W that is decoded on the way; x, bias and y are of one type, as decode's out.
   void (*few_rows_of_codes)(Matrix x, const Codes& w, Matrix bias, Matrix y, int64_t begin, int64_t end);
+  // out[i] = the sum of v[i]'s squares, for rows [begin, end).
+  void (*row_squares)(Matrix v, float* out, int64_t begin, int64_t end);
+  // y = gain * v + base + bias for rows [begin, end), gain and bias a number a column, to whole lanes;
+  // base may be absent or y, bias may be null.
+  void (*rescale)(
+      Matrix v, const float* gain, Matrix base, const float* bias, Matrix y, int64_t begin, int64_t end);
+  // to = factor * v where v stays, or that added to it where `adds`, for rows [begin, end); v's first row
+  // is the mask's first_row.
+  void (*add_kept)(
+      Matrix v, float factor, Mask mask, int64_t first_row, Matrix to, bool adds, int64_t begin, int64_t end);
+  // dz = gain * dy and sums[c] += sum over i of dy[i, c] u[i, c] for columns [begin, end), begin a multiple
+  // of kColumnBlock; u or dz may be absent. sums are padded to whole blocks of columns.
+  void (*gain_pass)(
+      Matrix dy, const float* gain, Matrix u, Matrix dz, float* sums, int64_t begin, int64_t end);
   // Writes a byte a counter, its bit j set iff lane j stays.
   void (*keep_bits)(uint64_t counter, int64_t count, uint64_t seed, uint32_t threshold, uint8_t* out);
 };

@@ -89,6 +89,12 @@ void product_into(const Tensor& out, const Tensor& v, const Tensor& factor, cons
 
 }  // namespace
 
+Tensor torch_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  const Tensor out = empty_matrix(x.size(0), w.size(0), x.scalar_type());
+  product_into(out, x, transposed(w), bias);
+  return out;
+}
+
 Tensor packed_linear(const Tensor& x, const std::vector<Tensor>& parts, const OptionalTensor& bias) {
   OptionalTensor sum;
   int64_t start = 0;

@@ -15,6 +15,9 @@ Tensor library_product(const Tensor& v, const Tensor& factor, const OptionalTens
 void write_library_product(
     const Tensor& out, int64_t column, const Tensor& v, const Tensor& factor, const OptionalTensor& bias);
 
+// x wT + bias by the call that torch's own layer makes, bit for bit.
+Tensor torch_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias);
+
 // x wT + bias by oneDNN, for w [C, L] packed in parts of L.
 Tensor packed_linear(const Tensor& x, const std::vector<Tensor>& parts, const OptionalTensor& bias);
 

@@ -7,7 +7,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <array>
 #include <string>
 #include <tuple>
@@ -15,7 +14,7 @@
 
 #include "../common/call.h"
 #include "base_product.h"
-#include "parallel.h"
+#include "branch.h"
 
 namespace lora_kernels {
 
@@ -23,59 +22,10 @@ namespace {
 
 constexpr std::array kFormats{"dense", "onednn", "nf4", "fp4", "int8", "float8"};
 
-Mask mask_of(const LinearCall& call) {
-  if (!call.dropout) return {};
-  const auto [seed, threshold] = *call.dropout;
-  return {call.k(), static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())), threshold};
-}
-
-float keep_scale(const Mask& mask) { return 65536.0f / static_cast<float>(65536 - mask.threshold); }
-
-float scale_of(const Adapter& adapter) {
-  if (!adapter.scaling_tensor) return static_cast<float>(adapter.scaling);
-  const Tensor value = torch::stable::to(*adapter.scaling_tensor, ScalarType::Float);
-  return *static_cast<const float*>(value.const_data_ptr());
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const LinearCall& call) {
   check_packed(call.weight, call.n(), call.k(), x);
-  const Tensor rows = left_operand(x), a = factor(call.adapter.a, x), b = factor(call.adapter.b, x);
-  const int64_t m = rows.size(0), r = call.r();
-  const Tensor y = base_forward(rows, call);
-  const Tensor xa = empty_matrix(m, r, x.scalar_type());
-  if (r == 0) return {shaped_like(x, y), xa};
-  const Mask mask = mask_of(call);
-  const float scale = scale_of(call.adapter);
-  const Kernels& kernel = kernels();
-  const Panel over_k = kernel.panel_over_columns(matrix(a)), over_r = kernel.panel_over_columns(matrix(b));
-  const Buffer<float> q(m * over_k.pitch);
-  in_parallel(m, kRowGroup, r * (call.k() + call.n()), [&](int64_t begin, int64_t end) {
-    kernel.rows_product(matrix(rows), over_k, keep_scale(mask), q.get(), mask, begin, end);
-    write_rows(q.get(), over_k.pitch, xa, begin, end);
-    std::for_each(q.get() + begin * over_k.pitch, q.get() + end * over_k.pitch, [=](float& v) { v *= scale; });
-    kernel.add_low_rank(matrix(y), over_r, q.get(), over_k.pitch, begin, end);
-  });
+  const Tensor rows = left_operand(x), y = base_forward(rows, call), xa = add_branch(y, rows, call);
   return {shaped_like(x, y), xa};
-}
-
-// Adds D(dxa A) to dx, if that is wanted, and returns dA, if that is.
-Tensor add_adapter(
-    const Tensor& dx, const Tensor& dy_rows, const OptionalTensor& x, const LinearCall& call, const Wanted& wanted) {
-  const auto& [a, b, scaling_tensor, scaling] = call.adapter;
-  const int64_t m = dy_rows.size(0), stride = round_up(call.r(), kLanes);
-  const Mask mask = mask_of(call);
-  const float scale = scale_of(call.adapter) * keep_scale(mask);
-  const Panel over_n = kernels().panel_over_rows(matrix(factor(b, dy_rows)));
-  const Panel over_r = kernels().panel_over_rows(matrix(factor(a, dy_rows)));
-  const Buffer<float> q(m * stride);
-  in_parallel(m, kRowGroup, stride * call.n(), [&](int64_t begin, int64_t end) {
-    kernels().rows_product(matrix(dy_rows), over_n, scale, q.get(), {}, begin, end);
-  });
-  const OptionalTensor into = wanted.dx ? OptionalTensor(dx) : std::nullopt;
-  const OptionalTensor from = wanted.da ? OptionalTensor(as_matrix(*x)) : std::nullopt;
-  const Sums sums(wanted.da ? stride : 0, call.k());
-  column_pass(into, from, over_r, {q.get(), stride}, mask, sums);
-  return wanted.da ? sums.as_rows(call.r(), a, 1) : torch::stable::new_empty(dy_rows, {0});
 }
 
 Gradients backward(
@@ -87,13 +37,7 @@ Gradients backward(
   if (wanted.dx) gradients.dx = base_backward(rows, call.weight);
   const bool adapted = call.r() > 0;
   if (adapted && (wanted.dx || wanted.da)) gradients.da = add_adapter(gradients.dx, rows, x, call, wanted);
-  if (adapted && wanted.db) {
-    const int64_t stride = round_up(call.r(), kLanes);
-    const Buffer<float> q = padded_floats(*xa, stride);
-    const Sums sums(stride, call.n());
-    column_sums(rows, {q.get(), stride}, sums);
-    gradients.db = sums.as_columns(call.r(), call.adapter.b, scale_of(call.adapter));
-  }
+  if (adapted && wanted.db) gradients.db = gradient_of_b(rows, *xa, call);
   if (wanted.dbias) gradients.dbias = torch::stable::sum(rows, std::vector<int64_t>{0});
   if (wanted.dx) gradients.dx = shaped_like(dy, gradients.dx);
   return gradients;

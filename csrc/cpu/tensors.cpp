@@ -69,6 +69,10 @@ Tensor left_operand(const Tensor& v) {
   return read_beyond ? torch::stable::contiguous(rows) : rows;
 }
 
+Tensor as_floats(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+}
+
 Tensor factor(const Tensor& parameter, const Tensor& x) { return as_matrix(as_type_of(x, parameter)); }
 
 Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType type) {
@@ -101,6 +105,21 @@ Matrix row_matrix(const Tensor& t) {
   return {t.mutable_data_ptr(), t.numel(), 1, t.numel(), t.scalar_type() == ScalarType::BFloat16};
 }
 
+Matrix rows_of(const Matrix& m, int64_t first, int64_t count) {
+  const int64_t bytes = m.is_bf16 ? sizeof(Bf16) : sizeof(float);
+  return {static_cast<char*>(m.data) + first * m.stride * bytes, m.stride, count, m.columns, m.is_bf16};
+}
+
+void to_floats(const Matrix& m, int64_t first, int64_t count, float* out) {
+  const auto copy = [&](const auto* data) {
+    for (int64_t i = 0; i < count; ++i) {
+      const auto* from = data + (first + i) * m.stride;
+      for (int64_t c = 0; c < m.columns; ++c) out[i * m.columns + c] = value_of(from[c]);
+    }
+  };
+  m.is_bf16 ? copy(static_cast<const Bf16*>(m.data)) : copy(static_cast<const float*>(m.data));
+}
+
 void write_rows(const float* q, int64_t q_stride, const Tensor& out, int64_t begin, int64_t end) {
   const int64_t columns = out.size(1);
   with_data(out, [&](auto* data) {
@@ -108,6 +127,13 @@ void write_rows(const float* q, int64_t q_stride, const Tensor& out, int64_t beg
       for (int64_t c = 0; c < columns; ++c) assign(data[i * columns + c], q[i * q_stride + c]);
     }
   });
+}
+
+Tensor vector_like(const Tensor& parameter, const float* numbers) {
+  const int64_t count = parameter.numel();
+  const Tensor out = output_like(parameter, 1, count);
+  write_rows(numbers, count, out, 0, 1);
+  return reinterpreted(as_type_of(parameter, out), {count}, {1});
 }
 
 Buffer<float> padded_floats(const Tensor& t, int64_t stride) {

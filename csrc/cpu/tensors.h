@@ -27,6 +27,9 @@ struct FloatRows {
 // columns, by a zero, but a NaN in the gap between two rows spreads: such rows are copied.
 Tensor left_operand(const Tensor& v);
 
+// The same numbers as float32.
+Tensor as_floats(const Tensor& t);
+
 // lora_A or lora_B rounded to the type that the products take, that of x.
 Tensor factor(const Tensor& parameter, const Tensor& x);
 
@@ -45,8 +48,17 @@ Matrix matrix(const Tensor& t);
 // The numbers of a contiguous vector, as one row.
 Matrix row_matrix(const Tensor& t);
 
+// `count` rows of a matrix, from the `first` on.
+Matrix rows_of(const Matrix& m, int64_t first, int64_t count);
+
+// The same as float32, without a gap between them.
+void to_floats(const Matrix& m, int64_t first, int64_t count, float* out);
+
 // Rows [begin, end) of q [., q_stride], rounded to the type of `out`, as many columns as it has.
 void write_rows(const float* q, int64_t q_stride, const Tensor& out, int64_t begin, int64_t end);
+
+// Numbers as a vector of the parameter's size and type.
+Tensor vector_like(const Tensor& parameter, const float* numbers);
 
 // A matrix as float32 [rows, stride], zero beyond its columns.
 Buffer<float> padded_floats(const Tensor& t, int64_t stride);

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, is_grad_enabled, nn
 
-from lora_kernels._peft import dora
+from lora_kernels._peft import dora, mixed
 from lora_kernels._peft.summed import summed_parts
 from lora_kernels.bypass import (
     PLAIN_TENSORS,
@@ -61,8 +61,10 @@ class FusedLinear(Linear):
             return Linear.forward(self, x, *args, **kwargs)
         # A counter would be one of the things that a compiled graph depends on.
         calls = None if torch.compiler.is_dynamo_compiling() else own.get("_lora_kernels_calls")
+        if kwargs or "_lora_kernels_batch" in own:
+            return self._mixed(x, args, kwargs, impl, calls)
         parts = fused_parts(self)
-        if isinstance(parts, str) or args or kwargs:
+        if isinstance(parts, str) or args:
             if calls is not None:
                 calls.leave(parts if isinstance(parts, str) else "called with more than x")
             return Linear.forward(self, x, *args, **kwargs)
@@ -93,6 +95,28 @@ class FusedLinear(Linear):
                 return run_with_norm(x, asked, norm, impl, cast)
             return run_dora(x, asked, impl, cast, path)
         return run(x, call, impl, cast, path)
+
+    def _mixed(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], impl: str, calls: Any
+    ) -> Tensor:
+        """Return the output of a batch whose samples name their adapters."""
+        batch: Any = vars(self).get("_lora_kernels_batch")
+        if batch is not None:
+            y: Tensor = batch.forward(self, x, impl, "" if calls is None else calls.path)
+            return y
+        names = kwargs.get("adapter_names")
+        call: Any = "called with more than x"
+        if names is not None and len(kwargs) == 1 and not args:
+            self._check_forward_args(x, adapter_names=names)
+            call = mixed.call_of(self, x, names, impl)
+        if isinstance(call, str):
+            if calls is not None:
+                calls.leave(call)
+            return Linear.forward(self, x, *args, **kwargs)
+        if calls is not None:
+            calls.fused += 1
+        rows, grouped = call
+        return mixed.forward(x, rows, grouped, impl)
 
     def _lora_kernels_left(self) -> str | None:
         parts = fused_parts(self)

@@ -9,6 +9,7 @@ from lora_kernels.bypass import PLAIN_TENSORS
 from lora_kernels.checks import FLOAT_DTYPES
 from lora_kernels.impl.reference.dora import row_norms
 from lora_kernels.operands.call import Adapter, LinearCall
+from lora_kernels.operands.dora import gain_of
 from lora_kernels.operands.weight import Dense
 
 
@@ -32,7 +33,7 @@ class Magnitude(nn.Module):
     def gain(self, layer: Any, weight: Tensor) -> Tensor:
         """Return the factor on each row of `weight` + scaling · B A; the norm has no gradient."""
         norm = self._norms(layer, weight)
-        return self.weight.to(norm.device, norm.dtype) / norm
+        return gain_of(self.weight.to(norm.device), norm)
 
     def read(self, weight: Tensor) -> Tensor | str:
         """Return the magnitude for a fused call with W, or what that would bypass."""

@@ -7,6 +7,23 @@ from torch import Tensor
 
 from lora_kernels.operands.call import LinearCall
 
+# Of the norm's own rounding: how far two orders of its sum lie apart. 2026-11-30, Zen 3: 2.5 at
+# K = 8,192, 4 at 32,768.
+_SUMS_APART = 16
+
+
+def gain_of(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """Return g = magnitude / norm, [N], in the norm's dtype.
+
+    It is 1 where the magnitude is the norm as the magnitude's dtype has it, whoever summed that:
+    an adapter at its start is the identity. To derivatives it is a quotient there, too.
+    """
+    ratio = magnitude.to(norm.dtype) / norm
+    off = 1 - ratio
+    near = torch.finfo(magnitude.dtype).eps / 2 + _SUMS_APART * torch.finfo(norm.dtype).eps
+    # 1 - ratio has no rounding there, nor has the sum.
+    return ratio + torch.where(off.abs() <= near, off, 0).detach()
+
 
 class DoraCall(NamedTuple):
     """y = x Wᵀ + bias + scaling · xa Bᵀ + (g - 1) ⊙ u, but for x; magnitude is [N]."""
@@ -23,8 +40,17 @@ class DoraCall(NamedTuple):
         return self.magnitude, *self.linear.flat()
 
     def gain(self, norm: Tensor) -> Tensor:
-        """Return g = magnitude / norm, [N], in the norm's dtype."""
-        return self.magnitude.to(norm.dtype) / norm
+        """Return g, [N], in the norm's dtype; see `gain_of`."""
+        return gain_of(self.magnitude, norm)
+
+    def starts(self, gain: Tensor) -> bool:
+        """Whether the layer is its base layer yet, g = 1 and B = 0; on CPUs, which may look."""
+        return gain.is_cpu and bool((gain == 1).all()) and not self.linear.adapter.b.any()
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + bias by the call that torch's own layer makes, bit for bit."""
+        weight, _, bias, _ = self.linear
+        return torch.nn.functional.linear(x, weight.decode(), bias)
 
 
 class Kept(NamedTuple):

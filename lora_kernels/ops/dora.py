@@ -202,7 +202,9 @@ def lora_dora_linear(
         y = x Wᵀ + bias + scaling · D(x) Aᵀ Bᵀ + (g - 1) ⊙ u
 
     Without dropout that is y = g ⊙ u + bias. D drops elements as `lora_linear`'s does; in training
-    D(x) is multiplied by the frozen weight, too, a second product of x's size.
+    D(x) is multiplied by the frozen weight, too, a second product of x's size. g is 1 where the
+    magnitude is the norm within their roundings, as both are at the start of training; on a CPU,
+    where all are and lora_B is zero, y is the base layer's bit for bit.
 
     Args:
         x: [..., K], float16, bfloat16, float32 or float64; any strides, M = 0 allowed.
@@ -213,7 +215,8 @@ def lora_dora_linear(
         magnitude: [N], likewise, of any sign; m of the paper.
         bias: [N], x's dtype, or None. It is not rescaled.
         scaling, dropout_p, training, seed: as `lora_linear`.
-        impl: "auto", "eager" or "reference". A named implementation serves the call or raises.
+        impl: "auto", "cpu", "eager" or "reference". A named implementation serves the call or
+            raises.
 
     Returns:
         y, [..., N], in x's dtype. A row whose norm is zero has an infinite gain, and y and
@@ -221,8 +224,9 @@ def lora_dora_linear(
 
     Precision: as `lora_linear`. The norm is formed in float32 (float64 for float64) of weight,
     lora_A and lora_B as they are stored, its relative error below 1e-5; y is formed of u, g and
-    bias in that dtype and rounded once. u and, in backward, g ⊙ dy are rounded to x's dtype, but
-    not beside wider adapters on a float16 x on a CPU: what is rescaled to its range may leave it.
+    bias in that dtype and rounded once. u and, in backward, g ⊙ dy are rounded to x's dtype, by
+    "cpu" g ⊙ lora_B instead where that does, but not beside wider adapters on a float16 x on a CPU:
+    what is rescaled to its range may leave it.
     lora_A's, lora_B's and magnitude's gradients come back in their own dtypes. Autocast,
     torch.func's transforms, forward-mode and second derivatives are served as by `lora_linear`;
     the norm is a constant to all of them.
@@ -284,11 +288,17 @@ def run_with_norm(
 
     z is the linear layer's product, by whichever implementation serves that.
     """
+    gain = call.gain(norm)
+    if call.starts(gain):
+        x, call = (x, call) if cast is None else (x.to(cast), call.cast(cast))
+        weight, _, bias, _ = call.linear
+        check_memory(x=x, weight=weight.decode(), bias=bias)
+        return call.base_output(x)
     linear = call.linear
     z = run_linear(x, linear._replace(bias=None), impl, cast)
     bias = linear.bias if cast is None else as_autocast(linear.bias, cast)
     rows = z.reshape(-1, z.shape[-1])
-    return scaled(rows, call.gain(norm), bias).view(z.shape)
+    return scaled(rows, gain, bias).view(z.shape)
 
 
 def _operators(x: Tensor, call: DoraCall, impl: str) -> Operators:

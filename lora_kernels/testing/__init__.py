@@ -11,6 +11,8 @@ from lora_kernels.testing.budget import (
     assert_within_budget,
     to_tf32,
 )
+from lora_kernels.testing.dora import DORA, DoraCase, DoraInputs
+from lora_kernels.testing.grouped import GROUPED, GroupedCase
 from lora_kernels.testing.linear import (
     GRADIENTS,
     LINEAR,
@@ -32,12 +34,14 @@ from lora_kernels.testing.linear import (
 from lora_kernels.testing.spec import Spec
 
 # What checks and benchmarks every op.
-SPECS = (LINEAR,)
+SPECS = (LINEAR, DORA, GROUPED)
 
 __all__ = [
+    "DORA",
     "FEW_ELEMENTS",
     "FEW_SUMS",
     "GRADIENTS",
+    "GROUPED",
     "LINEAR",
     "MANY_DRAWS",
     "MORE_DRAWS",
@@ -45,6 +49,9 @@ __all__ = [
     "STORE",
     "USUAL",
     "Case",
+    "DoraCase",
+    "DoraInputs",
+    "GroupedCase",
     "Inputs",
     "Sizes",
     "Spec",

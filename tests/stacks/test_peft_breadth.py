@@ -90,7 +90,7 @@ CONFIGURATIONS = {
     "a parameter": (
         {"target_parameters": ["mlp.up_proj.weight"], "target_modules": ["q_proj"]},
         {},
-        {"lora.layer.ParamWrapper has no fused forward": 2},
+        {"weight has no experts, or one": 2},
         2,
     ),
 }

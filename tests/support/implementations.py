@@ -42,8 +42,8 @@ def linear_call(weight, a, b, bias=None, seed=None, scaling=1.0, threshold=0):
     return LinearCall(Dense(weight), Adapter(a, b, scaling), bias, dropout)
 
 
-def skip_if_refused(impl, dtype=torch.float32, r=16, device="cpu"):
+def skip_if_refused(impl, dtype=torch.float32, r=16, device="cpu", op="lora_linear"):
     """Skip what an implementation says it doesn't serve; "auto" goes on to the next."""
-    reason = refusals(Request("lora_linear", torch.device(device), dtype, r, True)).get(impl)
+    reason = refusals(Request(op, torch.device(device), dtype, r, True)).get(impl)
     if reason is not None:
         pytest.skip(f"{impl}: {reason}")

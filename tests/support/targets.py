@@ -20,6 +20,7 @@ from tests.support.cuda_executors import A100, RTX3090
 from tests.support.implementations import IMPLS, needs_gpu
 
 BF16, FP32 = torch.bfloat16, torch.float32
+_OPS = {i.name: i.ops for i in IMPLEMENTATIONS}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 elsewhere = pytest.mark.skipif(INTERPRETED, reason="runs where TRITON_INTERPRET is unset")
 # A virtual machine and an interpreter take seconds for so many, and for larger ranks.
@@ -147,11 +148,16 @@ TARGETS = [*HOSTS, *_of_triton(), *_of_cuda()]
 
 
 def pairs(specs: Any) -> list[Any]:
-    """Return each spec's cases with each target that takes it: (spec, target, case, number)."""
+    """Return each spec's cases with each target that takes it: (spec, target, case, number).
+
+    Those that haven't the op, or read no such W, aren't among them.
+    """
     found = []
     for spec in specs:
         for given in TARGETS:
             target, number = given.values[0], 0
+            if target.form not in _OPS[target.impl].get(spec.op, ()):
+                continue
             for kind, cases in spec.cases().items():
                 step, first = (1, 0) if kind != "sizes" and not target.sampled else (
                     target.step, target.first

@@ -75,12 +75,14 @@ def forward(x: Tensor, call: DoraCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, xa, u = _wide_forward(x, linear, gain)
         return y.view(*x.shape[:-1], y.shape[1]), xa, u, norm
     x2 = left_operand(x)
+    starts = call.starts(gain)
     z, xa = plain.forward(x2, linear._replace(bias=None))
-    if linear.dropout is None:
-        u = z
+    u = z if linear.dropout is None else _dropped_product(x2, xa, linear)
+    if starts:  # z + bias would be rounded twice, and the layer differ from its base
+        y = call.base_output(x2)
+    elif linear.dropout is None:
         y = scaled(u, gain, linear.bias)
     else:
-        u = _dropped_product(x2, xa, linear)
         y = scaled(u, gain - 1, linear.bias, z)
     return y.view(*x.shape[:-1], y.shape[1]), xa, u, norm
 

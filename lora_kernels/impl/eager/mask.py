@@ -16,8 +16,8 @@ from torch import Tensor
 from lora_kernels.native import absence
 from lora_kernels.operands.dropout import LANES, LEVELS, Dropout
 
-# (lanes int16 [count, 8], first counter, threshold): writes 1 or 0 to every lane.
-Fill = Callable[[Tensor, int, int], None]
+# (lanes int16 [count, 8], first counter or all of them, threshold): writes 1 or 0 to every lane.
+Fill = Callable[[Tensor, int | Tensor, int], None]
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -78,6 +78,25 @@ def keep_blocks(rows: int, columns: int, dropout: Dropout) -> Iterator[tuple[sli
         yield slice(first, last), block.view(last - first, groups * LANES)[:, :columns]
 
 
+def keep_rows(named: Tensor, columns: int, dropout: Dropout) -> Iterator[tuple[slice, Tensor]]:
+    """Yield as `keep_blocks` does, of the rows of a mask that are named, int64 [S], in that order.
+
+    ATen draws them everywhere: the compiled generator takes counters in a row.
+    """
+    groups = -(-columns // LANES)
+    rows = named.shape[0]
+    block_rows = max(1, min(rows, BLOCK_COUNTERS // max(1, groups)))
+    fill = _aten_fill(dropout.seed, block_rows * groups)
+    lanes = torch.empty(block_rows * groups, LANES, dtype=torch.int16, device=named.device)
+    within = torch.arange(groups, device=named.device)
+    for first in range(0, rows, block_rows):
+        some = slice(first, min(first + block_rows, rows))
+        counters = (named[some].unsqueeze(1) * groups + within).view(-1)
+        block = lanes[: counters.shape[0]]
+        fill(block, counters, dropout.threshold)
+        yield some, block.view(-1, groups * LANES)[:, :columns]
+
+
 def masked(v: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
     """Return v where keep is 1 and +0 where it is 0.
 
@@ -93,29 +112,41 @@ def masked(v: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
 def _compiled_fill(seed: Tensor) -> Fill:
     key = int(seed)
     write = torch.ops.lora_kernels.keep_lanes_.default
-    return lambda lanes, start, threshold: write(lanes, start, key, threshold)
+
+    def fill(lanes: Tensor, counters: int | Tensor, threshold: int) -> None:
+        write(lanes, counters, key, threshold)
+
+    return fill
 
 
 def _aten_fill(seed: Tensor, most: int) -> Fill:
     constants = _constants(seed)
     scratch = torch.empty(3, 2, most, dtype=torch.int64, device=seed.device)
 
-    def fill(lanes: Tensor, start: int, threshold: int) -> None:
-        _fill_words(lanes.view(torch.int64), scratch[..., : lanes.shape[0]], start, constants)
+    def fill(lanes: Tensor, counters: int | Tensor, threshold: int) -> None:
+        _fill_words(lanes.view(torch.int64), scratch[..., : lanes.shape[0]], counters, constants)
         # The lanes are offset by half their range, which makes the unsigned test a signed one.
         lanes.ge_(threshold - LEVELS // 2)
 
     return fill
 
 
-def _fill_words(out: Tensor, scratch: Tensor, start: int, constants: _Constants) -> None:
-    """Write Philox's words of counters start, start + 1, ... to out [count, 2], as 64-bit pairs."""
+def _fill_words(
+    out: Tensor, scratch: Tensor, counters: int | Tensor, constants: _Constants
+) -> None:
+    """Write Philox's words of counters, from a first one on or all given, to out [count, 2].
+
+    They are pairs of 64 bits.
+    """
     word, half, half_ranges, multipliers, keys = constants
     even, products, spare = scratch.unbind(0)  # even holds c0 and c2
     c0, c2 = even.unbind(0)
     (p0, p1), (c3, c1) = products.unbind(0), spare.unbind(0)
     # Round 1 finds c2 = c3 = 0, so its second product is 0 and the new c0 comes from c1 alone.
-    torch.arange(start, start + out.shape[0], out=c1)
+    if isinstance(counters, Tensor):
+        c1.copy_(counters)
+    else:
+        torch.arange(counters, counters + out.shape[0], out=c1)
     torch.bitwise_and(c1, word, out=c0)
     torch.mul(c0, multipliers[0], out=c3)
     torch.bitwise_right_shift(c3, half, out=c2).bitwise_and_(word)

@@ -44,16 +44,25 @@ def keep_mask(
     lane is at least `threshold`. Rows start at a fresh counter, so eight aligned columns share
     one call whatever the row length.
     """
+    return keep_rows(torch.arange(rows, device=device), columns, threshold, seed)
+
+
+def keep_rows(rows: Tensor, columns: int, threshold: int, seed: int | Tensor) -> Tensor:
+    """Return the rows of a keep mask that are named, int64 [S], as [S, columns]."""
     groups = -(-columns // LANES)
-    counter = torch.arange(rows * groups, dtype=torch.int64, device=device)
+    counter = rows.unsqueeze(1) * groups + torch.arange(groups, device=rows.device)
     words = philox_4x32_10(counter, seed)
     lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return lanes.reshape(rows, groups * LANES)[:, :columns] >= threshold
+    return lanes.reshape(rows.shape[0], groups * LANES)[:, :columns] >= threshold
 
 
-def dropped(v: Tensor, dropout: Dropout | None) -> Tensor:
-    """Return D(v) for v [M, K]; v itself without dropout."""
+def dropped(v: Tensor, dropout: Dropout | None, rows: Tensor | None = None) -> Tensor:
+    """Return D(v) for v [M, K]; v itself without dropout.
+
+    rows: of the mask, int64 [M], a row of v each; None: in their order.
+    """
     if dropout is None:
         return v
-    keep = keep_mask(v.shape[0], v.shape[1], dropout.threshold, dropout.seed, v.device)
+    rows = torch.arange(v.shape[0], device=v.device) if rows is None else rows
+    keep = keep_rows(rows, v.shape[1], dropout.threshold, dropout.seed)
     return torch.where(keep, v, 0) * dropout.scale

@@ -9,6 +9,7 @@ OPS = {
     "lora_dora_linear": ("dense",),
     "lora_embedding": ("dense",),
     "lora_conv": ("dense",),
+    "grouped_lora_linear": ("dense",),
 }
 
 

@@ -172,7 +172,7 @@ def test_kernels_of_lesser_processors(isa):
         pytest.skip(f"this processor has no {isa}")
     if taken == torch.ops.lora_kernels.cpu_isa():
         pytest.skip("the other tests of this file take these kernels")
-    tests = [f"tests/impl/cpu/test_{name}.py" for name in ("cpu", "quantised")]
+    tests = [f"tests/impl/cpu/test_{name}.py" for name in ("cpu", "dora", "quantised")]
     tests += ["tests/ops/test_parity.py", "tests/ops/test_dropout.py"]
     share = f"{int(os.environ['LORA_KERNELS_TEST_SEED']) % 3 + 1}/3"
     command = [sys.executable, "-m", "pytest", "-q", "--no-cov", "--share", share]

@@ -1,0 +1,153 @@
+"""Batches whose samples belong to different adapters of a layer, as one grouped call.
+
+PEFT computes them adapter by adapter, without gradients; a fused call sorts the rows by adapter,
+all of them with the layer's one weight.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
+from lora_kernels.operands.call import Adapter, autocast_dtype
+from lora_kernels.operands.dropout import drawn
+from lora_kernels.operands.grouped import NO_ADAPTER, GroupedCall, Groups
+from lora_kernels.ops.grouped import run
+from lora_kernels.ops.grouped_checks import check
+
+BASE = "__base__"  # PEFT's word for no adapter
+
+
+class MixedParts(NamedTuple):
+    """What a fused call of several adapters takes of a layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+    factors: dict[str, tuple[Tensor, Tensor, float]]  # by name: A, B, scaling
+    dropout_p: float
+
+
+def adapters_of(layer: Any, names: Sequence[str] | None) -> list[str]:
+    """Return which adapters a layer has, of those named."""
+    kept = (layer.lora_A, layer.lora_embedding_A)
+    return [name for each in kept for name in each if names is None or name in names]
+
+
+def mixed_parts(layer: Any, names: Sequence[str]) -> MixedParts | str:
+    """Return what a fused call of these adapters needs, or why it is left to PEFT.
+
+    An adapter that the layer doesn't have adds nothing to it, as in PEFT.
+    """
+    if layer._disable_adapters:
+        return "adapters disabled"
+    if layer.merged_adapters:
+        return f"merged: {', '.join(layer.merged_adapters)}"
+    modules = layer._modules
+    own = read_linear(modules["base_layer"])
+    reason = everywhere_reason() if not isinstance(own, str) else f"base layer {own}"
+    if isinstance(own, str) or reason is not None:
+        return str(reason)
+    factors: dict[str, tuple[Tensor, Tensor, float]] = {}
+    drops: set[float] = set()
+    for name in dict.fromkeys(names):
+        if name == BASE or name not in modules["lora_A"]._modules:
+            continue
+        found = _factors(layer, name)
+        if isinstance(found, str):
+            return f"adapter {name!r}: {found}"
+        a, b, scaling, dropout = found
+        factors[name] = a, b, scaling
+        drops.add(dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)
+    if len(drops) > 1:
+        return "the adapters' probabilities of dropout differ"
+    return MixedParts(*own, factors, drops.pop() if drops else 0.0)
+
+
+def call_of(
+    layer: Any, x: Any, names: Sequence[str], impl: str
+) -> tuple[Tensor, GroupedCall] | str:
+    """Return the rows and the grouped call of a batch, or why it is left to PEFT."""
+    parts = mixed_parts(layer, names)
+    if isinstance(parts, str):
+        return parts
+    weight, bias, factors, p = parts
+    if type(x) not in PLAIN_TENSORS or x.ndim < 2:
+        return f"x is a {type(x).__name__} of shape {list(x.shape)}"
+    if not factors:
+        return "no adapter of the batch is this layer's"
+    if impl == "auto" and not x.is_cpu:
+        return f"no kernel of grouped_lora_linear for {x.device.type}"
+    cast = autocast_dtype(x)
+    if cast is not None:
+        x, weight = x.to(cast), weight.to(cast)
+        bias = None if bias is None else bias.to(cast)
+    groups, a, b, scaling = _by_adapter(x, factors, names)
+    rows, dropout = x.reshape(-1, x.shape[-1]), drawn(p, None, x.device) if p else None
+    stack = None if bias is None else bias.unsqueeze(0)
+    adapter = Adapter(a, b, scaling)
+    call = GroupedCall(weight.unsqueeze(0), adapter, stack, groups, dropout, len(rows))
+    try:
+        check(rows, call)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return rows, call
+
+
+def forward(x: Tensor, rows: Tensor, call: GroupedCall, impl: str, layer: str = "") -> Tensor:
+    """Return a layer's output for a batch of several adapters."""
+    y = run(rows, call, impl, layer)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float, nn.Module] | str:
+    if name in layer.lora_variant or layer.use_dora.get(name):
+        return "another variant of LoRA"
+    modules = layer._modules
+    a, b = (read_linear(modules[factor]._modules[name]) for factor in ("lora_A", "lora_B"))
+    if isinstance(a, str):
+        return f"lora_A {a}"
+    if isinstance(b, str):
+        return f"lora_B {b}"
+    if a[1] is not None or b[1] is not None:
+        return "a bias"
+    dropout = modules["lora_dropout"]._modules[name]
+    reason, scaling = dropout_reason(dropout), layer.scaling[name]
+    if reason is None and (type(scaling) is not float or scaling - scaling != 0.0):
+        reason = f"a scaling of {scaling}"
+    return (a[0], b[0], scaling, dropout) if reason is None else reason
+
+
+def _by_adapter(
+    x: Tensor, factors: dict[str, tuple[Tensor, Tensor, float]], names: Sequence[str]
+) -> tuple[Groups, Tensor, Tensor, Tensor]:
+    """Return the groups of a batch and all adapters' factors, [n, ...].
+
+    Ranks that differ are filled up with zeros.
+    """
+    groups = _sorted(tuple(names), tuple(factors), prod(x.shape[1:-1]), x.device)
+    ranks = max(a.shape[0] for a, _, _ in factors.values())
+    a = torch.stack([pad(a, (0, 0, 0, ranks - a.shape[0])) for a, _, _ in factors.values()])
+    b = torch.stack([pad(b, (0, ranks - b.shape[1])) for _, b, _ in factors.values()])
+    return groups, a, b, torch.tensor([s for _, _, s in factors.values()], device=x.device)
+
+
+# All layers of a model ask the same of a batch.
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _sorted(
+    names: tuple[str, ...], known: tuple[str, ...], each: int, device: torch.device
+) -> Groups:
+    """Return rows sorted by adapter, those without one last; a sample has `each` rows."""
+    numbers = torch.tensor([known.index(n) if n in known else len(known) for n in names])
+    order = torch.argsort(numbers, stable=True)
+    rows = (order.unsqueeze(1) * each + torch.arange(each)).view(-1).to(device)
+    ends = (torch.bincount(numbers, minlength=len(known) + 1) * each).cumsum(0).to(torch.int32)
+    owners = torch.tensor([*range(len(known)), NO_ADAPTER], dtype=torch.int32)
+    return Groups(
+        ends.to(device), rows, rows, owners.to(device), torch.zeros_like(owners, device=device)
+    )

@@ -1,0 +1,121 @@
+"""Training and inference on batches whose samples belong to different adapters of a PEFT model."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+_BATCH = "_lora_kernels_batch"
+
+
+class Batch:
+    """What the layers of a model are told inside `adapter_batch`."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def forward(self, layer: Any, x: Tensor, impl: str, path: str) -> Tensor:
+        """Return a layer's output for the batch.
+
+        Raises:
+            ValueError: x has another number of samples, or the layer can't serve the call.
+        """
+        from lora_kernels._peft import mixed
+
+        if len(x) != len(self.names):
+            raise ValueError(
+                f"names: expected one of each of {len(x)} samples of x, got {len(self.names)}"
+            )
+        if layer.disable_adapters or not mixed.adapters_of(layer, self.names):
+            y: Tensor = layer.base_layer(x)
+            return y
+        call = mixed.call_of(layer, x, self.names, impl)
+        if isinstance(call, str):
+            raise ValueError(f"layer {path!r}: expected one that serves adapter_batch, got: {call}")
+        vars(layer)["_lora_kernels_calls"].fused += 1
+        return mixed.forward(x, *call, impl, path)
+
+
+@contextmanager
+def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Let each sample of a batch have an adapter of its own, in training too::
+
+        y[i] = x[i] Wᵀ + bias + s · D(x[i]) Aᵀ Bᵀ      with s, A and B of adapter names[i]
+
+    Calls of the model inside the block compute so, one fused call a layer, and gradients go to all
+    adapters named, as those of separate runs do; PEFT's own `adapter_names` serves inference alone.
+    Backward belongs inside too, where activations are checkpointed. Which adapters get gradients is
+    decided by their parameters: PEFT freezes those of adapters that aren't active
+    (`requires_grad_` changes it).
+
+    Args:
+        model: a PEFT model that `patch_peft` patched, whose layers are LoRA linear layers.
+        names: of each sample, an adapter of the model, or "__base__" for none.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        TypeError: `model` is no module, or a name is no string.
+        ValueError: an unknown adapter, a layer that can't serve it (named with the reason), or a
+            block inside another one; nothing is changed then. Inside: a layer is called with
+            another number of samples.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(target_modules=["0"], init_lora_weights=False)
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+        >>> model.add_adapter("other", config)
+        >>> found = lk.patch_peft(model)
+        >>> with lk.adapter_batch(model, ["default", "other", "__base__"]):
+        ...     y = model(torch.ones(3, 8))
+        >>> y.shape, bool((y[0] == y[1]).all())
+        (torch.Size([3, 8]), False)
+    """
+    layers = _layers(model, tuple(names))
+    batch = Batch(tuple(names))
+    for layer in layers:
+        vars(layer)[_BATCH] = batch
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop(_BATCH, None)
+
+
+def _layers(model: nn.Module, names: tuple[str, ...]) -> list[Any]:
+    """Return the LoRA layers of a model, which serve a batch of such adapters."""
+    from lora_kernels._peft import mixed
+    from lora_kernels._peft.linear import FusedLinear
+    from lora_kernels.patching import lora_layers
+
+    wrong = next((name for name in names if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise TypeError(f"names: expected strings, got {wrong!r}")
+    found = lora_layers(model)
+    if not found:
+        raise ValueError(f"model: expected PEFT LoRA layers, got none in {type(model).__name__}")
+    known = {name for _, layer in found for name in mixed.adapters_of(layer, None)}
+    unknown = sorted(set(names) - known - {mixed.BASE})
+    if unknown:
+        raise ValueError(
+            f"names: expected adapters of the model, {', '.join(sorted(known))}, or "
+            f"{mixed.BASE}, got {', '.join(unknown)}"
+        )
+    for path, layer in found:
+        if not mixed.adapters_of(layer, names):
+            continue
+        reason: Any = None
+        if not isinstance(layer, FusedLinear) or "_lora_kernels_impl" not in vars(layer):
+            reason = f"is {type(layer).__name__}, no patched linear layer"
+        elif _BATCH in vars(layer):
+            reason = "is in an adapter_batch already"
+        else:
+            parts = mixed.mixed_parts(layer, names)
+            reason = parts if isinstance(parts, str) else None
+        if reason is not None:
+            raise ValueError(
+                f"model: expected layers that serve several adapters, got {path!r}: {reason}"
+            )
+    return [layer for _, layer in found if isinstance(layer, FusedLinear)]
