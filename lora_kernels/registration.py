@@ -61,21 +61,36 @@ class Direction:
 
 def operators(op: str, impl: str) -> Operators:
     """Return the handles of an op's operators by one implementation."""
-    forward, backward = (
-        getattr(torch.ops.lora_kernels, f"{op}_{direction}_{impl}").default
-        for direction in ("forward", "backward")
-    )
-    return Operators(forward, backward)
+    return Operators(_handle(op, "forward", impl), _handle(op, "backward", impl))
+
+
+def _handle(op: str, direction: str, impl: str) -> Any:
+    return getattr(torch.ops.lora_kernels, f"{op}_{direction}_{impl}").default
+
+
+# By operator, the body of one in Python.
+_BODIES: dict[Any, Callable[..., Any]] = {}
+# What may be an argument of a body that is called without torch's dispatcher: no subclass of Tensor
+# that wants to see operators. What isn't here has a call that is longer anyway.
+_DIRECT = {Tensor, torch.nn.Parameter, type(None), int, float, tuple}
+_count_modes = torch._C._len_torch_dispatch_stack
+_is_profiled = torch._C._autograd._profiler_enabled
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:
     """Call an operator past its autocast and autograd kernels, for callers that did their work.
 
-    It takes less time than torch's fallback did for operators without such kernels.
+    It takes less time than torch's fallback did for operators without such kernels. A body in
+    Python is called itself, unless a mode, a profiler or a subclass of Tensor looks at operators:
+    torch's way to it takes three times as long as to a compiled one.
     """
     if torch.compiler.is_dynamo_compiling():  # which records operators by itself
         return operator(*args)
-    operator = operator._op  # what an OpOverload's call calls, 0.2 µs later
+    body = _BODIES.get(operator)
+    if body is None or _count_modes() or _is_profiled() or not _DIRECT.issuperset(map(type, args)):
+        operator = operator._op  # what an OpOverload's call calls, 0.2 µs later
+    else:
+        operator = body
     if _is_any_autocast_enabled():
         with _BelowAutograd(), torch._C._DisableAutocast():
             return operator(*args)
@@ -97,7 +112,9 @@ def register(op: str, file: str, *directions: Direction) -> None:
     """Define an op's operators for every implementation; `file` names its module in each."""
     for direction in directions:
         for impl in PYTHON:
-            _define(op, impl, direction, partial(_python_body, direction, impl, file))
+            body = partial(_python_body, direction, impl, file)
+            _define(op, impl, direction, body)
+            _BODIES[_handle(op, direction.name, impl)] = body
         for impl in COMPILED:
             _define(op, impl, direction, partial(_loading_body, direction, op, impl))
     for impl in (*PYTHON, *COMPILED):

@@ -87,8 +87,8 @@ def _fake_backward(impl: str, dy: Tensor, x: Any, xa: Any, *flat: Any) -> tuple[
 
 
 def _compute(impl: str, forward: Any, x: Tensor, *flat: Any) -> Any:
-    _check_forward(x, *flat)
     call = call_of(*flat)
+    check_call(x, call, cast=None)
     _check_memory(call, x=x, bias=call.bias)
     return forward(x, call)
 

@@ -9,16 +9,19 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.func import grad, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
+from lora_kernels.impl.eager import linear as eager
 from lora_kernels.ops import linear
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.unpoisoned
+BOTH = ("forward", "backward")
 X = torch.linspace(-1, 1, 4 * 16).reshape(4, 16)
 
 
@@ -170,6 +173,33 @@ class Operators(TorchDispatchMode):
         if func.namespace == "lora_kernels" and "lora_linear" in str(func):
             self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def test_whoever_looks_at_operators_sees_them(monkeypatch):
+    """An eager call runs a body in Python without torch's dispatcher, where nobody looks."""
+    w, a, b = torch.randn(5, 16), *(torch.randn(s).requires_grad_() for s in ((2, 16), (5, 2)))
+    names = [f"lora_kernels.lora_linear_{direction}_eager.default" for direction in BOTH]
+
+    def step():
+        lk.lora_linear(X, w, a, b, impl="eager").sum().backward()
+
+    with Operators() as seen:
+        step()
+    assert seen.names == names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as log:
+        step()
+    profiled = {event.name for event in log.events()}
+    assert {name.replace(".", "::", 1).removesuffix(".default") for name in names} <= profiled
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (X, w, a, b)]
+
+    def entered(*args):
+        raise AssertionError("the body was called")
+
+    monkeypatch.setattr(eager, "forward", entered)
+    assert lk.lora_linear(*fakes, impl="eager").shape == (4, 5)  # a subclass, outside its mode
+    with pytest.raises(AssertionError, match="the body"):
+        step()
 
 
 def test_a_joint_graph_can_be_differentiated_again():

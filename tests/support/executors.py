@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_kernels.impl.executor import using
-from lora_kernels.impl.triton.launch import Gpu, add_product
+from lora_kernels.impl.triton.launch import Forgetful, Gpu, add_product
 from lora_kernels.impl.triton.plan.config import Config, Problem, illegal, shipped
 from lora_kernels.impl.triton.plan.cost import seconds
 from lora_kernels.impl.triton.plan.device import Device, known
@@ -38,7 +38,7 @@ needs_machine = pytest.mark.skipif(
 
 
 @dataclass
-class Interpreter:
+class Interpreter(Forgetful):
     """Triton's interpreter: programs run one after the other, so there may be only one."""
 
     impl = "triton"

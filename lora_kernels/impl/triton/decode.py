@@ -28,14 +28,16 @@ def as_stored(weight: Weight) -> Tensor | QuantizedWeight:
     return weight if isinstance(weight, QuantizedWeight) else weight.decode()
 
 
-def read(call: LinearCall, rows: Tensor, chosen: Plan, product: bool = True) -> Operands:
+def read(call: LinearCall, rows: Tensor, chosen: Plan | None, product: bool = True) -> Operands:
     """Return a call's operands with W as a plan reads it, in the dtype of x or dy.
 
-    product: whether anything is multiplied by W; else its memory is never read, nor written.
+    chosen: of a quantised W. product: whether anything is multiplied by W; else its memory is never
+        read, nor written.
     """
     weight = call.weight
     if not isinstance(weight, QuantizedWeight):
         return operands_of(call, weight.decode())
+    assert chosen is not None
     if isinstance(chosen.config, Config) and chosen.config.codes:
         assert isinstance(weight, CodebookWeight)
         shape = torch.empty(weight.shape, dtype=rows.dtype, device="meta")

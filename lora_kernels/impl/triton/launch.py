@@ -1,6 +1,7 @@
 """The seam between launchers and whatever runs a kernel: GPU, interpreter or virtual machine."""
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -10,6 +11,10 @@ from lora_kernels.impl.triton.plan.device import Device, of_gpu
 from lora_kernels.impl.triton.plan.plan import Plan
 from lora_kernels.impl.triton.plan.tuned import planned
 from lora_kernels.impl.triton.workspace import Workspace
+
+T = TypeVar("T")
+# Launches a grid of a kernel with run-time arguments.
+Launcher = Callable[[int, dict[str, Any]], None]
 
 
 class Options(NamedTuple):
@@ -43,10 +48,18 @@ class Executor(executor.Executor, Protocol):
         """Return how many programs are of use: as many as run at the same time."""
         ...
 
+    def prepared(self, kind: Hashable, make: Callable[[], T]) -> T:
+        """Return what calls of a kind share: `make()`, or what that was for one before."""
+        ...
+
+    def launcher(self, kernel: Any, constants: dict[str, Any], how: Options) -> Launcher:
+        """Return what runs a kernel for calls of a kind; as `run`, which has the rest."""
+        ...
+
     def run(
         self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
     ) -> None:
-        """Run `grid` programs: every launch of the package passes here.
+        """Run `grid` programs: every launch passes here, or a `launcher`.
 
         Args:
             kernel: a Triton kernel.
@@ -63,24 +76,56 @@ class Executor(executor.Executor, Protocol):
         ...
 
 
+class Forgetful:
+    """Part of an executor that keeps nothing from call to call, since its plans may change."""
+
+    def prepared(self, kind: Hashable, make: Callable[[], T]) -> T:  # noqa: ARG002  the protocol's
+        """Make what calls of a kind share at each call."""
+        return make()
+
+    def launcher(self: Executor, kernel: Any, constants: dict[str, Any], how: Options) -> Launcher:
+        """Return what hands each launch to `run`."""
+
+        def launch(grid: int, args: dict[str, Any]) -> None:
+            self.run(kernel, grid, args, constants, how)
+
+        return launch
+
+
 def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add left right to a matrix in place, by torch: on a GPU by its library, cuBLAS."""
     out.addmm_(left, right)
 
 
-_WHAT_TO_TRY = (
-    "Programs wait for each other, at most half a minute. If this call fails again, try "
-    "impl='eager'; with CUDA_LAUNCH_BLOCKING=1 the failing launch itself is named."
-)
+_MOST_KINDS = 4096
 
 
 class Gpu:
-    """Runs kernels by Triton's own launcher, on the current stream of the tensors' device."""
+    """Runs kernels by Triton's own launcher, on the current stream of the tensors' device.
+
+    It keeps what calls of a kind share; beside the workspace no tensor is part of that.
+    """
 
     impl = "triton"
 
     def __init__(self) -> None:
         self.workspace = Workspace()
+        self._prepared: dict[Hashable, Any] = {}
+
+    def prepared(self, kind: Hashable, make: Callable[[], T]) -> T:
+        """Return what calls of a kind share, made once, or again after very many kinds."""
+        found: T | None = self._prepared.get(kind)
+        if found is None:
+            if len(self._prepared) >= _MOST_KINDS:
+                self._prepared.clear()
+            found = self._prepared[kind] = make()
+        return found
+
+    def launcher(self, kernel: Any, constants: dict[str, Any], how: Options) -> Launcher:
+        """Return what launches a kernel, in a fourth of the time from its second launch on."""
+        from lora_kernels.impl.triton.direct import Launch  # Triton, which may be absent here
+
+        return Launch(kernel, constants, how)
 
     def plan(self, problem: Problem, device: Device) -> Plan:
         """Return the measured plan, or the cost model's."""
@@ -97,25 +142,8 @@ class Gpu:
     def run(
         self, kernel: Any, grid: int, args: dict[str, Any], constants: dict[str, Any], how: Options
     ) -> None:
-        """Launch on the current stream, beside whatever runs there: no grid must be resident whole.
-
-        Raises:
-            RuntimeError: compilation or the driver fails; or a launch before has, by giving up a
-                wait for instance, unless CUDA_LAUNCH_BLOCKING=1 makes each one tell by itself.
-        """
-        try:
-            kernel[(grid,)](
-                **args,
-                **constants,
-                num_warps=how.num_warps,
-                num_stages=how.num_stages,
-                enable_fp_fusion=True,  # Triton's own default is said to change
-            )
-        except Exception as error:
-            raise RuntimeError(
-                f"{kernel.__name__}: launch of {grid} programs of {32 * how.num_warps} threads "
-                f"failed: {error}\n{_WHAT_TO_TRY}"
-            ) from error
+        """Launch by Triton; raises as a launcher does."""
+        self.launcher(kernel, constants, how)(grid, args)
 
     add_product = staticmethod(add_product)
 

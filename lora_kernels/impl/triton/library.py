@@ -15,7 +15,8 @@ from lora_kernels.impl.triton.kernels.arguments import Factor
 from lora_kernels.impl.triton.kernels.dy_pass import dy_pass_kernel
 from lora_kernels.impl.triton.kernels.expand import expand_kernel
 from lora_kernels.impl.triton.kernels.x_pass import x_pass_kernel
-from lora_kernels.impl.triton.launch import Options, current
+from lora_kernels.impl.triton.kinds import Kind
+from lora_kernels.impl.triton.launch import Options
 from lora_kernels.impl.triton.operands import Operands, as_rows, floats
 from lora_kernels.impl.triton.plan.config import (
     LibraryConfig,
@@ -23,140 +24,159 @@ from lora_kernels.impl.triton.plan.config import (
     rank_step,
     sum_ranks,
 )
-from lora_kernels.impl.triton.plan.plan import Plan
-from lora_kernels.impl.triton.shrink import shrink, shrink_shape
+from lora_kernels.impl.triton.shrink import Shrink, shrink_shape
 from lora_kernels.operands.call import Gradients
 
 
-def forward(x: Tensor, operands: Operands, bias: Tensor | None, y: Tensor, chosen: Plan) -> Tensor:
-    """Store y [M, N] and return xa."""
-    assert chosen.shrink is not None
-    xa = x.new_empty(x.shape[0], operands.sizes[2])
-    shrink(x, operands._replace(scaling=1.0), operands.a, xa, chosen.shrink)
-    _expand(xa, operands, bias, y, _config(chosen))
-    current().add_product(y, x, operands.weight.t())
-    return xa
+class Forward:
+    """The launches of forward calls of one kind."""
+
+    def __init__(self, kind: Kind) -> None:
+        assert kind.plan.shrink is not None
+        self._executor = kind.executor
+        self._shrink, self._expand = Shrink(kind, kind.plan.shrink), _Expand(kind)
+
+    def __call__(self, x: Tensor, operands: Operands, bias: Tensor | None, y: Tensor) -> Tensor:
+        """Store y [M, N] and return xa."""
+        xa = x.new_empty(x.shape[0], operands.sizes[2])
+        self._shrink(x, operands, Factor(xa, None))
+        self._expand(xa, operands, bias, y)
+        self._executor.add_product(y, x, operands.weight.t())
+        return xa
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    xa: Tensor | None,
-    operands: Operands,
-    out: Gradients,
-    chosen: Plan,
-) -> None:
-    """Store the gradients that are not None in `out`."""
-    dxa = None
-    if out.dx is not None or out.da is not None:
+class Backward:
+    """The launches of backward calls of one kind."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._executor = kind.executor
+        self._dy_pass, self._x_pass = _DyPass(kind), _XPass(kind)
         # float16's range is short: the pass over x rounds it in units.
-        dtype = torch.float32 if dy.dtype == torch.float16 else dy.dtype
-        dxa = dy.new_empty(dy.shape[0], operands.sizes[2], dtype=dtype)
-    if dxa is not None or out.db is not None or out.dbias is not None:
-        _dy_pass(dy, xa, operands, dxa, out, chosen)
-    if dxa is not None:
-        _x_pass(x, dxa, operands, out, chosen)
-    if out.dx is not None:
-        current().add_product(out.dx, dy, operands.weight)
+        self._dtype = torch.float32 if kind.dtype == torch.float16 else kind.dtype
+
+    def __call__(
+        self, dy: Tensor, x: Tensor | None, xa: Tensor | None, operands: Operands, out: Gradients
+    ) -> None:
+        """Store the gradients that are not None in `out`."""
+        dxa = None
+        if out.dx is not None or out.da is not None:
+            dxa = dy.new_empty(dy.shape[0], operands.sizes[2], dtype=self._dtype)
+        if dxa is not None or out.db is not None or out.dbias is not None:
+            self._dy_pass(dy, xa, operands, dxa, out)
+        if dxa is not None:
+            self._x_pass(x, dxa, operands, out)
+        if out.dx is not None:
+            self._executor.add_product(out.dx, dy, operands.weight)
 
 
-def _expand(
-    xa: Tensor, operands: Operands, bias: Tensor | None, y: Tensor, config: LibraryConfig
-) -> None:
-    """Launch y = bias + scaling · xa Bᵀ."""
-    (m, n), executor, r = y.shape, current(), operands.sizes[2]
-    args = {
-        "xa": xa, "b": as_rows(operands.b), "bias": bias,
-        "scaling_pointer": operands.scaling_pointer, "y": y,
-        **operands.scalars(m),
-    }  # fmt: skip
-    del args["threshold"]
-    shape = arguments.ExpandShape(
-        N=n, R=r, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=padded_rank(r),
-        RANK_STEP=rank_step(r, y.dtype),
-    )  # fmt: skip
-    mode = operands._replace(seed=None).mode(m, executor.device(y).mma)
-    grid = -(-m // config.block_m) * -(-n // config.block_n)
-    how = Options(config.expand_warps, 1)
-    executor.run(expand_kernel, grid, args, {"SHAPE": shape, "MODE": mode}, how)
+class _Expand:
+    """The launch of y = bias + scaling · xa Bᵀ."""
+
+    def __init__(self, kind: Kind) -> None:
+        config = _config(kind)
+        self._rows, self._columns = config.block_m, -(-kind.n // config.block_n)
+        shape = arguments.ExpandShape(
+            N=kind.n, R=kind.r, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_R=padded_rank(kind.r), RANK_STEP=rank_step(kind.r, kind.dtype),
+        )  # fmt: skip
+        constants = {"SHAPE": shape, "MODE": kind.plain_mode}
+        how = Options(config.expand_warps, 1)
+        self._launch = kind.executor.launcher(expand_kernel, constants, how)
+
+    def __call__(self, xa: Tensor, operands: Operands, bias: Tensor | None, y: Tensor) -> None:
+        m = y.shape[0]
+        args = {
+            "xa": xa, "b": as_rows(operands.b), "bias": bias,
+            "scaling_pointer": operands.scaling_pointer, "y": y,
+            **operands.scalars(m),
+        }  # fmt: skip
+        del args["threshold"]
+        grid = -(-m // self._rows) * self._columns
+        self._launch(grid, args)
 
 
-def _dy_pass(
-    dy: Tensor,
-    xa: Tensor | None,
-    operands: Operands,
-    dxa: Tensor | None,
-    out: Gradients,
-    chosen: Plan,
-) -> None:
-    """Launch dxa, dB and dbias."""
-    m, (n, _, r), config, executor = dy.shape[0], operands.sizes, _config(chosen), current()
-    assert chosen.shrink is not None
-    segment, ranks = chosen.segment_of(m), sum_ranks(r)
-    parts, sums = -(-m // segment), out.db is not None or out.dbias is not None
-    blocks = -(-n // config.sum_columns) * (padded_rank(r) // ranks) * sums
-    args = {
-        "dy": as_rows(dy), "xa": xa, "b": as_rows(operands.b),
-        "scaling_pointer": operands.scaling_pointer,
-        "dxa": Factor(dxa, None), "out": out._replace(dx=None, da=None),
-        "shared": _shared(dy, blocks, parts, (ranks + 1) * config.sum_columns),
-        **operands.scalars(m), "segment": segment,
-    }  # fmt: skip
-    shape = arguments.PassShape(
-        N=n,
-        K=0,
-        R=r,
-        BLOCK_R=padded_rank(r),
-        RANKS=ranks,
-        BLOCK_C=config.sum_columns,
-        BLOCK_S=config.sum_rows,
-    )
-    constants = {
-        "SHRINK": shrink_shape(n, r, chosen.shrink, transposed=False), "SHAPE": shape,
-        "MODE": operands._replace(seed=None).mode(m, executor.device(dy).mma),
-    }  # fmt: skip
-    grid = parts * (blocks + segment // chosen.shrink.block_m * (dxa is not None))
-    how = Options(config.sum_warps, chosen.shrink.num_stages)
-    executor.run(dy_pass_kernel, grid, args, constants, how)
+class _DyPass:
+    """The launch of dxa, dB and dbias."""
+
+    def __init__(self, kind: Kind) -> None:
+        config, shrink, wanted, self._plan = _config(kind), kind.plan.shrink, kind.wanted, kind.plan
+        assert shrink is not None
+        assert wanted is not None
+        ranks = sum_ranks(kind.r)
+        blocks = -(-kind.n // config.sum_columns) * (padded_rank(kind.r) // ranks)
+        self._blocks = blocks * (wanted.db or wanted.dbias)
+        self._space = _Space(kind, self._blocks, (ranks + 1) * config.sum_columns)
+        self._panel = shrink.block_m
+        shape = arguments.PassShape(
+            N=kind.n, K=0, R=kind.r, BLOCK_R=padded_rank(kind.r), RANKS=ranks,
+            BLOCK_C=config.sum_columns, BLOCK_S=config.sum_rows,
+        )  # fmt: skip
+        constants = {
+            "SHRINK": shrink_shape(kind, shrink), "SHAPE": shape, "MODE": kind.plain_mode,
+        }  # fmt: skip
+        how = Options(config.sum_warps, shrink.num_stages)
+        self._launch = kind.executor.launcher(dy_pass_kernel, constants, how)
+
+    def __call__(
+        self, dy: Tensor, xa: Tensor | None, operands: Operands, dxa: Tensor | None, out: Gradients
+    ) -> None:
+        m, segment = dy.shape[0], self._plan.segment_of(dy.shape[0])
+        parts = -(-m // segment)
+        args = {
+            "dy": as_rows(dy), "xa": xa, "b": as_rows(operands.b),
+            "scaling_pointer": operands.scaling_pointer,
+            "dxa": Factor(dxa, None), "out": Gradients(None, None, out.db, out.dbias),
+            "shared": self._space.of(dy, parts),
+            **operands.scalars(m), "segment": segment,
+        }  # fmt: skip
+        grid = parts * (self._blocks + segment // self._panel * (dxa is not None))
+        self._launch(grid, args)
 
 
-def _x_pass(
-    x: Tensor | None, dxa: Tensor, operands: Operands, out: Gradients, chosen: Plan
-) -> None:
-    """Launch dA and dx = D(dxa A)."""
-    m, (n, k, r), config, executor = dxa.shape[0], operands.sizes, _config(chosen), current()
-    segment, ranks = chosen.segment_of(m), padded_rank(r)
-    parts, blocks = -(-m // segment), -(-k // config.pass_columns)
-    room = (ranks + 1) * config.pass_columns
-    args = {
-        "x": None if x is None else as_rows(x), "dxa": dxa, "a": as_rows(operands.a),
-        "seed_pointer": operands.seed, "out": out._replace(db=None, dbias=None),
-        "shared": _shared(dxa, blocks, parts, room if out.da is not None else 0),
-        **operands.scalars(m), "segment": segment,
-    }  # fmt: skip
-    del args["scaling"]
-    shape = arguments.PassShape(
-        N=n,
-        K=k,
-        R=r,
-        BLOCK_R=ranks,
-        RANKS=ranks,
-        BLOCK_C=config.pass_columns,
-        BLOCK_S=config.sum_rows,
-    )
-    constants = {"SHAPE": shape, "MODE": operands.mode(m, executor.device(dxa).mma)}
-    how = Options(config.pass_warps, config.pass_stages)
-    executor.run(x_pass_kernel, parts * blocks, args, constants, how)
+class _XPass:
+    """The launch of dA and dx = D(dxa A)."""
+
+    def __init__(self, kind: Kind) -> None:
+        config, wanted, self._plan = _config(kind), kind.wanted, kind.plan
+        assert wanted is not None
+        ranks, self._blocks = padded_rank(kind.r), -(-kind.k // config.pass_columns)
+        self._space = _Space(kind, self._blocks, (ranks + 1) * config.pass_columns * wanted.da)
+        shape = arguments.PassShape(
+            N=kind.n, K=kind.k, R=kind.r, BLOCK_R=ranks, RANKS=ranks,
+            BLOCK_C=config.pass_columns, BLOCK_S=config.sum_rows,
+        )  # fmt: skip
+        constants = {"SHAPE": shape, "MODE": kind.mode}
+        how = Options(config.pass_warps, config.pass_stages)
+        self._launch = kind.executor.launcher(x_pass_kernel, constants, how)
+
+    def __call__(self, x: Tensor | None, dxa: Tensor, operands: Operands, out: Gradients) -> None:
+        m, segment = dxa.shape[0], self._plan.segment_of(dxa.shape[0])
+        parts = -(-m // segment)
+        args = {
+            "x": None if x is None else as_rows(x), "dxa": dxa, "a": as_rows(operands.a),
+            "seed_pointer": operands.seed, "out": Gradients(out.dx, out.da, None, None),
+            "shared": self._space.of(dxa, parts),
+            **operands.scalars(m), "segment": segment,
+        }  # fmt: skip
+        del args["scaling"]
+        self._launch(parts * self._blocks, args)
 
 
-def _shared(like: Tensor, blocks: int, parts: int, room: int) -> arguments.Shared:
-    """Return counters of blocks that are summed in parts, and room for the parts' floats."""
-    counters = current().workspace.zeros(max(blocks, 1), like.device)
-    space = blocks * parts * room if parts > 1 else 0
-    partials = floats(like, space) if space else counters.view(torch.float32)
-    return arguments.Shared(None, counters, partials, None)
+class _Space:
+    """What sums in parts need: a counter a block, and room for each part's floats."""
+
+    def __init__(self, kind: Kind, blocks: int, room: int) -> None:
+        self._workspace, self._counters = kind.executor.workspace, max(blocks, 1)
+        self._room = blocks * room
+
+    def of(self, like: Tensor, parts: int) -> arguments.Shared:
+        """Return it, on a tensor's device."""
+        counters = self._workspace.zeros(self._counters, like.device)
+        space = parts * self._room if parts > 1 else 0
+        partials = floats(like, space) if space else counters.view(torch.float32)
+        return arguments.Shared(None, counters, partials, None)
 
 
-def _config(chosen: Plan) -> LibraryConfig:
-    assert isinstance(chosen.config, LibraryConfig)
-    return chosen.config
+def _config(kind: Kind) -> LibraryConfig:
+    assert isinstance(kind.plan.config, LibraryConfig)
+    return kind.plan.config

@@ -1,6 +1,7 @@
 """The adapted linear layer: from tensors to a plan and its launches. Signatures of `reference`."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,10 +9,15 @@ from torch import Tensor
 
 from lora_kernels.impl.triton import library, one_launch
 from lora_kernels.impl.triton.decode import as_stored, in_memory, read
+from lora_kernels.impl.triton.kinds import Kind, key_of, kind_of
 from lora_kernels.impl.triton.launch import current
-from lora_kernels.impl.triton.operands import as_matrix, unit_rows
+from lora_kernels.impl.triton.operands import Operands, as_matrix, unit_rows
 from lora_kernels.impl.triton.plan.config import LibraryConfig, problem_of
+from lora_kernels.impl.triton.plan.plan import Plan
 from lora_kernels.operands.call import Gradients, LinearCall, Wanted
+from lora_kernels.operands.weight import QuantizedWeight
+
+_HERE = nullcontext()
 
 
 def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
@@ -30,15 +36,14 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
         return y, x.new_empty(m, r)
     if r == 0:
         with _on_device(x):
-            _base_product(y.view(m, n), rows, in_memory(call.weight, x.dtype).t(), call.bias)
+            _base_product(as_matrix(y), rows, in_memory(call.weight, x.dtype).t(), call.bias)
         return y, x.new_empty(m, r)
-    problem = problem_of(rows, weight, call.adapter.a, call.dropout is not None)
-    executor = current()
-    chosen = executor.plan(problem, executor.device(x))
-    made = library if isinstance(chosen.config, LibraryConfig) else one_launch
+    planned = _planned(rows, call, None)
     with _on_device(x):
-        operands = read(call, rows, chosen)
-        return y, made.forward(rows, operands, call.bias, y.view(m, n), chosen)
+        operands = read(call, rows, planned)
+        key = key_of(rows, operands, None, call.bias)
+        make = partial(_forward_launches, rows, operands, planned)
+        return y, current().prepared(key, make)(rows, operands, call.bias, as_matrix(y))
 
 
 def backward(
@@ -57,7 +62,7 @@ def backward(
     m, (n, k), r = rows.shape[0], weight.shape, lora_A.shape[0]
     dx = dy.new_empty(*dy.shape[:-1], k) if wanted.dx else None
     out = Gradients(
-        dx if dx is None else dx.view(m, k),
+        None if dx is None else as_matrix(dx),
         lora_A.new_empty(r, k) if wanted.da else None,
         lora_B.new_empty(n, r) if wanted.db else None,
         dy.new_empty(n) if wanted.dbias else None,
@@ -73,14 +78,41 @@ def backward(
         if out.dbias is not None:
             torch.sum(rows, 0, out=out.dbias)
     elif any(wanted):
-        problem = problem_of(rows, weight, lora_A, call.dropout is not None, wanted)
-        executor = current()
-        chosen = executor.plan(problem, executor.device(dy))
-        made = library if isinstance(chosen.config, LibraryConfig) else one_launch
+        planned = _planned(rows, call, wanted)
         with _on_device(dy):
-            operands = read(call, rows, chosen, product=wanted.dx)
-            made.backward(rows, x2, xa, operands, out, chosen)
-    return out._replace(dx=dx)
+            operands = read(call, rows, planned, product=wanted.dx)
+            key = key_of(rows, operands, wanted, x2, xa)
+            make = partial(_backward_launches, rows, operands, wanted, planned)
+            current().prepared(key, make)(rows, x2, xa, operands, out)
+    return out if dx is out.dx else out._replace(dx=dx)
+
+
+def _planned(rows: Tensor, call: LinearCall, wanted: Wanted | None) -> Plan | None:
+    """Return the plan of a quantised W, which says how it is read; None of a dense one."""
+    if not isinstance(call.weight, QuantizedWeight):
+        return None
+    dropout, executor = call.dropout is not None, current()
+    problem = problem_of(rows, call.weight, call.adapter.a, dropout, wanted)
+    return executor.plan(problem, executor.device(rows))
+
+
+def _forward_launches(
+    x: Tensor, operands: Operands, planned: Plan | None
+) -> one_launch.Forward | library.Forward:
+    kind = kind_of(x, operands, None, current(), planned)
+    return _launches_of(kind).Forward(kind)
+
+
+def _backward_launches(
+    dy: Tensor, operands: Operands, wanted: Wanted, planned: Plan | None
+) -> one_launch.Backward | library.Backward:
+    kind = kind_of(dy, operands, wanted, current(), planned)
+    return _launches_of(kind).Backward(kind)
+
+
+def _launches_of(kind: Kind) -> Any:
+    """Return the module that has the launches of a kind's plan."""
+    return library if isinstance(kind.plan.config, LibraryConfig) else one_launch
 
 
 def _base_product(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
@@ -94,4 +126,6 @@ def _base_product(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None 
 
 def _on_device(t: Tensor) -> Any:
     """Make the tensor's GPU the current one: Triton launches there."""
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()
+    if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(t.device)

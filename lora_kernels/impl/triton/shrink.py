@@ -1,48 +1,53 @@
 """The launch of a shrink by itself, of the split path and of the library plan."""
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from lora_kernels.impl.triton.kernels.arguments import Factor, ShrinkShape
 from lora_kernels.impl.triton.kernels.shrink import shrink_kernel
-from lora_kernels.impl.triton.launch import Options, current
+from lora_kernels.impl.triton.kinds import Kind
+from lora_kernels.impl.triton.launch import Options
 from lora_kernels.impl.triton.operands import Operands, as_rows
 from lora_kernels.impl.triton.plan.config import ShrinkConfig, padded_rank
 
 _PROGRAMS = 4  # a multiprocessor: few enough to be resident, enough to stream by
 
 
-class Dxa(NamedTuple):
-    """dxa [M, R], of float16 in units, float32, one for each `rows` rows: its range is short."""
+class Shrink:
+    """The launch of a kind's xa = D(x) Aᵀ or, backward, of its dxa = scaling · keep scale · dy B.
 
-    numbers: Tensor
-    units: Tensor | None
-    rows: int
+    dxa's has no mask, but the factor of kept elements.
+    """
+
+    def __init__(self, kind: Kind, config: ShrinkConfig) -> None:
+        self.rows, self._most = config.block_m, _PROGRAMS * kind.programs
+        self._forward = kind.wanted is None
+        constants = {
+            "SHAPE": shrink_shape(kind, config),
+            "MODE": kind.mode if self._forward else kind.plain_mode,
+        }
+        how = Options(config.num_warps, config.num_stages)
+        self._launch = kind.executor.launcher(shrink_kernel, constants, how)
+
+    def __call__(self, v: Tensor, operands: Operands, out: Factor) -> None:
+        """Launch it, of x or dy."""
+        m = v.shape[0]
+        if self._forward:
+            factor, seed, pointer = operands.a, operands.seed, None
+            scalars = {**operands.scalars(m), "scaling": 1.0}
+        else:
+            factor, seed, pointer = operands.b, None, operands.scaling_pointer
+            scalars = operands.scalars(m)
+        args = {
+            "v": as_rows(v), "f": as_rows(factor), "seed_pointer": seed,
+            "scaling_pointer": pointer, "out": out, **scalars,
+        }  # fmt: skip
+        self._launch(min(-(-m // self.rows), self._most), args)
 
 
-def shrink(
-    v: Tensor, operands: Operands, factor: Tensor, out: Tensor | Dxa, config: ShrinkConfig
-) -> None:
-    """Launch xa = scaling · D(v) fᵀ or, into a `Dxa`, dxa = scaling · D(v) f."""
-    m, executor = v.shape[0], current()
-    device = executor.device(v)
-    grid = min(-(-m // config.block_m), _PROGRAMS * executor.programs(device))
-    transposed = isinstance(out, Tensor)
-    numbers, units = (out, None) if isinstance(out, Tensor) else out[:2]
-    args = {
-        "v": as_rows(v), "f": as_rows(factor), "seed_pointer": operands.seed,
-        "scaling_pointer": operands.scaling_pointer, "out": Factor(numbers, units),
-        **operands.scalars(m),
-    }  # fmt: skip
-    shape = shrink_shape(v.shape[1], operands.sizes[2], config, transposed)
-    constants = {"SHAPE": shape, "MODE": operands.mode(m, device.mma)}
-    executor.run(shrink_kernel, grid, args, constants, Options(config.num_warps, config.num_stages))
-
-
-def shrink_shape(length: int, r: int, config: ShrinkConfig, transposed: bool) -> ShrinkShape:
-    """Return the sizes of a shrink over so many columns, of fᵀ if transposed."""
+def shrink_shape(kind: Kind, config: ShrinkConfig) -> ShrinkShape:
+    """Return the sizes of a shrink of x by Aᵀ or, backward, of dy by B."""
+    forward = kind.wanted is None
     return ShrinkShape(
-        L=length, R=r, TRANSPOSED=transposed, BLOCK_M=config.block_m, BLOCK_L=config.block_k,
-        BLOCK_R=padded_rank(r),
+        L=kind.k if forward else kind.n, R=kind.r, TRANSPOSED=forward, BLOCK_M=config.block_m,
+        BLOCK_L=config.block_k, BLOCK_R=padded_rank(kind.r),
     )  # fmt: skip

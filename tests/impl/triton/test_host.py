@@ -67,7 +67,7 @@ cudastub.install("H100,A100", sms=20, tensors=True)
 from lora_kernels import lora_linear
 from lora_kernels.impl.triton import launch
 from lora_kernels.testing import Case, assert_parity, make_inputs
-from tests.support.executors import fixed_library, own_plan
+from tests.support.executors import PlannedGpu, fixed_library, own_plan, running
 case = Case((300,), 256, 136, 8, torch.bfloat16, torch.float32, 0.1)
 launch.Gpu.plan = lambda self, problem, device: own_plan(problem, device)
 
@@ -82,22 +82,24 @@ def test_devices_and_threads(python):
     """Tensors of a device that isn't current run there; backward in autograd's own thread."""
     python("-c", PREAMBLE + """
 threads = []
-plain = launch.Gpu.run
-def run(self, *args):
-    threads.append(threading.get_ident())
-    return plain(self, *args)
-launch.Gpu.run = run
+plain = launch.Gpu.launcher
+def launcher(self, *args):
+    made = plain(self, *args)
+    def launched(*args):
+        threads.append(threading.get_ident())
+        made(*args)
+    return launched
+launch.Gpu.launcher = launcher
 
 assert_parity(case, make_inputs(case, "cuda:0"), "triton")
 assert launched() == [("forward_kernel", 0, False), ("backward_kernel", 0, False)]
 assert len(set(threads)) == 2, "backward has a thread of its own"
 assert_parity(case, make_inputs(case, "cuda:1"), "triton")
 assert launched() == [("forward_kernel", 1, False), ("backward_kernel", 1, False)]
-launch.Gpu.plan = lambda self, problem, device: fixed_library()(problem, device)
-assert_parity(case, make_inputs(case, "cuda:1"), "triton")
+with running(PlannedGpu(fixed_library())):
+    assert_parity(case, make_inputs(case, "cuda:1"), "triton")
 names = ("shrink_kernel", "expand_kernel", "dy_pass_kernel", "x_pass_kernel")
 assert launched() == [(name, 1, False) for name in names]
-launch.Gpu.plan = lambda self, problem, device: own_plan(problem, device)
 assert torch.cuda.current_device() == 0
 errors = []
 def other():
@@ -126,15 +128,16 @@ class Cooperative:
         self.kernel, self.__name__ = kernel, kernel.__name__
     def __getitem__(self, grid):
         return lambda **given: self.kernel[(4000,)](**given, launch_cooperative_grid=True)
-plain = launch.Gpu.run
+class Refused(PlannedGpu):
+    def launcher(self, kernel, constants, how):
+        return super().launcher(Cooperative(kernel), constants, how)
 def refused(call, kernel):
-    launch.Gpu.run = lambda self, kernel, *args: plain(self, Cooperative(kernel), *args)
     try:
-        call()
+        with running(Refused(own_plan)):
+            call()
         raise SystemExit(f"{kernel} was not refused")
     except RuntimeError as error:
         message = str(error)
-    launch.Gpu.run = plain
     assert message.startswith(f"{kernel}: launch of ") and "impl='eager'" in message, message
     assert "too many blocks in cooperative launch" in message, message
     assert not launch.current().workspace.zeros(1, torch.device("cuda", 0)).any()
@@ -150,7 +153,7 @@ refused(lambda: y.backward(inputs.dy), "backward_kernel")
 def test_more_rows_than_programs_in_two_launches(python):
     """Neither launch has to be resident whole."""
     python("-c", PREAMBLE + """
-from tests.support.executors import PlannedGpu, fixed_plan, running
+from tests.support.executors import fixed_plan
 cudastub.library().cudastub_set_sms(0, 1)
 case = Case((300,), 40, 72, 16, torch.bfloat16, dropout_p=0.1)
 with running(PlannedGpu(fixed_plan(xa_columns=0))):
@@ -160,3 +163,93 @@ assert launched() == [
     ("shrink_kernel", 0, False), ("backward_kernel", 0, False),
 ]
 """)  # fmt: skip
+
+
+COUNTED = (
+    PREAMBLE
+    + """
+from triton.runtime.jit import JITFunction
+from lora_kernels.testing import run
+by_triton = []
+plain = JITFunction.run
+def counted(self, *args, **given):
+    if not given["warmup"]:
+        by_triton.append(self.__name__)
+    return plain(self, *args, **given)
+JITFunction.run = counted
+
+def step(device="cuda:0"):
+    assert_parity(case, make_inputs(case, device), "triton")
+    made = by_triton.copy(), [name for name, _, _ in launched()]
+    by_triton.clear()
+    return made
+both = ["forward_kernel", "backward_kernel"]
+"""
+)
+
+
+def test_triton_launches_what_is_new_or_watched_and_nothing_else(python):
+    """Hooks, as profilers have them, see each launch while they are set; each GPU has its own."""
+    python("-c", COUNTED + """
+import triton
+runtime, seen = triton.knobs.runtime, []
+hook = lambda metadata: seen.append(metadata.get()["name"])
+assert step() == (both, both)
+for _ in range(2):
+    assert step() == ([], both)
+runtime.launch_enter_hook.add(hook)
+assert step() == (both, both) and seen == both
+runtime.launch_enter_hook.remove(hook)
+assert step() == ([], both) and seen == both
+chain, runtime.launch_exit_hook = runtime.launch_exit_hook, hook
+assert step() == (both, both)
+runtime.launch_exit_hook = None
+assert step() == ([], both)
+runtime.launch_exit_hook = chain
+assert step(device="cuda:1") == (both, both)
+assert step(device="cuda:1") == step() == ([], both)
+# The machine has no assertions, which debugging adds.
+cudastub.set_noop(True)
+runtime.debug = True
+run(case, make_inputs(case, "cuda:0"), "triton")
+assert by_triton == both
+""")  # fmt: skip
+
+
+def test_what_is_launched_directly_is_what_triton_would_launch(python):
+    """Of arguments that lie in many ways, by both plans; Triton is asked at each launch."""
+    python("-c", COUNTED + """
+from tests.impl.triton.test_kinds import call
+from lora_kernels.impl.triton.plan.plan import library_plan
+cudastub.set_noop(True)
+asked = []
+class Checked(PlannedGpu):
+    def launcher(self, kernel, constants, how):
+        made = super().launcher(kernel, constants, how)
+        def launched(grid, args):
+            direct = made.compiled
+            made(grid, args)
+            options = dict(how._asdict(), enable_fp_fusion=True)
+            del options["together"]
+            own = kernel.run(grid=(grid,), warmup=True, **args, **constants, **options)
+            assert made.compiled is own and direct in (None, own)
+            asked.append(direct is own)
+        return launched
+calls = [
+    {}, {"m": 1}, {"x": {"shift": 1}}, {"a": {"by": 65}, "b": {"shift": 1}}, {"bias": {}},
+    {"scaling": {"dtype": torch.float32}, "threshold": 6554},
+]
+for plan in (own_plan, library_plan):
+    with running(Checked(plan)):
+        for given in (*calls, *calls):
+            call(device="cuda:0", **given)
+# What the bias is has no part in backward.
+assert (asked.count(False), asked.count(True)) == (11 + 22, 13 + 26), asked
+""")  # fmt: skip
+
+
+def test_host_times_are_measured(python):
+    output = python("-m", "bench.suites.host", "--seconds", "0.1")
+    heading, *lines = output.splitlines()
+    assert heading.startswith("host time on a stub's H100")
+    assert len(lines) == 10

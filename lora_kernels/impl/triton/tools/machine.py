@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lora_kernels.impl import executor
-from lora_kernels.impl.triton.launch import Options, add_product
+from lora_kernels.impl.triton.launch import Forgetful, Options, add_product
 from lora_kernels.impl.triton.plan.config import Problem
 from lora_kernels.impl.triton.plan.device import Device, known
 from lora_kernels.impl.triton.plan.plan import Plan
@@ -26,7 +26,7 @@ GPUS = {
 
 
 @dataclass
-class Machine:
+class Machine(Forgetful):
     """Compiles for an architecture and executes the PTX on CPU tensors.
 
     A race, an access out of bounds or a deadlock that the machine reports is an error.

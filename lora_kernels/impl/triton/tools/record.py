@@ -8,7 +8,7 @@ import torch
 
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton import linear
-from lora_kernels.impl.triton.launch import Executor, Options
+from lora_kernels.impl.triton.launch import Executor, Forgetful, Options
 from lora_kernels.impl.triton.plan.config import AnyConfig, Problem
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.plan.plan import Plan, plan_of
@@ -54,7 +54,7 @@ class Product(NamedTuple):
         executor.add_product(*self)
 
 
-class Recorder:
+class Recorder(Forgetful):
     """An executor that keeps launches and the library's products instead of running them."""
 
     impl = "triton"

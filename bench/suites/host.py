@@ -1,0 +1,127 @@
+"""What calls of Triton's kernels cost the CPU, on a stub of a driver whose launches do nothing.
+
+    python -m bench.suites.host --gpu H100
+
+Needs `cudastub` on PYTHONPATH, an optional outside tool. PEFT's layer stands beside, of 2x8x8 by
+the CPU's own dispatcher: what its Python and torch's operators cost. Times are a thread's CPU time,
+the smallest of many; ratios are formed round by round.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+import lora_kernels as lk
+from bench.measure.timing import Meter, Spread
+from bench.providers.calls import Call
+from bench.providers.registry import BY_NAME
+from bench.shapes import SCALING, Case
+from lora_kernels.impl.executor import using
+from lora_kernels.impl.triton.launch import Gpu
+from lora_kernels.impl.triton.plan.config import Problem
+from lora_kernels.impl.triton.plan.device import Device
+from lora_kernels.impl.triton.plan.plan import Plan, fastest_config, library_plan, plan_of
+
+Planner = Callable[[Problem, Device], Plan]
+PEFT = Case("host", "peft", 2, 8, 8, 4, "fp32", "fp32", 0.0)
+OURS = Case("host", "ours", 32, 128, 128, 16, "bf16", "bf16", 0.0)
+CALLS = 20  # in one timing
+FORWARD, TRAIN = "forward", "forward + backward"
+LINE = "{:<34}{:<20}{:>8}{:>22}"
+
+
+class Planned(Gpu):
+    """The GPU's executor with a plan of ours; the library's GEMM is left out, as from PEFT's."""
+
+    def __init__(self, planner: Planner) -> None:
+        super().__init__()
+        self._planner = planner
+
+    def plan(self, problem: Problem, device: Device) -> Plan:
+        """Return the plan of a call."""
+        return self._planner(problem, device)
+
+    @staticmethod
+    def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Leave the product out: a CPU would compute it."""
+
+
+@lru_cache
+def one_launch(problem: Problem, device: Device) -> Plan:
+    """Return the plan of Triton's own products."""
+    config = fastest_config(problem, device)
+    assert config is not None
+    return plan_of(config, problem, device)
+
+
+def layer(case: Case, provider: str, device: str, mode: str) -> Callable[[], Any]:
+    """Return a call of PEFT's layer as a provider has it."""
+    call = Call(BY_NAME[provider], case, case.inputs(device), 0.0)
+    return call if mode == TRAIN else partial(call.layer, call.x)
+
+
+def function(mode: str) -> Callable[[], Any]:
+    """Return a call of `lora_linear`."""
+    inputs = OURS.inputs("cuda")
+    x, a, b = (t.detach().requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
+
+    def forward() -> Any:
+        return lk.lora_linear(x, inputs.weight, a, b, scaling=SCALING, impl="triton")
+
+    def train() -> None:
+        forward().backward(inputs.dy)
+        x.grad = a.grad = b.grad = None
+
+    return train if mode == TRAIN else forward
+
+
+def _by(executor: Gpu | None, call: Callable[[], Any]) -> None:
+    with using(executor):
+        for _ in range(CALLS):
+            call()
+
+
+def measure(seconds: float) -> Iterator[str]:
+    """Yield a line for each call: the smallest time of one, and its ratio to PEFT's."""
+    planners: dict[str, Planner] = {"one launch": one_launch, "library plan": library_plan}
+    for mode in (FORWARD, TRAIN):
+        calls = {"PEFT, CPU tensors": partial(_by, None, layer(PEFT, "peft", "cpu", mode))}
+        for name, planner in planners.items():
+            calls[f"lora_linear, {name}"] = partial(_by, Planned(planner), function(mode))
+            patched = layer(OURS, "triton", "cuda", mode)
+            calls[f"patched PEFT layer, {name}"] = partial(_by, Planned(planner), patched)
+        times, _ = Meter(seconds).rounds([list(calls.values())])
+        columns = list(zip(*times, strict=True))
+        for name, column in zip(calls, columns, strict=True):
+            ratio = str(Spread.of_ratios(column, columns[0]))
+            yield LINE.format(name, mode, f"{1e3 * min(column) / CALLS:.1f}", ratio)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Install the stub, measure, print, and return an exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.suites.host", description=__doc__)
+    parser.add_argument("--gpu", default="H100", help="whose plans; default: H100")
+    parser.add_argument("--seconds", type=float, default=30.0, help="for each mode")
+    given = parser.parse_args(arguments)
+    if find_spec("cudastub") is None:
+        print("python -m bench.suites.host: error: needs the module cudastub", file=sys.stderr)
+        return 2
+    import cudastub
+
+    cudastub.install(given.gpu, sms=0, noop=True, tensors=True)
+    torch.set_num_threads(1)
+    # Without a thread of its own backward has this one's executor, and its clock.
+    with torch.autograd.set_multithreading_enabled(False):
+        print(LINE.format("host time on a stub's " + given.gpu, "", "µs", "/ PEFT"))
+        for line in measure(given.seconds):
+            print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Kinds of calls: what calls have in common that differ in M, addresses and numbers alone."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.impl import gpu
+from lora_kernels.impl.triton.kernels.arguments import Mode
+from lora_kernels.impl.triton.kernels.mask import PACKED_THRESHOLDS
+from lora_kernels.impl.triton.launch import Executor
+from lora_kernels.impl.triton.operands import Operands
+from lora_kernels.impl.triton.plan.config import DESCRIPTOR_ALIGNMENT, problem_of
+from lora_kernels.impl.triton.plan.plan import Plan, rounded
+from lora_kernels.operands.call import Wanted
+
+
+class Kind(NamedTuple):
+    """What the launches of a kind are made of; it holds no tensor.
+
+    mode: how kernels compute that draw D, if there is dropout. wanted: None forward.
+    executor: whose launchers run them. blocksize: of codes decoded in the loop, or 0.
+    """
+
+    n: int
+    k: int
+    r: int
+    blocksize: int
+    dtype: torch.dtype
+    plan: Plan
+    mode: Mode
+    programs: int
+    wanted: Wanted | None
+    executor: Executor
+
+    @property
+    def plain_mode(self) -> Mode:
+        """How kernels compute that draw nothing."""
+        return self.mode._replace(DROPOUT=False, PACKED=False)
+
+
+def key_of(
+    rows: Tensor, operands: Operands, wanted: Wanted | None, *others: Tensor | None
+) -> tuple[Any, ...]:
+    """Return all that a kind's plan and compiled kernels depend on.
+
+    That is torch's switches too; of M, as plans round it; and how each tensor of the call lies:
+    compiled code knows dtypes, strides and which addresses are multiples of 16. What launchers
+    allocate lies alike within a kind.
+    """
+    (m, _), dtype = rows.shape, rows.dtype
+    weight, a, b, seed, scaling, threshold, codes, blocksize = operands
+    return (
+        rows.device, (m - 1).bit_length(), weight.shape, a.shape[0], wanted,
+        threshold <= PACKED_THRESHOLDS.value, gpu.spared_multiprocessors(),
+        dtype == torch.float32 and gpu.tf32_allowed(),
+        _lie(rows), _lie(weight), _lie(a), _lie(b), _lie(seed), _lie(scaling),
+        *((blocksize, *map(_lie, codes)) if codes else ()), *map(_lie, others),
+    )  # fmt: skip
+
+
+def _lie(t: Any) -> tuple[torch.dtype, tuple[int, ...], int] | None:
+    """Return how a tensor lies in memory, None of what is absent or a number."""
+    if not isinstance(t, Tensor):
+        return None
+    return t.dtype, t.stride(), t.data_ptr() % DESCRIPTOR_ALIGNMENT
+
+
+def kind_of(
+    rows: Tensor,
+    operands: Operands,
+    wanted: Wanted | None,
+    executor: Executor,
+    planned: Plan | None = None,
+) -> Kind:
+    """Describe the kind of a call; rows are x, or with backward's `wanted` dy.
+
+    planned: of a quantised W. Where it is decoded first, the call's kind is a dense one's.
+    """
+    dropout = operands.seed is not None
+    problem = rounded(problem_of(rows, operands.weight, operands.a, dropout, wanted))
+    device = executor.device(rows)
+    mode = operands.mode(problem.m, device.mma)
+    plan = planned if operands.codes and planned else executor.plan(problem, device)
+    programs = executor.programs(device)
+    sizes, blocksize = operands.sizes, operands.blocksize
+    return Kind(*sizes, blocksize, rows.dtype, plan, mode, programs, wanted, executor)
