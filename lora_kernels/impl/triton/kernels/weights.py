@@ -65,7 +65,7 @@ def load_weight_columns(w, stride, n, dtype: tl.constexpr, SHAPE: tl.constexpr):
 @triton.jit
 def _chunk_places(SHAPE: tl.constexpr):
     """Return row and column of each chunk in the tile, row after row."""
-    CHUNK: tl.constexpr = min(SHAPE.BLOCK_K, SHAPE.BLOCKSIZE)
+    CHUNK: tl.constexpr = SHAPE.BLOCK_K if SHAPE.BLOCK_K < SHAPE.BLOCKSIZE else SHAPE.BLOCKSIZE
     COUNT: tl.constexpr = SHAPE.BLOCK_K // CHUNK
     chunks = tl.arange(0, SHAPE.BLOCK_N * COUNT)
     return chunks // COUNT, chunks % COUNT * CHUNK
@@ -74,10 +74,10 @@ def _chunk_places(SHAPE: tl.constexpr):
 @triton.jit
 def _code_pointers(w, first, column, SHAPE: tl.constexpr):
     """Return pointers to the chunks' bytes and scales, from a row and a column on, and the code."""
-    HALF: tl.constexpr = min(SHAPE.BLOCK_K, SHAPE.BLOCKSIZE) // 2
+    CHUNK: tl.constexpr = SHAPE.BLOCK_K if SHAPE.BLOCK_K < SHAPE.BLOCKSIZE else SHAPE.BLOCKSIZE
     row, own = _chunk_places(SHAPE)
     start = tl.minimum(first + row, SHAPE.N - 1).to(tl.int64) * SHAPE.K + (column + own)
-    packed = (w.packed + start // 2)[:, None] + tl.arange(0, HALF)[None, :]
+    packed = (w.packed + start // 2)[:, None] + tl.arange(0, CHUNK // 2)[None, :]
     return packed, w.scales + start // SHAPE.BLOCKSIZE, tl.load(w.code + tl.arange(0, 16))
 
 
@@ -85,7 +85,7 @@ def _code_pointers(w, first, column, SHAPE: tl.constexpr):
 def _decoded(pointers, ahead, inside, EVEN: tl.constexpr, dtype: tl.constexpr, SHAPE: tl.constexpr):
     """Return the tile [BLOCK_N, BLOCK_K] so many elements ahead, zero where not `inside`.
 
-    ahead: whole blocks, or less than one. EVEN: whether every chunk is inside.
+    Tiles begin with blocks, or lie within one. EVEN: whether every chunk is inside.
     """
     packed, scales, code = pointers
     packed += ahead // 2
