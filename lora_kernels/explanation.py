@@ -208,8 +208,11 @@ _READERS: tuple[tuple[Callable[..., Tensor], Callable[[dict[str, Any]], _Read]],
 
 
 def _triton_plans(x: Tensor, weight: Weight, request: Request) -> dict[str, str]:
+    if request.rank == 0:
+        return {}  # the base product alone
     rows = x.reshape(-1, weight.shape[1])
-    layer = problem_of(rows, weight.stored, rows.new_empty(request.rank, 0), request.dropout)
+    read = weight if isinstance(weight, QuantizedWeight) else weight.stored
+    layer = problem_of(rows, read, rows.new_empty(request.rank, 0), request.dropout)
     layer = layer._replace(m=max(layer.m, 1), bits=request.dtype.itemsize * 8)
     executor = launch.current()
     device = executor.device(x)

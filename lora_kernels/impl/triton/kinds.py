@@ -19,12 +19,13 @@ class Kind(NamedTuple):
     """What the launches of a kind are made of; it holds no tensor.
 
     mode: how kernels compute that draw D, if there is dropout. wanted: None forward.
-    executor: whose launchers run them.
+    executor: whose launchers run them. blocksize: of codes decoded in the loop, or 0.
     """
 
     n: int
     k: int
     r: int
+    blocksize: int
     dtype: torch.dtype
     plan: Plan
     mode: Mode
@@ -48,13 +49,13 @@ def key_of(
     allocate lies alike within a kind.
     """
     (m, _), dtype = rows.shape, rows.dtype
-    weight, a, b, seed, scaling, threshold = operands
+    weight, a, b, seed, scaling, threshold, codes, blocksize = operands
     return (
         rows.device, (m - 1).bit_length(), weight.shape, a.shape[0], wanted,
         threshold <= PACKED_THRESHOLDS.value, gpu.spared_multiprocessors(),
         dtype == torch.float32 and gpu.tf32_allowed(),
         _lie(rows), _lie(weight), _lie(a), _lie(b), _lie(seed), _lie(scaling),
-        *map(_lie, others),
+        *((blocksize, *map(_lie, codes)) if codes else ()), *map(_lie, others),
     )  # fmt: skip
 
 
@@ -65,12 +66,22 @@ def _lie(t: Any) -> tuple[torch.dtype, tuple[int, ...], int] | None:
     return t.dtype, t.stride(), t.data_ptr() % DESCRIPTOR_ALIGNMENT
 
 
-def kind_of(rows: Tensor, operands: Operands, wanted: Wanted | None, executor: Executor) -> Kind:
-    """Describe the kind of a call; rows are x, or with backward's `wanted` dy."""
+def kind_of(
+    rows: Tensor,
+    operands: Operands,
+    wanted: Wanted | None,
+    executor: Executor,
+    planned: Plan | None = None,
+) -> Kind:
+    """Describe the kind of a call; rows are x, or with backward's `wanted` dy.
+
+    planned: of a quantised W. Where it is decoded first, the call's kind is a dense one's.
+    """
     dropout = operands.seed is not None
     problem = rounded(problem_of(rows, operands.weight, operands.a, dropout, wanted))
     device = executor.device(rows)
     mode = operands.mode(problem.m, device.mma)
-    plan = executor.plan(problem, device)
+    plan = planned if operands.codes and planned else executor.plan(problem, device)
     programs = executor.programs(device)
-    return Kind(*operands.sizes, rows.dtype, plan, mode, programs, wanted, executor)
+    sizes, blocksize = operands.sizes, operands.blocksize
+    return Kind(*sizes, blocksize, rows.dtype, plan, mode, programs, wanted, executor)

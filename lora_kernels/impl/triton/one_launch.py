@@ -44,7 +44,7 @@ class Forward:
             N=kind.n, K=kind.k, R=kind.r, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_R=padded_rank(kind.r),
             RANK_STEP=rank_step(kind.r, kind.dtype), GROUP=config.group,
-            XA_COLUMNS=config.xa_columns,
+            XA_COLUMNS=config.xa_columns, BLOCKSIZE=kind.blocksize,
         )  # fmt: skip
         constants = {"SHAPE": shape, "MODE": kind.mode}
         how = Options(config.num_warps, config.num_stages, max(config.xa_columns, 1))
@@ -122,6 +122,7 @@ class Backward:
             RANK_STEP=rank_step(kind.r, kind.dtype), GROUP=config.group, FUSED=self._fused,
             RANKS=self._ranks, BLOCK_C=config.sum_columns, BLOCK_S=self._sum_rows,
             UNIT_ROWS=self._unit_rows or 1, MASK_STRIDE=stride,
+            BLOCKSIZE=kind.blocksize,
         )  # fmt: skip
         constants = {"SHAPE": shape, "MODE": kind.mode}
         how = Options(config.num_warps, config.num_stages)
@@ -179,7 +180,10 @@ class Tiles(TensorDescriptor):
 def _descriptor(
     t: Tensor, rows: int, config: Config, columns: int | None = None
 ) -> TensorDescriptor | None:
-    """Return what copies tiles of so many rows, by steps of block_k or by `columns`, or None."""
-    if not config.descriptors:
+    """Return what copies tiles of so many rows, by steps of block_k or by `columns`, or None.
+
+    Codes, decoded in the loop, aren't copied so: in W's place is its shape alone, on "meta".
+    """
+    if not config.descriptors or t.is_meta:
         return None
     return Tiles(t, t.shape, t.stride(), [rows, columns or config.block_k])

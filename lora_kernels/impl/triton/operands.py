@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_kernels.impl import gpu
 from lora_kernels.impl.triton.kernels import arguments
-from lora_kernels.impl.triton.kernels.arguments import Mode, Rows
+from lora_kernels.impl.triton.kernels.arguments import Codes, Mode, Rows
 from lora_kernels.impl.triton.kernels.mask import PACKED_THRESHOLDS
 from lora_kernels.operands.call import LinearCall
 from lora_kernels.operands.dropout import LANES
@@ -16,7 +16,11 @@ _WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on th
 
 
 class Operands(NamedTuple):
-    """A LinearCall with the factors' elements adjacent along rows, and dropout's two numbers."""
+    """A LinearCall with the factors' elements adjacent along rows, and dropout's two numbers.
+
+    codes: what a kernel decodes of W beside its products; `weight` then has W's shape and dtype
+        alone. blocksize: codes that share a scale.
+    """
 
     weight: Tensor
     a: Tensor
@@ -24,6 +28,8 @@ class Operands(NamedTuple):
     seed: Tensor | None
     scaling: float | Tensor
     threshold: int
+    codes: Codes | None = None
+    blocksize: int = 0
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -42,7 +48,7 @@ class Operands(NamedTuple):
 
     def call(self, weight: Tensor, bias: Tensor | None = None) -> arguments.Call:
         """The call's parameters as kernels take them, W by rows."""
-        w, a, b = as_rows(weight), as_rows(self.a), as_rows(self.b)
+        w, a, b = self.codes or as_rows(weight), as_rows(self.a), as_rows(self.b)
         return arguments.Call(w, a, b, bias, self.seed, self.scaling_pointer)
 
     def mode(self, m: int, mma: str) -> Mode:
@@ -55,10 +61,10 @@ class Operands(NamedTuple):
         return Mode(dropout, wide, packed, mma, _precision(self.weight.dtype))
 
 
-def operands_of(call: LinearCall) -> Operands:
-    """Return a call's operands; W as it lies."""
+def operands_of(call: LinearCall, weight: Tensor) -> Operands:
+    """Return a call's operands; W as it lies, or was decoded."""
     (a, b, scaling), (seed, threshold) = call.adapter, call.dropout or (None, 0)
-    return Operands(call.weight.decode(), unit_rows(a), unit_rows(b), seed, scaling, threshold)
+    return Operands(weight, unit_rows(a), unit_rows(b), seed, scaling, threshold)
 
 
 def as_rows(matrix: Tensor) -> Rows:

@@ -8,7 +8,9 @@ pytest.importorskip("triton")
 from lora_kernels.impl import gpu
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton import kinds, linear
+from lora_kernels.impl.triton.kernels.arguments import Codes
 from lora_kernels.impl.triton.launch import Gpu
+from lora_kernels.impl.triton.operands import operands_of
 from lora_kernels.impl.triton.plan.device import known
 from lora_kernels.impl.triton.plan.plan import library_plan
 from lora_kernels.impl.triton.tools.compiler import variant
@@ -200,9 +202,8 @@ def test_each_element_of_a_key_is_needed(left_out, monkeypatch):
 def test_switches_of_torch_make_another_kind(monkeypatch):
     """TF32, and how many multiprocessors are left to others."""
     x, w = lying(M, K, FP32), lying(N, K, FP32)
-    operands = linear.operands_of(
-        LinearCall(Dense(w), Adapter(lying(R, K, FP32), lying(N, R, FP32), 1.0), None, None)
-    )
+    adapter = Adapter(lying(R, K, FP32), lying(N, R, FP32), 1.0)
+    operands = operands_of(LinearCall(Dense(w), adapter, None, None), w)
     keys = [kinds.key_of(x, operands, None)]
     monkeypatch.setattr(gpu, "tf32_allowed", lambda: True)
     keys.append(kinds.key_of(x, operands, None))
@@ -211,6 +212,20 @@ def test_switches_of_torch_make_another_kind(monkeypatch):
         keys.append(kinds.key_of(x, operands, None))
     finally:
         torch._C._set_sm_carveout_experimental(None)
+    assert len(set(keys)) == 3
+
+
+def test_codes_decoded_in_the_loop_are_a_kind_of_their_own():
+    """By blocks of each size; where W is decoded first, the kind is a dense W's."""
+    keys = []
+    for blocksize in (None, 64, 128):
+        w = torch.empty(N, 128, device="meta", dtype=BF16)
+        adapter = Adapter(lying(R, 128), lying(N, R), 1.0)
+        operands = operands_of(LinearCall(Dense(w), adapter, None, None), w)
+        if blocksize:
+            codes = Codes(*(torch.empty(8, dtype=t) for t in (torch.uint8, FP32, FP32)))
+            operands = operands._replace(codes=codes, blocksize=blocksize)
+        keys.append(kinds.key_of(lying(M, 128), operands, None))
     assert len(set(keys)) == 3
 
 

@@ -30,6 +30,7 @@ CASE = Case((130,), 200, 136, 5, torch.float16, dropout_p=0.2)
 SOURCES = (
     "arguments", "memory", "products", "units", "flags", "order", "mask", "split_k", "weights",
     "mainloop", "epilogue", "sums", "shrink", "forward", "backward", "expand", "dy_pass", "x_pass",
+    "decode",
 )  # fmt: skip
 
 # name: (file, text, replacement, whether only several programs at once show it)
@@ -172,7 +173,7 @@ class Interpreted(Broken, Interpreter):
     kernels: dict[str, Any] = field(default_factory=dict)
 
 
-def _executor(kernels, plan=PLAN):
+def running_mutant(kernels, plan=PLAN):
     """Return what runs mutants that one program after the other shows."""
     if INTERPRETED:
         return Interpreted(plan=plan, kernels=kernels)
@@ -180,7 +181,7 @@ def _executor(kernels, plan=PLAN):
     return Mutated(80, plan=plan, kernels=kernels)
 
 
-def _mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
+def mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
     """Import a copy of the kernels with one piece of source replaced; return them by name."""
     package = f"mutant_{tmp_path.name}"
     folder = tmp_path / package
@@ -206,10 +207,8 @@ def _mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, f"{package}.{name}", module)
         spec.loader.exec_module(module)
-        kernel = f"{name}_kernel"
-        if hasattr(module, kernel):
-            found[kernel] = getattr(module, kernel)
-    assert len(found) == 6
+        found |= {each: v for each, v in vars(module).items() if each.endswith("_kernel")}
+    assert len(found) == 9
     return found
 
 
@@ -222,7 +221,7 @@ def _runs(executor, case=CASE):
 
 @pytest.mark.parametrize("name", [n for n, m in MUTANTS.items() if not m[3]])
 def test_wrong_values_are_caught(name, tmp_path, monkeypatch):
-    executor = _executor(_mutated_kernels(tmp_path, monkeypatch, *MUTANTS[name][:3]))
+    executor = running_mutant(mutated_kernels(tmp_path, monkeypatch, *MUTANTS[name][:3]))
     with pytest.raises(Exception, match=r"budget|NaN|out-of-bounds|race"):
         _runs(executor)
 
@@ -230,7 +229,7 @@ def test_wrong_values_are_caught(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", RANGE_MUTANTS)
 def test_a_short_range_is_caught(name, tmp_path, monkeypatch):
     *mutant, index = RANGE_MUTANTS[name]
-    executor = _executor(_mutated_kernels(tmp_path, monkeypatch, *mutant))
+    executor = running_mutant(mutated_kernels(tmp_path, monkeypatch, *mutant))
     case = float16_range_cases((130,), 72, 136, 5)[index]
     with pytest.raises(AssertionError, match=r"budget|NaN"):
         _runs(executor, case)
@@ -238,15 +237,15 @@ def test_a_short_range_is_caught(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", LIBRARY_MUTANTS)
 def test_wrong_passes_are_caught(name, tmp_path, monkeypatch):
-    kernels = _mutated_kernels(tmp_path, monkeypatch, *LIBRARY_MUTANTS[name])
+    kernels = mutated_kernels(tmp_path, monkeypatch, *LIBRARY_MUTANTS[name])
     with pytest.raises(Exception, match=r"budget|NaN|out-of-bounds|race"):
-        _runs(_executor(kernels, fixed_library()))
+        _runs(running_mutant(kernels, fixed_library()))
 
 
 @pytest.mark.parametrize("name", LIBRARY_RANGE_MUTANTS)
 def test_a_short_range_of_passes_is_caught(name, tmp_path, monkeypatch):
     *mutant, index = LIBRARY_RANGE_MUTANTS[name]
-    executor = _executor(_mutated_kernels(tmp_path, monkeypatch, *mutant), fixed_library())
+    executor = running_mutant(mutated_kernels(tmp_path, monkeypatch, *mutant), fixed_library())
     case = float16_range_cases((130,), 72, 136, 5)[index]
     with pytest.raises(AssertionError, match=r"budget|NaN"):
         _runs(executor, case)
@@ -255,7 +254,7 @@ def test_a_short_range_of_passes_is_caught(name, tmp_path, monkeypatch):
 @needs_machine
 @pytest.mark.parametrize("name", [n for n, m in MUTANTS.items() if m[3]])
 def test_wrong_order_is_caught(name, tmp_path, monkeypatch):
-    kernels = _mutated_kernels(tmp_path, monkeypatch, *MUTANTS[name][:3])
+    kernels = mutated_kernels(tmp_path, monkeypatch, *MUTANTS[name][:3])
     # Many programs at once and several schedules: an order that is wrong need not fail at once.
     with pytest.raises(Exception, match=r"budget|NaN|race|spin|blocked|flags|bounds"):
         _run_schedules(kernels)
@@ -277,7 +276,7 @@ def _check_flags(machine):
 
 @needs_machine
 def test_sums_in_order_of_arrival_are_caught(tmp_path, monkeypatch):
-    kernels = _mutated_kernels(
+    kernels = mutated_kernels(
         tmp_path, monkeypatch, "sums", "space + i * SIZE", "space + (part + i) % parts * SIZE"
     )
     case = Case((300,), 136, 136, 8, torch.float16, torch.float32)
@@ -287,7 +286,7 @@ def test_sums_in_order_of_arrival_are_caught(tmp_path, monkeypatch):
 
 @needs_machine
 def test_the_kernels_themselves_pass(tmp_path, monkeypatch):
-    kernels = _mutated_kernels(tmp_path, monkeypatch, "flags", "def publish", "def publish")
+    kernels = mutated_kernels(tmp_path, monkeypatch, "flags", "def publish", "def publish")
     machine = Mutated(80, 24, plan=PLAN, kernels=kernels)
     _runs(machine)
     _check_flags(machine)
@@ -296,6 +295,6 @@ def test_the_kernels_themselves_pass(tmp_path, monkeypatch):
 @needs_machine
 def test_a_wrong_comparison_of_pairs_is_caught(tmp_path, monkeypatch):
     """Lanes that read as NaN are kept."""
-    kernels = _mutated_kernels(tmp_path, monkeypatch, "mask", "set.ltu.u32", "set.lt.u32")
+    kernels = mutated_kernels(tmp_path, monkeypatch, "mask", "set.ltu.u32", "set.lt.u32")
     with pytest.raises(AssertionError, match="budget"):
         _runs(Mutated(90, plan=PLAN, kernels=kernels))

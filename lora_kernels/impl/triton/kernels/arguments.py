@@ -24,10 +24,30 @@ class Rows(NamedTuple):
     stride: Any
 
 
+class Absmax(NamedTuple):
+    """Scales of blocks of codes: float32 `numbers`, or where they are nested bytes.
+
+    They stand for code[byte] · scales[block // 256] + offset; the three are None otherwise.
+    """
+
+    numbers: Any
+    code: Any
+    scales: Any
+    offset: Any
+
+
+class Codes(NamedTuple):
+    """A W of four bits: packed codes, float32 scales of blocks, the sixteen numbers of the code."""
+
+    packed: Any
+    scales: Any
+    code: Any
+
+
 class Call(NamedTuple):
     """A call's parameters. bias: forward's; seed, scaling: numbers in memory; each may be None."""
 
-    w: Rows
+    w: Rows | Codes
     a: Rows
     b: Rows
     bias: Any
@@ -87,6 +107,7 @@ class ForwardShape(NamedTuple):
     RANK_STEP: int  # ranks of one product of the expand
     GROUP: int  # row panels whose tiles follow each other
     XA_COLUMNS: int
+    BLOCKSIZE: int = 0  # codes that share a scale; 0 of a dense W
 
 
 class BackwardShape(NamedTuple):
@@ -107,6 +128,7 @@ class BackwardShape(NamedTuple):
     BLOCK_S: int  # and its rows a step
     UNIT_ROWS: int
     MASK_STRIDE: int
+    BLOCKSIZE: int = 0
 
 
 class ShrinkShape(NamedTuple):
@@ -141,6 +163,28 @@ class PassShape(NamedTuple):
     RANKS: int
     BLOCK_C: int
     BLOCK_S: int
+
+
+class CodebookShape(NamedTuple):
+    """Sizes of a W of four bits, and of what a program decodes of it."""
+
+    SIZE: int  # N K
+    BLOCKSIZE: int
+    PIECE: int  # elements of a row of the tile,
+    PIECES: int  # and its rows
+
+
+class ScaledShape(NamedTuple):
+    """Sizes of a W of eight bits, of its blocks and tiles. DIVISOR: of the scales."""
+
+    N: int
+    K: int
+    ROWS: int
+    COLUMNS: int
+    DIVISOR: int
+    FLOAT8: bool  # whether codes are e4m3's
+    BLOCK_N: int
+    BLOCK_K: int
 
 
 class Mode(NamedTuple):

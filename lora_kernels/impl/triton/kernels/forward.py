@@ -143,7 +143,7 @@ def forward_kernel(
             near_columns = tl.minimum(columns, N - 1)
             x_pointers = operand_pointers(x, x_descriptor, near_rows, 0, SHAPE.BLOCK_K)
             x_side = arguments.Side(x_descriptor, x_pointers, row)
-            w_pointers = weight_rows(call.w, w_descriptor, near_columns, SHAPE)
+            w_pointers = weight_rows(call.w, w_descriptor, near_columns, column, SHAPE)
             w_side = arguments.Side(w_descriptor, w_pointers, column)
             if XA_COLUMNS > 0 and panel_column < XA_COLUMNS:
                 part = panel_column

@@ -29,7 +29,7 @@ def plain_steps(
             # The right one of the two is the smaller: the other is negative, so huge, or beyond K.
             k = tl.minimum(step.to(tl.uint32), (step - LENGTH).to(tl.uint32)).to(tl.int32)
         x_tile = load_operand(x, k, SHAPE.K, SHAPE.BLOCK_K)
-        w_tile = load_weight_rows(w, k, SHAPE)
+        w_tile = load_weight_rows(w, k, x_tile.dtype, SHAPE)
         acc = plus_product(acc, x_tile, w_tile.T, MODE)
     return acc
 
@@ -63,7 +63,7 @@ def shrinking_steps(x, w, a, draw, begin, end, SHAPE: tl.constexpr, MODE: tl.con
             x_next = tl.load(x.pointers + k + BLOCK_K, mask=inside[None, :], other=0.0)
         else:
             x_tile = load_operand(x, k, K, BLOCK_K)
-        w_tile = load_weight_rows(w, k, SHAPE)
+        w_tile = load_weight_rows(w, k, x_tile.dtype, SHAPE)
         a_tile = load_operand(a_rows, k, K, BLOCK_K).to(x_tile.dtype)
         acc = plus_product(acc, x_tile, w_tile.T, MODE)
         if MODE.DROPOUT:
@@ -96,12 +96,15 @@ def dy_products(
     steps = tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, SHAPE.BLOCK_R)
     w = arguments.Side(w_descriptor, weight_columns(call.w, w_descriptor, column, SHAPE), column)
+    stride = None
+    if SHAPE.BLOCKSIZE == 0:
+        stride = call.w.stride
     b_pointers = block_pointers(call.b.pointer, steps, call.b.stride, 0, SHAPE.BLOCK_R)
     for n in tl.range(0, N, BLOCK_N):
         dy_tile = load_operand(dy, n, N, BLOCK_N)
         inside = (n + steps < N)[:, None]
         if BASE:
-            w_tile = load_weight_columns(w, call.w.stride, n, SHAPE)
+            w_tile = load_weight_columns(w, stride, n, dy_tile.dtype, SHAPE)
             base_tile = dy_tile
             if MODE.MMA == "mma" and dy_tile.dtype != tl.float32:
                 base_tile = unfetched(dy_tile)

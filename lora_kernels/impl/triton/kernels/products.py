@@ -83,6 +83,17 @@ def unfetched(tile):
 
 
 @triton.jit
+def apart(left, right):
+    """Return left right, float32, rounded: no sum takes it as a fused multiply-add would."""
+    if arguments.INTERPRETED:
+        return left * right
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [left, right], tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def opaque(numbers):
     """Return int32 numbers of which the compiler knows nothing, so that it joins no accesses."""
     if arguments.INTERPRETED:

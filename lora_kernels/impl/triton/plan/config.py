@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from lora_kernels.impl import gpu
 from lora_kernels.impl.gpu import MAX_RANK
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.plan.spill_free import Row, spill_free
+from lora_kernels.operands.codebook import CodebookWeight
+from lora_kernels.operands.weight import QuantizedWeight
 
 MIN_TILE = 16  # the smallest side of a matrix product
 TENSOR_MEMORY_COLUMNS = 512
@@ -18,6 +21,7 @@ DESCRIPTOR_ALIGNMENT = 16  # bytes, of addresses and row strides
 DESCRIPTOR_STRIDE = 1 << 40  # bytes, beyond every row stride
 POINTER_STRIDE = 16  # elements, by which Triton knows strides
 MAX_SUM_RANKS = 64
+SMALLEST_CHUNK = 64  # of codes that share a scale, in a loop that decodes them
 
 
 def padded_rank(r: int) -> int:
@@ -52,6 +56,8 @@ class Problem(NamedTuple):
     needs: tuple[bool, bool, bool, bool] = (True, True, True, False)  # dx, dA, dB, dbias
     wide: bool = True  # whether rows of x (or dy) and W start at multiples of 16 elements
     tf32: bool = False  # whether float32 products are TF32's
+    form: str = "dense"  # the format of W
+    blocksize: int = 0  # of codes that a loop may decode; 0 where it may not
 
     @property
     def block_r(self) -> int:
@@ -70,20 +76,42 @@ class Problem(NamedTuple):
 
 
 def problem_of(
-    rows: Tensor, weight: Tensor, a: Tensor, dropout: bool, needs: Sequence[bool] | None = None
+    rows: Tensor,
+    weight: Tensor | QuantizedWeight,
+    a: Tensor,
+    dropout: bool,
+    needs: Sequence[bool] | None = None,
 ) -> Problem:
-    """Describe a call by its matrices: rows are x, or with backward's `needs` dy."""
+    """Describe a call by its matrices: rows are x, or with backward's `needs` dy.
+
+    A quantised weight counts as what it is decoded to, in memory of its own.
+    """
     (n, k), bits = weight.shape, rows.element_size() * 8
+    form, blocksize = "dense", 0
+    if isinstance(weight, QuantizedWeight):
+        form, blocksize = weight.format, _decodable(weight)
+        aligned, wide = k * bits % (8 * DESCRIPTOR_ALIGNMENT) == 0, k % POINTER_STRIDE == 0
+    else:
+        aligned, wide = _describable(weight), _is_wide(weight)
     problem = Problem(
         rows.shape[0], n, k, a.shape[0], bits, dropout,
-        aligned=_describable(rows) and _describable(weight),
-        wide=_is_wide(rows) and _is_wide(weight),
+        aligned=_describable(rows) and aligned,
+        wide=_is_wide(rows) and wide,
         tf32=rows.dtype == torch.float32 and gpu.tf32_allowed(),
+        form=form, blocksize=blocksize,
     )  # fmt: skip
     if needs is None:
         return problem
     dx, da, db, dbias = needs
     return problem._replace(backward=True, needs=(dx, da, db, dbias))
+
+
+def _decodable(weight: QuantizedWeight) -> int:
+    """Return the block size of codes that a loop can decode, whose rows begin with blocks; or 0."""
+    if not isinstance(weight, CodebookWeight) or weight.blocksize < SMALLEST_CHUNK:
+        return 0
+    aligned = weight.stored.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
+    return weight.blocksize if aligned and weight.shape[1] % weight.blocksize == 0 else 0
 
 
 def _describable(t: Tensor) -> bool:
@@ -116,6 +144,7 @@ class Config:
     xa_columns: columns of tiles that also make xa (dxa), each over a part of K; 0 is the split
         path, in two launches.
     sum_columns, sum_rows: tiles of dA and dB, columns by rows a step, of the backward kernel only.
+    codes: whether W's codes are decoded in the loop.
     """
 
     block_m: int
@@ -128,6 +157,7 @@ class Config:
     group: int = 8
     sum_columns: int = 128
     sum_rows: int = 64
+    codes: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,9 +212,22 @@ TILES_32 = (
 )
 
 
+# Of codes decoded in the loop: the more rows a tile has, the less a code costs.
+TILES_CODES = (
+    Config(256, 128, 64, 8, 3, codes=True),
+    Config(128, 128, 64, 8, 3, codes=True),
+    Config(64, 128, 64, 8, 3, codes=True),
+    Config(64, 64, 64, 4, 3, codes=True),
+    Config(16, 64, 64, 2, 4, sum_columns=64, codes=True),
+)
+
+
 def shipped(problem: Problem) -> list[Config]:
     """Return every configuration that ships for a layer's kind, legal or not on a given device."""
     found = []
+    if problem.blocksize and problem.bits == 16:
+        for tile, xa_columns, descriptors in product(TILES_CODES, (0, 1), (False, True)):
+            found.append(replace(tile, xa_columns=xa_columns, descriptors=descriptors))
     for tile in TILES_16 if problem.bits == 16 else TILES_32:
         for xa_columns in _xa_columns(problem):
             for descriptors in (False, True):
@@ -277,9 +320,13 @@ def illegal(config: Config, problem: Problem, device: Device) -> str | None:
         return f"rank {problem.r} is outside 1 to {MAX_RANK}"
     if config.descriptors and not (problem.aligned and problem.bits == 16 and device.descriptors):
         return "tensor descriptors need 16-bit operands, aligned rows and sm_90 or sm_100"
-    if config.block_n > 128 and not device.wgmma:
+    if config.codes and not (problem.blocksize and problem.bits == 16):
+        return "a loop decodes four bits to 16, of rows that begin with blocks of 64 codes or more"
+    if config.codes and config.descriptors != device.descriptors:
+        return "codes are decoded beside tensor copies where there are any"
+    if max(config.block_m, config.block_n) > 128 and not device.wgmma:
         # Elsewhere they spill or leave no room for the shrink; 128 reach as much of the peak.
-        return "tiles of 256 columns need asynchronous products with sums in registers (sm_90)"
+        return "sides of 256 need asynchronous products with sums in registers (sm_90)"
     columns = -(-problem.out // config.block_n)
     if config.xa_columns > columns:
         return f"{config.xa_columns} xa columns of {columns}"
@@ -313,7 +360,7 @@ def compiled_as(config: Config, problem: Problem, device: Device) -> Row:
     target = device.target if device.capability[0] in (9, 10) else 80
     return Row(
         target // 10 * 10,
-        "descriptors" if config.descriptors else "pointers",
+        "codes" if config.codes else "descriptors" if config.descriptors else "pointers",
         "backward" if problem.backward else "forward",
         problem.bits,
         config.block_m,

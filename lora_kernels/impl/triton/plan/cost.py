@@ -6,6 +6,9 @@
     one launch   launches + max(products, memory) + a tenth of the other + xa columns' delay
                  + backward's sums over rows
 
+A quantised W is decoded by a launch before any of them; or in the loop, which then issues the
+decoding's instructions beside the products', once for each row panel, and reads codes alone.
+
 products  waves of tiles, each at the tile's share of a multiprocessor's peak
 memory    what must be read and written once, at the bandwidth that the busy multiprocessors reach
 delay     what a tile that also makes xa (dxa), over its part of K, takes longer than others, which
@@ -71,6 +74,10 @@ GEMM_SECONDS = 3e-6
 READ_AGAIN = 0.4
 # The second reading of dy, from L2.
 TWICE_FROM_L2 = 1.2
+# Instructions of a warp that decode a weight in the loop: SASS, 128x128x64, sm_80, 2026-11-30. That
+# they hide behind nothing is an assumption: no GPU has run them.
+DECODE_INSTRUCTIONS = 4.2 / 32
+CODE_BITS = {"nf4": 4.5, "fp4": 4.5, "int8": 8, "float8": 8}  # a weight, with float32 scales
 # Share of the peak that the library's GEMMs reach where float32 products are IEEE's.
 GEMM_SHARE_32 = 0.85
 
@@ -82,7 +89,16 @@ def frozen_seconds(problem: Problem, device: Device) -> float:
         return 0.0
     products = 2 * m * n * k / _gemm_rate(problem, device)
     data = problem.bits // 8 * (m * n + m * k + n * k)
-    return max(products, data / _streaming(device)) + GEMM_SECONDS
+    gemm = max(products, data / _streaming(device)) + GEMM_SECONDS
+    return gemm + decode_seconds(problem, device)
+
+
+def decode_seconds(problem: Problem, device: Device) -> float:
+    """Return the time of the launch that decodes W to memory of its own; 0 of a dense one."""
+    if problem.form == "dense" or (problem.backward and not problem.needs[0]):
+        return 0.0
+    data = problem.n * problem.k * (CODE_BITS[problem.form] + problem.bits) / 8
+    return _pass_seconds(data, device)
 
 
 def peft_seconds(problem: Problem, device: Device) -> float:
@@ -162,11 +178,13 @@ def seconds(config: Config, problem: Problem, device: Device) -> float:
     products = waves * tile
     busy = min(tiles, device.multiprocessors)
     reach = device.bandwidth * min(1.0, SOLO_BANDWIDTH * busy / device.multiprocessors)
-    memory = _bytes(problem) / reach
+    memory = _bytes(problem, config.codes) / reach
     if problem.backward:
         products += _sums_seconds(problem, device)
     total = LAUNCH_SECONDS + max(products, memory) + NOT_OVERLAPPED * min(products, memory)
     total += _sums_bytes(problem) / _streaming(device)
+    if not config.codes:
+        total += decode_seconds(problem, device)
     if config.xa_columns:
         return total + _xa_delay(config, problem, tile)
     if not problem.backward or problem.needs[0] or problem.needs[1]:
@@ -193,13 +211,17 @@ def _step_seconds(config: Config, problem: Problem, device: Device) -> float:
     time = 2 * area * config.block_k * device.multiprocessors / rate
     if device.descriptors and not config.descriptors:
         time *= PLAIN_COPIES
+    if config.codes:
+        decoded = config.block_n * config.block_k
+        time += decoded * DECODE_INSTRUCTIONS / ISSUES_PER_SECOND
     return time + STEP_SECONDS
 
 
-def _bytes(problem: Problem) -> int:
-    size = problem.bits // 8
-    large = problem.n * problem.k + problem.m * (problem.n + problem.k)
-    return size * (large + problem.r * (problem.n + problem.k + 2 * problem.m))
+def _bytes(problem: Problem, codes: bool) -> float:
+    w = problem.n * problem.k * (CODE_BITS[problem.form] if codes else problem.bits)
+    others = problem.m * (problem.n + problem.k)
+    others += problem.r * (problem.n + problem.k + 2 * problem.m)
+    return (w + others * problem.bits) / 8
 
 
 def _sums_bytes(problem: Problem) -> int:

@@ -56,6 +56,7 @@ class Plan:
     segment: rows that one tile of dA or dB sums, a multiple of the tiles' rows.
     seconds: predicted by the cost model, or measured on the GPU.
     predicted: by the cost model, of every way to compute the call.
+    form: the format of W; what isn't dense is decoded by a launch before, unless config.codes.
     """
 
     config: AnyConfig
@@ -64,6 +65,7 @@ class Plan:
     seconds: float
     predicted: Seconds
     measured: bool = False
+    form: str = "dense"
 
     def segment_of(self, m: int) -> int:
         """Return the rows of a segment where there are M: no more than whole tiles take."""
@@ -74,7 +76,11 @@ class Plan:
 
     def __str__(self) -> str:
         how = "measured" if self.measured else "predicted"
-        return f"{self._launches()}; {how} {_us(self.seconds)} us; predicted: {self.predicted}"
+        of = ""
+        if self.form != "dense":
+            in_loop = isinstance(self.config, Config) and self.config.codes
+            of = f"W decoded from {self.form} {'in the loop' if in_loop else 'first'}, "
+        return f"{of}{self._launches()}; {how} {_us(self.seconds)} us; predicted: {self.predicted}"
 
     def _launches(self) -> str:
         c = self.config
@@ -140,7 +146,7 @@ def plan_of(config: AnyConfig, problem: Problem, device: Device) -> Plan:
     shrink = shrink_config(problem, device) if config.xa_columns == 0 and wanted else None
     segment = segment_rows(problem.n, problem.r, config)
     time = seconds(config, problem, device)
-    return Plan(config, shrink, segment, time, _predicted(problem, device))
+    return Plan(config, shrink, segment, time, _predicted(problem, device), form=problem.form)
 
 
 def library_plan(problem: Problem, device: Device) -> Plan:
@@ -149,7 +155,7 @@ def library_plan(problem: Problem, device: Device) -> Plan:
     config, shrink = library_config(problem), shrink_config(problem, device)
     segment = _library_segment(problem, config, shrink, device)
     predicted = _predicted(problem, device)
-    return Plan(config, shrink, segment, predicted.library, predicted)
+    return Plan(config, shrink, segment, predicted.library, predicted, form=problem.form)
 
 
 def _predicted(problem: Problem, device: Device) -> Seconds:

@@ -18,7 +18,7 @@ class Row(NamedTuple):
     """A kind of kernel: the columns of the table but for the last, the padded ranks that fit."""
 
     arch: int
-    copies: str  # "descriptors" or "pointers"
+    copies: str  # "descriptors" or "pointers", "codes" where these are decoded beside either
     direction: str  # "forward" or "backward"
     bits: int
     block_m: int

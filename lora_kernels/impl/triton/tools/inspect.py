@@ -78,6 +78,8 @@ def shipped_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
     """Yield every configuration for each architecture, element size, mode and rank."""
     for problem, arch in _layers(archs, ranks):
         yield from (Job(arch, problem, config) for config in shipped(problem))
+        codes = problem._replace(form="nf4", blocksize=64)
+        yield from (Job(arch, codes, c) for c in shipped(codes) if c.codes)
 
 
 def shrink_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
@@ -111,6 +113,7 @@ def label(job: Job) -> str:
     if isinstance(c, LibraryConfig):
         return f"{job.problem.bits}-bit library plan"
     copies = "descriptors" if c.descriptors else "pointers"
+    copies += " codes" if c.codes else ""
     path = f"{c.xa_columns} xa columns" if c.xa_columns else "split"
     return (
         f"{job.problem.bits}-bit {c.block_m}x{c.block_n}x{c.block_k} {c.num_warps} warps "

@@ -1,5 +1,6 @@
 """The launches of a call, recorded instead of run: to compile, count and time them one by one."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from lora_kernels.impl.triton.plan.plan import Plan, plan_of
 from lora_kernels.impl.triton.plan.tuned import planned
 from lora_kernels.impl.triton.workspace import Workspace
 from lora_kernels.operands.call import Adapter, LinearCall, Wanted
+from lora_kernels.operands.codebook import CodebookWeight
 from lora_kernels.operands.dropout import Dropout
-from lora_kernels.operands.weight import Dense
+from lora_kernels.operands.weight import Dense, Weight
 
 
 class Launch(NamedTuple):
@@ -116,7 +118,7 @@ def calls(
     """Return what a layer's call with a configuration runs, on tensors of random numbers.
 
     Args:
-        problem: sizes and mode; contiguous tensors.
+        problem: sizes and mode, contiguous tensors; W has codes where it has a `blocksize`.
         config: the configuration, legal or not.
         device: the GPU that is planned for.
         dtype: of x, W, A and B, of `problem.bits` bits.
@@ -127,7 +129,7 @@ def calls(
     normal = partial(torch.randn, device=memory, dtype=dtype)
     dropout = Dropout(torch.tensor(0, device=memory), 6554) if problem.dropout else None
     adapter = Adapter(normal(r, k), normal(n, r), 1.5)
-    call = LinearCall(Dense(normal(n, k)), adapter, normal(n) if bias else None, dropout)
+    call = LinearCall(_weight(problem, normal), adapter, normal(n) if bias else None, dropout)
     with using(Recorder(device, config)) as recorder:
         if problem.backward:
             xa, wanted = normal(m, r), Wanted(*problem.needs)
@@ -135,3 +137,16 @@ def calls(
         else:
             linear.forward(normal(m, k), call)
     return recorder.calls
+
+
+def _weight(problem: Problem, normal: Callable[..., torch.Tensor]) -> Weight:
+    n, k, size = problem.n, problem.k, problem.blocksize
+    if size == 0:
+        return Dense(normal(n, k))
+    like = normal(0)
+    codes = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, device=like.device)
+    parts = (
+        like.new_ones(n * k // size, dtype=torch.float32),
+        like.new_ones(16, dtype=torch.float32),
+    )
+    return CodebookWeight(problem.form, (n, k), size, codes, parts)
