@@ -76,6 +76,7 @@ _DIRECT = {Tensor, torch.nn.Parameter, type(None), int, float, tuple}
 _count_modes = torch._C._len_torch_dispatch_stack
 _count_function_modes = torch._C._len_torch_function_stack
 _is_profiled = torch._C._autograd._profiler_enabled
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:
@@ -98,9 +99,15 @@ def below_autograd(operator: Any, *args: Any) -> Any:
 
 
 def _is_seen(args: tuple[Any, ...]) -> bool:
-    """Whether a mode, a profiler or an argument looks at operators."""
-    watched = _count_modes() or _count_function_modes() or _is_profiled()
-    return bool(watched) or not _DIRECT.issuperset(map(type, args))
+    """Whether a mode, a profiler or an argument looks at operators.
+
+    So do tensors that autograd batches (is_grads_batched), which are no subclass.
+    """
+    if _count_modes() or _count_function_modes() or _is_profiled():
+        return True
+    if not _DIRECT.issuperset(map(type, args)):
+        return True
+    return any(type(t) is Tensor and _is_batched(t) for t in args)
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
