@@ -13,6 +13,7 @@ from tests.stacks.test_trainer import Rows, trainer_of
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer(checkpointing, tmp_path):
     plain, rows = adapted_qwen3_moe(), Rows(4)

@@ -179,6 +179,7 @@ def _parts():
 SWITCHES = (6, 7)  # how many multiprocessors torch spares, TF32: tests of their own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", [i for i in range(_parts()) if i not in SWITCHES])
 def test_each_element_of_a_key_is_needed(left_out, monkeypatch):
     """Without it some call launches what was made for another."""
