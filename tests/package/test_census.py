@@ -30,15 +30,15 @@ def test_all_linear_layers_are_fused_and_equal(name):
 
 
 def test_a_row_says_what_is_left():
-    found = measured("gpt-oss", "q_proj, v_proj, experts", seeds=())
-    assert found.left == {"lora.layer.ParamWrapper has no fused forward": 4}
-    assert (found.fused, found.layers) == (4, 8)
+    found = measured("Qwen3-MoE", "all-linear", seeds=())
+    assert found.left == {"weight has no experts, or one": 2}  # the routers
+    assert (found.fused, found.layers) == (12, 14)
     assert 0 < found.parameters < 1
     assert equal(found)
     assert not equal(found._replace(gradient=1e-3))
     assert not equal(found._replace(tokens=False))
     page = written([found._replace(ratio=1.0)])
-    assert "ParamWrapper has no fused forward | gpt-oss, q_proj, v_proj, experts: 4 |" in page
+    assert "weight has no experts, or one | Qwen3-MoE, all-linear: 2 |" in page
 
 
 def test_the_page_is_in_step():
