@@ -36,6 +36,7 @@ class HeldWeight:
         mine = self.stored
         return (
             not weight.requires_grad  # fused optimizers leave no trace in the version
+            and not weight.is_inference()  # which has no version
             and weight._version == self._version
             and weight.data_ptr() == mine.data_ptr()
             and weight.stride() == mine.stride()  # `.data` may be the same memory read otherwise

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.native import absence
 
 F64 = torch.float64
 CONVS = {
@@ -226,8 +227,8 @@ def test_the_report_counts_calls_and_names_what_runs_them(make):
     use = lk.report(model).layers["it"]
     assert (use.fused, use.left, use.state, use.impl) == (1, 0, None, "eager")
     dora = lk.report(model).layers["DoRA"]
-    assert (dora.fused, dora.impl) == (1, "eager")
-    assert "has no lora_dora_linear" in dora.without_kernel
+    assert dora.fused == 1
+    assert dora.impl.startswith("eager" if absence("cpu") else "cpu (")
     layer.base_layer.register_forward_hook(lambda *_: None)
     layer(x)
     use = lk.report(model).layers["it"]

@@ -41,6 +41,12 @@ def compute(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return lk.lora_linear(x, w, a, b, scaling=2.0, dropout_p=0.1, training=True, seed=1)
 
 
+def mixed(model: nn.Module, x: Tensor) -> Tensor:
+    with lk.adapter_batch(model, ["one", "other"]):
+        y: Tensor = model(x)
+    return y
+
+
 def adapt(folder: str) -> Tensor:
     layer: lk.LoRALinear = lk.LoRALinear.from_linear(nn.Linear(8, 4), r=2, lora_alpha=4)
     layer.merge()
@@ -60,6 +66,7 @@ def others(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ids: Tensor, m: Tensor) -
     print(layers, quantized.shape)
     return [
         lk.lora_dora_linear(x, w, a, b, m),
+        lk.grouped_lora_linear(x, w, a, b, ids, scaling=m, impl="eager"),
         lk.lora_embedding(ids, w, a, b),
         lk.lora_conv1d(x, w, a, b),
         lk.lora_conv2d(x, w, a, b, stride=2),

@@ -236,6 +236,7 @@ def test_checkpointed_with_another_routing_on_recomputation(reentrant):
     torch.testing.assert_close(run(model), run(plain))
 
 
+@pytest.mark.unpoisoned
 def test_compiled_whole():
     plain, given = block()
     model = patched(plain)

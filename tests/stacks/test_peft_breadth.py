@@ -337,10 +337,10 @@ def test_float16_inference():
 def test_mixed_batches_of_adapters(pair):
     """Requests for several adapters in one batch are PEFT's, sample by sample."""
     rows, names = tokens(3), ["default", "__base__", "second"]
-    with torch.no_grad(), FusedCalls() as fused:
+    with torch.no_grad():
         ours, theirs = (m.eval()(input_ids=rows, adapter_names=names).logits for m in pair)
-    assert fused.count == 0
-    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert all(not use.left for use in lk.report(pair[0]).layers.values())
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
