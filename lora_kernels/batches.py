@@ -12,8 +12,8 @@ _BATCH = "_lora_kernels_batch"
 class Batch:
     """What the layers of a model are told inside `adapter_batch`."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
 
     def forward(self, layer: Any, x: Tensor, impl: str, path: str) -> Tensor:
         """Return a layer's output for the batch.
@@ -23,13 +23,14 @@ class Batch:
         """
         from lora_kernels._peft import mixed
 
-        if len(x) != len(self.names):
+        names = self.samples.names
+        if len(x) != len(names):
             raise ValueError(
-                f"names: expected one of each of {len(x)} samples of x, got {len(self.names)}"
+                f"names: expected one of each of {len(x)} samples of x, got {len(names)}"
             )
-        if layer.disable_adapters or not mixed.adapters_of(layer, self.names):
+        if layer.disable_adapters or not mixed.adapters_of(layer, names):
             return cast(Tensor, layer.base_layer(x))
-        y = mixed.forward(layer, x, self.names, impl, path)
+        y = mixed.forward(layer, x, self.samples, impl, path)
         if isinstance(y, str):
             raise ValueError(f"layer {path!r}: expected one that serves adapter_batch, got: {y}")
         vars(layer)["_lora_kernels_calls"].fused += 1
@@ -73,7 +74,9 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         (torch.Size([3, 8]), False)
     """
     layers = _layers(model, tuple(names))
-    batch = Batch(tuple(names))
+    from lora_kernels._peft.mixed import Samples  # where there are such layers, there is peft
+
+    batch = Batch(Samples(names))
     for layer in layers:
         vars(layer)[_BATCH] = batch
     try:

@@ -59,6 +59,13 @@ inline Wanted wanted_of(const std::vector<bool>& flags) {
   return {flags[0], flags[1], flags[2], flags[3]};
 }
 
+inline void check_dropout(const std::optional<Dropout>& dropout, const Tensor& v) {
+  if (!dropout) return;
+  const Tensor& seed = dropout->seed;
+  check_memory("seed", seed, v);
+  check_size(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed", "[] of int64", seed);
+}
+
 // What forward and backward share, beside v: x [..., K] or dy [..., N].
 inline void check_call(const Tensor& v, const LinearCall& call) {
   const Tensor &a = call.adapter.a, &b = call.adapter.b;
@@ -71,11 +78,7 @@ inline void check_call(const Tensor& v, const LinearCall& call) {
   check_size(a.size(0) >= 1 || call.weight.is_quantised(), "lora_A", "[R, K] with R of at least 1", a);
   check_adapter_type("lora_A", a);
   check_adapter_type("lora_B", b);
-  if (call.dropout) {
-    const Tensor& seed = call.dropout->seed;
-    check_memory("seed", seed, v);
-    check_size(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed", "[] of int64", seed);
-  }
+  check_dropout(call.dropout, v);
   if (const OptionalTensor& scaling = call.adapter.scaling_tensor) {
     check_memory("scaling", *scaling, v);
     check_size(scaling->numel() == 1, "scaling", "[]", *scaling);

@@ -110,11 +110,7 @@ inline void check_grouped(const char* name, const Tensor& v, const GroupedCall& 
     const Tensor& bias = *call.bias;
     check_size(bias.dim() == 2 && bias.size(0) == w.size(0) && bias.size(1) == call.n(), "bias", "[G, N]", bias);
   }
-  if (call.dropout) {
-    const Tensor& seed = call.dropout->seed;
-    check_memory("seed", seed, v);
-    check_size(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed", "[] of int64", seed);
-  }
+  check_dropout(call.dropout, v);
   if (const OptionalTensor& scaling = call.adapter.scaling_tensor) {
     check_memory("scaling", *scaling, v);
     check_size(scaling->dim() == 0 || (scaling->dim() == 1 && scaling->size(0) == a.size(0)), "scaling", "[] or [G]", *scaling);
@@ -128,13 +124,14 @@ inline void check_grouped_backward(
   check_size(dy.size(0) == call.count && dy.size(1) == call.n(), "dy", "[S, N]", dy);
   STD_TORCH_CHECK(x || !wanted.da, "x: expected a tensor, which lora_A's gradient needs, got none");
   STD_TORCH_CHECK(xa || !wanted.db, "xa: expected a tensor, which lora_B's gradient needs, got none");
-  for (const auto& [name, t, rows, columns] :
-       {std::tuple("x", &x, call.tokens, call.k()), std::tuple("xa", &xa, call.count, call.r())}) {
-    if (!*t) continue;
-    check_memory(name, **t, dy);
-    check_type(name, **t, dy.scalar_type());
-    check_size((*t)->dim() == 2 && (*t)->size(0) == rows && (*t)->size(1) == columns, name, "that of the call", **t);
-  }
+  const auto check = [&](const char* name, const char* expected, const OptionalTensor& t, int64_t rows, int64_t columns) {
+    if (!t) return;
+    check_memory(name, *t, dy);
+    check_type(name, *t, dy.scalar_type());
+    check_size(t->dim() == 2 && t->size(0) == rows && t->size(1) == columns, name, expected, *t);
+  };
+  check("x", "[T, K]", x, call.tokens, call.k());
+  check("xa", "[S, R]", xa, call.count, call.r());
 }
 
 }  // namespace arguments

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <optional>
 
 #include "parallel.h"
 
@@ -11,21 +12,15 @@ namespace lora_kernels {
 
 namespace {
 
-Tensor view_of(const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t offset) {
-  AtenTensorHandle view;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      t.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), offset, &view));
-  return Tensor(view);
-}
-
 float* floats_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 // Adds rows of so many numbers, float32 or bfloat16, to the float32 rows that `row` gives, one after the other.
 template <class F>
 void add_each(const Tensor& rows, int64_t count, int64_t columns, const Tensor& to, F row) {
   const bool is_float = rows.scalar_type() == ScalarType::Float;
-  const Buffer<float> copied = padded_floats(is_float ? empty_matrix(0, columns, ScalarType::Float) : rows, columns);
-  const float* const from = is_float ? floats_of(rows) : copied.get();
+  std::optional<Buffer<float>> copied;
+  if (!is_float) copied = padded_floats(rows, columns);
+  const float* const from = is_float ? floats_of(rows) : copied->get();
   for (int64_t i = 0; i < count; ++i) {
     float* const into = floats_of(to) + row(i) * columns;
     std::transform(into, into + columns, from + i * columns, into, std::plus<>());
@@ -36,12 +31,12 @@ void add_each(const Tensor& rows, int64_t count, int64_t columns, const Tensor& 
 
 Tensor part_of(const Tensor& stack, int64_t i) {
   const auto sizes = stack.sizes(), strides = stack.strides();
-  return view_of(stack, {sizes.begin() + 1, sizes.end()}, {strides.begin() + 1, strides.end()}, i * strides[0]);
+  return reinterpreted(stack, {sizes.begin() + 1, sizes.end()}, {strides.begin() + 1, strides.end()}, i * strides[0]);
 }
 
 Tensor rows_of(const Tensor& v, const std::vector<int64_t>& named, int64_t begin, int64_t end) {
   const int64_t columns = v.size(1);
-  if (named.empty()) return view_of(v, {end - begin, columns}, {v.stride(0), v.stride(1)}, begin * v.stride(0));
+  if (named.empty()) return torch::stable::narrow(v, 0, begin, end - begin);
   const Tensor rows = as_matrix(v), out = empty_matrix(end - begin, columns, v.scalar_type());
   const auto bytes = static_cast<int64_t>(v.element_size()), by_row = rows.stride(0) * bytes;
   const char* const from = static_cast<const char*>(rows.const_data_ptr());

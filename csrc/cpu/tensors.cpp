@@ -47,20 +47,20 @@ Tensor output_like(const Tensor& parameter, int64_t rows, int64_t columns) {
   return empty_matrix(rows, columns, known ? type : ScalarType::Float);
 }
 
-// The same memory with other sizes and strides; cheaper than a view through the dispatcher.
-Tensor reinterpreted(const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-  AtenTensorHandle view;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      t.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, &view));
-  return Tensor(view);
-}
-
 Tensor as_type_of(const Tensor& parameter, const Tensor& t) {
   if (t.scalar_type() == parameter.scalar_type()) return t;
   return torch::stable::to(t, parameter.scalar_type());
 }
 
 }  // namespace
+
+Tensor reinterpreted(
+    const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t offset) {
+  AtenTensorHandle view;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      t.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), offset, &view));
+  return Tensor(view);
+}
 
 Tensor left_operand(const Tensor& v) {
   const Tensor rows = as_matrix(v);

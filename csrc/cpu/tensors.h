@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <vector>
 
 #include "../common/as_matrix.h"
 #include "kernels.h"
@@ -35,6 +36,10 @@ Tensor factor(const Tensor& parameter, const Tensor& x);
 
 // An uninitialised matrix.
 Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType type);
+
+// The same memory with other sizes and strides, from a number on; cheaper than a view through the dispatcher.
+Tensor reinterpreted(
+    const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t offset = 0);
 
 // The view tT of a matrix.
 Tensor transposed(const Tensor& t);

@@ -15,8 +15,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from lora_kernels._peft.fused import Fused, tensors_reason
+from lora_kernels._peft.summed import MOST_RANKS
 from lora_kernels.bypass import everywhere_reason, hooks_reason, origin, read_linear, scaling_reason
-from lora_kernels.checks import FLOAT_DTYPES
+from lora_kernels.checks import FLOAT_DTYPES, check_memory
 from lora_kernels.impl.eager import grouped_mm
 from lora_kernels.operands.call import Adapter, autocast_dtype
 from lora_kernels.operands.grouped import NO_ADAPTER, GroupedCall, Groups
@@ -28,7 +29,6 @@ _PEFT, _TRANSFORMERS = "peft.tuners.lora.layer", "transformers.integrations.moe"
 _SAID = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel")
 _ANY_DTYPE = ("grouped_mm", None)  # forwards that cast x to W's dtype, under autocast too
 _BY_LINEAR = ("eager", "batched_mm")
-MOST_RANKS = 256  # of several active adapters together
 
 
 class ExpertsLinear(NamedTuple):
@@ -62,30 +62,14 @@ class FusedExperts(Fused, ParamWrapper):
     _lora_kernels_theirs = ParamWrapper
     _lora_kernels_op = "grouped_lora_linear"
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the experts' output; arguments as the module's forward."""
-        own = self.__dict__
-        impl: str | None = own.get("_lora_kernels_impl")
-        if impl is None:
-            return ParamWrapper.forward(self, x, *args, **kwargs)
-        calls = None if torch.compiler.is_dynamo_compiling() else own.get("_lora_kernels_calls")
-        call = self._routed_call(x, args, kwargs, impl)
-        if isinstance(call, str):
-            if calls is not None:
-                calls.leave(call)
-            return ParamWrapper.forward(self, x, *args, **kwargs)
-        if calls is not None:
-            calls.fused += 1
-        return call()
-
     def _lora_kernels_left(self) -> str | None:
         parts = fused_parts(self)
         return parts if isinstance(parts, str) else None
 
-    def _routed_call(
+    def _call_of(
         self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], impl: str
     ) -> Callable[[], Tensor] | str:
-        """Return what computes a call, or why it is PEFT's to compute."""
+        """Return what computes a call of a module of experts, or why it is PEFT's to compute."""
         names = ("top_k_index", "top_k_weights")
         routed = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
         if len(routed) != 2 or len(args) + len(kwargs) != 2:
@@ -187,13 +171,12 @@ def _factors(wrapper: Any, name: str) -> Adapter | str:
     reason = scaling_reason(wrapper.scaling[name])
     if reason is not None:
         return reason
-    rows, columns = a[0].shape[0], b[0].shape[1]
-    if b[1] is not None or rows % experts or columns != rows:
-        return (
-            f"lora_A {list(a[0].shape)} and lora_B {list(b[0].shape)} aren't of {experts} experts"
-        )
-    rank = rows // experts
-    own = a[0].view(experts, rank, -1), b[0].view(-1, rank, experts).permute(2, 0, 1)
+    sizes = a[0].shape, b[0].shape
+    fit = a[0].ndim == b[0].ndim == 2 and 0 < sizes[0][0] == sizes[1][1]
+    if b[1] is not None or not fit or sizes[0][0] % experts:
+        return f"lora_A {list(sizes[0])} and lora_B {list(sizes[1])} aren't of {experts} experts"
+    rank = sizes[0][0] // experts
+    own = a[0].reshape(experts, rank, -1), b[0].reshape(-1, rank, experts).permute(2, 0, 1)
     return Adapter(*own, wrapper.scaling[name])
 
 
@@ -201,6 +184,11 @@ def _summed(adapters: list[Adapter]) -> Adapter | str:
     """Return one adapter of all ranks, whose product is the sum of theirs, or why not."""
     if sum(a.shape[1] for a, _, _ in adapters) > MOST_RANKS:
         return f"their ranks are more than {MOST_RANKS} together"
+    kinds = {(a.shape[2], b.shape[1], a.dtype, b.dtype, a.device) for a, b, _ in adapters}
+    if len(kinds) > 1:
+        return "their sizes, dtypes or devices differ"
+    for a, b, _ in adapters:
+        check_memory(lora_A=a, lora_B=b)
     wide = [b.float() if b.dtype.itemsize == 2 else b for _, b, _ in adapters]
     scaled = [b * scaling for b, (_, _, scaling) in zip(wide, adapters, strict=True)]
     return Adapter(torch.cat([a for a, _, _ in adapters], 1), torch.cat(scaled, 2), 1.0)
@@ -243,6 +231,11 @@ def _call_reason(x: Any, ids: Any, gates: Any, parts: Parts, impl: str) -> str |
     """Return why a call is PEFT's to compute, or to refuse; None where it is fused."""
     experts, linears = parts
     reason = tensors_reason(x=x, top_k_index=ids, top_k_weights=gates)
+    for weight, bias, adapter in () if reason else linears:
+        given = {"weight": weight, "bias": bias}
+        given |= {} if adapter is None else {"lora_A": adapter.a, "lora_B": adapter.b}
+        present = {name: t for name, t in given.items() if t is not None}
+        reason = reason or tensors_reason(**present)
     if reason is not None:
         return reason
     if x.ndim != 2 or ids.ndim != 2 or ids.shape != gates.shape or len(ids) != len(x):

@@ -38,7 +38,7 @@ class Fused:
             return self._lora_kernels_theirs.forward(self, x, *args, **kwargs)
         # A counter would be one of the things that a compiled graph depends on.
         calls = None if torch.compiler.is_dynamo_compiling() else own.get("_lora_kernels_calls")
-        call = "called with more than x" if args or kwargs else self._fused_call(x, impl)
+        call = self._call_of(x, args, kwargs, impl)
         if isinstance(call, str):
             if calls is not None:
                 calls.leave(call)
@@ -54,6 +54,12 @@ class Fused:
     def _unfused(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of a call that isn't fused: PEFT's."""
         return self._lora_kernels_theirs.forward(self, x, *args, **kwargs)
+
+    def _call_of(
+        self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], impl: str
+    ) -> Callable[[], Tensor] | str:
+        """Return what computes a call of these arguments, or why it is PEFT's to compute."""
+        return "called with more than x" if args or kwargs else self._fused_call(x, impl)
 
     def _fused_call(self, x: Any, impl: str) -> Callable[[], Tensor] | str:
         """Return what computes a call, or why it is PEFT's to compute."""

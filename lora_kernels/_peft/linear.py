@@ -103,13 +103,13 @@ class FusedLinear(Linear):
         """Return the output of a batch whose samples name their adapters."""
         batch: Any = vars(self).get("_lora_kernels_batch")
         if batch is not None:
-            mixed_batch: Tensor = batch.forward(self, x, impl, "" if calls is None else calls.path)
-            return mixed_batch
+            given: Tensor = batch.forward(self, x, impl, "" if calls is None else calls.path)
+            return given
         y: Tensor | str = "called with more than x"
         names = kwargs.get("adapter_names")
         if names is not None and len(kwargs) == 1 and not args:
             self._check_forward_args(x, adapter_names=names)
-            y = mixed.forward(self, x, names, impl)
+            y = mixed.forward(self, x, mixed.Samples(names), impl)
         if calls is not None and isinstance(y, str):
             calls.leave(y)
         elif calls is not None:

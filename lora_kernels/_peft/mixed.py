@@ -5,7 +5,6 @@ all of them with the layer's one weight.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -22,6 +21,31 @@ from lora_kernels.ops.grouped import run
 from lora_kernels.ops.grouped_checks import check
 
 BASE = "__base__"  # PEFT's word for no adapter
+
+
+class Samples:
+    """The adapters of a batch's samples, by name; all layers of a model ask the same of them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._groups: dict[Any, Groups] = {}
+
+    @torch.inference_mode(False)  # a later layer's call may be recorded
+    def groups(self, known: tuple[str, ...], each: int, device: torch.device) -> Groups:
+        """Return rows sorted by adapter, those of no known one last; a sample has `each` rows."""
+        key = known, each, device
+        if key not in self._groups:
+            numbers = [known.index(n) if n in known else len(known) for n in self.names]
+            self._groups[key] = _sorted(torch.tensor(numbers), len(known), each, device)
+        return self._groups[key]
+
+
+def _sorted(numbers: Tensor, count: int, each: int, device: torch.device) -> Groups:
+    order = torch.argsort(numbers, stable=True)
+    rows = (order.unsqueeze(1) * each + torch.arange(each)).view(-1).to(device)
+    ends = (torch.bincount(numbers, minlength=count + 1) * each).cumsum(0).to(device, torch.int32)
+    owners = torch.tensor([*range(count), NO_ADAPTER], dtype=torch.int32, device=device)
+    return Groups(ends, rows, rows, owners, torch.zeros_like(owners))
 
 
 class MixedParts(NamedTuple):
@@ -69,9 +93,9 @@ def mixed_parts(layer: Any, names: Sequence[str]) -> MixedParts | str:
     return MixedParts(*own, factors, drops.pop() if drops else 0.0)
 
 
-def forward(layer: Any, x: Any, names: Sequence[str], impl: str, path: str = "") -> Tensor | str:
+def forward(layer: Any, x: Any, samples: Samples, impl: str, path: str = "") -> Tensor | str:
     """Return a layer's output for a batch of several adapters, or why it is left to PEFT."""
-    parts = mixed_parts(layer, names)
+    parts = mixed_parts(layer, samples.names)
     if isinstance(parts, str):
         return parts
     weight, bias, factors, p = parts
@@ -85,7 +109,7 @@ def forward(layer: Any, x: Any, names: Sequence[str], impl: str, path: str = "")
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)
         bias = None if bias is None else bias.to(cast)
-    groups = _sorted(tuple(names), tuple(factors), prod(x.shape[1:-1]), x.device)
+    groups = samples.groups(tuple(factors), prod(x.shape[1:-1]), x.device)
     scaling = torch.tensor([s for _, _, s in factors.values()], device=x.device)
     rows, dropout = x.reshape(-1, x.shape[-1]), drawn(p, None, x.device) if p else None
     stack = None if bias is None else bias.unsqueeze(0)
@@ -115,7 +139,7 @@ def _factors(
         return "a bias"
     (n, k), ranks = weight.shape, a[0].shape[:1]
     for t, shape in ((a[0], (*ranks, k)), (b[0], (n, *ranks))):
-        if type(t) not in PLAIN_TENSORS or t.is_meta or t.shape != shape or lack_of_memory(t):
+        if type(t) not in PLAIN_TENSORS or t.is_meta or t.shape != shape or _lacks_memory(t):
             return f"no plain factors for a weight of shape {list(weight.shape)}"
     dropout = modules["lora_dropout"]._modules[name]
     reason, scaling = dropout_reason(dropout), layer.scaling[name]
@@ -124,26 +148,13 @@ def _factors(
     return (a[0], b[0], scaling, dropout) if reason is None else reason
 
 
+def _lacks_memory(t: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and lack_of_memory(t) is not None
+
+
 def _stacks(factors: dict[str, tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
     """Return all adapters' A [n, R, K] and B [n, N, R]; ranks that differ are filled with zeros."""
     ranks = max(a.shape[0] for a, _, _ in factors.values())
     a = torch.stack([pad(a, (0, 0, 0, ranks - a.shape[0])) for a, _, _ in factors.values()])
     b = torch.stack([pad(b, (0, ranks - b.shape[1])) for _, b, _ in factors.values()])
     return a, b
-
-
-# All layers of a model ask the same of a batch.
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _sorted(
-    names: tuple[str, ...], known: tuple[str, ...], each: int, device: torch.device
-) -> Groups:
-    """Return rows sorted by adapter, those without one last; a sample has `each` rows."""
-    numbers = torch.tensor([known.index(n) if n in known else len(known) for n in names])
-    order = torch.argsort(numbers, stable=True)
-    rows = (order.unsqueeze(1) * each + torch.arange(each)).view(-1).to(device)
-    ends = (torch.bincount(numbers, minlength=len(known) + 1) * each).cumsum(0).to(torch.int32)
-    owners = torch.tensor([*range(len(known)), NO_ADAPTER], dtype=torch.int32)
-    return Groups(
-        ends.to(device), rows, rows, owners.to(device), torch.zeros_like(owners, device=device)
-    )

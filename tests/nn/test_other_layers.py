@@ -229,6 +229,7 @@ def test_the_report_counts_calls_and_names_what_runs_them(make):
     dora = lk.report(model).layers["DoRA"]
     assert dora.fused == 1
     assert dora.impl.startswith("eager" if absence("cpu") else "cpu (")
+    assert (dora.without_kernel is None) == (absence("cpu") is None)
     layer.base_layer.register_forward_hook(lambda *_: None)
     layer(x)
     use = lk.report(model).layers["it"]

@@ -353,3 +353,14 @@ def test_an_operator_under_autocast_reads_the_weight_itself():
         y, _ = operator(x, w, copies, "onednn", a, b, None, None, 0, None, 1.0)
     expected, _ = operator(x.bfloat16(), w.bfloat16(), None, None, a, b, None, None, 0, None, 1.0)
     torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+def test_a_packed_weight_that_became_an_inference_tensor_is_not_held():
+    """It has no version to compare: the call reads it as it is."""
+    layer, x = lk.LoRALinear(64, 48, r=4), torch.randn(5, 64)
+    lk.prepack_(layer)
+    with torch.inference_mode():
+        weight = torch.randn(48, 64)
+    layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ weight.T + layer.bias)

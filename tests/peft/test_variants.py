@@ -161,7 +161,7 @@ def test_they_train_as_unpatched_under_autocast(make):
     for model in (patched, plain):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer, found = torch.optim.AdamW(trained, lr=0.01, fused=True), []
-        for _ in range(30):
+        for _ in range(5):  # beyond, AdamW's steps carry each rounding on
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(x).float().square().mean()
             optimizer.zero_grad()
@@ -169,9 +169,8 @@ def test_they_train_as_unpatched_under_autocast(make):
             optimizer.step()
             found.append(loss.item())
         losses.append(found)
-    # Thirty steps of AdamW carry each rounding on.
-    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.25, atol=0.1)
-    assert losses[0][-1] < 0.9 * losses[0][0]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.05, atol=0.05)
+    assert losses[0][-1] < losses[0][0]
 
 
 def test_a_diagonal_that_does_not_fit_and_a_truncation_to_come_are_pefts():

@@ -16,6 +16,7 @@ from lora_kernels.impl.eager.mask import keep_blocks, keep_rows, masked
 from lora_kernels.operands.call import Gradients, Wanted
 from lora_kernels.operands.grouped import GroupedCall
 
+_DTYPES = (torch.bfloat16, torch.float32)
 _ALIGNMENT = 16  # bytes that rows and stacks lie apart at multiples of
 # Where it is one kernel: CUTLASS's for Hopper and Blackwell of data centres.
 _GENERATIONS = (9, 10)
@@ -29,7 +30,7 @@ def serves(v: Tensor, call: GroupedCall) -> bool:
 def fits(v: Tensor, call: GroupedCall) -> bool:
     """Whether grouped_mm takes the call at all: its sizes, and one weight and adapter a group."""
     groups, weight = call.groups, call.weight
-    if groups.adapters is not None or groups.weights is not None or v.dtype not in _dtypes():
+    if groups.adapters is not None or groups.weights is not None or v.dtype not in _DTYPES:
         return False
     step = _ALIGNMENT // v.element_size()
     stack, rows, columns = weight.stride()
@@ -40,10 +41,6 @@ def fits(v: Tensor, call: GroupedCall) -> bool:
 @cache
 def _has_kernel(device: torch.device) -> bool:
     return hasattr(torch.nn.functional, "grouped_mm") and gpu.capability(device)[0] in _GENERATIONS
-
-
-def _dtypes() -> tuple[torch.dtype, ...]:
-    return torch.bfloat16, torch.float32
 
 
 def forward(x: Tensor, call: GroupedCall) -> tuple[Tensor, Tensor]:
