@@ -36,7 +36,7 @@ Tensor part_of(const Tensor& stack, int64_t i) {
 
 Tensor rows_of(const Tensor& v, const std::vector<int64_t>& named, int64_t begin, int64_t end) {
   const int64_t columns = v.size(1);
-  if (named.empty()) return torch::stable::narrow(v, 0, begin, end - begin);
+  if (named.empty()) return reinterpreted(v, {end - begin, columns}, {v.stride(0), v.stride(1)}, begin * v.stride(0));
   const Tensor rows = as_matrix(v), out = empty_matrix(end - begin, columns, v.scalar_type());
   const auto bytes = static_cast<int64_t>(v.element_size()), by_row = rows.stride(0) * bytes;
   const char* const from = static_cast<const char*>(rows.const_data_ptr());

@@ -109,7 +109,9 @@ class FusedLinear(Linear):
         names = kwargs.get("adapter_names")
         if names is not None and len(kwargs) == 1 and not args:
             self._check_forward_args(x, adapter_names=names)
-            y = mixed.forward(self, x, mixed.Samples(names), impl)
+            samples = mixed.Samples(names)
+            few = mixed.few_rows_reason(x, samples, impl)
+            y = few or mixed.forward(self, x, samples, impl)
         if calls is not None and isinstance(y, str):
             calls.leave(y)
         elif calls is not None:

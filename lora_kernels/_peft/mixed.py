@@ -21,6 +21,10 @@ from lora_kernels.ops.grouped import run
 from lora_kernels.ops.grouped_checks import check
 
 BASE = "__base__"  # PEFT's word for no adapter
+# Rows an adapter below which copying all adapters' factors costs what the one call spares.
+# 2026-11-30, Zen 3, float32, 2048x2048, rank 16: 0.98 to 1.09 of PEFT's time for 1 and 4 rows, 0.96
+# to 1.01 for 32.
+_FEW_ROWS = 16
 
 
 class Samples:
@@ -46,6 +50,15 @@ def _sorted(numbers: Tensor, count: int, each: int, device: torch.device) -> Gro
     ends = (torch.bincount(numbers, minlength=count + 1) * each).cumsum(0).to(device, torch.int32)
     owners = torch.tensor([*range(count), NO_ADAPTER], dtype=torch.int32, device=device)
     return Groups(ends, rows, rows, owners, torch.zeros_like(owners))
+
+
+def few_rows_reason(x: Any, samples: Samples, impl: str) -> str | None:
+    """Return why PEFT's forward, which serves inference, is as fast; None where it isn't."""
+    if impl != "auto" or not isinstance(x, Tensor) or x.ndim < 2:
+        return None
+    adapters = len({*samples.names} - {BASE})
+    few = x.numel() // max(x.shape[-1], 1) < _FEW_ROWS * adapters
+    return f"fewer than {_FEW_ROWS} rows an adapter" if few else None
 
 
 class MixedParts(NamedTuple):
@@ -155,6 +168,10 @@ def _lacks_memory(t: Tensor) -> bool:
 def _stacks(factors: dict[str, tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
     """Return all adapters' A [n, R, K] and B [n, N, R]; ranks that differ are filled with zeros."""
     ranks = max(a.shape[0] for a, _, _ in factors.values())
-    a = torch.stack([pad(a, (0, 0, 0, ranks - a.shape[0])) for a, _, _ in factors.values()])
-    b = torch.stack([pad(b, (0, ranks - b.shape[1])) for _, b, _ in factors.values()])
-    return a, b
+    all_a, all_b = [], []
+    for a, b, _ in factors.values():
+        more = ranks - a.shape[0]
+        # Which copies for no zeros, too.
+        all_a.append(pad(a, (0, 0, 0, more)) if more else a)
+        all_b.append(pad(b, (0, more)) if more else b)
+    return torch.stack(all_a), torch.stack(all_b)

@@ -7,10 +7,15 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.native import absence
 from tests.stacks.models import adapted_llama, lora_config, randomize
 
 peft = pytest.importorskip("peft")
 NAMES = ["second", "default", "__base__", "default", "third", "second"]
+
+
+# Named: "auto" leaves so few rows to PEFT.
+IMPL = "eager" if absence("cpu") else "cpu"
 
 
 def model_of(dtype=torch.float32, **lora):
@@ -25,7 +30,7 @@ def model_of(dtype=torch.float32, **lora):
 def pair():
     plain = model_of().eval()
     model = copy.deepcopy(plain)
-    lk.patch_peft(model)
+    lk.patch_peft(model, impl=IMPL)
     return model, plain
 
 
@@ -139,7 +144,7 @@ def test_dropout_has_a_mask_a_row_and_is_redrawn_alike():
 def test_bfloat16_and_autocast():
     model = model_of().eval()
     plain = copy.deepcopy(model)
-    lk.patch_peft(model)
+    lk.patch_peft(model, impl=IMPL)
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = (
             m(input_ids=tokens() * 0 + 3, adapter_names=NAMES).logits for m in (model, plain)
@@ -223,3 +228,15 @@ def test_a_factor_whose_memory_is_gone_is_peft_s_to_refuse(pair):
         model(input_ids=tokens(), adapter_names=NAMES)
     with pytest.raises(ValueError, match="no plain factors"), lk.adapter_batch(model, NAMES):
         pass
+
+
+def test_few_rows_an_adapter_are_left_to_peft_by_auto(pair):
+    model, _ = pair
+    lk.patch_peft(model)
+    for length, fused in ((5, 0), (8, 1)):  # of 3 adapters, 30 and 48 rows
+        ids = tokens(6, length)
+        got, expected = (m(input_ids=ids, adapter_names=NAMES).logits for m in pair)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        use = lk.report(model).layers.values()
+        assert all(each.fused == fused and each.left == 1 for each in use)
+    assert {each.reason for each in use} == {"fewer than 16 rows an adapter"}
