@@ -81,6 +81,9 @@ def test_rows_without_a_group_are_zeros_and_take_no_part(impl):
     dx, da, db = torch.autograd.grad(y, (x, a, b), torch.ones_like(y))
     assert not dx[7:].any()
     assert all(torch.isfinite(t).all() for t in (dx, da, db))
+    flat = (weight, a.detach(), b.detach(), offsets, *(None,) * 5, 0, None, 1.0)
+    xa = operators("grouped_lora_linear", impl).forward(x.detach(), None, *flat)[1]
+    assert not xa[7:].any()
     places = torch.tensor([8, 6, 4, 2, 0, 1, 3, 5, 7])
     back = lk.grouped_lora_linear(x, weight, a, b, offsets, scatter=places, impl=impl)
     torch.testing.assert_close(back[places], y)
