@@ -7,7 +7,14 @@ from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.batches import adapter_batch
 from lora_kernels.casting import CastReport, cast_weights_
 from lora_kernels.explanation import Explanation, explain
-from lora_kernels.nn import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
+from lora_kernels.nn import (
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAEmbedding,
+    LoRAExperts,
+    LoRALinear,
+)
 from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
 from lora_kernels.ops.dora import lora_dora_linear
 from lora_kernels.ops.dropout_mask import dropout_mask
@@ -30,6 +37,7 @@ __all__ = [
     "LoRAConv2d",
     "LoRAConv3d",
     "LoRAEmbedding",
+    "LoRAExperts",
     "LoRALinear",
     "PatchReport",
     "PrepackReport",

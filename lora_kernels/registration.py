@@ -68,8 +68,8 @@ def _handle(op: str, direction: str, impl: str) -> Any:
     return getattr(torch.ops.lora_kernels, f"{op}_{direction}_{impl}").default
 
 
-# By an operator's id, the body of one in Python; operators live as long as torch, and their own hash
-# is a function in Python.
+# By an operator's id, the body of one in Python. Operators live as long as torch; their own hash is
+# a function in Python.
 _BODIES: dict[int, Callable[..., Any]] = {}
 # What may be an argument of a body that is called without torch's dispatcher: no subclass of Tensor
 # that wants to see operators. What isn't here has a call that is longer anyway.

@@ -62,8 +62,9 @@ def adapt(folder: str) -> Tensor:
 def others(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ids: Tensor, m: Tensor) -> list[Tensor]:
     layers = (lk.LoRAConv1d(4, 4, 3), lk.LoRAConv2d(4, 4, 3), lk.LoRAConv3d(4, 4, 3))
     embedding: lk.LoRAEmbedding = lk.LoRAEmbedding.from_embedding(nn.Embedding(4, 8))
+    experts: lk.LoRAExperts = lk.LoRAExperts.from_experts(nn.Linear(8, 4), r=2)
     quantized = lk.quantized_weight(nn.Linear(8, 4))
-    print(layers, quantized.shape)
+    print(layers, quantized.shape, experts.lora_A.keys())
     return [
         lk.lora_dora_linear(x, w, a, b, m),
         lk.grouped_lora_linear(x, w, a, b, ids, scaling=m, impl="eager"),
