@@ -24,6 +24,7 @@ from lora_kernels.ops.linear import lora_linear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
 from lora_kernels.quantized import quantized_weight
+from lora_kernels.tuning import tune
 from lora_kernels.usage import LayerUse, UsageReport
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ __all__ = [
     "quantized_weight",
     "report",
     "save_adapter",
+    "tune",
     "unpatch_peft",
     "unprepack_",
 ]

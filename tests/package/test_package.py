@@ -13,7 +13,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom, folders and single modules: what is in one may import what stands in the same
 # or further on, never before. A module belongs to the longest name that begins its own.
 FLOW = (
-    "__main__", "info", "testing", "__init__", "integrations", "adapter_files",
+    "__main__", "info", "testing", "__init__", "integrations", "tuning", "adapter_files",
     "adapter_layout", "adapter_layers", "adapter_experts", "batches", "patching", "_peft", "nn",
     "experts", "norms", "quantized", "merging", "explanation", "ops", "tensor_parallel",
     "sharding", "serving", "copies", "casting", "prepack", "bypass", "usage", "summary",

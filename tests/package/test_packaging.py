@@ -36,6 +36,7 @@ def patch(model: nn.Module) -> list[str]:
 
 def compute(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     found: lk.Explanation = lk.explain(x, w, a, b, scaling=2.0)
+    print(lk.tune(nn.Sequential(lk.LoRALinear(8, 8)), rows=64).name)
     mask: Tensor = lk.dropout_mask(x.shape, 0.1, seed=1)
     print(found.choice, found.reasons, mask.dtype)
     return lk.lora_linear(x, w, a, b, scaling=2.0, dropout_p=0.1, training=True, seed=1)
