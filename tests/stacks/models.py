@@ -13,6 +13,7 @@ import lora_kernels as lk
 import lora_kernels._peft.conv as peft_conv
 import lora_kernels._peft.embedding as peft_embedding
 import lora_kernels._peft.linear as peft_layer
+import lora_kernels._peft.quantized as peft_quantized
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -168,6 +169,7 @@ _COMPUTING = (
     (peft_layer, "run_with_norm"),
     (peft_conv, "run"),
     (peft_embedding, "lora_embedding"),
+    (peft_quantized, "run"),
 )
 
 
