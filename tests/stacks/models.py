@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import lora_kernels as lk
 import lora_kernels._peft.conv as peft_conv
@@ -148,18 +147,6 @@ def assert_same_gradients(ours, theirs, tolerance=1e-4):
 def adapters(model):
     """Return copies of a model's trainable parameters by name."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def peak_bytes(step):
-    """Return the most bytes that a call holds beyond those that were live before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
-        step()
-    events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 # What each kind of patched layer computes a fused call by.
