@@ -46,16 +46,17 @@ def key_of(
 
     That is torch's switches too; of M, as plans round it; and how each tensor of the call lies:
     compiled code knows dtypes, strides and which addresses are multiples of 16. What launchers
-    allocate lies alike within a kind.
+    allocate lies alike within a kind. Of a quantised W the codes stand in `operands`, and the parts
+    are among the others.
     """
     (m, _), dtype = rows.shape, rows.dtype
-    weight, a, b, seed, scaling, threshold, codes, blocksize = operands
+    weight, a, b, seed, scaling, threshold, _, _, form = operands
     return (
         rows.device, (m - 1).bit_length(), weight.shape, a.shape[0], wanted,
         threshold <= PACKED_THRESHOLDS.value, gpu.spared_multiprocessors(),
         dtype == torch.float32 and gpu.tf32_allowed(),
         _lie(rows), _lie(weight), _lie(a), _lie(b), _lie(seed), _lie(scaling),
-        *((blocksize, *map(_lie, codes)) if codes else ()), *map(_lie, others),
+        form, *map(_lie, others),
     )  # fmt: skip
 
 
@@ -75,13 +76,13 @@ def kind_of(
 ) -> Kind:
     """Describe the kind of a call; rows are x, or with backward's `wanted` dy.
 
-    planned: of a quantised W. Where it is decoded first, the call's kind is a dense one's.
+    planned: of a quantised W that is decoded in the loop.
     """
     dropout = operands.seed is not None
     problem = rounded(problem_of(rows, operands.weight, operands.a, dropout, wanted))
     device = executor.device(rows)
     mode = operands.mode(problem.m, device.mma)
-    plan = planned if operands.codes and planned else executor.plan(problem, device)
+    plan = planned or executor.plan(problem, device)
     programs = executor.programs(device)
     sizes, blocksize = operands.sizes, operands.blocksize
     return Kind(*sizes, blocksize, rows.dtype, plan, mode, programs, wanted, executor)

@@ -19,7 +19,8 @@ class Operands(NamedTuple):
     """A LinearCall with the factors' elements adjacent along rows, and dropout's two numbers.
 
     codes: what a kernel decodes of W beside its products; `weight` then has W's shape and dtype
-        alone. blocksize: codes that share a scale.
+        alone. blocksize: codes that share a scale. form: of a quantised W that isn't read yet;
+        `weight` then is its codes.
     """
 
     weight: Tensor
@@ -30,6 +31,7 @@ class Operands(NamedTuple):
     threshold: int
     codes: Codes | None = None
     blocksize: int = 0
+    form: str | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -61,10 +63,11 @@ class Operands(NamedTuple):
         return Mode(dropout, wide, packed, mma, _precision(self.weight.dtype))
 
 
-def operands_of(call: LinearCall, weight: Tensor) -> Operands:
-    """Return a call's operands; W as it lies, or was decoded."""
+def operands_of(call: LinearCall, weight: Tensor, form: str | None = None) -> Operands:
+    """Return a call's operands; W as it lies, or its codes and their form."""
     (a, b, scaling), (seed, threshold) = call.adapter, call.dropout or (None, 0)
-    return Operands(weight, unit_rows(a), unit_rows(b), seed, scaling, threshold)
+    factors = unit_rows(a), unit_rows(b)
+    return Operands(weight, *factors, seed, scaling, threshold, form=form)
 
 
 def as_rows(matrix: Tensor) -> Rows:
