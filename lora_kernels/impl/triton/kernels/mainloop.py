@@ -30,6 +30,8 @@ def plain_steps(
             k = tl.minimum(step.to(tl.uint32), (step - LENGTH).to(tl.uint32)).to(tl.int32)
         x_tile = load_operand(x, k, SHAPE.K, SHAPE.BLOCK_K)
         w_tile = load_weight_rows(w, k, x_tile.dtype, SHAPE)
+        if SHAPE.BY_COLUMNS and MODE.MMA == "mma" and x_tile.dtype != tl.float32:
+            x_tile = unfetched(x_tile)
         acc = plus_product(acc, x_tile, w_tile.T, MODE)
     return acc
 
@@ -65,7 +67,10 @@ def shrinking_steps(x, w, a, draw, begin, end, SHAPE: tl.constexpr, MODE: tl.con
             x_tile = load_operand(x, k, K, BLOCK_K)
         w_tile = load_weight_rows(w, k, x_tile.dtype, SHAPE)
         a_tile = load_operand(a_rows, k, K, BLOCK_K).to(x_tile.dtype)
-        acc = plus_product(acc, x_tile, w_tile.T, MODE)
+        base_tile = x_tile
+        if SHAPE.BY_COLUMNS and MODE.MMA == "mma" and x_tile.dtype != tl.float32:
+            base_tile = unfetched(x_tile)
+        acc = plus_product(acc, base_tile, w_tile.T, MODE)
         if MODE.DROPOUT:
             masks, _ = masks_by_element(rows, k, draw, K, BLOCK_K, MODE)
             if MODE.MMA == "wgmma" and not CARRIED:
