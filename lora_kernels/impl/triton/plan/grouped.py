@@ -57,6 +57,6 @@ def grouped_config(problem: GroupedProblem, device: Device) -> GroupedConfig:
     if rows == 128:
         return GroupedConfig(128, 128, 64, 8, 3, 1, 128, 64)
     if rows == 64:
-        return GroupedConfig(64, 128, 64, 8, 3, 1, 128, 64)
+        return GroupedConfig(64, 128, 64, 4, 3, 2, 128, 64)
     columns, warps = (64, 4) if rows == 32 else (64, 2)
     return GroupedConfig(rows, columns, 64, warps, 4, 2, 64, 64)
