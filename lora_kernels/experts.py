@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from lora_kernels.bypass import hooks_reason, origin, tensors_reason
 from lora_kernels.checks import FLOAT_DTYPES
+from lora_kernels.dispatch import refusal
 from lora_kernels.impl.eager import grouped_mm
 from lora_kernels.operands.call import Adapter, autocast_dtype
 from lora_kernels.operands.dropout import Dropout
 from lora_kernels.operands.grouped import NO_ADAPTER, GroupedCall, Groups
+from lora_kernels.operands.request import Request
 from lora_kernels.ops.grouped import run
 from lora_kernels.ops.grouped_checks import check
 
@@ -36,15 +38,16 @@ class ExpertsLinear(NamedTuple):
     def call(self, x: Tensor, groups: Groups) -> GroupedCall:
         """Return the call of x."""
         adapter, (experts, n, k) = self.adapter, self.weight.shape
-        if adapter is None:
-            # A GPU's grouped_mm has no groups without an adapter.
-            count = 1 if self.weight.is_cpu else experts
-            zeros = self.weight.new_zeros
-            adapter = Adapter(zeros(count, 1, k), zeros(count, n, 1), 1.0)
-            if count != experts:
-                nobody = torch.full_like(groups.offsets, NO_ADAPTER)
-                groups = groups._replace(adapters=nobody)
-        return GroupedCall(self.weight, adapter, self.bias, groups, self.dropout, x.shape[0])
+        if adapter is not None:
+            return GroupedCall(self.weight, adapter, self.bias, groups, self.dropout, x.shape[0])
+        zeros = self.weight.new_zeros
+        nobody = Adapter(zeros(1, 1, k), zeros(1, n, 1), 1.0)
+        call = GroupedCall(self.weight, nobody, self.bias, groups, None, x.shape[0])
+        if grouped_mm.serves(x, call):
+            # It has no groups without an adapter.
+            return call._replace(adapter=Adapter(zeros(experts, 1, k), zeros(experts, n, 1), 1.0))
+        numbers = torch.full_like(groups.offsets, NO_ADAPTER)
+        return call._replace(groups=groups._replace(adapters=numbers))
 
 
 # A token's experts, in the order in which they are called: into the inner size and back.
@@ -161,6 +164,10 @@ def call_reason(
         except (TypeError, ValueError) as error:
             return str(error)
         if impl == "auto" and not (x.is_cpu or grouped_mm.serves(row, call)):
-            # The host would wait for the GPU, and launch group after group.
-            return f"no kernel of grouped_lora_linear for {first.dtype} on this {x.device.type}"
+            rank = call.adapter.a.shape[1]
+            request = Request("grouped_lora_linear", x.device, first.dtype, rank, False)
+            reason = refusal("triton", request)
+            if reason is not None:
+                # The host would wait for the GPU, and launch group after group.
+                return f"no kernel of grouped_lora_linear: triton {reason}"
     return None

@@ -55,12 +55,12 @@ def key_of(
         rows.device, (m - 1).bit_length(), weight.shape, a.shape[0], wanted,
         threshold <= PACKED_THRESHOLDS.value, gpu.spared_multiprocessors(),
         dtype == torch.float32 and gpu.tf32_allowed(),
-        _lie(rows), _lie(weight), _lie(a), _lie(b), _lie(seed), _lie(scaling),
-        form, *map(_lie, others),
+        lie(rows), lie(weight), lie(a), lie(b), lie(seed), lie(scaling),
+        form, *map(lie, others),
     )  # fmt: skip
 
 
-def _lie(t: Any) -> tuple[torch.dtype, tuple[int, ...], int] | None:
+def lie(t: Any) -> tuple[torch.dtype, tuple[int, ...], int] | None:
     """Return how a tensor lies in memory, None of what is absent or a number."""
     if not isinstance(t, Tensor):
         return None

@@ -1,6 +1,5 @@
 """The adapted linear layer: from tensors to a plan and its launches. Signatures of `reference`."""
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,12 +10,10 @@ from lora_kernels.impl.triton import library, one_launch
 from lora_kernels.impl.triton.decode import Decoding, Read, as_it_lies, parts_of, reading, stored
 from lora_kernels.impl.triton.kinds import key_of, kind_of
 from lora_kernels.impl.triton.launch import current
-from lora_kernels.impl.triton.operands import Operands, as_matrix, unit_rows
+from lora_kernels.impl.triton.operands import Operands, as_matrix, on_device, unit_rows
 from lora_kernels.impl.triton.plan.config import LibraryConfig
 from lora_kernels.operands.call import Gradients, LinearCall, Wanted
 from lora_kernels.operands.weight import QuantizedWeight, Weight
-
-_HERE = nullcontext()
 
 
 def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
@@ -34,10 +31,10 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     if m == 0:
         return y, x.new_empty(m, r)
     if r == 0:
-        with _on_device(x):
+        with on_device(x):
             _base_product(as_matrix(y), rows, _in_memory(rows, call).t(), call.bias)
         return y, x.new_empty(m, r)
-    with _on_device(x):
+    with on_device(x):
         operands = stored(call)
         key = key_of(rows, operands, None, call.bias, *parts_of(weight))
         read, launches = current().prepared(key, partial(_made, rows, operands, weight, None))
@@ -71,12 +68,12 @@ def backward(
                 t.zero_()
     elif r == 0:
         if out.dx is not None:
-            with _on_device(dy):
+            with on_device(dy):
                 _base_product(out.dx, rows, _in_memory(rows, call))
         if out.dbias is not None:
             torch.sum(rows, 0, out=out.dbias)
     elif any(wanted):
-        with _on_device(dy):
+        with on_device(dy):
             operands = stored(call)
             key = key_of(rows, operands, wanted, x2, xa, *parts_of(weight))
             make = partial(_made, rows, operands, weight, wanted)
@@ -114,10 +111,3 @@ def _base_product(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None 
     else:
         out.copy_(bias)
     current().add_product(out, left, right)
-
-
-def _on_device(t: Tensor) -> Any:
-    """Make the tensor's GPU the current one: Triton launches there."""
-    if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(t.device)

@@ -1,5 +1,6 @@
 """A call as the launchers and kernels take it."""
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from lora_kernels.impl.triton.kernels.mask import PACKED_THRESHOLDS
 from lora_kernels.operands.call import LinearCall
 from lora_kernels.operands.dropout import LANES
 
-_WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
+WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
+_HERE = nullcontext()
 
 
 class Operands(NamedTuple):
@@ -59,7 +61,7 @@ class Operands(NamedTuple):
         # float32's sums lack a register for it.
         packed = dropout and self.weight.element_size() == 2
         packed &= mma != "mma" and self.threshold <= PACKED_THRESHOLDS.value
-        wide = m * -(-self.weight.shape[1] // LANES) >= _WIDE_COUNTERS
+        wide = m * -(-self.weight.shape[1] // LANES) >= WIDE_COUNTERS
         return Mode(dropout, wide, packed, mma, _precision(self.weight.dtype))
 
 
@@ -93,3 +95,10 @@ def floats(like: Tensor, count: int) -> Tensor:
 def _precision(dtype: torch.dtype) -> str:
     """Return how float32 products are formed, as torch's own switch says."""
     return "tf32" if dtype == torch.float32 and gpu.tf32_allowed() else "ieee"
+
+
+def on_device(t: Tensor) -> Any:
+    """Make the tensor's GPU the current one: Triton launches there."""
+    if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(t.device)

@@ -30,7 +30,7 @@ CASE = Case((130,), 200, 136, 5, torch.float16, dropout_p=0.2)
 SOURCES = (
     "arguments", "memory", "products", "units", "flags", "order", "mask", "split_k", "weights",
     "mainloop", "epilogue", "sums", "shrink", "forward", "backward", "expand", "dy_pass", "x_pass",
-    "decode",
+    "decode", "groups", "grouped_sums", "grouped_forward", "grouped_backward",
 )  # fmt: skip
 
 # name: (file, text, replacement, whether only several programs at once show it)
@@ -208,7 +208,7 @@ def mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
         monkeypatch.setitem(sys.modules, f"{package}.{name}", module)
         spec.loader.exec_module(module)
         found |= {each: v for each, v in vars(module).items() if each.endswith("_kernel")}
-    assert len(found) == 9
+    assert len(found) == 11
     return found
 
 
