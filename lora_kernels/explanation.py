@@ -24,6 +24,7 @@ from lora_kernels.dispatch import (
 )
 from lora_kernels.impl.triton import launch
 from lora_kernels.impl.triton.plan.config import problem_of
+from lora_kernels.impl.triton.plan.plan import dora_plan
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dropout import drop_threshold
 from lora_kernels.operands.embedding import NO_PADDING, EmbeddingCall
@@ -216,5 +217,10 @@ def _triton_plans(x: Tensor, weight: Weight, request: Request) -> dict[str, str]
     layer = layer._replace(m=max(layer.m, 1), bits=request.dtype.itemsize * 8)
     executor = launch.current()
     device = executor.device(x)
-    both = {"forward": layer, "backward": layer._replace(backward=True)}
-    return {name: str(executor.plan(each, device)) for name, each in both.items()}
+    plans = {}
+    for name, each in (("forward", layer), ("backward", layer._replace(backward=True))):
+        plan = executor.plan(each, device)
+        if request.op == "lora_dora_linear":
+            plan = dora_plan(plan, each, device)
+        plans[name] = str(plan)
+    return plans

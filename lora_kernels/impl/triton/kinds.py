@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 
 def key_of(
-    rows: Tensor, operands: Operands, wanted: Wanted | None, *others: Tensor | None
+    rows: Tensor, operands: Operands, wanted: tuple[bool, ...] | None, *others: Tensor | None
 ) -> tuple[Any, ...]:
     """Return all that a kind's plan and compiled kernels depend on.
 

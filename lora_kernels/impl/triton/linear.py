@@ -35,11 +35,11 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     if m == 0:
         return y, x.new_empty(m, r)
     if r == 0:
-        with _on_device(x):
+        with on_device(x):
             _base_product(as_matrix(y), rows, in_memory(call.weight, x.dtype).t(), call.bias)
         return y, x.new_empty(m, r)
     planned = _planned(rows, call, None)
-    with _on_device(x):
+    with on_device(x):
         operands = read(call, rows, planned)
         key = key_of(rows, operands, None, call.bias)
         make = partial(_forward_launches, rows, operands, planned)
@@ -73,13 +73,13 @@ def backward(
                 t.zero_()
     elif r == 0:
         if out.dx is not None:
-            with _on_device(dy):
+            with on_device(dy):
                 _base_product(out.dx, rows, in_memory(call.weight, dy.dtype))
         if out.dbias is not None:
             torch.sum(rows, 0, out=out.dbias)
     elif any(wanted):
         planned = _planned(rows, call, wanted)
-        with _on_device(dy):
+        with on_device(dy):
             operands = read(call, rows, planned, product=wanted.dx)
             key = key_of(rows, operands, wanted, x2, xa)
             make = partial(_backward_launches, rows, operands, wanted, planned)
@@ -124,7 +124,7 @@ def _base_product(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None 
     current().add_product(out, left, right)
 
 
-def _on_device(t: Tensor) -> Any:
+def on_device(t: Tensor) -> Any:
     """Make the tensor's GPU the current one: Triton launches there."""
     if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
         return _HERE

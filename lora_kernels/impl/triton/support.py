@@ -12,7 +12,10 @@ from lora_kernels.operands.request import Request, unserved
 
 SUMMARY = "fused Triton kernels, CUDA devices from sm_80 up"
 # And the formats of W.
-OPS = {"lora_linear": ("dense", "nf4", "fp4", "int8", "float8")}
+OPS = {
+    "lora_linear": ("dense", "nf4", "fp4", "int8", "float8"),
+    "lora_dora_linear": ("dense",),
+}
 # Of GPUs for which Triton's code is executed in tests, or is that of one which is.
 GENERATIONS = (8, 9, 10, 12)
 OLDEST_TRITON = (3, 6)

@@ -13,7 +13,14 @@ import torch
 
 from lora_kernels.impl.triton import kernels
 from lora_kernels.impl.triton.workspace import Workspace
-from lora_kernels.testing import Case, assert_parity, float16_range_cases, make_inputs
+from lora_kernels.testing import (
+    DORA,
+    Case,
+    DoraCase,
+    assert_parity,
+    float16_range_cases,
+    make_inputs,
+)
 from tests.support.executors import (
     INTERPRETED,
     Interpreter,
@@ -30,7 +37,7 @@ CASE = Case((130,), 200, 136, 5, torch.float16, dropout_p=0.2)
 SOURCES = (
     "arguments", "memory", "products", "units", "flags", "order", "mask", "split_k", "weights",
     "mainloop", "epilogue", "sums", "shrink", "forward", "backward", "expand", "dy_pass", "x_pass",
-    "decode",
+    "decode", "norm", "gain",
 )  # fmt: skip
 
 # name: (file, text, replacement, whether only several programs at once show it)
@@ -152,6 +159,27 @@ LIBRARY_RANGE_MUTANTS = {
     "unit of one": ("x_pass", "unit = unit_of(factor)", "unit = unit_of(factor * 0 + 1)", 7),
 }
 
+# Of DoRA by the library plan. name: (file, text, replacement)
+DORA_MUTANTS = {
+    "scaling forgotten in the norm": ("norm", "read(update, MODE) * scale", "read(update, MODE)"),
+    "last row without a norm": ("norm", "mask=rows < N)", "mask=rows < N - 1)"),
+    "columns beyond K in the norm": ("norm", "other=0.0).to(tl", "other=1.0).to(tl"),
+    "g without its sign": ("gain", "tl.div_rn(magnitude", "tl.div_rn(tl.abs(magnitude)"),
+    "g on the bias": (
+        "gain",
+        "SHAPE).to(tl.float32)[None, :]",
+        "SHAPE).to(tl.float32)[None, :] * g",
+    ),
+    "z forgotten": ("gain", "(g - 1.0) + z", "(g - 1.0)"),
+    "D applied once": ("shrink", "            v_tile = keep_where(masks, v_tile)\n", ""),
+    "kept values of x not scaled": ("shrink", "* keep_scale(draw.threshold)", "* 1.0"),
+    "base forgotten in dx": ("x_pass", "if SHAPE.BASE:", "if False:"),
+    "kept values of dw not scaled": ("gain", "1.0) * keep_scale(threshold)", "1.0) * 1.0"),
+    "dm of y with the bias": ("gain", "tile * u_tile", "tile * (u_tile + 1.0)"),
+    "dm not divided": ("gain", "tl.div_rn(tl.sum(products, 0), norm)", "tl.sum(products, 0)"),
+    "last row of a segment skipped": ("gain", "(rows < end)", "(rows < end - 1)"),
+}
+
 # The interpreter's one program can't wait for others.
 PLAN = fixed_plan(sum_columns=64, xa_columns=1 if INTERPRETED else 3)
 
@@ -208,7 +236,7 @@ def mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
         monkeypatch.setitem(sys.modules, f"{package}.{name}", module)
         spec.loader.exec_module(module)
         found |= {each: v for each, v in vars(module).items() if each.endswith("_kernel")}
-    assert len(found) == 9
+    assert len(found) == 12
     return found
 
 
@@ -240,6 +268,21 @@ def test_wrong_passes_are_caught(name, tmp_path, monkeypatch):
     kernels = mutated_kernels(tmp_path, monkeypatch, *LIBRARY_MUTANTS[name])
     with pytest.raises(Exception, match=r"budget|NaN|out-of-bounds|race"):
         _runs(running_mutant(kernels, fixed_library()))
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("name", DORA_MUTANTS)
+def test_wrong_passes_of_dora_are_caught(name, tmp_path, monkeypatch):
+    kernels = mutated_kernels(tmp_path, monkeypatch, *DORA_MUTANTS[name])
+    with pytest.raises(Exception, match=r"budget|NaN|out-of-bounds|race"):
+        _runs_dora(running_mutant(kernels, fixed_library()))
+
+
+def _runs_dora(executor):
+    with running(executor):
+        for p in (0.0, 0.2):
+            case = DoraCase((130,), 72, 136, 5, torch.float16, dropout_p=p)
+            DORA.assert_parity(case, DORA.inputs(case), "triton")
 
 
 @pytest.mark.parametrize("name", LIBRARY_RANGE_MUTANTS)
@@ -290,6 +333,7 @@ def test_the_kernels_themselves_pass(tmp_path, monkeypatch):
     machine = Mutated(80, 24, plan=PLAN, kernels=kernels)
     _runs(machine)
     _check_flags(machine)
+    _runs_dora(Mutated(80, plan=fixed_library(), kernels=kernels))
 
 
 @needs_machine

@@ -78,6 +78,22 @@ class Factor(NamedTuple):
     units: Any
 
 
+class Gain(NamedTuple):
+    """What DoRA's g is made of: magnitude [N], any float dtype, and norm [N], float32."""
+
+    magnitude: Any
+    norm: Any
+
+
+class DzOutputs(NamedTuple):
+    """What the dz pass writes: dz and dw, contiguous [M, N]; dmagnitude and dbias."""
+
+    dz: Any
+    dw: Any
+    dm: Any
+    dbias: Any
+
+
 class Shared(NamedTuple):
     """What backward's programs tell each other by.
 
@@ -153,8 +169,24 @@ class ExpandShape(NamedTuple):
     RANK_STEP: int
 
 
+class NormShape(NamedTuple):
+    """Sizes of the layer and of the norm's tiles."""
+
+    N: int
+    K: int
+    R: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    RANKS: int  # of one product,
+    RANKS_32: int  # and of one of float32's
+
+
 class PassShape(NamedTuple):
-    """Sizes of the layer and of the tiles of dB or dA that a pass over dy or x sums."""
+    """Sizes of the layer and of the tiles of dB or dA that a pass over dy or x sums.
+
+    BASE: whether dx holds a product already, of which D takes its part too.
+    """
 
     N: int
     K: int
@@ -163,6 +195,7 @@ class PassShape(NamedTuple):
     RANKS: int
     BLOCK_C: int
     BLOCK_S: int
+    BASE: bool = False
 
 
 class CodebookShape(NamedTuple):
