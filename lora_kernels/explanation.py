@@ -214,13 +214,12 @@ def _triton_plans(x: Tensor, weight: Weight, request: Request) -> dict[str, str]
     rows = x.reshape(-1, weight.shape[1])
     read = weight if isinstance(weight, QuantizedWeight) else weight.stored
     layer = problem_of(rows, read, rows.new_empty(request.rank, 0), request.dropout)
-    layer = layer._replace(m=max(layer.m, 1), bits=request.dtype.itemsize * 8)
+    dora = request.op == "lora_dora_linear"
+    layer = layer._replace(m=max(layer.m, 1), bits=request.dtype.itemsize * 8, gain=dora)
     executor = launch.current()
     device = executor.device(x)
     plans = {}
     for name, each in (("forward", layer), ("backward", layer._replace(backward=True))):
         plan = executor.plan(each, device)
-        if request.op == "lora_dora_linear":
-            plan = dora_plan(plan, each, device)
-        plans[name] = str(plan)
+        plans[name] = str(dora_plan(plan, each, device) if dora else plan)
     return plans

@@ -1,16 +1,17 @@
 """The DoRA layer: from tensors to a plan and its launches. Signatures of `reference`."""
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from lora_kernels.impl.triton import dora_library
+from lora_kernels.impl.triton import dora_library, dora_one_launch
+from lora_kernels.impl.triton.dora_passes import Norm
 from lora_kernels.impl.triton.kinds import Kind, key_of, kind_of
 from lora_kernels.impl.triton.launch import current
 from lora_kernels.impl.triton.linear import on_device
 from lora_kernels.impl.triton.operands import Operands, as_matrix, operands_of, unit_rows
-from lora_kernels.impl.triton.plan.config import problem_of
-from lora_kernels.impl.triton.plan.plan import dora_plan
+from lora_kernels.impl.triton.plan.config import LibraryConfig
 from lora_kernels.operands.call import Wanted
 from lora_kernels.operands.dora import DoraCall, DoraGradients, DoraWanted, Kept
 
@@ -67,24 +68,27 @@ def backward(dy: Tensor, kept: Kept, call: DoraCall, wanted: DoraWanted) -> Dora
     return out if dx is out.dx else out._replace(dx=dx)
 
 
-def _norm_launch(rows: Tensor, operands: Operands) -> dora_library.Norm:
-    return dora_library.Norm(_kind(rows.new_empty(1, rows.shape[1]), operands, None))
+def _norm_launch(rows: Tensor, operands: Operands) -> Norm:
+    return Norm(_kind(rows.new_empty(1, rows.shape[1]), operands, None))
 
 
-def _forward_launches(rows: Tensor, operands: Operands) -> dora_library.Forward:
-    return dora_library.Forward(_kind(rows, operands, None))
+def _forward_launches(rows: Tensor, operands: Operands) -> Any:
+    kind = _kind(rows, operands, None)
+    return _launches_of(kind).Forward(kind)
 
 
-def _backward_launches(
-    rows: Tensor, operands: Operands, wanted: DoraWanted
-) -> dora_library.Backward:
+def _backward_launches(rows: Tensor, operands: Operands, wanted: DoraWanted) -> Any:
+    # Products are formed of dz, which lies as it is allocated.
     products = Wanted(wanted.dx, wanted.da, wanted.db, False)
-    return dora_library.Backward(_kind(rows, operands, products))
+    kind = _kind(rows.new_empty(rows.shape), operands, products)
+    return _launches_of(kind).Backward(kind)
 
 
 def _kind(rows: Tensor, operands: Operands, wanted: Wanted | None) -> Kind:
-    """Return the kind of a call."""
-    executor = current()
-    kind = kind_of(rows, operands, wanted, executor)
-    problem = problem_of(rows, operands.weight, operands.a, operands.seed is not None, wanted)
-    return kind._replace(plan=dora_plan(kind.plan, problem, executor.device(rows)))
+    return kind_of(rows, operands, wanted, current(), gain=True)
+
+
+def _launches_of(kind: Kind) -> Any:
+    """Return the module that has the launches of a kind's plan."""
+    library = isinstance(kind.plan.config, LibraryConfig)
+    return dora_library if library else dora_one_launch

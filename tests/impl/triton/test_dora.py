@@ -1,14 +1,14 @@
 """DoRA by Triton's kernels, beside the parity suite: norms, launches, the order of sums."""
 
-from functools import partial
+from dataclasses import asdict, replace
+from itertools import product
 
 import pytest
 import torch
 
-from lora_kernels.impl.triton import dora
+from lora_kernels.impl.triton.plan.config import TILES_DORA
 from lora_kernels.operands.call import Adapter, LinearCall
-from lora_kernels.operands.dora import DoraCall, DoraWanted, Kept
-from lora_kernels.operands.dropout import Dropout
+from lora_kernels.operands.dora import DoraCall
 from lora_kernels.operands.weight import Dense
 from lora_kernels.registration import operators
 from lora_kernels.testing import DORA, DoraCase
@@ -16,6 +16,7 @@ from tests.support.executors import (
     Machine,
     executors,
     fixed_library,
+    fixed_plan,
     needs_compiler,
     needs_machine,
     running,
@@ -110,16 +111,36 @@ def test_only_the_gradients_asked_for(wanted, p):
         DORA.assert_results(case, inputs, actual, "triton")
 
 
+TILES = [*product(TILES_DORA, (0, 1))]
+
+
+@needs_machine
+@pytest.mark.many
+@pytest.mark.parametrize("index", range(len(TILES)))
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_every_shipped_tile(target, index):
+    """Each in one launch and in two; the backward pass takes it too."""
+    config, xa_columns = TILES[index]
+    if target != 90 and config.block_n > 128:
+        pytest.skip("tiles of 256 columns are sm_90's")
+    fields = asdict(config) | {"xa_columns": xa_columns, "descriptors": target > 80}
+    dtype, adapters = ((BF16, FP32), (FP16, FP16), (BF16, BF16))[index % 3]
+    case = DoraCase((150,), 280, 264, (16, 5, 64)[index % 3], dtype, adapters, bias=index % 2 == 0)
+    with running(Machine(target, resident=5, seed=index, plan=fixed_plan(segment=64, **fields))):
+        DORA.assert_parity(case, DORA.inputs(case), "triton")
+
+
 @needs_machine
 @pytest.mark.many
 @pytest.mark.parametrize("p", [0.0, 0.1], ids="p{}".format)
 @pytest.mark.parametrize("target", [80, 90])
 def test_same_bits_whatever_the_schedule(target, p):
-    """Sums over rows are of five segments."""
+    """Sums over rows are of five segments; without dropout by own products, xa of two parts."""
     case = DoraCase((300,), 136, 72, 5, BF16, FP32, p)
-    inputs, runs = DORA.inputs(case), []
+    own = fixed_plan(segment=64, xa_columns=2, descriptors=target > 80)
+    inputs, runs, plan = DORA.inputs(case), [], fixed_library() if p else own
     for resident, seed in ((5, 1), (3, 2), (9, 3)):
-        with running(Machine(target, resident, seed, plan=fixed_library())) as machine:
+        with running(Machine(target, resident, seed, plan=plan)) as machine:
             runs.append(DORA.call(case, inputs, "triton"))
         assert not machine.workspace.zeros(1, torch.device("cpu")).any()
     DORA.assert_results(case, inputs, runs[0], "triton")
@@ -164,41 +185,57 @@ BACKWARD = {
     True: ["dz_pass", "dy_pass", "product", "x_pass", "product"],
 }
 NEEDS = {
-    (True, True, True, True, True): BACKWARD,
-    (True, False, False, False, False): BACKWARD,
-    (False, True, True, False, True): dict.fromkeys(BACKWARD, BACKWARD[False][:3]),
-    (False, False, True, False, False): dict.fromkeys(BACKWARD, BACKWARD[False][:2]),
-    (False, False, False, True, True): dict.fromkeys(BACKWARD, BACKWARD[False][:1]),
+    (True, True, True, True): BACKWARD,
+    (True, False, False, False): BACKWARD,
+    (False, True, True, False): dict.fromkeys(BACKWARD, BACKWARD[False][:3]),
+    (False, False, True, False): dict.fromkeys(BACKWARD, BACKWARD[False][:2]),
+    (False, False, False, True): dict.fromkeys(BACKWARD, BACKWARD[False][:1]),
 }
 
 
 @needs_compiler
 @pytest.mark.parametrize("dropout", [False, True], ids=["p0", "p"])
-def test_launches(dropout):
+def test_launches_of_the_library_plan(dropout):
     """None waits for other programs."""
-    from lora_kernels.impl.executor import using
+    for needs, expected in (None, FORWARD), *NEEDS.items():
+        made = _recorded(needs, dropout, None)
+        assert [name for name, _ in made] == expected[dropout]
+        assert all(together == 1 for _, together in made)
+
+
+@needs_compiler
+def test_own_products_take_two_launches_each_way():
+    """The split path one more each, and dbias alone the pass over dy."""
+    one, split = TILES_DORA[1], replace(TILES_DORA[1], xa_columns=0)
+    for config, more in ((one, []), (split, ["shrink"])):
+        names = [name for name, _ in _recorded(None, False, config)]
+        assert names == ["norm", *more, "forward"]
+        names = [name for name, _ in _recorded((True, True, True, True), False, config)]
+        assert names == ["dz_pass", *more, "backward"]
+    assert [name for name, _ in _recorded((False, False, False, True), False, one)] == ["dz_pass"]
+
+
+@needs_compiler
+def test_with_dropout_the_library_serves():
+    names = [name for name, _ in _recorded(None, True, TILES_DORA[1])]
+    assert names == FORWARD[True]
+
+
+def _recorded(needs, dropout, config):
+    """Return the launches of a call by name, and how many programs of each must run together."""
     from lora_kernels.impl.triton.plan.config import Problem, library_config
     from lora_kernels.impl.triton.plan.device import known
-    from lora_kernels.impl.triton.tools.record import Launch, Recorder
+    from lora_kernels.impl.triton.tools.record import Launch, calls
 
-    normal = partial(torch.randn, device="meta", dtype=BF16)
-    x, w, a, b, xa, y = (
-        normal(*sizes)
-        for sizes in ((512, 384), (256, 384), (16, 384), (256, 16), (512, 16), (512, 256))
+    problem = Problem(512, 256, 384, 16, 16, dropout, gain=True)
+    if needs is not None:
+        problem = problem._replace(backward=True, needs=needs)
+    made = calls(
+        problem, config or library_config(problem), known("NVIDIA A100-SXM4-80GB"), memory="meta"
     )
-    drawn = Dropout(torch.tensor(0, device="meta"), 6554) if dropout else None
-    call = DoraCall(LinearCall(Dense(w), Adapter(a, b, 1.5), None, drawn), normal(256))
-    norm = torch.empty(256, device="meta")
-    config = library_config(Problem(512, 256, 384, 16, 16))
-    for needs, expected in (None, FORWARD), *NEEDS.items():
-        with using(Recorder(known("NVIDIA H100 80GB HBM3"), config)) as recorder:
-            if needs is None:
-                dora.forward(x, call)
-            else:
-                dora.backward(y, Kept(x, xa, y, norm), call, DoraWanted(*needs))
-        names = [
-            made.kernel.__name__.removesuffix("_kernel") if isinstance(made, Launch) else "product"
-            for made in recorder.calls
-        ]
-        assert names == expected[dropout]
-        assert all(launch.how.together == 1 for launch in recorder.launches)
+    return [
+        (call.kernel.__name__.removesuffix("_kernel"), call.how.together)
+        if isinstance(call, Launch)
+        else ("product", 1)
+        for call in made
+    ]

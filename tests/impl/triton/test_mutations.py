@@ -180,6 +180,19 @@ DORA_MUTANTS = {
     "last row of a segment skipped": ("gain", "(rows < end)", "(rows < end - 1)"),
 }
 
+# Of DoRA by own products. name: (file, text, replacement)
+OWN_DORA_MUTANTS = {
+    "g forgotten": ("forward", "acc *= gain[None, :]", "acc *= 1.0"),
+    "g of other columns": ("forward", "(call.gain, columns,", "(call.gain, columns - column,"),
+    "u stored with the bias": (
+        "forward",
+        "                store_tile(out.u, acc, rows,",
+        "                acc += bias_row.to(tl.float32)[None, :]\n"
+        "                store_tile(out.u, acc, rows,",
+    ),
+    "dz of a row less": ("gain", "(rows < end)", "(rows < end - 1)"),
+}
+
 # The interpreter's one program can't wait for others.
 PLAN = fixed_plan(sum_columns=64, xa_columns=1 if INTERPRETED else 3)
 
@@ -278,9 +291,17 @@ def test_wrong_passes_of_dora_are_caught(name, tmp_path, monkeypatch):
         _runs_dora(running_mutant(kernels, fixed_library()))
 
 
-def _runs_dora(executor):
+@pytest.mark.many
+@pytest.mark.parametrize("name", OWN_DORA_MUTANTS)
+def test_wrong_products_of_dora_are_caught(name, tmp_path, monkeypatch):
+    kernels = mutated_kernels(tmp_path, monkeypatch, *OWN_DORA_MUTANTS[name])
+    with pytest.raises(Exception, match=r"budget|NaN|out-of-bounds|race"):
+        _runs_dora(running_mutant(kernels, fixed_plan()), (0.0,))
+
+
+def _runs_dora(executor, ps=(0.0, 0.2)):
     with running(executor):
-        for p in (0.0, 0.2):
+        for p in ps:
             case = DoraCase((130,), 72, 136, 5, torch.float16, dropout_p=p)
             DORA.assert_parity(case, DORA.inputs(case), "triton")
 
@@ -333,7 +354,8 @@ def test_the_kernels_themselves_pass(tmp_path, monkeypatch):
     machine = Mutated(80, 24, plan=PLAN, kernels=kernels)
     _runs(machine)
     _check_flags(machine)
-    _runs_dora(Mutated(80, plan=fixed_library(), kernels=kernels))
+    for plan in (fixed_library(), fixed_plan()):
+        _runs_dora(Mutated(80, plan=plan, kernels=kernels))
 
 
 @needs_machine

@@ -45,7 +45,10 @@ class Codes(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call's parameters. bias: forward's; seed, scaling: numbers in memory; each may be None."""
+    """A call's parameters. bias: forward's; seed, scaling: numbers in memory; each may be None.
+
+    gain: a `Gain` of DoRA's forward.
+    """
 
     w: Rows | Codes
     a: Rows
@@ -53,10 +56,11 @@ class Call(NamedTuple):
     bias: Any
     seed: Any
     scaling: Any
+    gain: Any = None
 
 
 class Outputs(NamedTuple):
-    """What forward writes: y, xa, and where split-K's sums are left, int32.
+    """What forward writes: y, xa, and where split-K's sums are left, int32; u of DoRA, [M, N].
 
     `high` lies in xa's own memory. Both are None where there is one part, and where xa is float32:
     it holds sums itself.
@@ -66,6 +70,7 @@ class Outputs(NamedTuple):
     xa: Any
     high: Any
     low: Any
+    u: Any = None
 
 
 class Factor(NamedTuple):

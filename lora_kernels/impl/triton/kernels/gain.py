@@ -1,4 +1,4 @@
-"""DoRA's gain g = magnitude / norm, and the passes of its library plan that multiply by it.
+"""Passes over y and dy that multiply by DoRA's gain, g = magnitude / norm.
 
     rescale    y = g ⊙ u + bias, or with dropout y = z + (g - 1) ⊙ u + bias where y holds z
     dz pass    dz = g ⊙ dy, with dropout also dw = (g - 1) ⊙ dy; dmagnitude and dbias
@@ -10,30 +10,11 @@ leaves its sums; the last segment to arrive at a block adds all of them in order
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.epilogue import load_bias
+from lora_kernels.impl.triton.kernels.epilogue import load_bias, load_gain
 from lora_kernels.impl.triton.kernels.mask import keep_scale
 from lora_kernels.impl.triton.kernels.memory import block_pointers, store_tile, wide
 from lora_kernels.impl.triton.kernels.products import zeros
 from lora_kernels.impl.triton.kernels.sums import sum_of_parts
-from lora_kernels.operands import dora
-
-SUMS_APART = tl.constexpr(dora.SUMS_APART)
-
-
-@triton.jit
-def load_gain(gain, columns, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Load g of BLOCK columns of y, float32, from a `Gain`; as `gain_of` has it."""
-    dtype: tl.constexpr = gain.magnitude.dtype.element_ty
-    NEAR: tl.constexpr = 2.0 ** -(dtype.fp_mantissa_width + 1) + SUMS_APART * 2.0**-23
-    inside = columns < N
-    if N % BLOCK == 0:
-        magnitude = tl.load(gain.magnitude + columns)
-        norm = tl.load(gain.norm + columns)
-    else:
-        magnitude = tl.load(gain.magnitude + columns, mask=inside, other=1.0)
-        norm = tl.load(gain.norm + columns, mask=inside, other=1.0)
-    ratio = tl.div_rn(magnitude.to(tl.float32), norm)
-    return tl.where(tl.abs(1.0 - ratio) <= NEAR, 1.0, ratio)
 
 
 @triton.jit(do_not_specialize=["m"])

@@ -160,9 +160,8 @@ def library_plan(problem: Problem, device: Device) -> Plan:
 
 def dora_plan(chosen: Plan, problem: Problem, device: Device) -> Plan:
     """Return the plan of a DoRA layer, given that of the linear layer of its sizes."""
-    if isinstance(chosen.config, LibraryConfig):
-        return chosen
-    return library_plan(problem, device)
+    own = isinstance(chosen.config, Config)
+    return library_plan(problem, device) if own and problem.dropout else chosen
 
 
 def _predicted(problem: Problem, device: Device) -> Seconds:
