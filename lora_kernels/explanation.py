@@ -221,5 +221,5 @@ def _triton_plans(x: Tensor, weight: Weight, request: Request) -> dict[str, str]
     plans = {}
     for name, each in (("forward", layer), ("backward", layer._replace(backward=True))):
         plan = executor.plan(each, device)
-        plans[name] = str(dora_plan(plan, each, device) if dora else plan)
+        plans[name] = f"DoRA's passes, {dora_plan(plan, each, device)}" if dora else str(plan)
     return plans

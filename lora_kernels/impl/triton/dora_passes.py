@@ -13,7 +13,7 @@ from lora_kernels.impl.triton.library import Space
 from lora_kernels.impl.triton.operands import Operands, as_rows, floats, unit_rows
 from lora_kernels.impl.triton.plan.config import padded_rank, rank_step, sum_ranks
 
-_NORM_ROWS, _NORM_WARPS, _NORM_STAGES = 16, 4, 2
+_NORM_ROWS, _NORM_WARPS, _NORM_STAGES = 32, 4, 2
 _PASS_COLUMNS, _PASS_ROWS, _PASS_WARPS = 128, 32, 4  # of y and dy, where elements are multiplied
 # Rows that one program of the dz pass sums, and the most parts that its last one adds.
 _SEGMENT, _PARTS = 256, 64
