@@ -25,6 +25,7 @@ from lora_kernels.dispatch import (
 from lora_kernels.impl.eager import grouped_mm
 from lora_kernels.impl.triton import launch
 from lora_kernels.impl.triton.plan.config import problem_of
+from lora_kernels.impl.triton.plan.plan import dora_plan
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dropout import drop_threshold
 from lora_kernels.operands.embedding import NO_PADDING, EmbeddingCall
@@ -226,8 +227,12 @@ def _triton_plans(x: Tensor, weight: Weight, request: Request) -> dict[str, str]
     rows = x.reshape(-1, weight.shape[1])
     read = weight if isinstance(weight, QuantizedWeight) else weight.stored
     layer = problem_of(rows, read, rows.new_empty(request.rank, 0), request.dropout)
-    layer = layer._replace(m=max(layer.m, 1), bits=request.dtype.itemsize * 8)
+    dora = request.op == "lora_dora_linear"
+    layer = layer._replace(m=max(layer.m, 1), bits=request.dtype.itemsize * 8, gain=dora)
     executor = launch.current()
     device = executor.device(x)
-    both = {"forward": layer, "backward": layer._replace(backward=True)}
-    return {name: str(executor.plan(each, device)) for name, each in both.items()}
+    plans = {}
+    for name, each in (("forward", layer), ("backward", layer._replace(backward=True))):
+        plan = executor.plan(each, device)
+        plans[name] = f"DoRA's passes, {dora_plan(plan, each, device)}" if dora else str(plan)
+    return plans

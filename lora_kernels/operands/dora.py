@@ -9,7 +9,7 @@ from lora_kernels.operands.call import LinearCall
 
 # Of the norm's own rounding: how far two orders of its sum lie apart. 2026-11-30, Zen 3: 2.5 at
 # K = 8,192, 4 at 32,768.
-_SUMS_APART = 16
+SUMS_APART = 16
 
 
 def gain_of(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def gain_of(magnitude: Tensor, norm: Tensor) -> Tensor:
     """
     ratio = magnitude.to(norm.dtype) / norm
     off = 1 - ratio
-    near = torch.finfo(magnitude.dtype).eps / 2 + _SUMS_APART * torch.finfo(norm.dtype).eps
+    near = torch.finfo(magnitude.dtype).eps / 2 + SUMS_APART * torch.finfo(norm.dtype).eps
     # 1 - ratio has no rounding there, nor has the sum.
     return ratio + torch.where(off.abs() <= near, off, 0).detach()
 

@@ -215,7 +215,7 @@ def lora_dora_linear(
         magnitude: [N], likewise, of any sign; m of the paper.
         bias: [N], x's dtype, or None. It is not rescaled.
         scaling, dropout_p, training, seed: as `lora_linear`.
-        impl: "auto", "cpu", "eager" or "reference". A named one serves the call or raises.
+        impl: "auto", "triton", "cpu", "eager" or "reference"; a named one serves or raises.
 
     Returns:
         y, [..., N], in x's dtype. A row whose norm is zero has an infinite gain, and y and

@@ -113,9 +113,14 @@ def fixed_library(segment: int = 64) -> Callable[[Problem, Device], Plan]:
 
 
 def own_plan(problem: Problem, device: Device) -> Plan:
-    """Plan a call by Triton's own products, the fastest by the cost model, and in any layout."""
+    """Plan a call by Triton's own products, the fastest by the cost model, and in any layout.
+
+    DoRA has few of them, for 16 bits: the library's plan where there is none.
+    """
     problem = rounded(problem)
     legal = [c for c in shipped(problem) if illegal(c, problem, device) is None]
+    if problem.gain and not legal:
+        return library_plan(problem, device)
     return plan_of(min(legal, key=lambda c: (seconds(c, problem, device), c)), problem, device)
 
 

@@ -11,7 +11,7 @@ from lora_kernels.impl.triton.kernels.mask import PACKED_THRESHOLDS
 from lora_kernels.impl.triton.launch import Executor
 from lora_kernels.impl.triton.operands import Operands
 from lora_kernels.impl.triton.plan.config import DESCRIPTOR_ALIGNMENT, problem_of
-from lora_kernels.impl.triton.plan.plan import Plan, rounded
+from lora_kernels.impl.triton.plan.plan import Plan, dora_plan, rounded
 from lora_kernels.operands.call import Wanted
 
 
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 
 def key_of(
-    rows: Tensor, operands: Operands, wanted: Wanted | None, *others: Tensor | None
+    rows: Tensor, operands: Operands, wanted: tuple[bool, ...] | None, *others: Tensor | None
 ) -> tuple[Any, ...]:
     """Return all that a kind's plan and compiled kernels depend on.
 
@@ -73,16 +73,20 @@ def kind_of(
     wanted: Wanted | None,
     executor: Executor,
     planned: Plan | None = None,
+    gain: bool = False,
 ) -> Kind:
     """Describe the kind of a call; rows are x, or with backward's `wanted` dy.
 
     planned: of a quantised W that is decoded in the loop.
+    gain: whether the call is DoRA's.
     """
     dropout = operands.seed is not None
     problem = rounded(problem_of(rows, operands.weight, operands.a, dropout, wanted))
-    device = executor.device(rows)
+    problem, device = problem._replace(gain=gain), executor.device(rows)
     mode = operands.mode(problem.m, device.mma)
     plan = planned or executor.plan(problem, device)
+    if gain:
+        plan = dora_plan(plan, problem, device)
     programs = executor.programs(device)
     sizes, blocksize = operands.sizes, operands.blocksize
     return Kind(*sizes, blocksize, rows.dtype, plan, mode, programs, wanted, executor)

@@ -34,7 +34,7 @@ class Forward:
     def __init__(self, kind: Kind) -> None:
         assert kind.plan.shrink is not None
         self._executor = kind.executor
-        self._shrink, self._expand = Shrink(kind, kind.plan.shrink), _Expand(kind)
+        self._shrink, self._expand = Shrink(kind, kind.plan.shrink), Expand(kind)
 
     def __call__(self, x: Tensor, operands: Operands, bias: Tensor | None, y: Tensor) -> Tensor:
         """Store y [M, N] and return xa."""
@@ -50,7 +50,7 @@ class Backward:
 
     def __init__(self, kind: Kind) -> None:
         self._executor = kind.executor
-        self._dy_pass, self._x_pass = _DyPass(kind), _XPass(kind)
+        self._dy_pass, self._x_pass = DyPass(kind), XPass(kind)
         # float16's range is short: the pass over x rounds it in units.
         self._dtype = torch.float32 if kind.dtype == torch.float16 else kind.dtype
 
@@ -69,7 +69,7 @@ class Backward:
             self._executor.add_product(out.dx, dy, operands.weight)
 
 
-class _Expand:
+class Expand:
     """The launch of y = bias + scaling · xa Bᵀ."""
 
     def __init__(self, kind: Kind) -> None:
@@ -83,11 +83,19 @@ class _Expand:
         how = Options(config.expand_warps, 1)
         self._launch = kind.executor.launcher(expand_kernel, constants, how)
 
-    def __call__(self, xa: Tensor, operands: Operands, bias: Tensor | None, y: Tensor) -> None:
+    def __call__(
+        self,
+        xa: Tensor,
+        operands: Operands,
+        bias: Tensor | None,
+        y: Tensor,
+        u: Tensor | None = None,
+    ) -> None:
+        """Store y, and in u the same without the bias."""
         m = y.shape[0]
         args = {
             "xa": xa, "b": as_rows(operands.b), "bias": bias,
-            "scaling_pointer": operands.scaling_pointer, "y": y,
+            "scaling_pointer": operands.scaling_pointer, "y": y, "u": u,
             **operands.scalars(m),
         }  # fmt: skip
         del args["threshold"]
@@ -95,7 +103,7 @@ class _Expand:
         self._launch(grid, args)
 
 
-class _DyPass:
+class DyPass:
     """The launch of dxa, dB and dbias."""
 
     def __init__(self, kind: Kind) -> None:
@@ -105,7 +113,7 @@ class _DyPass:
         ranks = sum_ranks(kind.r)
         blocks = -(-kind.n // config.sum_columns) * (padded_rank(kind.r) // ranks)
         self._blocks = blocks * (wanted.db or wanted.dbias)
-        self._space = _Space(kind, self._blocks, (ranks + 1) * config.sum_columns)
+        self._space = Space(kind, self._blocks, (ranks + 1) * config.sum_columns)
         self._panel = shrink.block_m
         shape = arguments.PassShape(
             N=kind.n, K=0, R=kind.r, BLOCK_R=padded_rank(kind.r), RANKS=ranks,
@@ -133,17 +141,17 @@ class _DyPass:
         self._launch(grid, args)
 
 
-class _XPass:
-    """The launch of dA and dx = D(dxa A)."""
+class XPass:
+    """The launch of dA and dx = D(dxa A); with `base` D of the sum with what dx holds."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: Kind, base: bool = False) -> None:
         config, wanted, self._plan = _config(kind), kind.wanted, kind.plan
         assert wanted is not None
         ranks, self._blocks = padded_rank(kind.r), -(-kind.k // config.pass_columns)
-        self._space = _Space(kind, self._blocks, (ranks + 1) * config.pass_columns * wanted.da)
+        self._space = Space(kind, self._blocks, (ranks + 1) * config.pass_columns * wanted.da)
         shape = arguments.PassShape(
             N=kind.n, K=kind.k, R=kind.r, BLOCK_R=ranks, RANKS=ranks,
-            BLOCK_C=config.pass_columns, BLOCK_S=config.sum_rows,
+            BLOCK_C=config.pass_columns, BLOCK_S=config.sum_rows, BASE=base,
         )  # fmt: skip
         constants = {"SHAPE": shape, "MODE": kind.mode}
         how = Options(config.pass_warps, config.pass_stages)
@@ -162,7 +170,7 @@ class _XPass:
         self._launch(parts * self._blocks, args)
 
 
-class _Space:
+class Space:
     """What sums in parts need: a counter a block, and room for each part's floats."""
 
     def __init__(self, kind: Kind, blocks: int, room: int) -> None:

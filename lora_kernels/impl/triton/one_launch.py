@@ -5,7 +5,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.impl.triton.kernels import arguments
-from lora_kernels.impl.triton.kernels.arguments import Factor
+from lora_kernels.impl.triton.kernels.arguments import Factor, Gain
 from lora_kernels.impl.triton.kernels.backward import backward_kernel
 from lora_kernels.impl.triton.kernels.forward import forward_kernel
 from lora_kernels.impl.triton.kinds import Kind
@@ -50,8 +50,16 @@ class Forward:
         how = Options(config.num_warps, config.num_stages, max(config.xa_columns, 1))
         self._launch = kind.executor.launcher(forward_kernel, constants, how)
 
-    def __call__(self, x: Tensor, operands: Operands, bias: Tensor | None, y: Tensor) -> Tensor:
-        """Store y [M, N] and return xa."""
+    def __call__(
+        self,
+        x: Tensor,
+        operands: Operands,
+        bias: Tensor | None,
+        y: Tensor,
+        dora: tuple[Tensor, Gain] | None = None,
+    ) -> Tensor:
+        """Store y [M, N] and return xa; dora: u [M, N], to be stored too, and what g is made of."""
+        u, gain = dora or (None, None)
         config, w, m = self._config, unit_rows(operands.weight), x.shape[0]
         xa = new_xa(x, operands.sizes[2], config)
         if self._shrink is not None:
@@ -59,8 +67,9 @@ class Forward:
         panels = -(-m // config.block_m)
         args = {
             "x": as_rows(x), "x_descriptor": _descriptor(x, config.block_m, config),
-            "call": operands.call(w, bias), "w_descriptor": _descriptor(w, config.block_n, config),
-            "out": arguments.Outputs(y, xa, *_room_for_parts(xa, panels, config)),
+            "call": operands.call(w, bias, gain),
+            "w_descriptor": _descriptor(w, config.block_n, config),
+            "out": arguments.Outputs(y, xa, *_room_for_parts(xa, panels, config), u),
             "flags": self._workspace.zeros(panels + 1, x.device), **operands.scalars(m),
         }  # fmt: skip
         grid = min(panels * self._columns, self._programs)

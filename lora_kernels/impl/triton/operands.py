@@ -50,10 +50,12 @@ class Operands(NamedTuple):
         """The scaling where it is in memory."""
         return self.scaling if isinstance(self.scaling, Tensor) else None
 
-    def call(self, weight: Tensor, bias: Tensor | None = None) -> arguments.Call:
+    def call(
+        self, weight: Tensor, bias: Tensor | None = None, gain: arguments.Gain | None = None
+    ) -> arguments.Call:
         """The call's parameters as kernels take them, W by rows."""
         w, a, b = self.codes or as_rows(weight), as_rows(self.a), as_rows(self.b)
-        return arguments.Call(w, a, b, bias, self.seed, self.scaling_pointer)
+        return arguments.Call(w, a, b, bias, self.seed, self.scaling_pointer, gain)
 
     def mode(self, m: int, mma: str) -> Mode:
         """How every kernel computes."""

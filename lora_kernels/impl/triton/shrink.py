@@ -28,8 +28,10 @@ class Shrink:
         how = Options(config.num_warps, config.num_stages)
         self._launch = kind.executor.launcher(shrink_kernel, constants, how)
 
-    def __call__(self, v: Tensor, operands: Operands, out: Factor) -> None:
-        """Launch it, of x or dy."""
+    def __call__(
+        self, v: Tensor, operands: Operands, out: Factor, kept: Tensor | None = None
+    ) -> None:
+        """Launch it, of x or dy; `kept` takes D(x)."""
         m = v.shape[0]
         if self._forward:
             factor, seed, pointer = operands.a, operands.seed, None
@@ -39,7 +41,7 @@ class Shrink:
             scalars = operands.scalars(m)
         args = {
             "v": as_rows(v), "f": as_rows(factor), "seed_pointer": seed,
-            "scaling_pointer": pointer, "out": out, **scalars,
+            "scaling_pointer": pointer, "out": out, "kept": kept, **scalars,
         }  # fmt: skip
         self._launch(min(-(-m // self.rows), self._most), args)
 

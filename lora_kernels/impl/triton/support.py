@@ -14,6 +14,7 @@ SUMMARY = "fused Triton kernels, CUDA devices from sm_80 up"
 # And the formats of W.
 OPS = {
     "lora_linear": ("dense", "nf4", "fp4", "int8", "float8"),
+    "lora_dora_linear": ("dense",),
     "grouped_lora_linear": ("dense",),
 }
 # Of GPUs for which Triton's code is executed in tests, or is that of one which is.

@@ -13,7 +13,14 @@ import torch
 
 from lora_kernels.impl.triton import kernels
 from lora_kernels.impl.triton.workspace import Workspace
-from lora_kernels.testing import Case, assert_parity, float16_range_cases, make_inputs
+from lora_kernels.testing import (
+    DORA,
+    Case,
+    DoraCase,
+    assert_parity,
+    float16_range_cases,
+    make_inputs,
+)
 from tests.support.executors import (
     INTERPRETED,
     Interpreter,
@@ -30,7 +37,7 @@ CASE = Case((130,), 200, 136, 5, torch.float16, dropout_p=0.2)
 SOURCES = (
     "arguments", "memory", "products", "units", "flags", "order", "mask", "split_k", "weights",
     "mainloop", "epilogue", "sums", "shrink", "forward", "backward", "expand", "dy_pass", "x_pass",
-    "decode", "groups", "grouped_sums", "grouped_forward", "grouped_backward",
+    "decode", "norm", "gain", "groups", "grouped_sums", "grouped_forward", "grouped_backward",
 )  # fmt: skip
 
 # name: (file, text, replacement, whether only several programs at once show it)
@@ -152,6 +159,40 @@ LIBRARY_RANGE_MUTANTS = {
     "unit of one": ("x_pass", "unit = unit_of(factor)", "unit = unit_of(factor * 0 + 1)", 7),
 }
 
+# Of DoRA by the library plan. name: (file, text, replacement)
+DORA_MUTANTS = {
+    "scaling forgotten in the norm": ("norm", "read(update, MODE) * scale", "read(update, MODE)"),
+    "last row without a norm": ("norm", "mask=rows < N)", "mask=rows < N - 1)"),
+    "columns beyond K in the norm": ("norm", "other=0.0).to(tl", "other=1.0).to(tl"),
+    "g without its sign": ("epilogue", "tl.div_rn(magnitude", "tl.div_rn(tl.abs(magnitude)"),
+    "g on the bias": (
+        "gain",
+        "SHAPE).to(tl.float32)[None, :]",
+        "SHAPE).to(tl.float32)[None, :] * g",
+    ),
+    "z forgotten": ("gain", "(g - 1.0) + z", "(g - 1.0)"),
+    "D applied once": ("shrink", "            v_tile = keep_where(masks, v_tile)\n", ""),
+    "kept values of x not scaled": ("shrink", "* keep_scale(draw.threshold)", "* 1.0"),
+    "base forgotten in dx": ("x_pass", "if SHAPE.BASE:", "if False:"),
+    "kept values of dw not scaled": ("gain", "1.0) * keep_scale(threshold)", "1.0) * 1.0"),
+    "dm of y with the bias": ("gain", "tile * u_tile", "tile * (u_tile + 1.0)"),
+    "dm not divided": ("gain", "tl.div_rn(tl.sum(products, 0), norm)", "tl.sum(products, 0)"),
+    "last row of a segment skipped": ("gain", "(rows < end)", "(rows < end - 1)"),
+}
+
+# Of DoRA by own products. name: (file, text, replacement)
+OWN_DORA_MUTANTS = {
+    "g forgotten": ("forward", "acc *= gain[None, :]", "acc *= 1.0"),
+    "g of other columns": ("forward", "(call.gain, columns,", "(call.gain, columns - column,"),
+    "u stored with the bias": (
+        "forward",
+        "                store_tile(out.u, acc, rows,",
+        "                acc += bias_row.to(tl.float32)[None, :]\n"
+        "                store_tile(out.u, acc, rows,",
+    ),
+    "dz of a row less": ("gain", "(rows < end)", "(rows < end - 1)"),
+}
+
 # The interpreter's one program can't wait for others.
 PLAN = fixed_plan(sum_columns=64, xa_columns=1 if INTERPRETED else 3)
 
@@ -208,7 +249,7 @@ def mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
         monkeypatch.setitem(sys.modules, f"{package}.{name}", module)
         spec.loader.exec_module(module)
         found |= {each: v for each, v in vars(module).items() if each.endswith("_kernel")}
-    assert len(found) == 11
+    assert len(found) == 14
     return found
 
 
@@ -240,6 +281,23 @@ def test_wrong_passes_are_caught(name, tmp_path, monkeypatch):
     kernels = mutated_kernels(tmp_path, monkeypatch, *LIBRARY_MUTANTS[name])
     with pytest.raises(Exception, match=r"budget|NaN|out-of-bounds|race"):
         _runs(running_mutant(kernels, fixed_library()))
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("name", [*DORA_MUTANTS, *OWN_DORA_MUTANTS])
+def test_wrong_kernels_of_dora_are_caught(name, tmp_path, monkeypatch):
+    own = name in OWN_DORA_MUTANTS
+    mutant = OWN_DORA_MUTANTS[name] if own else DORA_MUTANTS[name]
+    kernels = mutated_kernels(tmp_path, monkeypatch, *mutant)
+    executor = running_mutant(kernels, fixed_plan() if own else fixed_library())
+    with running(executor), pytest.raises(Exception, match=r"budget|NaN|out-of-bounds|race"):
+        _check_dora(own)
+
+
+def _check_dora(own):
+    for p in (0.0,) if own else (0.0, 0.2):
+        case = DoraCase((130,), 72, 136, 5, torch.float16, dropout_p=p)
+        DORA.assert_parity(case, DORA.inputs(case), "triton")
 
 
 @pytest.mark.parametrize("name", LIBRARY_RANGE_MUTANTS)

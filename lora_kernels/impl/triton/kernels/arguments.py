@@ -57,7 +57,8 @@ class Codes(NamedTuple):
 class Call(NamedTuple):
     """A call's parameters. bias: forward's; seed, scaling: numbers in memory; each may be None.
 
-    Of groups w, a and b are stacks, bias and scaling `Rows` of one a group.
+    Of groups w, a and b are stacks, bias and scaling `Rows` of one a group. gain: of DoRA's
+    forward, a `Gain`.
     """
 
     w: Rows | Codes | Stack
@@ -66,10 +67,11 @@ class Call(NamedTuple):
     bias: Any
     seed: Any
     scaling: Any
+    gain: Any = None
 
 
 class Outputs(NamedTuple):
-    """What forward writes: y, xa, and where split-K's sums are left, int32.
+    """What forward writes: y, xa, and where split-K's sums are left, int32; u of DoRA, [M, N].
 
     `high` lies in xa's own memory. Both are None where there is one part, and where xa is float32:
     it holds sums itself.
@@ -79,6 +81,7 @@ class Outputs(NamedTuple):
     xa: Any
     high: Any
     low: Any
+    u: Any = None
 
 
 class Factor(NamedTuple):
@@ -89,6 +92,22 @@ class Factor(NamedTuple):
 
     numbers: Any
     units: Any
+
+
+class Gain(NamedTuple):
+    """What DoRA's g is made of: magnitude [N], any float dtype, and norm [N], float32."""
+
+    magnitude: Any
+    norm: Any
+
+
+class DzOutputs(NamedTuple):
+    """What the dz pass writes: dz and dw, contiguous [M, N]; dmagnitude and dbias."""
+
+    dz: Any
+    dw: Any
+    dm: Any
+    dbias: Any
 
 
 class Shared(NamedTuple):
@@ -191,8 +210,24 @@ class ExpandShape(NamedTuple):
     RANK_STEP: int
 
 
+class NormShape(NamedTuple):
+    """Sizes of the layer and of the norm's tiles."""
+
+    N: int
+    K: int
+    R: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    RANKS: int  # of one product,
+    RANKS_32: int  # and of one of float32's
+
+
 class PassShape(NamedTuple):
-    """Sizes of the layer and of the tiles of dB or dA that a pass over dy or x sums."""
+    """Sizes of the layer and of the tiles of dB or dA that a pass over dy or x sums.
+
+    BASE: whether dx holds a product already, of which D takes its part too.
+    """
 
     N: int
     K: int
@@ -201,6 +236,7 @@ class PassShape(NamedTuple):
     RANKS: int
     BLOCK_C: int
     BLOCK_S: int
+    BASE: bool = False
 
 
 class CodebookShape(NamedTuple):

@@ -51,7 +51,7 @@ def dy_pass_kernel(
             panel = part * panels + tile
             if panel * SHRINK.BLOCK_M < m:
                 shrink_scale = scale * keep_scale(threshold)
-                shrink_panel(dy, b, dxa, panel, draw, shrink_scale, m, SHRINK, MODE)
+                shrink_panel(dy, b, dxa, None, panel, draw, shrink_scale, m, SHRINK, MODE)
     elif NEED_DB or NEED_DBIAS:
         number = part * DB_BLOCKS + tile - panels
         sum_dy(xa, dy, out, shared, number, segment, m, scale, SHAPE, MODE)

@@ -1,4 +1,4 @@
-"""Device functions: what follows the main loop of a tile: the expand, bias, and D of dx."""
+"""Device functions: what follows the main loop of a tile: the expand, bias, g, and D of dx."""
 
 import triton
 import triton.language as tl
@@ -17,6 +17,9 @@ from lora_kernels.impl.triton.kernels.memory import (
 )
 from lora_kernels.impl.triton.kernels.products import plus_product, read, rounded_now, zeros
 from lora_kernels.impl.triton.kernels.units import inverse_of
+from lora_kernels.operands import dora
+
+SUMS_APART = tl.constexpr(dora.SUMS_APART)
 
 
 @triton.jit
@@ -55,6 +58,22 @@ def load_bias(bias, columns, SHAPE: tl.constexpr):
         return tl.load(bias + columns)
     else:
         return tl.load(bias + columns, mask=columns < SHAPE.N, other=0.0)
+
+
+@triton.jit
+def load_gain(gain, columns, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Load g of BLOCK columns of y, float32, from a `Gain`; as `gain_of` has it."""
+    dtype: tl.constexpr = gain.magnitude.dtype.element_ty
+    NEAR: tl.constexpr = 2.0 ** -(dtype.fp_mantissa_width + 1) + SUMS_APART * 2.0**-23
+    inside = columns < N
+    if N % BLOCK == 0:
+        magnitude = tl.load(gain.magnitude + columns)
+        norm = tl.load(gain.norm + columns)
+    else:
+        magnitude = tl.load(gain.magnitude + columns, mask=inside, other=1.0)
+        norm = tl.load(gain.norm + columns, mask=inside, other=1.0)
+    ratio = tl.div_rn(magnitude.to(tl.float32), norm)
+    return tl.where(tl.abs(1.0 - ratio) <= NEAR, 1.0, ratio)
 
 
 @triton.jit

@@ -14,9 +14,12 @@ from lora_kernels.impl.triton.kernels.products import read, zeros
 
 @triton.jit(do_not_specialize=["m", "scaling"])
 def expand_kernel(
-    xa, b, bias, scaling_pointer, y, m, scaling, SHAPE: tl.constexpr, MODE: tl.constexpr
+    xa, b, bias, scaling_pointer, y, u, m, scaling, SHAPE: tl.constexpr, MODE: tl.constexpr
 ):
-    """Compute y [M, N] of a contiguous xa [M, R] and the `Rows` b; bias may be None."""
+    """Compute y [M, N] of a contiguous xa [M, R] and the `Rows` b; bias may be None.
+
+    u: takes the same without the bias, or None.
+    """
     N: tl.constexpr = SHAPE.N
     COLUMNS: tl.constexpr = (N + SHAPE.BLOCK_N - 1) // SHAPE.BLOCK_N
     tile = tl.program_id(0)
@@ -27,6 +30,8 @@ def expand_kernel(
     scale = scaling_of(scaling, scaling_pointer)
     acc = zeros(SHAPE.BLOCK_M, SHAPE.BLOCK_N)
     acc = read(expanded(acc, None, xa, b, near_rows, near_columns, scale, SHAPE, MODE), MODE)
+    if u is not None:
+        store_tile(u, acc, rows, columns, m, N, EVEN=N % SHAPE.BLOCK_N == 0)
     if bias is not None:
         acc += load_bias(bias, columns, SHAPE).to(tl.float32)[None, :]
     store_tile(y, acc, rows, columns, m, N, EVEN=N % SHAPE.BLOCK_N == 0)

@@ -9,7 +9,8 @@ A program takes tiles of y, [BLOCK_M, BLOCK_N], until there are none. What it do
    the result is left for the part after, or stored as xa by the last one. Then comes the rest of K.
 3. It waits until all parts of its row panel's xa are there, which its flag counts.
 4. It expands: scaling · xa Bᵀ is added to the same sums.
-5. It counts itself out of the flag, adds the bias, rounds once and stores y.
+5. It counts itself out of the flag, adds the bias, rounds once and stores y; of DoRA it stores the
+   sums as u, and multiplies them by g before the bias.
 
 docs/kernels.md draws this, and says why no order of programs can deadlock.
 """
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.impl.triton.kernels import arguments
-from lora_kernels.impl.triton.kernels.epilogue import expanded, load_bias
+from lora_kernels.impl.triton.kernels.epilogue import expanded, load_bias, load_gain
 from lora_kernels.impl.triton.kernels.flags import leave, publish, wait
 from lora_kernels.impl.triton.kernels.mainloop import plain_steps, shrinking_steps
 from lora_kernels.impl.triton.kernels.mask import keep_scale, seed_of
@@ -179,9 +180,14 @@ def forward_kernel(
                 )
             if call.bias is not None:
                 bias_row = load_bias(call.bias, columns, SHAPE)
+            if call.gain is not None:
+                gain = load_gain(call.gain, columns, N, SHAPE.BLOCK_N)
             acc = read(acc, MODE)
             if XA_COLUMNS > 0:
                 leave(flags + panel, XA_COLUMNS + COLUMNS - 1)
+            if call.gain is not None:
+                store_tile(out.u, acc, rows, columns, m, N, EVEN=N % SHAPE.BLOCK_N == 0)
+                acc *= gain[None, :]
             if call.bias is not None:
                 acc += bias_row.to(tl.float32)[None, :]
             store_tile(out.y, acc, rows, columns, m, N, EVEN=N % SHAPE.BLOCK_N == 0)

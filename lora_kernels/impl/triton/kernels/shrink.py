@@ -21,7 +21,9 @@ from lora_kernels.impl.triton.kernels.units import inverse_of, unit_of
 
 
 @triton.jit
-def shrink_panel(v, f, out, panel, draw, scale, m, SHAPE: tl.constexpr, MODE: tl.constexpr):
+def shrink_panel(
+    v, f, out, kept, panel, draw, scale, m, SHAPE: tl.constexpr, MODE: tl.constexpr
+):  # fmt: skip
     """Store scale · D(v) f of a row panel, fᵀ if TRANSPOSED; see `shrink_kernel`."""
     dtype: tl.constexpr = v.pointer.dtype.element_ty
     L: tl.constexpr = SHAPE.L
@@ -44,6 +46,12 @@ def shrink_panel(v, f, out, panel, draw, scale, m, SHAPE: tl.constexpr, MODE: tl
         if MODE.DROPOUT:
             masks, _ = masks_by_element(rows, first, draw, L, BLOCK_L, MODE)
             v_tile = keep_where(masks, v_tile)
+            if kept is not None:
+                tl.store(
+                    block_pointers(kept, rows, L, first, BLOCK_L),
+                    (v_tile.to(tl.float32) * keep_scale(draw.threshold)).to(dtype),
+                    mask=(rows < m)[:, None] & inside[None, :],
+                )
         acc = plus_product(acc, f_tile.to(dtype), v_tile.T, MODE)
     sums = read(acc, MODE).T * scale
     if out.units is not None:
@@ -55,12 +63,13 @@ def shrink_panel(v, f, out, panel, draw, scale, m, SHAPE: tl.constexpr, MODE: tl
 
 @triton.jit(do_not_specialize=["m", "scaling", "threshold"])
 def shrink_kernel(
-    v, f, seed_pointer, scaling_pointer, out, m, scaling, threshold, SHAPE: tl.constexpr,
+    v, f, seed_pointer, scaling_pointer, out, kept, m, scaling, threshold, SHAPE: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
     """Compute out [M, R] = scaling · D(v) f for v [M, L] and f [L, R], fᵀ if TRANSPOSED.
 
     v, f: `Rows`; out: a `Factor`. Where it has units, one goes there for each BLOCK_M rows.
+    kept: contiguous [M, L], takes D(v), which is drawn; or None.
     """
     scale = scaling_of(scaling, scaling_pointer) * keep_scale(threshold)
     if MODE.DROPOUT:
@@ -69,4 +78,4 @@ def shrink_kernel(
         seed = 0
     draw = arguments.Draw(seed, threshold, None)
     for panel in tl.range(tl.program_id(0), tl.cdiv(m, SHAPE.BLOCK_M), tl.num_programs(0)):
-        shrink_panel(v, f, out, panel, draw, scale, m, SHAPE, MODE)
+        shrink_panel(v, f, out, kept, panel, draw, scale, m, SHAPE, MODE)

@@ -4,7 +4,7 @@ A program takes BLOCK_C columns of x and dx over the rows of a segment, BLOCK_S 
 
 1. draws D, of which both products have their part;
 2. adds dxaᵀ D(x) to its sums, which have all ranks;
-3. stores D(dxa A), rounded.
+3. stores D(dxa A), rounded; with BASE D of the sum with what dx holds.
 
 Then it leaves its sums of dA; the last segment to arrive at a block of dA adds all of them in
 order. Nothing waits. dxa carries the factor of kept elements.
@@ -96,6 +96,9 @@ def x_pass_kernel(
             result = read(plus_product(zeros(BLOCK_S, BLOCK_C), factor, a_tile, MODE), MODE)
             if UNITS:
                 result *= unit
+            if SHAPE.BASE:
+                held = tl.load(dx_pointers + wide(start) * K, mask=inside & within, other=0.0)
+                result += held.to(tl.float32)
             result = result.to(dtype)
             if MODE.DROPOUT:
                 # A product lies otherwise than a loaded tile; the compiler joins the Philox calls.

@@ -58,6 +58,7 @@ class Problem(NamedTuple):
     tf32: bool = False  # whether float32 products are TF32's
     form: str = "dense"  # the format of W
     blocksize: int = 0  # of codes that a loop may decode; 0 where it may not
+    gain: bool = False  # whether it is DoRA's
 
     @property
     def block_r(self) -> int:
@@ -222,9 +223,17 @@ TILES_CODES = (
 )
 
 
+# Of DoRA's forward, 16 bits: a few, each of which is compiled to see that it spills nothing.
+TILES_DORA = tuple(TILES_16[i] for i in (0, 1, 3, 6, 8))
+
+
 def shipped(problem: Problem) -> list[Config]:
     """Return every configuration that ships for a layer's kind, legal or not on a given device."""
     found = []
+    if problem.gain and not problem.backward:
+        for tile, xa_columns, descriptors in product(TILES_DORA, (0, 1), (False, True)):
+            found.append(replace(tile, xa_columns=xa_columns, descriptors=descriptors))
+        return found if problem.bits == 16 else []
     if problem.blocksize and problem.bits == 16:
         for tile, xa_columns, descriptors in product(TILES_CODES, (0, 1), (False, True)):
             found.append(replace(tile, xa_columns=xa_columns, descriptors=descriptors))
@@ -299,6 +308,8 @@ def shared_bytes(config: Config, problem: Problem, device: Device) -> int:
 
 def library_alone(problem: Problem, device: Device) -> str | None:
     """Return why the library plan alone serves a layer rightly, or well, on a device; or None."""
+    if problem.gain and problem.dropout:
+        return "DoRA's D(x) goes through W, too: two products of x"
     if problem.bits == 32 and not problem.tf32:
         return "float32 products on plain cores: the library's GEMM is faster"
     if not problem.aligned:
@@ -324,6 +335,8 @@ def illegal(config: Config, problem: Problem, device: Device) -> str | None:
         return "a loop decodes four bits to 16, of rows that begin with blocks of 64 codes or more"
     if config.codes and config.descriptors != device.descriptors:
         return "codes are decoded beside tensor copies where there are any"
+    if _multiplies(problem) and not problem.backward and config.descriptors != device.descriptors:
+        return "DoRA's forward takes tensor copies where there are any"
     if max(config.block_m, config.block_n) > 128 and not device.wgmma:
         # Elsewhere they spill or leave no room for the shrink; 128 reach as much of the peak.
         return "sides of 256 need asynchronous products with sums in registers (sm_90)"
@@ -355,13 +368,18 @@ def _registers_exceeded(config: Config, problem: Problem, device: Device) -> str
     return None
 
 
+def _multiplies(problem: Problem) -> bool:
+    """Whether the forward launch multiplies by DoRA's g: with dropout the library's plan serves."""
+    return problem.gain and not problem.dropout
+
+
 def compiled_as(config: Config, problem: Problem, device: Device) -> Row:
     """Return the row of `spill_free` that a configuration has on a device."""
     target = device.target if device.capability[0] in (9, 10) else 80
     return Row(
         target // 10 * 10,
         "codes" if config.codes else "descriptors" if config.descriptors else "pointers",
-        "backward" if problem.backward else "forward",
+        "backward" if problem.backward else "dora" if _multiplies(problem) else "forward",
         problem.bits,
         config.block_m,
         config.block_n,

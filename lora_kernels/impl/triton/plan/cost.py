@@ -111,7 +111,26 @@ def peft_seconds(problem: Problem, device: Device) -> float:
         passes += [2.5 * x] * (problem.dropout and dx)
     else:
         passes = [x, y, 2 * y, 3 * y] + [2.5 * x] * problem.dropout
+    if problem.gain:  # its norm, and what it multiplies by g, which is summed for dmagnitude
+        w = problem.bits // 8 * problem.n * problem.k
+        passes += [8 * y] if problem.backward else [9.0 * w, 5 * y]
+        passes += [frozen_seconds(problem, device) * _streaming(device)] * problem.dropout
     return frozen_seconds(problem, device) + sum(_pass_seconds(p, device) for p in passes)
+
+
+def dora_seconds(problem: Problem, device: Device, own: bool) -> float:
+    """Return what DoRA adds: the norm's pass over W, u, dz, and with dropout a product of D(x).
+
+    own: whether the large product is Triton's, which multiplies by g itself.
+    """
+    if not problem.gain:
+        return 0.0
+    (x, y), drops = _sides(problem), problem.dropout
+    again = (frozen_seconds(problem, device) + _pass_seconds(2 * x, device)) * drops
+    if problem.backward:
+        return _pass_seconds((3 + drops) * y, device) + again
+    norm = _pass_seconds(problem.n * problem.k * problem.bits // 8, device)
+    return norm + again + (y / _streaming(device) if own else _pass_seconds(2 * y, device))
 
 
 def library_seconds(problem: Problem, device: Device) -> float:
@@ -130,6 +149,7 @@ def library_seconds(problem: Problem, device: Device) -> float:
         if shrinks:
             passes += _pass_seconds(x * (dx + da), device, drawn)
         passes += READ_AGAIN * dx * _pass_seconds(x, device)
+    passes += dora_seconds(problem, device, own=False)
     return frozen_seconds(problem, device) + passes
 
 
@@ -182,7 +202,7 @@ def seconds(config: Config, problem: Problem, device: Device) -> float:
     if problem.backward:
         products += _sums_seconds(problem, device)
     total = LAUNCH_SECONDS + max(products, memory) + NOT_OVERLAPPED * min(products, memory)
-    total += _sums_bytes(problem) / _streaming(device)
+    total += _sums_bytes(problem) / _streaming(device) + dora_seconds(problem, device, own=True)
     if not config.codes:
         total += decode_seconds(problem, device)
     if config.xa_columns:

@@ -158,6 +158,12 @@ def library_plan(problem: Problem, device: Device) -> Plan:
     return Plan(config, shrink, segment, predicted.library, predicted, form=problem.form)
 
 
+def dora_plan(chosen: Plan, problem: Problem, device: Device) -> Plan:
+    """Return the plan of a DoRA layer, given that of the linear layer of its sizes."""
+    own = isinstance(chosen.config, Config)
+    return library_plan(problem, device) if own and problem.dropout else chosen
+
+
 def _predicted(problem: Problem, device: Device) -> Seconds:
     config = fastest_config(problem, device)
     return Seconds(

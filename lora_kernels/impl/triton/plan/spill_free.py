@@ -19,7 +19,7 @@ class Row(NamedTuple):
 
     arch: int
     copies: str  # "descriptors" or "pointers", "codes" where these are decoded beside either
-    direction: str  # "forward" or "backward"
+    direction: str  # "forward", of DoRA "dora", or "backward"
     bits: int
     block_m: int
     block_n: int

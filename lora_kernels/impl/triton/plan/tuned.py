@@ -55,6 +55,7 @@ def key_of(problem: Problem) -> str:
     """Return the name of a layer in the file; M counts as the next power of two."""
     m, n, k, r, bits, dropout, aligned, backward, *_ = rounded(problem)
     of = "" if problem.form == "dense" else f" {problem.form}"
+    of += " DoRA" if problem.gain else ""
     return (
         f"{'backward' if backward else 'forward'} {m}x{n}x{k}x{r} {bits}-bit "
         f"{'dropout' if dropout else 'no dropout'} {'aligned' if aligned else 'unaligned'}{of}"

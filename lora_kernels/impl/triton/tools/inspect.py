@@ -79,7 +79,8 @@ def shipped_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
     for problem, arch in _layers(archs, ranks):
         yield from (Job(arch, problem, config) for config in shipped(problem))
         codes = problem._replace(form="nf4", blocksize=64)
-        yield from (Job(arch, codes, c) for c in shipped(codes) if c.codes)
+        if not problem.gain:
+            yield from (Job(arch, codes, c) for c in shipped(codes) if c.codes)
 
 
 def shrink_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
@@ -97,7 +98,10 @@ def library_jobs(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[Job]:
 
 def _layers(archs: Iterable[int], ranks: Sequence[int]) -> Iterator[tuple[Problem, int]]:
     for arch, bits, backward, dropout, r in product(archs, DTYPES, _BOTH, _BOTH, ranks):
-        yield Problem(M, N, K, r, bits, dropout, True, backward), arch
+        problem = Problem(M, N, K, r, bits, dropout, True, backward)
+        yield problem, arch
+        if not (backward or dropout):
+            yield problem._replace(gain=True), arch
 
 
 def refusal(job: Job) -> str | None:
@@ -113,7 +117,7 @@ def label(job: Job) -> str:
     if isinstance(c, LibraryConfig):
         return f"{job.problem.bits}-bit library plan"
     copies = "descriptors" if c.descriptors else "pointers"
-    copies += " codes" if c.codes else ""
+    copies += " codes" if c.codes else " DoRA" if job.problem.gain else ""
     path = f"{c.xa_columns} xa columns" if c.xa_columns else "split"
     return (
         f"{job.problem.bits}-bit {c.block_m}x{c.block_n}x{c.block_k} {c.num_warps} warps "

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels.impl.executor import using
-from lora_kernels.impl.triton import linear
+from lora_kernels.impl.triton import dora, linear
 from lora_kernels.impl.triton.launch import Executor, Forgetful, Options
 from lora_kernels.impl.triton.plan.config import AnyConfig, Problem
 from lora_kernels.impl.triton.plan.device import Device
@@ -16,6 +16,7 @@ from lora_kernels.impl.triton.plan.tuned import planned
 from lora_kernels.impl.triton.workspace import Workspace
 from lora_kernels.operands.call import Adapter, LinearCall, Wanted
 from lora_kernels.operands.codebook import CodebookWeight
+from lora_kernels.operands.dora import DoraCall, DoraWanted, Kept
 from lora_kernels.operands.dropout import Dropout
 from lora_kernels.operands.weight import Dense, Weight
 
@@ -153,12 +154,24 @@ def recorded(
     adapter = Adapter(factor(r, k), factor(n, r), 1.5)
     call = LinearCall(_weight(problem, normal), adapter, normal(n) if made.bias else None, dropout)
     with using(Recorder(device, config)) as recorder:
-        if problem.backward:
+        if problem.gain:
+            _call_dora(problem, call, normal)
+        elif problem.backward:
             xa, wanted = normal(m, r), Wanted(*problem.needs)
             linear.backward(normal(m, n), normal(m, k), xa, call, wanted)
         else:
             linear.forward(normal(m, k), call)
     return recorder.calls
+
+
+def _call_dora(problem: Problem, call: LinearCall, normal: Callable[..., torch.Tensor]) -> None:
+    m, n, k, r = problem[:4]
+    asked = DoraCall(call, normal(n))
+    if problem.backward:
+        kept = Kept(normal(m, k), normal(m, r), normal(m, n), normal(n).float())
+        dora.backward(normal(m, n), kept, asked, DoraWanted(*problem.needs, dm=True))
+    else:
+        dora.forward(normal(m, k), asked)
 
 
 def _weight(problem: Problem, normal: Callable[..., torch.Tensor]) -> Weight:
