@@ -31,7 +31,7 @@ class Keeping(Recorder):
 
     def __init__(self, plan):
         super().__init__(known("NVIDIA H100 80GB HBM3"))
-        self.plan, self.kept = plan, {}
+        self.plan, self.kept, self.by_launchers = plan, {}, 0
 
     def prepared(self, kind, make):
         if kind not in self.kept:
@@ -45,6 +45,7 @@ class Keeping(Recorder):
         def launch(grid, args):
             first.append(needed(Launch(kernel, grid, args, constants, how)))
             assert first[-1] == first[0], "another compilation within a kind"
+            self.by_launchers += 1
             self.run(kernel, grid, args, constants, how)
 
         return launch
@@ -292,6 +293,8 @@ def test_a_call_with_codes_plans_once(plan, r):
         keeping.plan = keeping.launcher = None
         call(codes={}, k=256, r=r, m=M + 1)
     assert list(map(_kernel, keeping.calls)) == launches
+    # What isn't kept would be launched by Triton's own launcher.
+    assert keeping.by_launchers == 2 * len([name for name in launches if name != "product"])
     decoding = "absmax_kernel" if plan is in_loop and r else "codebook_kernel"
     assert launches.count(decoding) == 2  # forward and backward
 
