@@ -7,10 +7,11 @@ stand together: "q+o" are the query and the output projection of an attention.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from bench.quantised import BYTES, coded
 from lora_kernels import testing
 from lora_kernels.testing import LINEAR, Spec
 
@@ -71,8 +72,9 @@ MODELS: dict[str, dict[str, Shape]] = {
 TWINS = {"vit-b": "bert-base", "mistral-7b": "llama3-8b"}
 # A layer of these takes seconds a call on a few cores.
 LARGE = ("qwen3-32b", "llama3-70b")
-TARGETS, GROWTH = "targets", "growth"
-CHOICES = (TARGETS, GROWTH, *MODELS)
+TARGETS, GROWTH, QLORA = "targets", "growth", "qlora"
+CHOICES = (TARGETS, GROWTH, QLORA, *MODELS)
+DENSE = "dense"
 MODES = {"train": "forward + backward", "infer": "forward without gradient"}
 
 
@@ -82,6 +84,7 @@ class Case:
 
     adapters: dtype of lora_A and lora_B. p: dropout. mode: "train" is forward + backward, "infer" a
     forward without gradient. limits: what the project allows ours, by provider, of PEFT's time.
+    base: how the frozen weight is kept, "dense" or a word of bitsandbytes' formats.
     """
 
     model: str
@@ -95,6 +98,12 @@ class Case:
     p: float
     mode: str = "train"
     limits: tuple[tuple[str, float], ...] = ()
+    base: str = DENSE
+
+    @property
+    def reference(self) -> str:
+        """The provider whose time others' are compared with: PEFT, on W as it is kept."""
+        return "peft" if self.base == DENSE else "bitsandbytes"
 
     @property
     def spec(self) -> Spec:
@@ -104,13 +113,13 @@ class Case:
     def inputs(self, device: str) -> testing.Inputs:
         """Draw the call's tensors."""
         made: testing.Inputs = self.spec.inputs(self.parity, device)
-        return made
+        return made if self.base == DENSE else coded(made, self.base)
 
     def __str__(self) -> str:
         adapters = "" if self.adapters == self.dtype else f", {self.adapters} adapters"
         return (
             f"{self.model} {self.projection}: {self.mode} {self.m}x{self.n}x{self.k} r={self.r} "
-            f"p={self.p:g} {self.dtype}{adapters}"
+            f"p={self.p:g} {self.dtype}{adapters}{how_kept(self)}"
         )
 
     @property
@@ -118,6 +127,12 @@ class Case:
         """The same call without dropout, as the spec describes one."""
         dtypes = DTYPES[self.dtype], DTYPES[self.adapters]
         return testing.Case((self.m,), self.n, self.k, self.r, *dtypes, 0.0, False, SCALING)
+
+
+def how_kept(case: Any) -> str:
+    """Return in which format a case's W is; nothing of a dense one, as older files' all are."""
+    base = getattr(case, "base", DENSE)
+    return "" if base == DENSE else f", W in {base}"
 
 
 @dataclass(frozen=True)
@@ -176,7 +191,7 @@ class Grid:
 
 
 def cases(names: Iterable[str], grid: Grid) -> list[Case]:
-    """Return the cases of shape names: a model, model/projection, "targets" or "growth".
+    """Return the cases of shape names: a model, model/projection, "targets", "growth" or "qlora".
 
     Raises:
         ValueError: a name that the list doesn't have.
@@ -187,6 +202,8 @@ def cases(names: Iterable[str], grid: Grid) -> list[Case]:
             found += _target_cases()
         elif name == GROWTH:
             found += _growth_cases(grid)
+        elif name == QLORA:
+            found += _qlora_cases(grid)
         else:
             found += _model_cases(name, grid)
     return found
@@ -243,6 +260,29 @@ def _target(m: int, size: int, dtype: str, adapters: str, p: float, **limits: fl
     return Case(TARGETS, "square", m, size, size, 16, dtype, adapters, p, limits=kept)
 
 
+def _qlora_cases(grid: Grid) -> Iterator[Case]:
+    """Yield layers over bitsandbytes' weights, with the limits that were set of bfloat16."""
+    rows = [
+        ("nf4", 512, 2048, 0.05, 0.70),
+        ("nf4", 512, 2048, 0.0, 0.80),
+        ("nf4", 512, 4096, 0.05, 0.68),
+        ("nf4", 512, 4096, 0.0, 0.72),
+        ("nf4", 2048, 768, 0.05, 0.50),
+        ("nf4", 16, 2048, 0.0, 0.45),
+        ("nf4", 16, 4096, 0.0, 0.18),
+        ("nf4", 1, 2048, 0.0, 0.33),
+        ("nf4", 1, 4096, 0.0, 0.11),
+        ("int8", 512, 2048, 0.0, 0.65),
+        ("int8", 512, 4096, 0.0, 0.36),
+        ("int8", 16, 4096, 0.0, 0.05),
+    ]
+    for dtype, (base, m, size, p, limit) in product(grid.dtypes, rows):
+        limits = (("cpu-codes", limit),) if dtype == "bf16" else ()
+        yield Case(
+            QLORA, "square", m, size, size, 16, dtype, grid.adapters, p, limits=limits, base=base
+        )
+
+
 def _growth_cases(grid: Grid) -> Iterator[Case]:
     """Yield sweeps of M, K, N and R, each around one point."""
     sizes = {size for axis in grid.sweeps.axes for size in grid.sweeps.along(axis)}
@@ -261,12 +301,13 @@ def flops(case: Case) -> int:
 def floor_bytes(case: Case) -> int:
     """Return the bytes of a case: each tensor that a pass needs read once, each result written."""
     size, adapter_size = DTYPES[case.dtype].itemsize, DTYPES[case.adapters].itemsize
-    x, y, w = case.m * case.k, case.m * case.n, case.n * case.k
+    x, y = case.m * case.k, case.m * case.n
+    w = int(case.n * case.k * BYTES.get(case.base, size))
     adapters = adapter_size * case.r * (case.n + case.k)
-    forward = size * (x + w + y) + adapters
+    forward = size * (x + y) + w + adapters
     if case.mode == "infer":
         return forward
-    backward = size * (y + w + x)
+    backward = size * (y + x) + w
     if case.r:  # x Aᵀ is written and read, x read again, dA and dB are written
         backward += size * (x + 2 * case.m * case.r) + 2 * adapters
     return forward + backward

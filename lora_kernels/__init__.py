@@ -7,7 +7,14 @@ from lora_kernels.adapter_files import load_adapter, save_adapter
 from lora_kernels.batches import adapter_batch
 from lora_kernels.casting import CastReport, cast_weights_
 from lora_kernels.explanation import Explanation, explain
-from lora_kernels.nn import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
+from lora_kernels.nn import (
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAEmbedding,
+    LoRAExperts,
+    LoRALinear,
+)
 from lora_kernels.ops.conv import lora_conv1d, lora_conv2d, lora_conv3d
 from lora_kernels.ops.dora import lora_dora_linear
 from lora_kernels.ops.dropout_mask import dropout_mask
@@ -17,6 +24,7 @@ from lora_kernels.ops.linear import lora_linear
 from lora_kernels.patching import PatchReport, patch_peft, report, unpatch_peft
 from lora_kernels.prepack import PrepackReport, prepack_, unprepack_
 from lora_kernels.quantized import quantized_weight
+from lora_kernels.tuning import tune
 from lora_kernels.usage import LayerUse, UsageReport
 
 if TYPE_CHECKING:
@@ -30,6 +38,7 @@ __all__ = [
     "LoRAConv2d",
     "LoRAConv3d",
     "LoRAEmbedding",
+    "LoRAExperts",
     "LoRALinear",
     "PatchReport",
     "PrepackReport",
@@ -51,6 +60,7 @@ __all__ = [
     "quantized_weight",
     "report",
     "save_adapter",
+    "tune",
     "unpatch_peft",
     "unprepack_",
 ]

@@ -1,10 +1,12 @@
-"""Command line: `python -m lora_kernels info`, `inspect`, `tune`."""
+"""Command line: `python -m lora_kernels info`, `inspect`, `tune`, `compile`."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import lora_kernels
+from lora_kernels.impl.triton.plan.device import KNOWN
 from lora_kernels.impl.triton.support import NO_TRITON
 from lora_kernels.impl.triton.support import absence as triton_absence
 from lora_kernels.native import absence
@@ -22,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_info(commands)
     _add_inspect(commands)
     _add_tune(commands)
+    _add_compile(commands)
     options = parser.parse_args(argv)
     if "run" not in options:
         parser.print_help()
@@ -54,17 +57,44 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "time the legal Triton configurations on this GPU and keep the fastest for later runs"
+    text = "time the likely Triton configurations on this GPU and keep the fastest for later runs"
     command = commands.add_parser("tune", help=text, description=text)
+    _add_layers(command)
     command.add_argument(
-        "--shapes", nargs="+", required=True, metavar="MxNxKxR", help="tokens, out, in, rank"
-    )
-    command.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    command.add_argument(
-        "--most", type=_positive, metavar="N", help="time the N with the shortest predicted times"
-    )
+        "--most", type=_positive, default=3, metavar="N",
+        help="time the library plan and the N with the shortest predicted times; default: 3",
+    )  # fmt: skip
     command.add_argument("--out", type=Path, metavar="F", help="default: where the package reads")
     command.set_defaults(run=_tune)
+
+
+def _add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "fill Triton's cache with what calls launch on a GPU; none is needed"
+    command = commands.add_parser("compile", help=text, description=text)
+    names = ", ".join(device.name for device in KNOWN)
+    command.add_argument("--gpu", required=True, metavar="NAME", help=f"one of {names}")
+    _add_layers(command)
+    command.add_argument("--bias", action="store_true", help="layers have a bias")
+    command.set_defaults(run=_compile)
+
+
+def _add_layers(command: argparse.ArgumentParser) -> None:
+    """Add what says which calls are meant, and how their tensors are."""
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--shapes", nargs="+", metavar="MxNxKxR", help="tokens, out, in, rank")
+    which.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="has a transformers config.json; with --target-modules",
+    )
+    command.add_argument("--target-modules", nargs="+", default=[], metavar="NAME")
+    command.add_argument("--rank", type=_positive, default=16)
+    command.add_argument("--rows", type=_positive, default=8192, help="tokens; default: 8192")
+    dtypes = ("bfloat16", "float16", "float32")
+    command.add_argument("--dtype", default="bfloat16", choices=dtypes)
+    command.add_argument("--adapters", choices=dtypes, help="their dtype; default: as --dtype")
+    command.add_argument("--processes", type=_positive, help="that compile; default: one a CPU")
 
 
 # Each command imports what it needs: `info` works without Triton.
@@ -102,7 +132,50 @@ def _tune(options: argparse.Namespace) -> int:
         return 2
     from lora_kernels.impl.triton.tools.tune import main as tune
 
-    return tune(options.shapes, options.dtype, options.out, options.most)
+    shapes, dtypes = _shapes(options), _dtypes(options)
+    if shapes is None:
+        return 2
+    from lora_kernels.impl.triton.tools.record import Made
+
+    made = Made(*dtypes, "cuda")
+    return tune(shapes, made, options.out, options.most, options.processes)
+
+
+def _compile(options: argparse.Namespace) -> int:
+    if _lacks_triton():
+        return 2
+    if options.gpu not in {device.name for device in KNOWN}:
+        print(f"--gpu: expected a name of the table, got {options.gpu!r}", file=sys.stderr)
+        return 2
+    from lora_kernels.impl.triton.tools.ahead import main as compile_ahead
+    from lora_kernels.impl.triton.tools.record import Made
+
+    shapes = _shapes(options)
+    if shapes is None:
+        return 2
+    made = Made(*_dtypes(options), bias=options.bias)
+    return compile_ahead(options.gpu, shapes, made, options.processes)
+
+
+def _shapes(options: argparse.Namespace) -> list[str] | None:
+    """Return the shapes that are meant, or None after a word on stderr."""
+    if options.model is None:
+        named: list[str] = options.shapes
+        return named
+    from lora_kernels.impl.triton.tools.layers import shapes_of_config
+
+    try:
+        return shapes_of_config(options.model, options.target_modules, options.rank, options.rows)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"--model: {error}", file=sys.stderr)
+        return None
+
+
+def _dtypes(options: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+
+    adapters = options.adapters and getattr(torch, options.adapters)
+    return getattr(torch, options.dtype), adapters
 
 
 def _lacks_triton() -> bool:

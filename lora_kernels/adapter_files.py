@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from lora_kernels.adapter_experts import adapted_parameters
 from lora_kernels.adapter_layers import MAGNITUDE, Kind, kind_of, owner_of, shapes_of, uses_dora
 from lora_kernels.adapter_layout import (
     CONFIG_NAME,
@@ -47,7 +48,7 @@ _DEEPSPEED = ("ds_id", "_hp_mapping", "_z3_optimizer")
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the adapters of a model's LoRALinear, LoRAEmbedding and LoRAConv layers as PEFT would.
+    """Write the adapters of a model's LoRALinear, Embedding, Conv and Experts layers as PEFT would.
 
     Args:
         model: a module with adapted layers, whose paths become the keys. Wrappers (of
@@ -94,9 +95,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Read an adapter that `save_adapter` or PEFT wrote into a model's layers.
 
     An adapted layer named in the file gets its weights, lora_alpha, lora_dropout, use_rslora and
-    bias mode; a plain nn.Linear, Embedding or Conv1d to 3d is replaced by one around it. A base
-    layer's weight, which PEFT adds of adapted embed_tokens and lm_head, is written, too. Everything
-    is checked before anything changes.
+    bias mode; a plain nn.Linear, Embedding, Conv1d to 3d or module of experts is replaced by one
+    around it. A base layer's weight, which PEFT adds of adapted embed_tokens and lm_head, is
+    written, too. Everything is checked before anything changes.
 
     Args:
         model: a module whose submodules have the paths in the file, wrapped or not. A sharded
@@ -191,24 +192,29 @@ def _plan_layer(model: nn.Module, path: str, adapter: Adapter) -> _Change:
             f"model: expected {path!r} to be an adapted layer, or one of torch's to adapt inside "
             f"the model, got {type(layer).__name__}"
         )
+    parameters = adapted_parameters(config, path, layer)
+    paths = [join(path, name) for name in parameters] or [path]
     # What a file leaves out has the default of peft.LoraConfig.
-    rank = pattern_value(config.get("rank_pattern"), path, config.get("r", 8))
+    rank = pattern_value(config.get("rank_pattern"), paths, config.get("r", 8))
     settings = {
-        "lora_alpha": pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8)),
+        "lora_alpha": pattern_value(
+            config.get("alpha_pattern"), paths, config.get("lora_alpha", 8)
+        ),
         "lora_dropout": config.get("lora_dropout", 0.0),
         "bias": config.get("bias", "none"),
     }
     use_dora = MAGNITUDE in weights
     if not isinstance(layer, Adapted):
-        _check_values(path, layer.weight, layer)
+        _check_values(path, next(layer.parameters(recurse=False)), layer)
     try:
         check_settings(r=rank, adapter_dtype=None, impl="auto", **settings)
         if not isinstance(layer, Adapted):
             kind.check(layer, rank, use_dora)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    _check_tensors(layer, path, weights, rank)
+    _check_tensors(path, weights, shapes_of(layer, rank, use_dora, parameters), layer)
     settings |= {"use_rslora": bool(config.get("use_rslora", False)), "use_dora": use_dora}
+    settings |= {"r": rank, "target_parameters": parameters}
     if not isinstance(layer, Adapted):
         return _plan_wrapping(kind, place, path, weights, settings)
     if uses_dora(layer) != use_dora:
@@ -217,9 +223,10 @@ def _plan_layer(model: nn.Module, path: str, adapter: Adapter) -> _Change:
     return _plan_filling(layer, path, weights, settings)
 
 
-def _check_tensors(layer: nn.Module, path: str, weights: Weights, rank: int) -> None:
+def _check_tensors(
+    path: str, weights: Weights, shapes: dict[str, list[int]], layer: nn.Module
+) -> None:
     """Check that a file's tensors of a layer are those of its kind, by name, shape and dtype."""
-    shapes = shapes_of(layer, rank, MAGNITUDE in weights)
     if shapes.keys() != weights.keys():
         raise ValueError(
             f"{path}: expected {', '.join(shapes)} by {type(layer).__name__}, "
@@ -264,7 +271,7 @@ def _plan_wrapping(
 ) -> _Change:
     """Check that an adapter may be put around a layer; return what does, and its undoing."""
     reducer, plain = reducer_around(place), cast(Any, place.module)
-    if reducer or is_dtensor(plain.weight):
+    if reducer or any(map(is_dtensor, plain.parameters(recurse=False))):
         raise ValueError(
             f"model: expected {path!r} to be a {kind.adapted.__name__} inside "
             f"{reducer or 'a sharded layer'}, where ranks would train a new adapter apart, "
@@ -272,10 +279,10 @@ def _plan_wrapping(
         )
     trained = [(p, p.requires_grad) for p in plain.parameters()]
     a, *_ = weights.values()
-    taken = {name: settings[name] for name in kind.settings}
+    taken = {name: settings[name] for name in ("r", *kind.settings)}
 
     def write() -> None:
-        layer = kind.make(plain, r=a.shape[0], adapter_dtype=a.dtype, **taken)
+        layer = kind.make(plain, adapter_dtype=a.dtype, **taken)
         for part, value in weights.items():
             _plan_tensor(*owner_of(layer, part), value).write()
         replace(place, layer)

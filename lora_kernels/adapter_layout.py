@@ -5,6 +5,9 @@ adapter_model.safetensors   base_model.model.<path>.lora_A.weight   [r, in_featu
                             base_model.model.<path>.lora_magnitude_vector of DoRA [out_features]
                             base_model.model.<path>.lora_embedding_A  [r, num_embeddings]
                             base_model.model.<path>.lora_embedding_B  [embedding_dim, r]
+                            base_model.model.<path>.lora_A.weight of experts [E · r, K], experts one
+                            after the other; lora_B.weight [N, r · E], experts adjacent; of the
+                            second last parameter <path>.base_layer.lora_A.weight
                             base_model.model.<path>.base_layer.bias with bias "lora_only"
                             base_model.model.<path>.base_layer.weight, which PEFT adds of adapted
                             embed_tokens and lm_head; it is read and not written
@@ -19,22 +22,30 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lora_kernels.adapter_experts import (
+    INSIDE,
+    ORIENTED,
+    PAIR,
+    is_experts,
+    parameters_targeted,
+)
 from lora_kernels.adapter_layers import (
     EMBEDDING_PAIR,
     MAGNITUDE,
-    PAIR,
     PARTS,
     owner_of,
     shapes_of,
     uses_dora,
 )
 from lora_kernels.checks import check_memory
+from lora_kernels.nn import LoRAExperts
 from lora_kernels.nn.adapted import Adapted
 from lora_kernels.wrappers import bare_modules, whole
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
+_INNER = INSIDE.removesuffix(".")
 _KEY = re.compile(
     re.escape(_PREFIX) + rf"(?:(?P<path>.+)\.)?(?P<part>{'|'.join(map(re.escape, PARTS))})"
 )
@@ -45,7 +56,6 @@ _UNSUPPORTED = (
     "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
-    "target_parameters",
     "alora_invocation_tokens",
     "arrow_config",
     "use_bdlora",
@@ -104,9 +114,11 @@ def config_of(model: nn.Module, layers: dict[str, Adapted]) -> dict[str, Any]:
         Counter(getattr(layer, name) for layer in layers.values()).most_common(1)[0][0]
         for name in ("r", "lora_alpha")
     )
-    # PEFT takes pattern keys for regular expressions of a path's end unless they begin with ^.
-    ranks = {f"^{re.escape(path)}": layer.r for path, layer in layers.items()}
-    alphas = {f"^{re.escape(path)}": layer.lora_alpha for path, layer in layers.items()}
+    patterns = {_pattern(path, layer): layer for path, layer in layers.items()}
+    ranks = {pattern: layer.r for pattern, layer in patterns.items()}
+    alphas = {pattern: layer.lora_alpha for pattern, layer in patterns.items()}
+    experts = {path: m for path, m in layers.items() if isinstance(m, LoRAExperts)}
+    others = {path: layer for path, layer in layers.items() if path not in experts}
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -120,8 +132,14 @@ def config_of(model: nn.Module, layers: dict[str, Adapted]) -> dict[str, Any]:
         "modules_to_save": None,
         "rank_pattern": ranks if len(set(ranks.values())) > 1 else {},
         "alpha_pattern": alphas if len(set(alphas.values())) > 1 else {},
-        "target_modules": _target_modules(model, layers),
+        "target_modules": _target_modules(model, others),
+        **(_target_parameters(model, experts) if experts else {}),
     }
+
+
+def _pattern(path: str, layer: Adapted) -> str:
+    """Return a key of rank_pattern: an expression of a path's end unless it begins with ^."""
+    return rf"^{re.escape(path)}\.\w+" if isinstance(layer, LoRAExperts) else f"^{re.escape(path)}"
 
 
 def _target_modules(model: nn.Module, layers: dict[str, Adapted]) -> list[str] | str:
@@ -130,6 +148,19 @@ def _target_modules(model: nn.Module, layers: dict[str, Adapted]) -> list[str] |
     if any(other.endswith(f".{path}") for path in layers for other in others):
         return "|".join(re.escape(path) for path in layers)
     return sorted(layers)
+
+
+def _target_parameters(model: nn.Module, layers: dict[str, LoRAExperts]) -> dict[str, Any]:
+    """Return the fields that say which parameters of experts are adapted, and in which layout."""
+    named = {"target_parameters": [join(p, n) for p, m in layers.items() for n in m.lora_A]}
+    for path, module in bare_modules(model, Adapted):
+        more = parameters_targeted(named, path, module) if is_experts(module) else []
+        if more:
+            raise ValueError(
+                f"target_parameters: expected {path!r} adapted, too, since PEFT takes the end of a "
+                f"path for {join(path, more[0])!r}"
+            )
+    return {**named, "peft_version": ".".join(map(str, ORIENTED))}
 
 
 def tensors_of(model: nn.Module, layers: dict[str, Adapted], bias_mode: str) -> dict[str, Tensor]:
@@ -206,6 +237,9 @@ def read_adapter(directory: Path) -> Adapter:
 def _check_patterns(config: dict[str, Any]) -> None:
     """Check the fields that choose layers: their types, and that they compile."""
     expressions = []
+    parameters = config.get("target_parameters")
+    if not (parameters is None or _is_list(parameters, str)):
+        raise ValueError(f"{CONFIG_NAME}: target_parameters: expected strings, got {parameters!r}")
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
         names = config.get(field)
         if not (names is None or isinstance(names, str) or _is_list(names, str)):
@@ -250,8 +284,16 @@ def _parse(
             others[key.removeprefix(_PREFIX)] = tensor
         else:
             raise ValueError(f"{WEIGHTS_NAME}: expected lora_A and lora_B weights, got key {key!r}")
+    for path in [p for p in layers if p.endswith(f".{_INNER}")]:
+        outer = layers.get(path.removesuffix(f".{_INNER}"))
+        if outer is not None:  # experts with two adapted parameters
+            outer |= {INSIDE + part: t for part, t in layers.pop(path).items()}
     for path, found in layers.items():
-        pair = EMBEDDING_PAIR if any(part in found for part in EMBEDDING_PAIR) else PAIR
+        pair: tuple[str, ...] = (
+            EMBEDDING_PAIR if any(part in found for part in EMBEDDING_PAIR) else PAIR
+        )
+        if any(part.startswith(INSIDE) for part in found):
+            pair = (*PAIR, *(INSIDE + part for part in PAIR))
         expected = (*pair, MAGNITUDE) if use_dora else pair
         absent = next((part for part in expected if part not in found), None)
         if absent is not None:
@@ -281,6 +323,11 @@ def check_complete(model: nn.Module, adapter: Adapter) -> None:
             continue
         if isinstance(module, Adapted):
             raise ValueError(f"{WEIGHTS_NAME}: expected weights of layer {path!r}, got none")
+        if is_experts(module) and parameters_targeted(adapter.config, path, module):
+            raise ValueError(
+                f"{WEIGHTS_NAME}: expected weights of layer {path!r}, which target_parameters of "
+                f"{CONFIG_NAME} name, got none"
+            )
         if isinstance(module, _TARGETS) and targets(adapter.config, path, module, model):
             raise ValueError(
                 f"{WEIGHTS_NAME}: expected weights of layer {path!r}, which target_modules of "
@@ -326,9 +373,16 @@ def _is_head(config: dict[str, Any], path: str, module: nn.Module, model: nn.Mod
     return output is module
 
 
-def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """Return the first pattern's value that matches the path as PEFT matches it, else default."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+def pattern_value(patterns: dict[str, Any] | None, paths: list[str], default: Any) -> Any:
+    """Return the first pattern's value that matches a path as PEFT matches it, else default.
+
+    Raises:
+        ValueError: paths, of the parameters of one layer, have several.
+    """
+    values = set()
+    for path in paths:
+        matching = (v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path))
+        values.add(next(matching, default))
+    if len(values) > 1:
+        raise ValueError(f"{CONFIG_NAME}: expected one value for {', '.join(paths)}, got {values}")
+    return values.pop()

@@ -221,6 +221,22 @@ def input_reason(x: Any) -> str | None:
     return "x is on meta" if x.is_meta else None
 
 
+def tensors_reason(**tensors: Any) -> str | None:
+    """Return why tensors, x among them, aren't a fused call's to compute with; None where so."""
+    for name, t in tensors.items():
+        if type(t) not in PLAIN_TENSORS:
+            return f"{name} is a {type(t).__name__}"
+        if t.is_meta:
+            return f"{name} is on meta"
+        if (
+            torch.is_grad_enabled()
+            and not torch.compiler.is_dynamo_compiling()
+            and t.is_inference()
+        ):
+            return "an inference tensor can't be saved for backward"
+    return None
+
+
 def hooks_reason(module: nn.Module) -> str | None:
     """Return that something hangs on a module's call, or None."""
     return "has hooks" if _has_hooks(module.__dict__) else None

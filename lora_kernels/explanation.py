@@ -22,6 +22,7 @@ from lora_kernels.dispatch import (
     refusals,
     slower_than_peft,
 )
+from lora_kernels.impl.eager import grouped_mm
 from lora_kernels.impl.triton import launch
 from lora_kernels.impl.triton.plan.config import problem_of
 from lora_kernels.impl.triton.plan.plan import dora_plan
@@ -116,13 +117,16 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
     names = [i.name for i in IMPLEMENTATIONS]
     linear = request.op == "lora_linear" and request.format == "dense"
     first = preferred(x, weight.stored, request.dropout) if linear else "auto"
+    if function is grouped_lora_linear and _by_grouped_mm(bound.arguments):
+        first = "eager"
     if first != "auto":
         names.insert(0, first)
     choice = next((name for name in names if name not in reasons), None)
     for implementation in IMPLEMENTATIONS:
         if implementation.name not in (choice, *reasons):
             reasons[implementation.name] = f"serves the call too; {choice} comes first"
-    plans = _triton_plans(x, weight, request) if choice == "triton" else {}
+    planned = choice == "triton" and request.op == "lora_linear"
+    plans = _triton_plans(x, weight, request) if planned else {}
     return Explanation(choice, reasons, plans, slower_than_peft(request), request.format)
 
 
@@ -181,13 +185,22 @@ def _embedding(given: dict[str, Any]) -> _Read:
 
 def _grouped(given: dict[str, Any]) -> _Read:
     """Read and check the arguments of `grouped_lora_linear`."""
-    x, weight, lora_A, scaling = (given[name] for name in ("x", "weight", "lora_A", "scaling"))
-    check_grouped_scaling(scaling)
-    groups = Groups(*(given[name] for name in Groups._fields))
-    adapter, tokens = Adapter(lora_A, given["lora_B"], scaling), len(x)
-    check_grouped(x, GroupedCall(weight, adapter, given["bias"], groups, None, tokens))
-    rank, dropout = lora_A.shape[1], _drops(given, x)
+    x, weight = given["x"], given["weight"]
+    check_grouped_scaling(given["scaling"])
+    check_grouped(x, _grouped_call(given))
+    rank, dropout = given["lora_A"].shape[1], _drops(given, x)
     return x, Dense(weight), Request("grouped_lora_linear", x.device, x.dtype, rank, dropout)
+
+
+def _grouped_call(given: dict[str, Any]) -> GroupedCall:
+    groups = Groups(*(given[name] for name in Groups._fields))
+    adapter = Adapter(*(given[name] for name in ("lora_A", "lora_B", "scaling")))
+    return GroupedCall(given["weight"], adapter, given["bias"], groups, None, len(given["x"]))
+
+
+def _by_grouped_mm(given: dict[str, Any]) -> bool:
+    """Whether "auto" prefers torch's grouped_mm to kernels of this package."""
+    return grouped_mm.serves(given["x"], _grouped_call(given))
 
 
 def _drops(given: dict[str, Any], x: Tensor) -> bool:

@@ -68,8 +68,9 @@ def _handle(op: str, direction: str, impl: str) -> Any:
     return getattr(torch.ops.lora_kernels, f"{op}_{direction}_{impl}").default
 
 
-# By operator, the body of one in Python.
-_BODIES: dict[Any, Callable[..., Any]] = {}
+# By an operator's id, the body of one in Python. Operators live as long as torch; their own hash is
+# a function in Python.
+_BODIES: dict[int, Callable[..., Any]] = {}
 # What may be an argument of a body that is called without torch's dispatcher: no subclass of Tensor
 # that wants to see operators. What isn't here has a call that is longer anyway.
 _DIRECT = {Tensor, torch.nn.Parameter, type(None), int, float, tuple}
@@ -88,7 +89,7 @@ def below_autograd(operator: Any, *args: Any) -> Any:
     """
     if torch.compiler.is_dynamo_compiling():  # which records operators by itself
         return operator(*args)
-    body = _BODIES.get(operator)
+    body = _BODIES.get(id(operator))
     # `_op` is what an OpOverload's call calls, 0.2 µs later.
     operator = operator._op if body is None or _is_seen(args) else body
     if _is_any_autocast_enabled():
@@ -126,7 +127,7 @@ def register(op: str, file: str, *directions: Direction) -> None:
         for impl in PYTHON:
             body = partial(_python_body, direction, impl, file)
             _define(op, impl, direction, body)
-            _BODIES[_handle(op, direction.name, impl)] = body
+            _BODIES[id(_handle(op, direction.name, impl))] = body
         for impl in COMPILED:
             _define(op, impl, direction, partial(_loading_body, direction, op, impl))
     for impl in (*PYTHON, *COMPILED):

@@ -17,7 +17,7 @@ class Call:
     """One provider's layer on an x of its own; x's memory and the frozen weight are shared."""
 
     def __init__(self, provider: Provider, case: Case, inputs: Inputs, p: float) -> None:
-        module = provider.convert(peft_layer(case, inputs, p))
+        module = provider.convert(peft_layer(case, inputs, p, provider.codes))
         self.layer: nn.Module = module.train(case.mode == "train")
         self.train, self.dy = case.mode == "train", inputs.dy
         self.x = inputs.x.detach().requires_grad_(self.train)

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import lora_kernels as lk
 from bench.providers.rivals import addmm_lora, liger_model, lorafusion_lora, unsloth_lora
-from bench.shapes import DTYPES, GROWTH, SCALING, Case
+from bench.quantised import Coded, peft_class
+from bench.shapes import DENSE, DTYPES, GROWTH, SCALING, Case
 from lora_kernels.dispatch import refusals
 from lora_kernels.operands.request import Request
 from lora_kernels.prepack import reason_left
 from lora_kernels.testing import Inputs
 
-OURS = ("eager", "cpu", "packed", "triton", "cuda")
+OURS = ("eager", "cpu", "packed", "triton", "cuda", "cpu-codes", "triton-codes")
 # The layer's function: x, W, A, B, scaling, p -> y.
 Function = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
@@ -41,7 +43,8 @@ class Provider:
     adapters_as_x: whether A and B have x's dtype, whatever the case says. adapted: False for what
     leaves the adapter out. single_product: whether x Wᵀ and dy W are all that it computes.
     whole_model: whether it replaces other parts than the layers, so that a layer is nothing to it.
-    compiles: whether torch.compile makes it.
+    compiles: whether torch.compile makes it. codes: whether it takes a quantised W as it is kept;
+    others take what that decodes to.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Provider:
     single_product: bool = False
     whole_model: bool = False
     compiles: bool = False
+    codes: bool = False
 
     @property
     def ours(self) -> bool:
@@ -61,12 +65,20 @@ class Provider:
         return self.name in OURS
 
 
-def peft_layer(case: Case, inputs: Inputs, p: float) -> PeftLinear:
-    """Build PEFT's layer on a frozen weight that others may share, with adapters of its own."""
-    base = nn.Linear(case.k, case.n, bias=False, device="meta")
-    base.weight = nn.Parameter(inputs.weight, requires_grad=False)
+def peft_layer(case: Case, inputs: Inputs, p: float, codes: bool = False) -> LoraLayer:
+    """Build PEFT's layer on a frozen weight that others may share, with adapters of its own.
+
+    codes: whether on the quantised layer itself.
+    """
+    base: nn.Module
+    if codes:
+        assert isinstance(inputs, Coded)
+        base, kind = inputs.layer, peft_class(inputs.layer)
+    else:
+        base, kind = nn.Linear(case.k, case.n, bias=False, device="meta"), PeftLinear
+        base.weight = nn.Parameter(inputs.weight, requires_grad=False)
     config = LoraConfig(r=case.r, lora_alpha=int(SCALING * case.r), lora_dropout=p)
-    layer = PeftLinear(base, "default", config, r=case.r, lora_alpha=int(SCALING * case.r))
+    layer = kind(base, "default", config, r=case.r, lora_alpha=int(SCALING * case.r))
     for modules, tensor in ((layer.lora_A, inputs.lora_A), (layer.lora_B, inputs.lora_B)):
         modules["default"].weight = nn.Parameter(tensor.clone())
     return layer
@@ -132,14 +144,20 @@ def _packed(module: nn.Module) -> nn.Module:
     return module
 
 
-def _our_refusal(impl: str) -> Callable[[Case], str | None]:
+def _our_refusal(impl: str, codes: bool = False) -> Callable[[Case], str | None]:
     def refuse(case: Case) -> str | None:
+        if codes and case.base == DENSE:
+            return _without_codes(case)
         device = "cuda" if impl in ("triton", "cuda") else "cpu"
-        dtype = DTYPES[case.dtype]
-        request = Request(case.spec.op, torch.device(device), dtype, case.r, case.p > 0)
+        dtype, form = DTYPES[case.dtype], case.base if codes else DENSE
+        request = Request(case.spec.op, torch.device(device), dtype, case.r, case.p > 0, form)
         return refusals(request).get(impl)
 
     return refuse
+
+
+def _without_codes(case: Case) -> str | None:
+    return "W isn't quantised" if case.base == DENSE else None
 
 
 def _same_as_peft(case: Case) -> str | None:
@@ -162,16 +180,16 @@ def _without_dropout(case: Case) -> str | None:
     return "its fast path refuses dropout" if case.p else None
 
 
-def _needs(device: str, package: str | None = None) -> Callable[[str], str | None]:
+def _needs(device: str | None, package: str | None = None) -> Callable[[str], str | None]:
     def absence(on: str) -> str | None:
         if package is not None and find_spec(package) is None:
             return f"{package} is not installed"
-        return None if on == device else f"needs {device}, got {on}"
+        return None if device in (None, on) else f"needs {device}, got {on}"
 
     return absence
 
 
-FLOOR, REFERENCE = "base", "peft"
+FLOOR, REFERENCE, BNB = "base", "peft", "bitsandbytes"
 PROVIDERS = (
     Provider(FLOOR, "frozen base", _frozen_base, adapted=False, single_product=True),
     Provider(REFERENCE, "PEFT", _unchanged),
@@ -191,6 +209,15 @@ PROVIDERS = (
     Provider(
         "lorafusion", "LoRAFusion", replace_forward(lorafusion_lora),
         absence=_needs("cuda", "lorafusion"), adapters_as_x=True,
+    ),
+    Provider(BNB, "PEFT + bitsandbytes", _unchanged, _without_codes, _needs(None, BNB), codes=True),
+    Provider(
+        "cpu-codes", "ours, C++, codes", _ours("cpu"), _our_refusal("cpu", codes=True),
+        _needs("cpu", BNB), codes=True,
+    ),
+    Provider(
+        "triton-codes", "ours, Triton, codes", _ours("triton"),
+        _our_refusal("triton", codes=True), _needs("cuda", BNB), codes=True,
     ),
     Provider(
         "liger", "PEFT + Liger", liger_model, absence=_needs("cuda", "liger_kernel"),

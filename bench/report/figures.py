@@ -13,7 +13,7 @@ from bench.measure.footprint import MIB
 from bench.measure.timing import TIMED
 from bench.providers.registry import FLOOR, REFERENCE, label
 from bench.report.growth import Fit, common_point, fits, swept
-from bench.shapes import GROWTH, MODES
+from bench.shapes import GROWTH, MODES, how_kept
 
 # Ours in strong colours, what others do in pale ones.
 COLORS = {
@@ -21,8 +21,9 @@ COLORS = {
     "compile": "#b58ac9", "merged": "#444444", "eager": "#7fb2d6", "cpu": "#1f77b4",
     "packed": "#0b3d70", "triton": "#2ca02c", "cuda": "#145214",
     "unsloth": "#bcbd22", "lorafusion": "#17becf", "liger": "#e377c2",
+    "bitsandbytes": "#8c564b", "cpu-codes": "#393b79", "triton-codes": "#637939",
 }  # fmt: skip
-MARKERS = dict(zip(COLORS, "os^DvP>*Xh8Hpd", strict=True))
+MARKERS = dict(zip(COLORS, "os^DvP>*Xh8Hpd<p1", strict=True))
 WIDTH = 9.0  # inches
 AXES = {"m": "tokens M", "n": "out_features N", "k": "in_features K", "r": "rank R"}
 HEADROOM = 0.6  # of a panel's height on a log scale, for its legend
@@ -99,7 +100,7 @@ def _shape_name(case: Any) -> str:
     adapters = "" if case.adapters == case.dtype else f", {case.adapters} adapters"
     dropout = f" p={case.p:g}" if case.mode == "train" else ""
     size = f"{case.m}x{case.n}x{case.k} r={case.r}"
-    return f"{case.model} {case.projection}  {size}{dropout}{adapters}"
+    return f"{case.model} {case.projection}  {size}{dropout}{adapters}{how_kept(case)}"
 
 
 def overhead(rows: Sequence[Any], dtype: str) -> Figure:

@@ -8,7 +8,7 @@ from bench.measure.footprint import MIB
 from bench.measure.timing import LOUD_MARK, QUIET, TIMED
 from bench.providers.registry import label
 from bench.report.growth import fits
-from bench.shapes import GROWTH
+from bench.shapes import GROWTH, how_kept
 
 Column = tuple[str, Callable[[Any], str]]
 RATIO_NOTE = (
@@ -103,7 +103,8 @@ def case_of(row: Any) -> str:
     if hasattr(case, "sizes"):
         return f"{case.sizes.name} {case.dtype}{adapters} p={case.p:g}"
     size = f"{case.m}x{case.n}x{case.k} r={case.r}"
-    return f"{case.model} {case.projection} {size} {case.dtype}{adapters} p={case.p:g} {case.mode}"
+    what = f"{case.model} {case.projection} {size} {case.dtype}{adapters}{how_kept(case)}"
+    return f"{what} p={case.p:g} {case.mode}"
 
 
 def _or_dash(value: Any, text: str = "{}") -> str:

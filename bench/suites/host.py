@@ -26,6 +26,7 @@ from lora_kernels.impl.triton.launch import Gpu
 from lora_kernels.impl.triton.plan.config import Problem
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.plan.plan import Plan, fastest_config, library_plan, plan_of
+from lora_kernels.operands.codebook import CodebookWeight
 
 Planner = Callable[[Problem, Device], Plan]
 PEFT = Case("host", "peft", 2, 8, 8, 4, "fp32", "fp32", 0.0)
@@ -59,19 +60,35 @@ def one_launch(problem: Problem, device: Device) -> Plan:
     return plan_of(config, problem, device)
 
 
+def decoded_first(problem: Problem, device: Device) -> Plan:
+    """Return the plan of Triton's own products with a W that was decoded to memory."""
+    return one_launch(problem._replace(blocksize=0), device)
+
+
 def layer(case: Case, provider: str, device: str, mode: str) -> Callable[[], Any]:
     """Return a call of PEFT's layer as a provider has it."""
     call = Call(BY_NAME[provider], case, case.inputs(device), 0.0)
     return call if mode == TRAIN else partial(call.layer, call.x)
 
 
-def function(mode: str) -> Callable[[], Any]:
+def nested_nf4() -> CodebookWeight:
+    """Return a weight in NF4 with nested scales, all of them zeros."""
+    n, k = OURS.n, OURS.k
+    codes, absmax = (
+        torch.zeros(n * k // each, dtype=torch.uint8, device="cuda") for each in (2, 64)
+    )
+    code, code2, absmax2, offset = (torch.zeros(size, device="cuda") for size in (16, 256, 1, ()))
+    return CodebookWeight("nf4", (n, k), 64, codes, (absmax, code, code2, absmax2, offset))
+
+
+def function(mode: str, quantised: bool = False) -> Callable[[], Any]:
     """Return a call of `lora_linear`."""
     inputs = OURS.inputs("cuda")
     x, a, b = (t.detach().requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
+    weight = nested_nf4() if quantised else inputs.weight
 
     def forward() -> Any:
-        return lk.lora_linear(x, inputs.weight, a, b, scaling=SCALING, impl="triton")
+        return lk.lora_linear(x, weight, a, b, scaling=SCALING, impl="triton")
 
     def train() -> None:
         forward().backward(inputs.dy)
@@ -86,6 +103,9 @@ def _by(executor: Gpu | None, call: Callable[[], Any]) -> None:
             call()
 
 
+QUANTISED: dict[str, Planner] = {"NF4 first": decoded_first, "NF4 in the loop": one_launch}
+
+
 def measure(seconds: float) -> Iterator[str]:
     """Yield a line for each call: the smallest time of one, and its ratio to PEFT's."""
     planners: dict[str, Planner] = {"one launch": one_launch, "library plan": library_plan}
@@ -95,6 +115,8 @@ def measure(seconds: float) -> Iterator[str]:
             calls[f"lora_linear, {name}"] = partial(_by, Planned(planner), function(mode))
             patched = layer(OURS, "triton", "cuda", mode)
             calls[f"patched PEFT layer, {name}"] = partial(_by, Planned(planner), patched)
+        for name, planner in QUANTISED.items():
+            calls[f"lora_linear, {name}"] = partial(_by, Planned(planner), function(mode, True))
         times, _ = Meter(seconds).rounds([list(calls.values())])
         columns = list(zip(*times, strict=True))
         for name, column in zip(calls, columns, strict=True):

@@ -15,8 +15,8 @@ from bench.measure.footprint import MIB, Footprint, footprint
 from bench.measure.session import Session
 from bench.measure.timing import BUSY, MIN_ROUNDS, TIMED, Spread, compared
 from bench.providers.calls import make_slots
-from bench.providers.registry import BY_NAME, FLOOR, REFERENCE, Provider
-from bench.shapes import Case, floor_bytes, flops
+from bench.providers.registry import BY_NAME, FLOOR, Provider
+from bench.shapes import DENSE, Case, floor_bytes, flops
 
 # Tensors rotated: twice the last cache, in at least two sets, and at most so many.
 CACHES, MAX_SLOTS = 2, 32
@@ -26,7 +26,8 @@ CACHES, MAX_SLOTS = 2, 32
 class Row:
     """One provider's figures on one case; no times unless `state` is "timed".
 
-    reason: why it isn't timed. over_peft, over_base: ratios of times, formed round by round.
+    reason: why it isn't timed. over_peft, over_base: ratios of times, formed round by round; on a
+    quantised weight PEFT is that over bitsandbytes.
     flops, floor_bytes: of the formulas, each tensor moved once a pass. roofline: the least time
     that the measured ceilings allow for them, over the time taken. limit: for over_peft.
     """
@@ -123,7 +124,7 @@ def _figures(
     ms = Spread.of(columns[name])
     return {
         "ms": ms,
-        "over_peft": compared(columns, name, REFERENCE),
+        "over_peft": compared(columns, name, case.reference),
         "over_base": compared(columns, name, FLOOR),
         "roofline": 1e3 * session.ceilings.seconds(_formulas(case, provider)) / ms.median,
         "footprint": session.probe.run(footprint, case, name, session.device),
@@ -133,7 +134,8 @@ def _figures(
 
 def _formulas(case: Case, provider: Provider) -> Case:
     """Return the case as what a provider computes of it is counted."""
-    return replace(case, r=0) if provider.single_product else case
+    base = case.base if provider.codes else DENSE
+    return replace(case, r=0 if provider.single_product else case.r, base=base)
 
 
 def slot_count(case: Case, cache_bytes: int) -> int:

@@ -118,9 +118,12 @@ Tensor library_product(const Tensor& v, const Tensor& factor, const OptionalTens
 void write_library_product(
     const Tensor& out, int64_t column, const Tensor& v, const Tensor& factor, const OptionalTensor& bias) {
   const int64_t width = factor.size(1);
-  if (!prefers_onednn(v, transposed(factor))) return product_into(columns(out, column, width), v, factor, bias);
-  // oneDNN's results are new tensors.
-  const Tensor made = onednn_linear(v, transposed(factor), bias);
+  const bool rounds = out.scalar_type() != v.scalar_type();
+  if (!rounds && !prefers_onednn(v, transposed(factor)))
+    return product_into(columns(out, column, width), v, factor, bias);
+  // oneDNN's results are new tensors, and so is what is rounded.
+  const Tensor product = library_product(v, factor, bias);
+  const Tensor made = rounds ? torch::stable::to(product, out.scalar_type()) : product;
   const auto bytes = static_cast<int64_t>(out.element_size()), by_row = out.stride(0) * bytes;
   char* const to = static_cast<char*>(out.mutable_data_ptr()) + column * bytes;
   const char* const from = static_cast<const char*>(made.const_data_ptr());

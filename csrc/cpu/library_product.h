@@ -11,7 +11,7 @@ namespace lora_kernels {
 // v factor + bias: v [M, L], factor [L, C].
 Tensor library_product(const Tensor& v, const Tensor& factor, const OptionalTensor& bias);
 
-// The same, written to C columns of `out` from `column` on.
+// The same, written to C columns of `out` from `column` on; rounded where `out` has another type than v.
 void write_library_product(
     const Tensor& out, int64_t column, const Tensor& v, const Tensor& factor, const OptionalTensor& bias);
 

@@ -123,9 +123,9 @@ void forward_by_panels(const Codes& codes, const Tensor& x, const OptionalTensor
   }
 }
 
-// dy W by panels of W's columns.
-Tensor backward_by_panels(const Codes& codes, const Tensor& dy) {
-  const Tensor dx = empty_matrix(dy.size(0), codes.columns, dy.scalar_type());
+// dy W by panels of W's columns, in a type.
+Tensor backward_by_panels(const Codes& codes, const Tensor& dy, ScalarType type) {
+  const Tensor dx = empty_matrix(dy.size(0), codes.columns, type);
   const int64_t step = std::min(panel_of(codes.rows, dy), codes.columns);
   const Tensor panel = empty_matrix(codes.rows, step, dy.scalar_type());
   for (int64_t k = 0; k < codes.columns; k += step) {
@@ -171,9 +171,11 @@ Tensor few_rows_backward(const Codes& codes, const Tensor& dy) {
 
 Tensor quantised_forward(const Tensor& x, const Weight& weight, const OptionalTensor& bias) {
   const Held w = held(weight, x);
-  const Tensor v = multiplied(x), y = empty_matrix(x.size(0), weight.n, v.scalar_type());
+  const bool few = x.size(0) <= (kernels().has_tiles ? kForwardRowsBesideTiles : kForwardRows);
+  const Tensor v = multiplied(x);
+  // Of many rows each panel's columns are rounded at once: y isn't held in float32.
+  const Tensor y = empty_matrix(x.size(0), weight.n, few ? v.scalar_type() : x.scalar_type());
   const OptionalTensor added = multiplied(bias);
-  const bool few = v.size(0) <= (kernels().has_tiles ? kForwardRowsBesideTiles : kForwardRows);
   few ? few_rows_forward(w.codes, v, added, y) : forward_by_panels(w.codes, v, added, y);
   return as_type(y, x.scalar_type());
 }
@@ -183,7 +185,8 @@ Tensor quantised_backward(const Tensor& dy, const Weight& weight) {
   const Tensor v = multiplied(dy);
   const int64_t m = v.size(0), most = kernels().has_tiles ? kBackwardRowsBesideTiles : kBackwardRows;
   const bool few = kLeastBackwardRows <= m && m <= most;
-  return as_type(few ? few_rows_backward(w.codes, v) : backward_by_panels(w.codes, v), dy.scalar_type());
+  return few ? as_type(few_rows_backward(w.codes, v), dy.scalar_type())
+             : backward_by_panels(w.codes, v, dy.scalar_type());
 }
 
 }  // namespace lora_kernels

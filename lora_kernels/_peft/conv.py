@@ -7,8 +7,14 @@ from typing import Any
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, _ConvNd
 from torch import Tensor, nn
 
-from lora_kernels._peft.fused import Fused, active_adapter, tensors_reason
-from lora_kernels.bypass import dropout_reason, everywhere_reason, read_plain, scaling_reason
+from lora_kernels._peft.fused import Fused, active_adapter
+from lora_kernels.bypass import (
+    dropout_reason,
+    everywhere_reason,
+    read_plain,
+    scaling_reason,
+    tensors_reason,
+)
 from lora_kernels.dispatch import slower_than_peft
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.conv import Geometry

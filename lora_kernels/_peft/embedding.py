@@ -8,8 +8,14 @@ import torch
 from peft.tuners.lora.layer import Embedding
 from torch import Tensor, nn
 
-from lora_kernels._peft.fused import Fused, active_adapter, tensors_reason
-from lora_kernels.bypass import everywhere_reason, origin, read_plain, scaling_reason
+from lora_kernels._peft.fused import Fused, active_adapter
+from lora_kernels.bypass import (
+    everywhere_reason,
+    origin,
+    read_plain,
+    scaling_reason,
+    tensors_reason,
+)
 from lora_kernels.operands.call import Adapter
 from lora_kernels.operands.embedding import NO_PADDING, EmbeddingCall
 from lora_kernels.operands.weight import Dense

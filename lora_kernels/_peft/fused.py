@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
 from lora_kernels._peft.variants import variant_reason
-from lora_kernels.bypass import PLAIN_TENSORS, origin
+from lora_kernels.bypass import origin
 from lora_kernels.usage import Calls
 
 _PEFT = "peft.tuners.lora.layer"  # whose forward a fused call stands for
@@ -87,19 +87,3 @@ def active_adapter(
     if variant is not None or layer.use_dora.get(names[0]):
         return None, "DoRA" if variant is None else variant_reason(variant)
     return names[0], None
-
-
-def tensors_reason(**tensors: Any) -> str | None:
-    """Return why tensors, x among them, aren't a fused call's to compute with; None where so."""
-    for name, t in tensors.items():
-        if type(t) not in PLAIN_TENSORS:
-            return f"{name} is a {type(t).__name__}"
-        if t.is_meta:
-            return f"{name} is on meta"
-        if (
-            torch.is_grad_enabled()
-            and not torch.compiler.is_dynamo_compiling()
-            and t.is_inference()
-        ):
-            return "an inference tensor can't be saved for backward"
-    return None

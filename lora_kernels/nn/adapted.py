@@ -18,7 +18,7 @@ class Adapted(nn.Module):
     lora_alpha: float
     use_rslora: bool
     impl: str
-    _merged_update: Update | None = None
+    _merged_updates: tuple[Update, ...] = ()
     _lora_kernels_op: str
     _lora_kernels_calls: Calls
 
@@ -30,7 +30,7 @@ class Adapted(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the base weight holds the adapter's update."""
-        return self._merged_update is not None
+        return bool(self._merged_updates)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -56,9 +56,9 @@ class Adapted(nn.Module):
             (True, True)
         """
         if not self.merged:
-            update = self._update()
-            merging.merge(self.base_layer, update)
-            self._merged_update = update
+            updates = self._updates()
+            merging.merge(self.base_layer, *updates)
+            self._merged_updates = updates
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -78,9 +78,8 @@ class Adapted(nn.Module):
             >>> torch.equal(layer.base_layer.weight, before)
             True
         """
-        if self._merged_update is not None:
-            merging.unmerge(self.base_layer, self._merged_update)
-            self._merged_update = None
+        merging.unmerge(self.base_layer, *self._merged_updates)
+        self._merged_updates = ()
 
     def left_reason(self) -> str | None:
         """Return why a call would be composed of the submodules' own; None where it is fused."""
@@ -96,7 +95,7 @@ class Adapted(nn.Module):
         else:
             self._lora_kernels_calls.leave(reason)
 
-    def _update(self) -> Update:
+    def _updates(self) -> tuple[Update, ...]:
         """Return what is merged, of tensors that nobody else writes to."""
         raise NotImplementedError
 

@@ -185,13 +185,14 @@ class _LoRAConv(Adapted):
                 return f"{name} {reason}"
         return everywhere_reason()
 
-    def _update(self) -> Update:
+    def _updates(self) -> tuple[Update, ...]:
         if self.base_layer.groups > 1:
             raise ValueError(
                 f"base_layer: expected one group to merge, got {self.base_layer.groups}"
             )
         a, b = (merging.own_weight(getattr(self, n), n) for n in ("lora_A", "lora_B"))
-        return Update(a.detach().flatten(1).clone(), b.detach().flatten(1).clone(), self.scaling)
+        a, b = (t.detach().flatten(1).clone() for t in (a, b))
+        return (Update(a, b, self.scaling),)
 
 
 class LoRAConv1d(_LoRAConv):

@@ -164,10 +164,10 @@ class LoRAEmbedding(Adapted):
         reason = _reason(self.base_layer)
         return everywhere_reason() if reason is None else f"base layer {reason}"
 
-    def _update(self) -> Update:
+    def _updates(self) -> tuple[Update, ...]:
         a, b = self.lora_embedding_A.detach(), self.lora_embedding_B.detach()
         check_memory(lora_embedding_A=a, lora_embedding_B=b)
-        return Update(b.t().clone(), a.t().clone(), self.scaling)
+        return (Update(b.t().clone(), a.t().clone(), self.scaling),)
 
 
 def check_embedding(embedding: nn.Module) -> None:

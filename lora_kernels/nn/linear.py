@@ -230,7 +230,7 @@ class LoRALinear(Adapted):
             passes defaults by position).
         """
         x = input if x is None else x
-        if self._merged_update is not None:
+        if self._merged_updates:
             return self.base_layer(x)
         parts = self._fused_parts()
         if isinstance(parts, str):
@@ -328,12 +328,12 @@ class LoRALinear(Adapted):
         gain = self.lora_magnitude_vector.gain(self, weight) if self.use_dora else None
         return Update(self.lora_A.weight, self.lora_B.weight, self.scaling, gain)
 
-    def _update(self) -> Update:
+    def _updates(self) -> tuple[Update, ...]:
         a, b = (merging.own_weight(getattr(self, n), n) for n in ("lora_A", "lora_B"))
         if self.lora_A.bias is not None or self.lora_B.bias is not None:
             raise TypeError("lora_A, lora_B: expected no bias to merge, got one")
         update = self._update_of(merging.unmerged(self.base_layer))
-        return update._replace(lora_A=a.detach().clone(), lora_B=b.detach().clone())
+        return (update._replace(lora_A=a.detach().clone(), lora_B=b.detach().clone()),)
 
     def extra_repr(self) -> str:
         """Say what the layer is: sizes, adapter settings, state."""

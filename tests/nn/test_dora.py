@@ -110,7 +110,7 @@ def test_what_was_written_to_a_merged_weight_is_kept():
     layer = make()
     before = layer.base_layer.weight.clone()
     layer.merge()
-    gain = layer._merged_update.gain
+    gain = layer._merged_updates[0].gain
     with torch.no_grad():
         layer.base_layer.weight.add_(gain[:, None])
     layer.unmerge()

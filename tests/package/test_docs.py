@@ -32,7 +32,7 @@ def process_group():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name)
 def test_example_runs(example, process_group, tmp_path, monkeypatch):
-    for needed in ("peft", "safetensors"):
+    for needed in ("peft", "safetensors", "transformers"):
         if needed in example.docstring:
             pytest.importorskip(needed)
     if any("bitsandbytes" in each.source for each in example.examples):

@@ -13,13 +13,14 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom, folders and single modules: what is in one may import what stands in the same
 # or further on, never before. A module belongs to the longest name that begins its own.
 FLOW = (
-    "__main__", "info", "testing", "__init__", "integrations", "adapter_files", "adapter_layout",
-    "adapter_layers", "batches", "patching", "_peft", "nn", "norms", "quantized", "merging",
-    "explanation", "ops", "tensor_parallel", "sharding", "serving", "copies", "casting", "prepack",
-    "bypass", "usage", "summary", "dispatch", "registration", "transforms", "impl.cuda.tools",
-    "impl.cuda", "impl.triton.tools", "impl.triton", "impl.triton.kernels", "impl.triton.plan",
-    "impl.cpu", "impl.eager", "impl.reference", "impl", "_progress", "_version", "native",
-    "wrappers", "checks", "operands",
+    "__main__", "info", "testing", "__init__", "integrations", "tuning", "adapter_files",
+    "adapter_layout", "adapter_layers", "adapter_experts", "batches", "patching", "_peft", "nn",
+    "experts", "norms", "quantized", "merging", "explanation", "ops", "tensor_parallel",
+    "sharding", "serving", "copies", "casting", "prepack", "bypass", "usage", "summary",
+    "dispatch", "registration", "transforms", "impl.cuda.tools", "impl.cuda",
+    "impl.triton.tools", "impl.triton", "impl.triton.kernels", "impl.triton.plan", "impl.cpu",
+    "impl.eager", "impl.reference", "impl", "_progress", "_version", "native", "wrappers",
+    "checks", "operands",
 )  # fmt: skip
 
 FORBID = """

@@ -36,6 +36,7 @@ def patch(model: nn.Module) -> list[str]:
 
 def compute(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     found: lk.Explanation = lk.explain(x, w, a, b, scaling=2.0)
+    print(lk.tune(nn.Sequential(lk.LoRALinear(8, 8)), rows=64).name)
     mask: Tensor = lk.dropout_mask(x.shape, 0.1, seed=1)
     print(found.choice, found.reasons, mask.dtype)
     return lk.lora_linear(x, w, a, b, scaling=2.0, dropout_p=0.1, training=True, seed=1)
@@ -62,8 +63,9 @@ def adapt(folder: str) -> Tensor:
 def others(x: Tensor, w: Tensor, a: Tensor, b: Tensor, ids: Tensor, m: Tensor) -> list[Tensor]:
     layers = (lk.LoRAConv1d(4, 4, 3), lk.LoRAConv2d(4, 4, 3), lk.LoRAConv3d(4, 4, 3))
     embedding: lk.LoRAEmbedding = lk.LoRAEmbedding.from_embedding(nn.Embedding(4, 8))
+    experts: lk.LoRAExperts = lk.LoRAExperts.from_experts(nn.Linear(8, 4), r=2)
     quantized = lk.quantized_weight(nn.Linear(8, 4))
-    print(layers, quantized.shape)
+    print(layers, quantized.shape, experts.lora_A.keys())
     return [
         lk.lora_dora_linear(x, w, a, b, m),
         lk.grouped_lora_linear(x, w, a, b, ids, scaling=m, impl="eager"),

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import lora_kernels as lk
 import lora_kernels._peft.conv as peft_conv
 import lora_kernels._peft.embedding as peft_embedding
 import lora_kernels._peft.linear as peft_layer
+import lora_kernels._peft.quantized as peft_quantized
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -149,18 +149,6 @@ def adapters(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def peak_bytes(step):
-    """Return the most bytes that a call holds beyond those that were live before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
-        step()
-    events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 # What each kind of patched layer computes a fused call by.
 _COMPUTING = (
     (peft_layer, "run"),
@@ -168,6 +156,7 @@ _COMPUTING = (
     (peft_layer, "run_with_norm"),
     (peft_conv, "run"),
     (peft_embedding, "lora_embedding"),
+    (peft_quantized, "run"),
 )
 
 

@@ -13,9 +13,9 @@ from tests.stacks.models import (
     adapted_llama,
     adapters,
     history,
-    peak_bytes,
     tokens,
 )
+from tests.support.memory import peak_bytes
 
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""TRL: SFTTrainer, and DPO whose reference model is the same model with its adapters disabled."""
+"""TRL: SFTTrainer, QLoRA too, and DPO whose reference is the same model without its adapters."""
 
 import copy
 
@@ -17,6 +17,7 @@ from tests.stacks.models import (
     tokenizer,
 )
 
+transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
@@ -35,9 +36,9 @@ def trained(trainer, patch):
     return trainer, fused.count
 
 
-def pair(make):
+def pair(make, base=None):
     """Return an unpatched and a patched trainer, trained from the same weights."""
-    base, runs = llama(), []
+    base, runs = base or llama(), []
     for patch in (False, True):
         torch.manual_seed(0)
         runs.append(trained(make(copy.deepcopy(base)), patch))
@@ -70,6 +71,51 @@ def test_sft(settings, tmp_path):
     expected = history(theirs)
     assert expected[-2:].mean() < expected[:2].mean()
     torch.testing.assert_close(history(ours), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
+def test_sft_of_a_4_bit_model(nested, tmp_path):
+    """QLoRA: TRL prepares the quantised model, and evaluates it between steps."""
+    bnb = pytest.importorskip("bitsandbytes")
+    corpus = texts(8)
+    rows = datasets.Dataset.from_dict({"text": corpus[:4]})
+    llama().save_pretrained(tmp_path / "base")
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=how, device_map="cpu", dtype=torch.float32
+    )
+
+    def make(model):
+        # TRL makes the adapters of a 4-bit model bfloat16, PEFT x for them, ours them float32:
+        # roundings that large steps would make more of.
+        settings = {**SETTINGS, "learning_rate": 2e-3}
+        settings |= {"eval_strategy": "steps", "eval_steps": STEPS // 2}
+        arguments = trl.SFTConfig(output_dir=str(tmp_path), **settings)
+        return trl.SFTTrainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=tokenizer(corpus),
+            peft_config=lora_config(),
+        )
+
+    theirs, ours, fused = pair(make, base)
+    assert fused >= PASSES * LAYERS
+    quantised = [m for m in ours.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(quantised) == LAYERS
+    expected = history(theirs)
+    assert expected[-2:].mean() < expected[:2].mean()
+    torch.testing.assert_close(history(ours), expected, rtol=1e-3, atol=0)
+    evaluated = history(theirs, "eval_loss")
+    assert len(evaluated) == 2
+    torch.testing.assert_close(history(ours, "eval_loss"), evaluated, rtol=1e-3, atol=0)
 
 
 def preferences(corpus):

@@ -5,8 +5,6 @@ their own. On GPUs from sm_90 up grouped_mm is one kernel, elsewhere a loop that
 GPU. Not run on a GPU.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -38,7 +36,6 @@ def fits(v: Tensor, call: GroupedCall) -> bool:
     return 1 in (rows, columns) and not any(by % step for by in (*weight.shape[1:], *apart))
 
 
-@cache
 def _has_kernel(device: torch.device) -> bool:
     return hasattr(torch.nn.functional, "grouped_mm") and gpu.capability(device)[0] in _GENERATIONS
 

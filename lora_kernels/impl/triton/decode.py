@@ -1,5 +1,8 @@
 """How a plan reads a quantised W: decoded to memory by a launch before, or in its own loop."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,11 +12,11 @@ from lora_kernels.impl.triton.kernels.decode import (
     codebook_kernel,
     scaled_kernel,
 )
-from lora_kernels.impl.triton.launch import Options, current
+from lora_kernels.impl.triton.launch import Executor, Options, current
 from lora_kernels.impl.triton.operands import Operands, as_rows, operands_of, unit_rows
-from lora_kernels.impl.triton.plan.config import Config
-from lora_kernels.impl.triton.plan.plan import Plan
-from lora_kernels.operands.call import LinearCall
+from lora_kernels.impl.triton.plan.config import Config, problem_of
+from lora_kernels.impl.triton.plan.plan import Plan, rounded
+from lora_kernels.operands.call import LinearCall, Wanted
 from lora_kernels.operands.codebook import CodebookWeight
 from lora_kernels.operands.scaled import ScaledWeight
 from lora_kernels.operands.weight import QuantizedWeight, Weight
@@ -23,59 +26,134 @@ _SCALES = 1024
 _PIECE = 256  # elements at most that are taken to share a scale
 
 
-def as_stored(weight: Weight) -> Tensor | QuantizedWeight:
-    """Return W as it lies, or where it is quantised the weight itself."""
-    return weight if isinstance(weight, QuantizedWeight) else weight.decode()
+# Reads W of a call whose operands have it as it is stored.
+Read = Callable[[Operands, Any], Operands]
 
 
-def read(call: LinearCall, rows: Tensor, chosen: Plan | None, product: bool = True) -> Operands:
-    """Return a call's operands with W as a plan reads it, in the dtype of x or dy.
-
-    chosen: of a quantised W. product: whether anything is multiplied by W; else its memory is never
-        read, nor written.
-    """
+def stored(call: LinearCall) -> Operands:
+    """Return a call's operands with W as it is stored: itself, or its codes."""
     weight = call.weight
-    if not isinstance(weight, QuantizedWeight):
-        return operands_of(call, weight.decode())
-    assert chosen is not None
-    if isinstance(chosen.config, Config) and chosen.config.codes:
+    if isinstance(weight, QuantizedWeight):
+        return operands_of(call, weight.stored, weight.form)
+    return operands_of(call, weight.decode())
+
+
+def parts_of(weight: Weight) -> tuple[Tensor, ...]:
+    """Return what W is made of beside its codes; nothing of a dense one."""
+    return weight.parts if isinstance(weight, QuantizedWeight) else ()
+
+
+def as_it_lies(operands: Operands, weight: Weight) -> Operands:
+    """Read a dense W."""
+    return operands
+
+
+def reading(
+    rows: Tensor,
+    operands: Operands,
+    weight: QuantizedWeight,
+    wanted: Wanted | None,
+    executor: Executor,
+) -> tuple[Read, Operands, Plan | None]:
+    """Return how calls of a kind read W, in the dtype of x or dy: what is kept holds no tensor.
+
+    With it come operands with W's shape and dtype, of which the kind's launches are made; and the
+    plan, where its loop decodes W. Else the launches are those of a dense W.
+    """
+    dropout = operands.seed is not None
+    problem = rounded(problem_of(rows, weight, operands.a, dropout, wanted))
+    plan = executor.plan(problem, executor.device(rows))
+    shape, product = _shape_of(weight, rows.dtype), wanted is None or wanted.dx
+    if isinstance(plan.config, Config) and plan.config.codes:
         assert isinstance(weight, CodebookWeight)
-        shape = torch.empty(weight.shape, dtype=rows.dtype, device="meta")
-        codes = _codes_of(weight, product)
-        return operands_of(call, shape)._replace(codes=codes, blocksize=weight.blocksize)
-    if not product:
-        return operands_of(call, rows.new_empty(weight.shape))
-    return operands_of(call, decoded(weight, rows.dtype))
+        in_loop = operands._replace(weight=shape, blocksize=weight.blocksize, form=None)
+        return InLoop(weight, rows.dtype, executor, product), in_loop, plan
+    read = First(weight, rows.dtype, executor, product)
+    return read, operands._replace(weight=shape, form=None), None
 
 
-def in_memory(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """Return W as it lies, or decoded to a dtype."""
-    return decoded(weight, dtype) if isinstance(weight, QuantizedWeight) else weight.decode()
+def _shape_of(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    return torch.empty(weight.shape, dtype=dtype, device="meta")
+
+
+class First:
+    """Reads W by a launch that decodes it to memory.
+
+    product: whether anything is multiplied by W; else its memory is never read, nor written.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight, dtype: torch.dtype, executor: Executor, product: bool
+    ) -> None:
+        self._decode, self._product = Decoding(weight, dtype, executor), product
+
+    def __call__(self, operands: Operands, weight: QuantizedWeight) -> Operands:
+        """Return the operands with W in new memory."""
+        w = self._decode(weight) if self._product else self._decode.room_for(weight)
+        return operands._replace(weight=w, form=None)
+
+
+class InLoop:
+    """Reads codes and scales as a loop decodes them; nested scales are made float32 before."""
+
+    def __init__(
+        self, weight: CodebookWeight, dtype: torch.dtype, executor: Executor, product: bool
+    ) -> None:
+        self._dtype, self._product = dtype, product
+        blocks = weight.parts[0].numel()
+        constants, self._grid = {"SIZE": blocks, "BLOCK": _SCALES}, -(-blocks // _SCALES)
+        self._flatten = executor.launcher(absmax_kernel, constants, Options(_WARPS, 1))
+
+    def __call__(self, operands: Operands, weight: CodebookWeight) -> Operands:
+        """Return the operands with codes in W's place."""
+        absmax = _absmax_of(weight)
+        scales = absmax.numbers
+        if absmax.code is not None:
+            scales = absmax.scales.new_empty(absmax.numbers.numel())
+            if self._product:
+                self._flatten(self._grid, {"absmax": absmax, "out": scales})
+        codes = arguments.Codes(weight.stored.contiguous(), scales, weight.parts[1].contiguous())
+        shape = _shape_of(weight, self._dtype)
+        return operands._replace(weight=shape, codes=codes, blocksize=weight.blocksize, form=None)
+
+
+class Decoding:
+    """The launch that decodes W to memory, for calls of one kind."""
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, executor: Executor) -> None:
+        self._dtype = dtype
+        self._args: Callable[[Any], dict[str, Any]]
+        shape: arguments.CodebookShape | arguments.ScaledShape
+        if isinstance(weight, CodebookWeight):
+            size, piece = weight.shape.numel(), min(weight.blocksize, _PIECE)
+            kernel, self._args, self._grid = codebook_kernel, _codebook, -(-size // _ELEMENTS)
+            shape = arguments.CodebookShape(size, weight.blocksize, piece, _ELEMENTS // piece)
+        else:
+            assert isinstance(weight, ScaledWeight)
+            (n, k), (rows, columns) = weight.shape, weight.block
+            wide = min(128, max(16, 1 << (k - 1).bit_length()))
+            shape = arguments.ScaledShape(
+                n, k, rows, columns, weight.divisor, weight.format == "float8",
+                BLOCK_N=_ELEMENTS // wide, BLOCK_K=wide,
+            )  # fmt: skip
+            grid = -(-n // shape.BLOCK_N) * -(-k // wide)
+            kernel, self._args, self._grid = scaled_kernel, _scaled, grid
+        self._launch = executor.launcher(kernel, {"SHAPE": shape}, Options(_WARPS, 1))
+
+    def room_for(self, weight: QuantizedWeight) -> Tensor:
+        """Return uninitialised memory for W [N, K]."""
+        return weight.stored.new_empty(weight.shape, dtype=self._dtype)
+
+    def __call__(self, weight: QuantizedWeight) -> Tensor:
+        """Return W [N, K] in new memory; what its owner keeps is read alone."""
+        w = self.room_for(weight)
+        self._launch(self._grid, {**self._args(weight), "w": w})
+        return w
 
 
 def decoded(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """Return W [N, K] in a dtype, in new memory; what its owner keeps is read alone."""
-    w = weight.stored.new_empty(weight.shape, dtype=dtype)
-    if isinstance(weight, CodebookWeight):
-        _decode_codebook(weight, w)
-    else:
-        assert isinstance(weight, ScaledWeight)
-        _decode_scaled(weight, w)
-    return w
-
-
-def _codes_of(weight: CodebookWeight, product: bool) -> arguments.Codes:
-    """Return codes and scales as a loop reads them; nested scales are made float32 before."""
-    absmax = _absmax_of(weight)
-    scales = absmax.numbers
-    if absmax.code is not None:
-        scales = absmax.scales.new_empty(absmax.numbers.numel())
-        if product:
-            constants = {"SIZE": scales.numel(), "BLOCK": _SCALES}
-            grid = -(-scales.numel() // _SCALES)
-            args = {"absmax": absmax, "out": scales}
-            current().run(absmax_kernel, grid, args, constants, Options(_WARPS, 1))
-    return arguments.Codes(weight.stored.contiguous(), scales, weight.parts[1].contiguous())
+    """Return W [N, K] in a dtype, in new memory."""
+    return Decoding(weight, dtype, current())(weight)
 
 
 def _absmax_of(weight: CodebookWeight) -> arguments.Absmax:
@@ -84,34 +162,20 @@ def _absmax_of(weight: CodebookWeight) -> arguments.Absmax:
     return arguments.Absmax(absmax, *(nested or (None, None, None)))
 
 
-def _decode_codebook(weight: CodebookWeight, w: Tensor) -> None:
-    size, piece = w.numel(), min(weight.blocksize, _PIECE)
-    args = {
+def _codebook(weight: CodebookWeight) -> dict[str, Any]:
+    return {
         "codes": weight.stored.contiguous(), "code": weight.parts[1].contiguous(),
-        "absmax": _absmax_of(weight), "w": w,
+        "absmax": _absmax_of(weight),
     }  # fmt: skip
-    shape = arguments.CodebookShape(size, weight.blocksize, piece, _ELEMENTS // piece)
-    _run(codebook_kernel, -(-size // _ELEMENTS), args, shape)
 
 
-def _decode_scaled(weight: ScaledWeight, w: Tensor) -> None:
-    (n, k), (rows, columns) = w.shape, weight.block
-    wide = min(128, max(16, 1 << (k - 1).bit_length()))
-    shape = arguments.ScaledShape(
-        n, k, rows, columns, weight.divisor, weight.format == "float8",
-        BLOCK_N=_ELEMENTS // wide, BLOCK_K=wide,
-    )  # fmt: skip
-    args = {
+def _scaled(weight: ScaledWeight) -> dict[str, Any]:
+    return {
         "codes": as_rows(unit_rows(_as_bytes(weight.stored))),
-        "scales": _as_bytes(weight.parts[0].contiguous()), "w": w,
-    }  # fmt: skip
-    _run(scaled_kernel, -(-n // shape.BLOCK_N) * -(-k // wide), args, shape)
+        "scales": _as_bytes(weight.parts[0].contiguous()),
+    }
 
 
 def _as_bytes(t: Tensor) -> Tensor:
     """Return float8's numbers as bytes: no architecture has to know their type."""
     return t.view(torch.uint8) if t.dtype.is_floating_point and t.element_size() == 1 else t
-
-
-def _run(kernel: object, grid: int, args: dict[str, object], shape: object) -> None:
-    current().run(kernel, grid, args, {"SHAPE": shape}, Options(_WARPS, 1))

@@ -9,8 +9,13 @@ from lora_kernels.impl.triton import dora_library, dora_one_launch
 from lora_kernels.impl.triton.dora_passes import Norm
 from lora_kernels.impl.triton.kinds import Kind, key_of, kind_of
 from lora_kernels.impl.triton.launch import current
-from lora_kernels.impl.triton.linear import on_device
-from lora_kernels.impl.triton.operands import Operands, as_matrix, operands_of, unit_rows
+from lora_kernels.impl.triton.operands import (
+    Operands,
+    as_matrix,
+    on_device,
+    operands_of,
+    unit_rows,
+)
 from lora_kernels.impl.triton.plan.config import LibraryConfig
 from lora_kernels.operands.call import Wanted
 from lora_kernels.operands.dora import DoraCall, DoraGradients, DoraWanted, Kept

@@ -46,20 +46,21 @@ def key_of(
 
     That is torch's switches too; of M, as plans round it; and how each tensor of the call lies:
     compiled code knows dtypes, strides and which addresses are multiples of 16. What launchers
-    allocate lies alike within a kind.
+    allocate lies alike within a kind. Of a quantised W the codes stand in `operands`, and the parts
+    are among the others.
     """
     (m, _), dtype = rows.shape, rows.dtype
-    weight, a, b, seed, scaling, threshold, codes, blocksize = operands
+    weight, a, b, seed, scaling, threshold, _, _, form = operands
     return (
         rows.device, (m - 1).bit_length(), weight.shape, a.shape[0], wanted,
         threshold <= PACKED_THRESHOLDS.value, gpu.spared_multiprocessors(),
         dtype == torch.float32 and gpu.tf32_allowed(),
-        _lie(rows), _lie(weight), _lie(a), _lie(b), _lie(seed), _lie(scaling),
-        *((blocksize, *map(_lie, codes)) if codes else ()), *map(_lie, others),
+        lie(rows), lie(weight), lie(a), lie(b), lie(seed), lie(scaling),
+        form, *map(lie, others),
     )  # fmt: skip
 
 
-def _lie(t: Any) -> tuple[torch.dtype, tuple[int, ...], int] | None:
+def lie(t: Any) -> tuple[torch.dtype, tuple[int, ...], int] | None:
     """Return how a tensor lies in memory, None of what is absent or a number."""
     if not isinstance(t, Tensor):
         return None
@@ -76,14 +77,13 @@ def kind_of(
 ) -> Kind:
     """Describe the kind of a call; rows are x, or with backward's `wanted` dy.
 
-    planned: of a quantised W. Where it is decoded first, the call's kind is a dense one's.
-    gain: whether the call is DoRA's.
+    planned: of a quantised W that is decoded in the loop. gain: whether the call is DoRA's.
     """
     dropout = operands.seed is not None
     problem = rounded(problem_of(rows, operands.weight, operands.a, dropout, wanted))
     problem, device = problem._replace(gain=gain), executor.device(rows)
     mode = operands.mode(problem.m, device.mma)
-    plan = planned if operands.codes and planned else executor.plan(problem, device)
+    plan = planned or executor.plan(problem, device)
     if gain:
         plan = dora_plan(plan, problem, device)
     programs = executor.programs(device)

@@ -1,6 +1,5 @@
 """The adapted linear layer: from tensors to a plan and its launches. Signatures of `reference`."""
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -8,16 +7,13 @@ import torch
 from torch import Tensor
 
 from lora_kernels.impl.triton import library, one_launch
-from lora_kernels.impl.triton.decode import as_stored, in_memory, read
-from lora_kernels.impl.triton.kinds import Kind, key_of, kind_of
+from lora_kernels.impl.triton.decode import Decoding, Read, as_it_lies, parts_of, reading, stored
+from lora_kernels.impl.triton.kinds import key_of, kind_of
 from lora_kernels.impl.triton.launch import current
-from lora_kernels.impl.triton.operands import Operands, as_matrix, unit_rows
-from lora_kernels.impl.triton.plan.config import LibraryConfig, problem_of
-from lora_kernels.impl.triton.plan.plan import Plan
+from lora_kernels.impl.triton.operands import Operands, as_matrix, on_device, unit_rows
+from lora_kernels.impl.triton.plan.config import LibraryConfig
 from lora_kernels.operands.call import Gradients, LinearCall, Wanted
-from lora_kernels.operands.weight import QuantizedWeight
-
-_HERE = nullcontext()
+from lora_kernels.operands.weight import QuantizedWeight, Weight
 
 
 def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
@@ -29,21 +25,20 @@ def forward(x: Tensor, call: LinearCall) -> tuple[Tensor, Tensor]:
     without x Wᵀ. Parts of xa that one column of tiles leaves to the next are rounded to 12
     significant bits (bfloat16; 16 for float16, none for float32), four to five more than xa keeps.
     """
-    rows, weight = unit_rows(as_matrix(x)), as_stored(call.weight)
+    rows, weight = unit_rows(as_matrix(x)), call.weight
     m, n, r = rows.shape[0], weight.shape[0], call.adapter.a.shape[0]
     y = x.new_empty(*x.shape[:-1], n)
     if m == 0:
         return y, x.new_empty(m, r)
     if r == 0:
         with on_device(x):
-            _base_product(as_matrix(y), rows, in_memory(call.weight, x.dtype).t(), call.bias)
+            _base_product(as_matrix(y), rows, _in_memory(rows, call).t(), call.bias)
         return y, x.new_empty(m, r)
-    planned = _planned(rows, call, None)
     with on_device(x):
-        operands = read(call, rows, planned)
-        key = key_of(rows, operands, None, call.bias)
-        make = partial(_forward_launches, rows, operands, planned)
-        return y, current().prepared(key, make)(rows, operands, call.bias, as_matrix(y))
+        operands = stored(call)
+        key = key_of(rows, operands, None, call.bias, *parts_of(weight))
+        read, launches = current().prepared(key, partial(_made, rows, operands, weight, None))
+        return y, launches(rows, read(operands, weight), call.bias, as_matrix(y))
 
 
 def backward(
@@ -56,7 +51,7 @@ def backward(
     results once to their parameters' dtypes. By the library plan dx is rounded twice, first without
     dy W.
     """
-    weight, (lora_A, lora_B, _) = as_stored(call.weight), call.adapter
+    weight, (lora_A, lora_B, _) = call.weight, call.adapter
     rows = unit_rows(as_matrix(dy))
     x2 = unit_rows(as_matrix(x)) if wanted.da and x is not None else None
     m, (n, k), r = rows.shape[0], weight.shape, lora_A.shape[0]
@@ -74,45 +69,39 @@ def backward(
     elif r == 0:
         if out.dx is not None:
             with on_device(dy):
-                _base_product(out.dx, rows, in_memory(call.weight, dy.dtype))
+                _base_product(out.dx, rows, _in_memory(rows, call))
         if out.dbias is not None:
             torch.sum(rows, 0, out=out.dbias)
     elif any(wanted):
-        planned = _planned(rows, call, wanted)
         with on_device(dy):
-            operands = read(call, rows, planned, product=wanted.dx)
-            key = key_of(rows, operands, wanted, x2, xa)
-            make = partial(_backward_launches, rows, operands, wanted, planned)
-            current().prepared(key, make)(rows, x2, xa, operands, out)
+            operands = stored(call)
+            key = key_of(rows, operands, wanted, x2, xa, *parts_of(weight))
+            make = partial(_made, rows, operands, weight, wanted)
+            read, launches = current().prepared(key, make)
+            launches(rows, x2, xa, read(operands, weight), out)
     return out if dx is out.dx else out._replace(dx=dx)
 
 
-def _planned(rows: Tensor, call: LinearCall, wanted: Wanted | None) -> Plan | None:
-    """Return the plan of a quantised W, which says how it is read; None of a dense one."""
-    if not isinstance(call.weight, QuantizedWeight):
-        return None
-    dropout, executor = call.dropout is not None, current()
-    problem = problem_of(rows, call.weight, call.adapter.a, dropout, wanted)
-    return executor.plan(problem, executor.device(rows))
+def _made(
+    rows: Tensor, operands: Operands, weight: Weight, wanted: Wanted | None
+) -> tuple[Read, Any]:
+    """Return how calls of a kind read W, and the launches of their products."""
+    executor, planned = current(), None
+    read: Read = as_it_lies
+    if isinstance(weight, QuantizedWeight):
+        read, operands, planned = reading(rows, operands, weight, wanted, executor)
+    kind = kind_of(rows, operands, wanted, executor, planned)
+    module: Any = library if isinstance(kind.plan.config, LibraryConfig) else one_launch
+    return read, module.Forward(kind) if wanted is None else module.Backward(kind)
 
 
-def _forward_launches(
-    x: Tensor, operands: Operands, planned: Plan | None
-) -> one_launch.Forward | library.Forward:
-    kind = kind_of(x, operands, None, current(), planned)
-    return _launches_of(kind).Forward(kind)
-
-
-def _backward_launches(
-    dy: Tensor, operands: Operands, wanted: Wanted, planned: Plan | None
-) -> one_launch.Backward | library.Backward:
-    kind = kind_of(dy, operands, wanted, current(), planned)
-    return _launches_of(kind).Backward(kind)
-
-
-def _launches_of(kind: Kind) -> Any:
-    """Return the module that has the launches of a kind's plan."""
-    return library if isinstance(kind.plan.config, LibraryConfig) else one_launch
+def _in_memory(rows: Tensor, call: LinearCall) -> Tensor:
+    """Return W as it lies, or decoded to the dtype of x or dy."""
+    weight, executor = call.weight, current()
+    if not isinstance(weight, QuantizedWeight):
+        return weight.decode()
+    key = key_of(rows, stored(call), None, *weight.parts)
+    return executor.prepared(key, partial(Decoding, weight, rows.dtype, executor))(weight)
 
 
 def _base_product(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
@@ -122,10 +111,3 @@ def _base_product(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None 
     else:
         out.copy_(bias)
     current().add_product(out, left, right)
-
-
-def on_device(t: Tensor) -> Any:
-    """Make the tensor's GPU the current one: Triton launches there."""
-    if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(t.device)

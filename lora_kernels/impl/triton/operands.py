@@ -1,5 +1,6 @@
 """A call as the launchers and kernels take it."""
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +13,16 @@ from lora_kernels.impl.triton.kernels.mask import PACKED_THRESHOLDS
 from lora_kernels.operands.call import LinearCall
 from lora_kernels.operands.dropout import LANES
 
-_WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
+WIDE_COUNTERS = 1 << 32  # of the mask, one for eight elements: from here on they need 64 bits
+_HERE = nullcontext()
 
 
 class Operands(NamedTuple):
     """A LinearCall with the factors' elements adjacent along rows, and dropout's two numbers.
 
     codes: what a kernel decodes of W beside its products; `weight` then has W's shape and dtype
-        alone. blocksize: codes that share a scale.
+        alone. blocksize: codes that share a scale. form: of a quantised W that isn't read yet;
+        `weight` then is its codes.
     """
 
     weight: Tensor
@@ -30,6 +33,7 @@ class Operands(NamedTuple):
     threshold: int
     codes: Codes | None = None
     blocksize: int = 0
+    form: str | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -59,14 +63,15 @@ class Operands(NamedTuple):
         # float32's sums lack a register for it.
         packed = dropout and self.weight.element_size() == 2
         packed &= mma != "mma" and self.threshold <= PACKED_THRESHOLDS.value
-        wide = m * -(-self.weight.shape[1] // LANES) >= _WIDE_COUNTERS
+        wide = m * -(-self.weight.shape[1] // LANES) >= WIDE_COUNTERS
         return Mode(dropout, wide, packed, mma, _precision(self.weight.dtype))
 
 
-def operands_of(call: LinearCall, weight: Tensor) -> Operands:
-    """Return a call's operands; W as it lies, or was decoded."""
+def operands_of(call: LinearCall, weight: Tensor, form: str | None = None) -> Operands:
+    """Return a call's operands; W as it lies, or its codes and their form."""
     (a, b, scaling), (seed, threshold) = call.adapter, call.dropout or (None, 0)
-    return Operands(weight, unit_rows(a), unit_rows(b), seed, scaling, threshold)
+    factors = unit_rows(a), unit_rows(b)
+    return Operands(weight, *factors, seed, scaling, threshold, form=form)
 
 
 def as_rows(matrix: Tensor) -> Rows:
@@ -92,3 +97,10 @@ def floats(like: Tensor, count: int) -> Tensor:
 def _precision(dtype: torch.dtype) -> str:
     """Return how float32 products are formed, as torch's own switch says."""
     return "tf32" if dtype == torch.float32 and gpu.tf32_allowed() else "ieee"
+
+
+def on_device(t: Tensor) -> Any:
+    """Make the tensor's GPU the current one: Triton launches there."""
+    if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(t.device)

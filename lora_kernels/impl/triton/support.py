@@ -15,6 +15,7 @@ SUMMARY = "fused Triton kernels, CUDA devices from sm_80 up"
 OPS = {
     "lora_linear": ("dense", "nf4", "fp4", "int8", "float8"),
     "lora_dora_linear": ("dense",),
+    "grouped_lora_linear": ("dense",),
 }
 # Of GPUs for which Triton's code is executed in tests, or is that of one which is.
 GENERATIONS = (8, 9, 10, 12)

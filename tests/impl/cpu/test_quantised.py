@@ -8,6 +8,7 @@ from lora_kernels.native import absence
 from lora_kernels.registration import operators
 from lora_kernels.testing import Case, assert_results, make_inputs, run
 from tests.support.implementations import linear_call
+from tests.support.memory import peak_bytes
 from tests.support.quantised import FORMATS, bits, drawn, expected
 
 ABSENT = absence("cpu")
@@ -47,6 +48,19 @@ def test_bits_of_w_by_an_identity(name, dtype):
             weight = drawn(name, n, k, blocksize)
             for rows in {1, min(n, k, 5), min(n, k)}:
                 assert is_exact(weight, dtype, rows), (blocksize, n, k, rows)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_many_rows_hold_no_w_and_no_result_in_float32(dtype):
+    """A panel of W and its products beside y, dx and, without products of pairs, dy."""
+    m, n, k = 1024, 2048, 2048
+    weight, x = drawn("nf4-nested", n, k), torch.randn(m, k, dtype=dtype, requires_grad=True)
+    a, b = torch.randn(4, k), torch.randn(n, 4)
+    dy = torch.randn(m, n, dtype=dtype)
+    results = (m * n + m * k) * dtype.itemsize
+    in_float32 = m * max(n, k) * 4 if dtype == BF16 else 0
+    peak = peak_bytes(lambda: lk.lora_linear(x, weight, a, b, impl="cpu").backward(dy))
+    assert results < peak <= results + in_float32 + (4 << 20)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)

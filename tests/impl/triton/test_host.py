@@ -253,3 +253,37 @@ def test_host_times_are_measured(python):
     heading, *lines = output.splitlines()
     assert heading.startswith("host time on a stub's H100")
     assert len(lines) == 10
+
+
+def test_what_is_compiled_ahead_is_what_launches_look_for(tmp_path, python):
+    """Under the very keys of Triton's own cache, of a call with a bias and float32 adapters."""
+    script = tmp_path / "script.py"  # whose processes import it again
+    script.write_text("""
+import os
+from pathlib import Path
+import torch, cudastub
+
+def kernels():
+    found = Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*_kernel.json")
+    return {path for path in found if "__grp__" not in path.name}
+
+def made(*sizes, dtype=torch.bfloat16, grad=False):
+    return torch.randn(*sizes, dtype=dtype, device="cuda", requires_grad=grad)
+
+if __name__ == "__main__":
+    cudastub.install("H100", sms=0, noop=True, tensors=True)
+    from lora_kernels import lora_linear
+    from lora_kernels.__main__ import main
+    from lora_kernels.impl.triton.plan.device import of_gpu
+    given = ["compile", "--gpu", of_gpu(0).name, "--shapes", "300x256x256x16"]
+    assert main([*given, "--adapters", "float32", "--bias", "--processes", "1"]) == 0
+    compiled = kernels()
+    assert compiled
+    x, w, bias = made(300, 256, grad=True), made(256, 256), made(256)
+    a, b = (made(*sizes, dtype=torch.float32, grad=True) for sizes in ((16, 256), (256, 16)))
+    for p in (0.0, 0.1):
+        y = lora_linear(x, w, a, b, bias, scaling=2.0, dropout_p=p, training=True, impl="triton")
+        y.backward(made(300, 256))
+    assert kernels() == compiled, kernels() ^ compiled
+""")
+    python(str(script), PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))

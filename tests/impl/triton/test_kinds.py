@@ -8,7 +8,6 @@ pytest.importorskip("triton")
 from lora_kernels.impl import gpu
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton import kinds, linear
-from lora_kernels.impl.triton.kernels.arguments import Codes
 from lora_kernels.impl.triton.launch import Gpu
 from lora_kernels.impl.triton.operands import operands_of
 from lora_kernels.impl.triton.plan.device import known
@@ -18,7 +17,8 @@ from lora_kernels.impl.triton.tools.record import Launch, Product, Recorder
 from lora_kernels.operands.call import Adapter, LinearCall, Wanted
 from lora_kernels.operands.dropout import Dropout
 from lora_kernels.operands.weight import Dense
-from tests.support.executors import needs_compiler, own_plan
+from tests.support.executors import fixed_plan, needs_compiler, own_plan
+from tests.support.quantised import drawn
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 M, N, K, R = 40, 48, 64, 16
@@ -74,11 +74,32 @@ def lying(rows, columns, dtype=BF16, by=None, shift=0, device="cpu", transposed=
     return memory[shift:].as_strided((rows, columns), (by, 1))
 
 
+def codes_of(n, k, name="nf4-nested", blocksize=64, moved=(), **lies):
+    """A quantised weight; `moved`: tensors whose memory begins elsewhere, 0 the codes, then parts.
+
+    lies: how codes of eight bits lie, and the dtype of their scales.
+    """
+    weight = drawn(name, n, k, blocksize)
+    if "by" in lies:
+        weight.stored = lying(n, k, torch.int8, lies["by"])
+    if "scales" in lies:
+        weight.parts = tuple(t.to(lies["scales"]) for t in weight.parts)
+    tensors = [weight.stored, *weight.parts]
+    for index in moved:
+        t = tensors[index]
+        shape = (1, t.numel()) if t.ndim < 2 else t.shape
+        tensors[index] = lying(*shape, t.dtype, shift=1).view(t.shape)
+    weight.stored, weight.parts = tensors[0], tuple(tensors[1:])
+    return weight
+
+
 def call(m=M, n=N, k=K, r=R, dtype=BF16, device="cpu", wanted=WANTED, **at):
     """Run forward and backward; `at` says of each tensor how it lies, of numbers what they are."""
     where = {"dtype": dtype, "device": device}
     x, dy = (lying(m, c, **(where | at.get(name, {}))) for name, c in (("x", k), ("dy", n)))
-    w = lying(n, k, **(where | at.get("w", {})))
+    coded = at.get("codes")
+    weight = Dense(lying(n, k, **(where | at.get("w", {}))))
+    weight = weight if coded is None else codes_of(n, k, **coded)
     a, b = lying(r, k, **(where | at.get("a", {}))), lying(n, r, **(where | at.get("b", {})))
     xa = lying(m, r, **(where | at.get("xa", {})))
     bias = at.get("bias")
@@ -89,7 +110,7 @@ def call(m=M, n=N, k=K, r=R, dtype=BF16, device="cpu", wanted=WANTED, **at):
     scaling = at.get("scaling", 2.0)
     if isinstance(scaling, dict):
         scaling = lying(1, 1, **({"device": device} | scaling))[0, 0]
-    given = LinearCall(Dense(w), Adapter(a, b, scaling), bias, dropout)
+    given = LinearCall(weight, Adapter(a, b, scaling), bias, dropout)
     linear.forward(x, given)
     linear.backward(dy, x if wanted.da else None, xa if wanted.db else None, given, wanted)
 
@@ -112,6 +133,39 @@ CALLS = [
     {"scaling": 1.0}, {"wanted": Wanted(True, False, False, False)},
     {"wanted": Wanted(False, True, True, True)}, {"wanted": Wanted(False, False, True, False)},
 ]  # fmt: skip
+# The same of quantised weights; K is a multiple of both block sizes.
+CODED = [
+    {"codes": codes, "k": 256, **others}
+    for codes in (
+        {}, {"name": "nf4"}, {"blocksize": 128}, {"blocksize": 32}, {"name": "int8"},
+        {"name": "int8", "by": 272}, {"name": "int8", "by": 257}, {"name": "int8", "scales": BF16},
+        {"name": "float8-rows"}, {"name": "float8-tiles"}, *({"moved": [i]} for i in range(6)),
+        {"name": "nf4", "moved": [1]}, *({"name": "int8", "moved": [i]} for i in range(2)),
+    )
+    for others in ({}, {"r": 0})
+]  # fmt: skip
+CODED += [
+    {"codes": {}, "k": 256, **others}
+    for others in ({"n": 96, "k": 128}, {"m": 1}, {"dtype": FP16}, {"dtype": FP32}, {"r": 64},
+                   {"wanted": Wanted(False, True, True, False)}, {"x": {"shift": 1}})
+]  # fmt: skip
+
+
+def first(problem, device):
+    """Plan Triton's own products of a W that was decoded to memory."""
+    return own_plan(problem._replace(blocksize=0), device)
+
+
+def in_loop(problem, device):
+    """Plan a loop that decodes W wherever one may."""
+    may = problem.blocksize and problem.bits == 16
+    return (fixed_plan(codes=True) if may else own_plan)(problem, device)
+
+
+CODED_PLANS = [
+    *(pytest.param(plan, id=plan.__name__) for plan in (first, in_loop)),
+    pytest.param(library_plan, id="library"),
+]
 PLANS = [pytest.param(own_plan, id="one launch"), pytest.param(library_plan, id="library")]
 
 
@@ -176,11 +230,12 @@ def _parts():
     return max(map(len, made))
 
 
-SWITCHES = (6, 7)  # how many multiprocessors torch spares, TF32: tests of their own
+# How many multiprocessors torch spares, TF32, the form of codes: tests of their own.
+ELSEWHERE = (6, 7, 14)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("left_out", [i for i in range(_parts()) if i not in SWITCHES])
+@pytest.mark.parametrize("left_out", [i for i in range(_parts()) if i not in ELSEWHERE])
 def test_each_element_of_a_key_is_needed(left_out, monkeypatch):
     """Without it some call launches what was made for another."""
     real = kinds.key_of
@@ -216,18 +271,57 @@ def test_switches_of_torch_make_another_kind(monkeypatch):
     assert len(set(keys)) == 3
 
 
-def test_codes_decoded_in_the_loop_are_a_kind_of_their_own():
-    """By blocks of each size; where W is decoded first, the kind is a dense W's."""
-    keys = []
-    for blocksize in (None, 64, 128):
-        w = torch.empty(N, 128, device="meta", dtype=BF16)
-        adapter = Adapter(lying(R, 128), lying(N, R), 1.0)
-        operands = operands_of(LinearCall(Dense(w), adapter, None, None), w)
-        if blocksize:
-            codes = Codes(*(torch.empty(8, dtype=t) for t in (torch.uint8, FP32, FP32)))
-            operands = operands._replace(codes=codes, blocksize=blocksize)
-        keys.append(kinds.key_of(lying(M, 128), operands, None))
-    assert len(set(keys)) == 3
+@pytest.mark.parametrize("plan", CODED_PLANS)
+def test_calls_with_codes_of_one_kind_launch_the_same_compiled_kernels(plan):
+    """What decodes W is kept too, and no tensor with it."""
+    keeping = check(plan, [{}, *CODED, *reversed(CODED), {}])
+    assert not any(
+        isinstance(t, torch.Tensor) for made in keeping.kept.values() for t in held(made)
+    )
+
+
+@pytest.mark.parametrize("plan", CODED_PLANS)
+@pytest.mark.parametrize("r", [R, 0])
+def test_a_call_with_codes_plans_once(plan, r):
+    """Another of its kind makes no plan, no constants and no launcher."""
+    keeping = Keeping(plan)
+    with using(keeping):
+        call(codes={}, k=256, r=r)
+        launches = list(map(_kernel, keeping.calls))
+        keeping.calls.clear()
+        keeping.plan = keeping.launcher = None
+        call(codes={}, k=256, r=r, m=M + 1)
+    assert list(map(_kernel, keeping.calls)) == launches
+    decoding = "absmax_kernel" if plan is in_loop and r else "codebook_kernel"
+    assert launches.count(decoding) == 2  # forward and backward
+
+
+def _kernel(made):
+    return "product" if isinstance(made, Product) else made.kernel.__name__
+
+
+LIE_OF_CODES, FORM = 9, 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left_out", [LIE_OF_CODES, FORM, *range(-5, 0)])
+def test_each_element_of_a_key_of_codes_is_needed(left_out, monkeypatch):
+    """How they lie, their form, and how each part of W lies."""
+    real = kinds.key_of
+
+    def less(*args):
+        key = list(real(*args))
+        del key[left_out]
+        return tuple(key)
+
+    def check_pairs():
+        for plan in (first, in_loop):
+            for given in CODED:
+                check(plan, [{"codes": {}, "k": 256}, given])
+
+    monkeypatch.setattr(linear, "key_of", less)
+    with pytest.raises(AssertionError):
+        check_pairs()
 
 
 def test_a_gpu_keeps_a_bounded_number_of_kinds():

@@ -37,7 +37,7 @@ CASE = Case((130,), 200, 136, 5, torch.float16, dropout_p=0.2)
 SOURCES = (
     "arguments", "memory", "products", "units", "flags", "order", "mask", "split_k", "weights",
     "mainloop", "epilogue", "sums", "shrink", "forward", "backward", "expand", "dy_pass", "x_pass",
-    "decode", "norm", "gain",
+    "decode", "groups", "grouped_sums", "grouped_forward", "grouped_backward", "norm", "gain",
 )  # fmt: skip
 
 # name: (file, text, replacement, whether only several programs at once show it)
@@ -249,7 +249,7 @@ def mutated_kernels(tmp_path, monkeypatch, file, text, replacement):
         monkeypatch.setitem(sys.modules, f"{package}.{name}", module)
         spec.loader.exec_module(module)
         found |= {each: v for each, v in vars(module).items() if each.endswith("_kernel")}
-    assert len(found) == 12
+    assert len(found) == 14
     return found
 
 

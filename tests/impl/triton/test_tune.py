@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from lora_kernels.impl.triton.plan import tuned
 from lora_kernels.impl.triton.plan.config import Config, LibraryConfig, Problem, illegal, shipped
 from lora_kernels.impl.triton.plan.device import known
-from lora_kernels.impl.triton.plan.plan import library_plan, plan, plan_of
+from lora_kernels.impl.triton.plan.plan import library_plan, plan, plan_of, rounded
 from lora_kernels.impl.triton.tools import tune
 
 DEVICE = known("NVIDIA H200")
@@ -48,7 +48,7 @@ def test_fastest_is_kept_and_read_back(folder):
     assert found == (winner, 1e-5)
     assert any("out of resources" in line for line in lines)
     assert "2.00" in lines[-1]
-    tuned.write(tuned.path_of(DEVICE), DEVICE, {tuned.key_of(LAYER): found})
+    tuned.write(tuned.path_of(DEVICE), DEVICE, {tuned.key_of(LAYER): tuned.Measured(*found)})
     for m in (2049, 3000, 4096):  # batch shapes of one power of two share a measurement
         chosen = tuned.planned(LAYER._replace(m=m), DEVICE)
         assert (chosen.config, chosen.seconds, chosen.measured) == (winner, 1e-5, True)
@@ -67,20 +67,26 @@ def test_the_library_plan_is_timed_and_kept(folder):
 
     config, time = tune.fastest(LAYER, DEVICE, timer, lambda line: None)
     assert isinstance(config, LibraryConfig)
-    tune._keep(tuned.path_of(DEVICE), DEVICE, tuned.key_of(LAYER), config, time)
+    tune._keep(tuned.path_of(DEVICE), DEVICE, tuned.key_of(LAYER), 9e-5, config, time)
     chosen = tuned.planned(LAYER, DEVICE)
-    assert chosen == replace(library_plan(LAYER, DEVICE), seconds=1e-5, measured=True)
+    assert chosen == replace(library_plan(rounded(LAYER), DEVICE), seconds=1e-5, measured=True)
     assert "library plan; measured 10.0 us" in str(chosen)
 
 
 def test_what_was_measured_slower_than_peft_is_not_taken(folder):
-    slow = plan(LAYER, DEVICE).predicted.peft * 1.01
-    tuned.write(tuned.path_of(DEVICE), DEVICE, {tuned.key_of(LAYER): (_unloved(), slow)})
-    assert tuned.planned(LAYER, DEVICE) == plan(LAYER, DEVICE)
+    """Its operators' time is the measured one where there is one."""
+    path, key, peft = tuned.path_of(DEVICE), tuned.key_of(LAYER), plan(LAYER, DEVICE).predicted.peft
+    slower, faster = tuned.Measured(_unloved(), 1.01 * peft), tuned.Measured(_unloved(), 0.9 * peft)
+    for entry in (slower, faster._replace(peft=0.89 * peft)):
+        tuned.write(path, DEVICE, {key: entry})
+        assert tuned.planned(LAYER, DEVICE) == plan(LAYER, DEVICE)
+    for entry in (faster, slower._replace(peft=1.02 * peft)):
+        tuned.write(path, DEVICE, {key: entry})
+        assert tuned.planned(LAYER, DEVICE).seconds == entry.seconds
 
 
 def test_the_fewest_useful_configurations_are_kept_as_they_come():
-    """In the order of the cost model, which is asked first and may be wrong."""
+    """After the library plan in the order of the cost model, which may be wrong."""
     timed, kept = [], []
 
     def timer(problem, config):
@@ -90,9 +96,10 @@ def test_the_fewest_useful_configurations_are_kept_as_they_come():
     def keep(config, time):
         kept.append((len(timed), config, time))
 
-    found = tune.fastest(LAYER, DEVICE, timer, lambda line: None, 4, keep)
+    found = tune.fastest(LAYER, DEVICE, timer, lambda line: None, 3, keep)
     assert len(timed) == 4
-    predicted = [plan_of(config, LAYER, DEVICE).seconds for config in timed]
+    assert isinstance(timed[0], LibraryConfig)
+    predicted = [plan_of(config, LAYER, DEVICE).seconds for config in timed[1:]]
     assert predicted == sorted(predicted)
     assert [number for number, *_ in kept] == [1, 3]
     assert found == kept[-1][1:] == (timed[2], 1e-5)
@@ -125,29 +132,37 @@ def test_the_command_counts_what_it_times(folder, monkeypatch, capsys):
             counted.append(1)
 
     monkeypatch.setattr(tune, "Progress", Counter)
-    monkeypatch.setattr(tune, "gpu_timer", lambda dtype: timer)
+    monkeypatch.setattr(tune, "gpu_timer", lambda made: timer)
+    monkeypatch.setattr(tune, "_seconds", lambda call: 1e-4)
+    compiled = []
+    monkeypatch.setattr(tune, "compile_all", lambda jobs, *_: compiled.extend(jobs))
+    for name in ("frozen", "peft"):
+        monkeypatch.setattr(tune, name, lambda problem, made: None)
     monkeypatch.setattr(tune, "of_gpu", lambda index: DEVICE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert main(["tune", "--shapes", "64x64x64x16", "--most", "3"]) == 0
     total, *steps = counted
-    # Both directions, with and without dropout, three each; backward with dropout has one.
-    assert total == len(steps) == 10
-    assert "out of resources" in capsys.readouterr().out
+    # Both directions, with and without dropout, four each; backward with dropout has one.
+    assert total == len(steps) == len(compiled) == 13
+    printed = capsys.readouterr().out
+    assert "out of resources" in printed
+    assert "frozen 100.0 us, PEFT's operators 100.0" in printed
     assert tuned.path_of(DEVICE).exists()
 
 
 def test_later_runs_add_to_the_file(folder):
     path = tuned.path_of(DEVICE)
     for problem in (LAYER, LAYER._replace(backward=True)):
-        tuned.write(path, DEVICE, {tuned.key_of(problem): (_unloved(problem), 1e-5)})
+        found = tuned.Measured(_unloved(problem), 1e-5)
+        tuned.write(path, DEVICE, {tuned.key_of(problem): found})
     assert len(json.loads(path.read_text())["plans"]) == 2
 
 
 def test_a_configuration_that_became_illegal_is_not_used(folder):
     gone = Config(512, 512, 64, 8, 3)
-    tuned.write(tuned.path_of(DEVICE), DEVICE, {tuned.key_of(LAYER): (gone, 1e-5)})
+    tuned.write(tuned.path_of(DEVICE), DEVICE, {tuned.key_of(LAYER): tuned.Measured(gone, 1e-5)})
     assert tuned.planned(LAYER, DEVICE) == plan(LAYER, DEVICE)
 
 

@@ -18,10 +18,20 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Rows(NamedTuple):
-    """A matrix, adjacent elements along rows: a pointer, and how far apart rows are."""
+    """A matrix: a pointer, how far apart rows are, and elements of a row, 1 but for groups' B."""
 
     pointer: Any
     stride: Any
+    step: Any = 1
+
+
+class Stack(NamedTuple):
+    """Matrices of groups, as `Rows` each: a pointer to the first, and how far apart they are."""
+
+    pointer: Any
+    apart: Any
+    stride: Any
+    step: Any = 1
 
 
 class Absmax(NamedTuple):
@@ -47,12 +57,13 @@ class Codes(NamedTuple):
 class Call(NamedTuple):
     """A call's parameters. bias: forward's; seed, scaling: numbers in memory; each may be None.
 
+    Of groups w, a and b are stacks, bias and scaling `Rows` of one a group.
     gain: a `Gain` of DoRA's forward.
     """
 
-    w: Rows | Codes
-    a: Rows
-    b: Rows
+    w: Rows | Codes | Stack
+    a: Rows | Stack
+    b: Rows | Stack
     bias: Any
     seed: Any
     scaling: Any
@@ -129,6 +140,7 @@ class ForwardShape(NamedTuple):
     GROUP: int  # row panels whose tiles follow each other
     XA_COLUMNS: int
     BLOCKSIZE: int = 0  # codes that share a scale; 0 of a dense W
+    BY_COLUMNS: bool = False  # whether W lies as [K, N]
 
 
 class BackwardShape(NamedTuple):
@@ -149,6 +161,30 @@ class BackwardShape(NamedTuple):
     BLOCK_S: int  # and its rows a step
     UNIT_ROWS: int
     MASK_STRIDE: int
+    BLOCKSIZE: int = 0
+    BY_COLUMNS: bool = False
+
+
+class GroupedShape(NamedTuple):
+    """Sizes of groups' layers and of either direction's tiles, as those of one layer."""
+
+    N: int
+    K: int
+    R: int
+    GROUPS: int
+    PADDED: int  # more than GROUPS, a power of two
+    ADAPTERS: int
+    WEIGHTS: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    RANK_STEP: int
+    GROUP: int
+    BY_COLUMNS: bool
+    RANKS: int
+    BLOCK_C: int
+    BLOCK_S: int
     BLOCKSIZE: int = 0
 
 
@@ -240,7 +276,10 @@ class Mode(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One operand of a tile: a descriptor, or else pointers; `first`: its first row or column."""
+    """One operand of a tile: a descriptor, or else pointers; `first`: its first row or column.
+
+    Of gathered rows, whose mask has other rows: what each of these is more than its place here.
+    """
 
     descriptor: Any
     pointers: Any
@@ -264,11 +303,12 @@ class Part(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a tile of dx begins, of M rows."""
+    """Where a tile of dx begins, of M rows; drawn: the rows of the mask that its rows have."""
 
     row: Any
     column: Any
     m: Any
+    drawn: Any
 
 
 class Segment(NamedTuple):
@@ -280,6 +320,21 @@ class Segment(NamedTuple):
     column: Any
     rank: Any
     WIDTH: Any
+
+
+class DySums(NamedTuple):
+    """Where sums of dy's rows go, None where not wanted."""
+
+    db: Any
+    dbias: Any
+
+
+class Named(NamedTuple):
+    """Which row of a matrix each sorted row names, and which of the mask's `places`, or None."""
+
+    source: Any
+    drawn: Any
+    places: Any
 
 
 class Sums(NamedTuple):

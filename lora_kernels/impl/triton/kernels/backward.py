@@ -127,7 +127,7 @@ def backward_kernel(
                         wait(flags + panel, tl.where(tile < dxa_end, 1, before))
                     finish_dx(
                         acc, dxa, call.a, out.dx, draw, tile >= dxa_end,
-                        arguments.Place(row, column, m), SHAPE, MODE,
+                        arguments.Place(row, column, m, rows), SHAPE, MODE,
                     )  # fmt: skip
                     if FUSED or DRAWN:
                         leave(flags + panel, last_out)

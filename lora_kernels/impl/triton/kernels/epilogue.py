@@ -9,7 +9,12 @@ from lora_kernels.impl.triton.kernels.mask import (
     masks_by_bits,
     masks_by_call,
 )
-from lora_kernels.impl.triton.kernels.memory import block_pointers, load_factor, store_tile
+from lora_kernels.impl.triton.kernels.memory import (
+    block_pointers,
+    load_b,
+    load_factor,
+    store_tile,
+)
 from lora_kernels.impl.triton.kernels.products import plus_product, read, rounded_now, zeros
 from lora_kernels.impl.triton.kernels.units import inverse_of
 from lora_kernels.operands import dora
@@ -36,7 +41,7 @@ def expanded(acc, made, xa, b, rows, columns, scale, SHAPE: tl.constexpr, MODE: 
             xa_tile = load_factor(xa, rows, R, rank, R, RANK_STEP, EVEN=EVEN)
         else:
             xa_tile = made
-        b_tile = load_factor(b.pointer, columns, b.stride, rank, R, RANK_STEP, EVEN=EVEN)
+        b_tile = load_b(b, columns, rank, R, RANK_STEP, EVEN=EVEN)
         b_tile = b_tile.to(dtype)
         if not SCALED_SUMS:
             b_tile = (b_tile.to(tl.float32) * scale).to(dtype)
@@ -99,7 +104,7 @@ def finish_dx(acc, dxa, a, dx, draw, drawn, at, SHAPE: tl.constexpr, MODE: tl.co
                 )
                 masks = masks_by_bits(tl.load(pointers).to(tl.uint32, bitcast=True))
             else:
-                masks = masks_by_call(rows, at.column, draw, K, BLOCK_K, MODE)
+                masks = masks_by_call(at.drawn, at.column, draw, K, BLOCK_K, MODE)
             dropped = rounded_now(acc, dtype)
     if dxa.units is not None:
         # In dx nothing counts that float16 itself doesn't hold: a small unit goes to dxa, a large
@@ -128,7 +133,7 @@ def finish_dx(acc, dxa, a, dx, draw, drawn, at, SHAPE: tl.constexpr, MODE: tl.co
     result = read(acc, MODE).to(dtype)
     if MODE.DROPOUT:
         if dtype == tl.float32:
-            masks = masks_by_call(rows, at.column, draw, K, BLOCK_K, MODE)
+            masks = masks_by_call(at.drawn, at.column, draw, K, BLOCK_K, MODE)
             result = dropped + keep_where(masks, result)
         else:
             result = choose(masks, result, dropped)

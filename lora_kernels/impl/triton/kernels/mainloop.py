@@ -5,7 +5,7 @@ import triton.language as tl
 
 from lora_kernels.impl.triton.kernels import arguments
 from lora_kernels.impl.triton.kernels.mask import keep_where, masks_by_element
-from lora_kernels.impl.triton.kernels.memory import block_pointers, load_operand, wide
+from lora_kernels.impl.triton.kernels.memory import b_pointers, block_pointers, load_operand, wide
 from lora_kernels.impl.triton.kernels.products import plus_product, read, settled, unfetched, zeros
 from lora_kernels.impl.triton.kernels.weights import (
     load_weight_columns,
@@ -30,6 +30,8 @@ def plain_steps(
             k = tl.minimum(step.to(tl.uint32), (step - LENGTH).to(tl.uint32)).to(tl.int32)
         x_tile = load_operand(x, k, SHAPE.K, SHAPE.BLOCK_K)
         w_tile = load_weight_rows(w, k, x_tile.dtype, SHAPE)
+        if SHAPE.BY_COLUMNS and MODE.MMA == "mma" and x_tile.dtype != tl.float32:
+            x_tile = unfetched(x_tile)
         acc = plus_product(acc, x_tile, w_tile.T, MODE)
     return acc
 
@@ -65,7 +67,10 @@ def shrinking_steps(x, w, a, draw, begin, end, SHAPE: tl.constexpr, MODE: tl.con
             x_tile = load_operand(x, k, K, BLOCK_K)
         w_tile = load_weight_rows(w, k, x_tile.dtype, SHAPE)
         a_tile = load_operand(a_rows, k, K, BLOCK_K).to(x_tile.dtype)
-        acc = plus_product(acc, x_tile, w_tile.T, MODE)
+        base_tile = x_tile
+        if SHAPE.BY_COLUMNS and MODE.MMA == "mma" and x_tile.dtype != tl.float32:
+            base_tile = unfetched(x_tile)
+        acc = plus_product(acc, base_tile, w_tile.T, MODE)
         if MODE.DROPOUT:
             masks, _ = masks_by_element(rows, k, draw, K, BLOCK_K, MODE)
             if MODE.MMA == "wgmma" and not CARRIED:
@@ -99,7 +104,7 @@ def dy_products(
     stride = None
     if SHAPE.BLOCKSIZE == 0:
         stride = call.w.stride
-    b_pointers = block_pointers(call.b.pointer, steps, call.b.stride, 0, SHAPE.BLOCK_R)
+    b_begin = b_pointers(call.b, steps, ranks)
     for n in tl.range(0, N, BLOCK_N):
         dy_tile = load_operand(dy, n, N, BLOCK_N)
         inside = (n + steps < N)[:, None]
@@ -110,7 +115,7 @@ def dy_products(
                 base_tile = unfetched(dy_tile)
             acc = plus_product(acc, base_tile, w_tile, MODE)
         if SHRINK:
-            pointers = b_pointers + wide(n) * call.b.stride
+            pointers = b_begin + wide(n) * call.b.stride
             if N % BLOCK_N == 0 and SHAPE.R == SHAPE.BLOCK_R:
                 b_tile = tl.load(pointers)
             else:

@@ -67,6 +67,23 @@ def load_factor(
 
 
 @triton.jit
+def b_pointers(b, rows, ranks):
+    """Return pointers to some ranks of the given rows of B, where they may lie apart."""
+    return b.pointer + rows.to(tl.int64)[:, None] * b.stride + (ranks * b.step)[None, :]
+
+
+@triton.jit
+def load_b(b, rows, rank, R: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr):
+    """Load RANKS columns from `rank` on of the given rows of B, as `load_factor`."""
+    ranks = rank + tl.arange(0, RANKS)
+    pointers = b.pointer + rows.to(tl.int64)[:, None] * b.stride + (ranks * b.step)[None, :]
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(ranks < R)[None, :], other=0.0)
+
+
+@triton.jit
 def store_factor(pointer, tile, rows, limit, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """Store tile [len(rows), BLOCK_R] to the rows below `limit` of a contiguous [., R] tensor."""
     ranks = tl.arange(0, BLOCK_R)

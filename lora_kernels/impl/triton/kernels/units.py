@@ -1,4 +1,4 @@
-"""Device functions: the units that float16's dxa is stored in."""
+"""Device functions: the units that float16's dxa is stored in, or its precision in float32."""
 
 import triton
 import triton.language as tl
@@ -23,3 +23,11 @@ def unit_of(sums):
 def inverse_of(unit):
     """Return the inverse of powers of two, exactly."""
     return (0x7F000000 - unit.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def eleven_bits(numbers):
+    """Return float32 rounded to float16's precision, which is TF32's; its range is float32's."""
+    bits = numbers.to(tl.int32, bitcast=True)
+    near = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(numbers == numbers, near, numbers)

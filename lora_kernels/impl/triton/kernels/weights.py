@@ -8,13 +8,21 @@ dtype; then every code takes one of them. Rows begin where blocks do.
 import triton
 import triton.language as tl
 
-from lora_kernels.impl.triton.kernels.memory import load_operand, operand_pointers, wide
+from lora_kernels.impl.triton.kernels.memory import (
+    block_pointers,
+    load_operand,
+    operand_pointers,
+    wide,
+)
 
 
 @triton.jit
 def weight_rows(w, descriptor, rows, first, SHAPE: tl.constexpr):
     """Return what `load_weight_rows` reads of rows of W, inside the tensor, `first` and so on."""
-    if SHAPE.BLOCKSIZE == 0:
+    if SHAPE.BY_COLUMNS:
+        steps = tl.arange(0, SHAPE.BLOCK_K)
+        return block_pointers(w.pointer, steps, w.stride, first, SHAPE.BLOCK_N), w.stride
+    elif SHAPE.BLOCKSIZE == 0:
         return operand_pointers(w, descriptor, rows, 0, SHAPE.BLOCK_K)
     else:
         return _code_pointers(w, first, 0, SHAPE)
@@ -23,7 +31,19 @@ def weight_rows(w, descriptor, rows, first, SHAPE: tl.constexpr):
 @triton.jit
 def load_weight_rows(w, k, dtype: tl.constexpr, SHAPE: tl.constexpr):
     """Load forward's tile [BLOCK_N, BLOCK_K] of W: a `Side`'s rows, from column k on."""
-    if SHAPE.BLOCKSIZE == 0:
+    if SHAPE.BY_COLUMNS:
+        # Rows aren't clamped to be inside, but masked: so they are copied by vectors.
+        pointers, stride = w.pointers
+        pointers += wide(k) * stride
+        if SHAPE.N % SHAPE.BLOCK_N == 0 and SHAPE.K % SHAPE.BLOCK_K == 0:
+            tile = tl.load(pointers)
+        else:
+            columns = k + tl.arange(0, SHAPE.BLOCK_K)
+            rows = w.first + tl.arange(0, SHAPE.BLOCK_N)
+            inside = (columns < SHAPE.K)[:, None] & (rows < SHAPE.N)[None, :]
+            tile = tl.load(pointers, mask=inside, other=0.0)
+        return tile.T
+    elif SHAPE.BLOCKSIZE == 0:
         return load_operand(w, k, SHAPE.K, SHAPE.BLOCK_K)
     else:
         EVEN: tl.constexpr = SHAPE.K % SHAPE.BLOCK_K == 0
@@ -34,7 +54,10 @@ def load_weight_rows(w, k, dtype: tl.constexpr, SHAPE: tl.constexpr):
 @triton.jit
 def weight_columns(w, descriptor, column, SHAPE: tl.constexpr):
     """Return what `load_weight_columns` reads of columns of W."""
-    if SHAPE.BLOCKSIZE == 0:
+    if SHAPE.BY_COLUMNS:
+        near = tl.minimum(column + tl.arange(0, SHAPE.BLOCK_K), SHAPE.K - 1)
+        return block_pointers(w.pointer, near, w.stride, 0, SHAPE.BLOCK_N)
+    elif SHAPE.BLOCKSIZE == 0:
         steps = tl.arange(0, SHAPE.BLOCK_N)
         return operand_pointers(w, descriptor, steps, column, SHAPE.BLOCK_K)
     else:
@@ -45,7 +68,9 @@ def weight_columns(w, descriptor, column, SHAPE: tl.constexpr):
 def load_weight_columns(w, stride, n, dtype: tl.constexpr, SHAPE: tl.constexpr):
     """Load backward's tile [BLOCK_N, BLOCK_K] of W: a `Side`'s columns, from row n on."""
     EVEN: tl.constexpr = SHAPE.N % SHAPE.BLOCK_N == 0 and SHAPE.K % SHAPE.BLOCK_K == 0
-    if SHAPE.BLOCKSIZE > 0:
+    if SHAPE.BY_COLUMNS:
+        return load_operand(w, n, SHAPE.N, SHAPE.BLOCK_N).T
+    elif SHAPE.BLOCKSIZE > 0:
         row, column = _chunk_places(SHAPE)
         inside = (n + row < SHAPE.N) & (w.first + column < SHAPE.K)
         return _decoded(w.pointers, wide(n) * SHAPE.K, inside, EVEN, dtype, SHAPE)

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_kernels._version import __version__
 from lora_kernels.impl.triton.plan.config import Config, Problem
@@ -26,8 +26,14 @@ from lora_kernels.impl.triton.plan.plan import (
 )
 
 ENVIRONMENT = "LORA_KERNELS_TUNED"
-# What was fastest, None for the library plan, and its seconds.
-Measured = tuple[Config | None, float]
+
+
+class Measured(NamedTuple):
+    """What was fastest, None for the library plan, its seconds, and those of PEFT's operators."""
+
+    config: Config | None
+    seconds: float
+    peft: float | None = None
 
 
 def path_of(device: Device) -> Path:
@@ -69,11 +75,12 @@ def planned(problem: Problem, device: Device) -> Plan:
     entry = _read(path_of(device)).get(key_of(problem))
     if entry is None:
         return plan(problem, device)
-    config, seconds = entry
+    problem = rounded(problem)  # as it was measured
+    config, seconds, peft = entry
     if config is None:
         return replace(library_plan(problem, device), seconds=seconds, measured=True)
     measured = replace(plan_of(config, problem, device), seconds=seconds, measured=True)
-    if not may_serve(config, problem, device) or seconds > measured.predicted.peft:
+    if not may_serve(config, problem, device) or seconds > (peft or measured.predicted.peft):
         return plan(problem, device)
     return measured
 
@@ -88,8 +95,9 @@ def write(path: Path, device: Device, found: dict[str, Measured]) -> None:
             key: {
                 "config": None if config is None else asdict(config),
                 "seconds": seconds,
+                "peft": peft,
             }
-            for key, (config, seconds) in sorted(plans.items())
+            for key, (config, seconds, peft) in sorted(plans.items())
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +108,10 @@ def write(path: Path, device: Device, found: dict[str, Measured]) -> None:
     planned.cache_clear()
 
 
-def _config(fields: dict[str, Any] | None) -> Config | None:
-    return None if fields is None else Config(**fields)
+def _measured(entry: dict[str, Any]) -> Measured:
+    fields, peft = entry["config"], entry.get("peft")
+    config = None if fields is None else Config(**fields)
+    return Measured(config, float(entry["seconds"]), None if peft is None else float(peft))
 
 
 @cache
@@ -110,7 +120,7 @@ def _read(path: Path) -> dict[str, Measured]:
         return {}
     try:
         plans: dict[str, Any] = json.loads(path.read_text())["plans"]
-        return {key: (_config(e["config"]), float(e["seconds"])) for key, e in plans.items()}
+        return {key: _measured(entry) for key, entry in plans.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected plans as `python -m lora_kernels tune` writes them, got {error!r}; "

@@ -95,6 +95,20 @@ class Recorder(Forgetful):
         self.calls.append(Product(out, left, right))
 
 
+class Made(NamedTuple):
+    """How a layer's tensors are made: by `fill` of sizes, a dtype and a device.
+
+    dtype: of x, W and bias, of the problem's bits. adapters: of A and B; None: the same.
+    memory: where they lie. bias: whether the layer has one; backward doesn't read it.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    adapters: torch.dtype | None = None
+    memory: torch.device | str = "cpu"
+    bias: bool = False
+    fill: Callable[..., torch.Tensor] = torch.randn
+
+
 def launches(
     problem: Problem,
     config: AnyConfig,
@@ -126,11 +140,19 @@ def calls(
         memory: where the tensors lie.
         bias: whether the layer has one; backward doesn't read it.
     """
+    return recorded(problem, config, device, Made(dtype, None, memory, bias))
+
+
+def recorded(
+    problem: Problem, config: AnyConfig, device: Device, made: Made
+) -> list[Launch | Product]:
+    """Return what a layer's call with a configuration runs, on tensors made as is said."""
     m, n, k, r = problem[:4]
-    normal = partial(torch.randn, device=memory, dtype=dtype)
-    dropout = Dropout(torch.tensor(0, device=memory), 6554) if problem.dropout else None
-    adapter = Adapter(normal(r, k), normal(n, r), 1.5)
-    call = LinearCall(_weight(problem, normal), adapter, normal(n) if bias else None, dropout)
+    normal = partial(made.fill, device=made.memory, dtype=made.dtype)
+    factor = partial(normal, dtype=made.adapters or made.dtype)
+    dropout = Dropout(torch.tensor(0, device=made.memory), 6554) if problem.dropout else None
+    adapter = Adapter(factor(r, k), factor(n, r), 1.5)
+    call = LinearCall(_weight(problem, normal), adapter, normal(n) if made.bias else None, dropout)
     with using(Recorder(device, config)) as recorder:
         if problem.gain:
             _call_dora(problem, call, normal)

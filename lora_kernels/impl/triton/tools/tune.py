@@ -1,14 +1,15 @@
-"""Time the library plan and every legal configuration of a few layers, and keep the fastest.
+"""Time the library plan and the most promising configurations of layers, and keep the fastest.
 
-A tool, never part of a call: nothing is tuned in a user's step.
+A tool, never part of a call: nothing is tuned in a user's step. Kernels are compiled ahead by
+several processes. The frozen layer and PEFT's own operators are timed beside.
 """
 
 import math
-import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,37 +23,24 @@ from lora_kernels.impl.triton.plan.config import (
 )
 from lora_kernels.impl.triton.plan.device import Device, of_gpu
 from lora_kernels.impl.triton.plan.plan import one_launch_configs, plan, plan_of
-from lora_kernels.impl.triton.plan.tuned import key_of, path_of, write
-from lora_kernels.impl.triton.tools.record import calls
+from lora_kernels.impl.triton.plan.tuned import Measured, key_of, path_of, write
+from lora_kernels.impl.triton.tools.ahead import Job, compile_all
+from lora_kernels.impl.triton.tools.layers import layers_of
+from lora_kernels.impl.triton.tools.record import Made, recorded
+from lora_kernels.impl.triton.tools.rivals import frozen, peft
 
 Timer = Callable[[Problem, AnyConfig], float]
-_SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)")
 NO_GPU = "tune: needs a CUDA GPU of compute capability 8.0 or newer; none is visible to torch"
 
 
-def layers_of(shapes: Iterable[str], bits: int) -> list[Problem]:
-    """Return the calls that a shape MxNxKxR stands for: both directions, with and without dropout.
-
-    Raises:
-        ValueError: a shape is not four positive numbers.
-    """
-    problems = []
-    for shape in shapes:
-        found = _SHAPE.fullmatch(shape)
-        m, n, k, r = map(int, found.groups()) if found else (0, 0, 0, 0)
-        if min(m, n, k, r) < 1:
-            raise ValueError(f"shapes: expected MxNxKxR like 8192x4096x4096x16, got {shape!r}")
-        for backward in (False, True):
-            for dropout in (False, True):
-                problems.append(Problem(m, n, k, r, bits, dropout, True, backward))
-    return problems
-
-
 def candidates(problem: Problem, device: Device, most: int | None = None) -> list[AnyConfig]:
-    """Return what may serve, or `most` of it: the fastest by the cost model first."""
+    """Return what may serve: the library plan, and one launch, the fastest by the cost model first.
+
+    most: how many of one launch; None for all.
+    """
     legal = sorted(one_launch_configs(problem, device))
-    found: list[AnyConfig] = [library_config(problem), *legal]
-    return sorted(found, key=lambda c: plan_of(c, problem, device).seconds)[:most]
+    likely = sorted(legal, key=lambda c: plan_of(c, problem, device).seconds)
+    return [library_config(problem), *likely[:most]]
 
 
 def fastest(
@@ -72,7 +60,7 @@ def fastest(
         device: the GPU that is measured.
         timer: returns the seconds of a configuration.
         say: gets a line of progress.
-        most: how many are timed, those that the cost model predicts to be fastest; None for all.
+        most: how many of one launch are timed, as `candidates`; None for all.
         keep: gets the best so far, whenever there is a better one.
     """
     times: dict[AnyConfig, float] = {}
@@ -94,45 +82,82 @@ def fastest(
     return best, times[best]
 
 
-def gpu_timer(dtype: torch.dtype) -> Timer:
+def gpu_timer(made: Made) -> Timer:
     """Return a timer of launches on the current GPU: median, cold L2, after a warm-up."""
-    from triton.testing import do_bench
-
     gpu = Gpu()
 
     def time(problem: Problem, config: AnyConfig) -> float:
         device = of_gpu(torch.cuda.current_device())
-        recorded = calls(problem, config, device, dtype, "cuda")
+        called = recorded(problem, config, device, made)
 
         def call() -> None:
-            for each in recorded:
+            for each in called:
                 each.play(gpu)
 
-        return float(do_bench(call, return_mode="median")) * 1e-3
+        return _seconds(call)
 
     return time
 
 
-def main(shapes: list[str], dtype: str, out: Path | None, most: int | None = None) -> int:
-    """Tune on the current GPU and write the file as results come; return an exit status."""
-    wanted = getattr(torch, dtype)
+def _seconds(call: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(call, return_mode="median")) * 1e-3
+
+
+def main(
+    shapes: Sequence[str], made: Made, out: Path | None, most: int | None, processes: int | None
+) -> int:
+    """Tune on the current GPU and write the file as results come; return an exit status.
+
+    made: how tensors are made, on the GPU. processes: that compile ahead.
+    """
     try:
-        problems = layers_of(shapes, wanted.itemsize * 8)
+        problems = layers_of(shapes, made.dtype.itemsize * 8)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+    if not has_gpu():
         print(NO_GPU, file=sys.stderr)
         return 2
     device = of_gpu(torch.cuda.current_device())
-    path, timer = out or path_of(device), gpu_timer(wanted)
-    total = sum(len(candidates(problem, device, most)) for problem in problems)
-    with Progress(total, "configuration") as progress:
-        for problem in problems:
-            keep = partial(_keep, path, device, key_of(problem))
-            fastest(problem, device, _counted(timer, progress), progress.say, most, keep)
+    path = out or path_of(device)
+    with Progress(sum(len(candidates(p, device, most)) for p in problems), "configuration") as bar:
+        tune(problems, device, made, path, Run(bar, most, processes))
     print(f"written to {path}")
     return 0
+
+
+class Run(NamedTuple):
+    """How a run goes: its progress, how many configurations, how many processes compile."""
+
+    progress: Progress
+    most: int | None
+    processes: int | None
+
+
+def tune(problems: Sequence[Problem], device: Device, made: Made, path: Path, run: Run) -> None:
+    """Compile ahead what is timed, time it, and write the best of each call as it comes."""
+    say = run.progress.say
+    wanted = [(p, c) for p in problems for c in candidates(p, device, run.most)]
+    jobs = [Job(problem, config, device, made) for problem, config in wanted]
+
+    def done(job: Job, reason: str | None) -> None:
+        if reason is not None:
+            say(f"  not compiled, {reason} ({job.config})")
+
+    compile_all(jobs, run.processes, done)
+    timer = gpu_timer(made)
+    for problem in problems:
+        base, others = (_seconds(make(problem, made)) for make in (frozen, peft))
+        say(f"{key_of(problem)}: frozen {base * 1e6:.1f} us, PEFT's operators {others * 1e6:.1f}")
+        keep = partial(_keep, path, device, key_of(problem), others)
+        fastest(problem, device, _counted(timer, run.progress), say, run.most, keep)
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a GPU that Triton's kernels run on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _counted(timer: Timer, progress: Progress) -> Timer:
@@ -145,5 +170,8 @@ def _counted(timer: Timer, progress: Progress) -> Timer:
     return time
 
 
-def _keep(path: Path, device: Device, key: str, config: AnyConfig, time: float) -> None:
-    write(path, device, {key: (config if isinstance(config, Config) else None, time)})
+def _keep(
+    path: Path, device: Device, key: str, others: float, config: AnyConfig, time: float
+) -> None:
+    kept = config if isinstance(config, Config) else None
+    write(path, device, {key: Measured(kept, time, others)})
