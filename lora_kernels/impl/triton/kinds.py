@@ -77,7 +77,8 @@ def kind_of(
 ) -> Kind:
     """Describe the kind of a call; rows are x, or with backward's `wanted` dy.
 
-    planned: of a quantised W that is decoded in the loop. gain: whether the call is DoRA's.
+    planned: of a quantised W that is decoded in the loop.
+    gain: whether the call is DoRA's.
     """
     dropout = operands.seed is not None
     problem = rounded(problem_of(rows, operands.weight, operands.a, dropout, wanted))

@@ -37,7 +37,7 @@ CASE = Case((130,), 200, 136, 5, torch.float16, dropout_p=0.2)
 SOURCES = (
     "arguments", "memory", "products", "units", "flags", "order", "mask", "split_k", "weights",
     "mainloop", "epilogue", "sums", "shrink", "forward", "backward", "expand", "dy_pass", "x_pass",
-    "decode", "groups", "grouped_sums", "grouped_forward", "grouped_backward", "norm", "gain",
+    "decode", "norm", "gain", "groups", "grouped_sums", "grouped_forward", "grouped_backward",
 )  # fmt: skip
 
 # name: (file, text, replacement, whether only several programs at once show it)

@@ -57,8 +57,8 @@ class Codes(NamedTuple):
 class Call(NamedTuple):
     """A call's parameters. bias: forward's; seed, scaling: numbers in memory; each may be None.
 
-    Of groups w, a and b are stacks, bias and scaling `Rows` of one a group.
-    gain: a `Gain` of DoRA's forward.
+    Of groups w, a and b are stacks, bias and scaling `Rows` of one a group. gain: of DoRA's
+    forward, a `Gain`.
     """
 
     w: Rows | Codes | Stack
