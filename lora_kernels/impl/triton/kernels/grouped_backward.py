@@ -105,7 +105,9 @@ def grouped_backward_kernel(
                             adapter = number_of(groups.adapters, group, -1, SHAPE.ADAPTERS)
                             weight = number_of(groups.weights, group, 0, SHAPE.WEIGHTS)
                             w, a = matrix_of(call.w, weight), matrix_of(call.a, adapter)
-                            own = arguments.Call(w, a, matrix_of(call.b, adapter), None, None, None)
+                            own = arguments.Call(
+                                w, a, matrix_of(call.b, adapter), None, None, None, None
+                            )
                             source = named_rows(groups.scatter, tl.minimum(rows, end - 1), count)
                             pointers = block_pointers(
                                 dy.pointer, source, dy.stride, 0, SHAPE.BLOCK_N
