@@ -99,7 +99,7 @@ def operands_of(call: GroupedCall, dtype: torch.dtype | None = None) -> GroupedO
     if a.stride(2) != 1:
         a = a.contiguous()
     if dtype is not None and b.stride(2) != 1:
-        b = b.to(dtype, memory_format=torch.contiguous_format)
+        b = b.new_empty(b.shape, dtype=dtype).copy_(b)
     bias = call.bias
     if bias is not None and bias.stride(1) != 1:
         bias = bias.contiguous()
