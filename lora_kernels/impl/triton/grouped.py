@@ -1,7 +1,8 @@
 """The grouped LoRA linear: from tensors to its launches. Signatures of `reference`.
 
-One launch each way, which finds out by itself how many rows a group has: the host doesn't wait for
-the GPU. Not run on a GPU.
+One kernel each way, which finds out by itself how many rows a group has: the host doesn't wait for
+the GPU. Beside it backward copies a B whose ranks lie apart, and adds the rows of dx that `rows`
+names more than once. Not run on a GPU.
 """
 
 from functools import partial
@@ -37,7 +38,7 @@ def forward(x: Tensor, call: GroupedCall) -> tuple[Tensor, Tensor]:
         return y.zero_(), xa.zero_()
     if count and n:
         with on_device(x):
-            rows, operands = unit_rows(x), operands_of(call, call.bias)
+            rows, operands = unit_rows(x), operands_of(call)
             key = _key(rows, operands, None)
             launches = current().prepared(key, partial(Forward, rows, operands, current()))
             launches(rows, operands, y, xa)
@@ -68,7 +69,7 @@ def backward(
     elif any(t is not None for t in out):
         wanted = Wanted(*(t is not None for t in out))
         with on_device(dy):
-            rows, operands = unit_rows(dy), operands_of(call)
+            rows, operands = unit_rows(dy), operands_of(call, dy.dtype)
             x = unit_rows(x) if wanted.da and x is not None else None
             xa = xa.contiguous() if wanted.db and xa is not None else None
             make = partial(Backward, rows, operands, current(), wanted)

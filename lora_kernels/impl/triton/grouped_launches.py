@@ -86,14 +86,21 @@ class GroupedOperands(NamedTuple):
         return Mode(dropout, wide, packed, mma, "tf32" if by_tf32 else "ieee")
 
 
-def operands_of(call: GroupedCall, bias: Tensor | None = None) -> GroupedOperands:
-    """Return a call's operands; W is copied only if neither its rows nor columns are adjacent."""
+def operands_of(call: GroupedCall, dtype: torch.dtype | None = None) -> GroupedOperands:
+    """Return a call's operands; W is copied only if neither its rows nor columns are adjacent.
+
+    dtype: of dy. Backward reads all of an adapter's B for each row panel: of ranks that lie apart,
+    as PEFT has them, it would read eight times the bytes, so they are copied in that dtype.
+    """
     (a, b, scaling), (seed, threshold) = call.adapter, call.dropout or (None, 0)
     weight = call.weight
     if 1 not in weight.stride()[1:]:
         weight = weight.contiguous()
     if a.stride(2) != 1:
         a = a.contiguous()
+    if dtype is not None and b.stride(2) != 1:
+        b = b.new_empty(b.shape, dtype=dtype).copy_(b)
+    bias = call.bias
     if bias is not None and bias.stride(1) != 1:
         bias = bias.contiguous()
     offsets, *others = call.groups
@@ -112,11 +119,12 @@ class _Launches:
         self.groups = operands.groups.offsets.shape[0]
         # Calls of one kind have counts up to this one.
         count = 1 << (operands.sorted_rows - 1).bit_length()
-        problem = GroupedProblem(count, self.groups, n, k, r, like.element_size() * 8)
+        self.mode = operands.mode(device.mma)
+        bits, dropout = like.element_size() * 8, self.mode.DROPOUT
+        problem = GroupedProblem(count, self.groups, n, k, r, bits, dropout)
         self.n, self.k, self.r, self.dtype = n, k, r, like.dtype
         self.weights, self.adapters = weights, adapters
         self.config = grouped_config(problem, device)
-        self.mode = operands.mode(device.mma)
         self.programs = self.config.programs * executor.programs(device)
         self.workspace = executor.workspace
         self.by_columns = operands.by_columns

@@ -118,8 +118,9 @@ def _call(case):
 
 
 @needs_compiler
-def test_one_launch_each_way_whatever_the_groups():
-    case = GroupedCase((64,) * 8, 96, 64, 16, BF16, FP32, stored=True)
+@pytest.mark.parametrize("adapter", [BF16, FP32], ids=str)
+def test_one_launch_each_way_whatever_the_groups(adapter):
+    case = GroupedCase((64,) * 8, 96, 64, 16, BF16, adapter, stored=True)
     call, x, dy = _call(case)
     with using(Recorder(H100)) as recorder:
         _, xa = grouped.forward(x, call)
@@ -129,6 +130,9 @@ def test_one_launch_each_way_whatever_the_groups():
     given = recorder.launches[0].args
     assert given["call"].b.pointer.data_ptr() == call.adapter.b.data_ptr(), "B was copied"
     assert given["call"].w.pointer.data_ptr() == call.weight.data_ptr(), "W was copied"
+    b = recorder.launches[1].args["call"].b
+    assert (b.pointer.dtype, b.stride, b.step) == (BF16, 16, 1)
+    assert b.pointer.equal(call.adapter.b.to(BF16))
 
 
 @needs_compiler

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from lora_kernels.impl.triton.kernels import arguments
 from lora_kernels.impl.triton.kernels.mask import keep_where, masks_by_element
-from lora_kernels.impl.triton.kernels.memory import b_pointers, block_pointers, load_operand, wide
+from lora_kernels.impl.triton.kernels.memory import block_pointers, load_operand, wide
 from lora_kernels.impl.triton.kernels.products import plus_product, read, settled, unfetched, zeros
 from lora_kernels.impl.triton.kernels.weights import (
     load_weight_columns,
@@ -104,7 +104,7 @@ def dy_products(
     stride = None
     if SHAPE.BLOCKSIZE == 0:
         stride = call.w.stride
-    b_begin = b_pointers(call.b, steps, ranks)
+    b_pointers = block_pointers(call.b.pointer, steps, call.b.stride, 0, SHAPE.BLOCK_R)
     for n in tl.range(0, N, BLOCK_N):
         dy_tile = load_operand(dy, n, N, BLOCK_N)
         inside = (n + steps < N)[:, None]
@@ -115,7 +115,7 @@ def dy_products(
                 base_tile = unfetched(dy_tile)
             acc = plus_product(acc, base_tile, w_tile, MODE)
         if SHRINK:
-            pointers = b_begin + wide(n) * call.b.stride
+            pointers = b_pointers + wide(n) * call.b.stride
             if N % BLOCK_N == 0 and SHAPE.R == SHAPE.BLOCK_R:
                 b_tile = tl.load(pointers)
             else:

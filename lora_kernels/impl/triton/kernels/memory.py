@@ -67,12 +67,6 @@ def load_factor(
 
 
 @triton.jit
-def b_pointers(b, rows, ranks):
-    """Return pointers to some ranks of the given rows of B, where they may lie apart."""
-    return b.pointer + rows.to(tl.int64)[:, None] * b.stride + (ranks * b.step)[None, :]
-
-
-@triton.jit
 def load_b(b, rows, rank, R: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr):
     """Load RANKS columns from `rank` on of the given rows of B, as `load_factor`."""
     ranks = rank + tl.arange(0, RANKS)

@@ -15,6 +15,7 @@ class GroupedProblem(NamedTuple):
     k: int
     r: int
     bits: int  # of x: 16 or 32
+    dropout: bool = False
 
     @property
     def rows(self) -> int:
@@ -43,20 +44,30 @@ class GroupedConfig(NamedTuple):
 
 def grouped_config(problem: GroupedProblem, device: Device) -> GroupedConfig:
     """Return the tiles of a call; half a row panel a group is computed in vain, on average."""
-    rows = MIN_TILE
-    block_r = padded_rank(problem.r)
+    block_r, most = padded_rank(problem.r), 128
     if problem.bits == 32:
         most = 64 if block_r <= 32 else 32 if block_r <= 64 else MIN_TILE
-        while rows < most and problem.rows > 2 * rows:
-            rows *= 2
-        warps = {16: 2, 32: 4, 64: 8}[rows]
-        return GroupedConfig(rows, 64 if rows == 64 else 32, 32, warps, 3, 1, 64, 32)
-    most = 128 if block_r <= 32 else 64
-    while rows < most and problem.rows > 3 * rows:
-        rows *= 2
+        rows = _height(problem, 2, most)
+        columns = 64 if rows == 64 else 32
+        return GroupedConfig(rows, columns, 32, rows // 8, 3, 1, 64, 32)
+    # A of many ranks takes shared memory, float32 as it may be, and its sums take registers.
+    if block_r > 32:
+        most = 64 if block_r < 256 else 32
+    depth, stages = (32, 3) if block_r >= 128 else (64, 4)
+    rows = _height(problem, 3, most)
     if rows == 128:
         return GroupedConfig(128, 128, 64, 8, 3, 1, 128, 64)
     if rows == 64:
-        return GroupedConfig(64, 128, 64, 4, 3, 2, 128, 64)
-    columns, warps = (64, 4) if rows == 32 else (64, 2)
-    return GroupedConfig(rows, columns, 64, warps, 4, 2, 64, 64)
+        # Eight warps repeat parts of the shrink, but have registers to draw D, and for ranks.
+        few = block_r <= 32 and not problem.dropout
+        warps, programs = (4, 2) if few else (8, 1)
+        return GroupedConfig(64, 128, depth, warps, 3, programs, 128, 64)
+    return GroupedConfig(rows, 64, depth, rows // 8, stages, 2, 64, 64)
+
+
+def _height(problem: GroupedProblem, panels: int, most: int) -> int:
+    """Return the rows of a tile: so few that a group has as many panels, up to a limit."""
+    rows = MIN_TILE
+    while rows < most and problem.rows > panels * rows:
+        rows *= 2
+    return rows
