@@ -13,6 +13,7 @@ from lora_kernels.impl.cuda import support as cuda
 from lora_kernels.impl.eager import support as eager
 from lora_kernels.impl.reference import support as reference
 from lora_kernels.impl.triton import support as triton
+from lora_kernels.impl.triton.plan.config import padded_rank
 from lora_kernels.operands.request import Asked, Request
 
 
@@ -70,6 +71,16 @@ def preferred(x: Tensor, weight: Tensor, dropout: bool) -> str:
     if dropout or x.is_cpu or x.is_meta:
         return "auto"
     return "eager" if weight.stride(0) == 1 != weight.stride(1) else "auto"
+
+
+def preferred_of_groups(x: Tensor, rank: int, dropout: bool) -> str:
+    """Return "eager" in place of "auto" where the like of a GPU's kernel was once wrong on a GPU.
+
+    One launch of a linear layer was, backward, with dropout or a rank that tiles pad; what was
+    mended since hasn't run on one (docs/facts/gpu.md).
+    """
+    doubted = dropout or rank != padded_rank(rank)
+    return "eager" if doubted and x.device.type == "cuda" else "auto"
 
 
 def choose(impl: str, asked: Asked) -> Implementation:

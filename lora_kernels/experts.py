@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_kernels.bypass import hooks_reason, origin, tensors_reason
 from lora_kernels.checks import FLOAT_DTYPES
-from lora_kernels.dispatch import refusal
+from lora_kernels.dispatch import preferred_of_groups, refusal
 from lora_kernels.impl.eager import grouped_mm
 from lora_kernels.operands.call import Adapter, autocast_dtype
 from lora_kernels.operands.dropout import Dropout
@@ -25,6 +25,7 @@ _TRANSFORMERS = "transformers.integrations.moe"
 _SAID = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel"}
 _ANY_DTYPE = ("grouped_mm", None)  # forwards that cast x to W's dtype, under autocast too
 _BY_LINEAR = ("eager", "batched_mm")
+_RANK = 16  # of no adapter at all, one that a GPU's tiles don't pad
 
 
 class ExpertsLinear(NamedTuple):
@@ -41,11 +42,12 @@ class ExpertsLinear(NamedTuple):
         if adapter is not None:
             return GroupedCall(self.weight, adapter, self.bias, groups, self.dropout, x.shape[0])
         zeros = self.weight.new_zeros
-        nobody = Adapter(zeros(1, 1, k), zeros(1, n, 1), 1.0)
+        nobody = Adapter(zeros(1, _RANK, k), zeros(1, n, _RANK), 1.0)
         call = GroupedCall(self.weight, nobody, self.bias, groups, None, x.shape[0])
         if grouped_mm.serves(x, call):
             # It has no groups without an adapter.
-            return call._replace(adapter=Adapter(zeros(experts, 1, k), zeros(experts, n, 1), 1.0))
+            every = Adapter(zeros(experts, _RANK, k), zeros(experts, n, _RANK), 1.0)
+            return call._replace(adapter=every)
         numbers = torch.full_like(groups.offsets, NO_ADAPTER)
         return call._replace(groups=groups._replace(adapters=numbers))
 
@@ -167,6 +169,8 @@ def call_reason(
             rank = call.adapter.a.shape[1]
             request = Request("grouped_lora_linear", x.device, first.dtype, rank, False)
             reason = refusal("triton", request)
+            if reason is None and preferred_of_groups(x, rank, dropout=False) != "auto":
+                reason = f"pads rank {rank}, which wasn't tried on a GPU"
             if reason is not None:
                 # The host would wait for the GPU, and launch group after group.
                 return f"no kernel of grouped_lora_linear: triton {reason}"

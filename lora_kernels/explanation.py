@@ -19,6 +19,7 @@ from lora_kernels.dispatch import (
     IMPLEMENTATIONS,
     check_impl,
     preferred,
+    preferred_of_groups,
     refusals,
     slower_than_peft,
 )
@@ -117,8 +118,9 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
     names = [i.name for i in IMPLEMENTATIONS]
     linear = request.op == "lora_linear" and request.format == "dense"
     first = preferred(x, weight.stored, request.dropout) if linear else "auto"
-    if function is grouped_lora_linear and _by_grouped_mm(bound.arguments):
-        first = "eager"
+    if function is grouped_lora_linear:
+        first = preferred_of_groups(x, request.rank, request.dropout)
+        first = "eager" if _by_grouped_mm(bound.arguments) else first
     if first != "auto":
         names.insert(0, first)
     choice = next((name for name in names if name not in reasons), None)

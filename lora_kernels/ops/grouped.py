@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.checks import check_dropout_p, check_memory, check_seed, scaling_for
-from lora_kernels.dispatch import IMPLEMENTATIONS, check_plain, choose
+from lora_kernels.dispatch import IMPLEMENTATIONS, check_plain, choose, preferred_of_groups
 from lora_kernels.impl.eager import grouped_mm
 from lora_kernels.impl.reference import grouped as reference
 from lora_kernels.operands.call import Adapter, Wanted, autocast_dtype
@@ -172,7 +172,9 @@ def grouped_lora_linear(
             doesn't depend on how rows are sorted, where `scatter` says to which they belong.
         impl: "auto", "triton", "cpu", "eager" or "reference". A named implementation serves the
             call or raises. "auto" is torch's grouped_mm by "eager" where that is one kernel: in
-            bfloat16 on sm_90 and sm_100, for groups with a weight and an adapter of their own.
+            bfloat16 on sm_90 and sm_100, for groups with a weight and an adapter of their own; and
+            "eager" on GPUs with dropout or a rank that isn't 16, 32, 64, 128 or 256, which "triton"
+            hasn't computed on one.
 
     Returns:
         y, [S, N], in x's dtype.
@@ -226,6 +228,7 @@ def run(x: Tensor, call: GroupedCall, impl: str, layer: str = "") -> Tensor:
         return reference.forward(x, call)[0]
     rank, dropout = call.adapter.a.shape[1], call.dropout is not None
     asked = ("grouped_lora_linear", x.device, x.dtype, rank, dropout, "dense")
+    impl = preferred_of_groups(x, rank, dropout) if impl == "auto" else impl
     if impl == "auto" and grouped_mm.serves(x, call):
         impl = "eager"
     both = _OPERATORS[choose(impl, asked).name]

@@ -1,11 +1,14 @@
 """Groups' kernels: faults planted in them, schedules, what the host asks for, offsets that lie."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 import lora_kernels as lk
+from lora_kernels.dispatch import preferred_of_groups
 from lora_kernels.impl.eager import grouped_mm
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton import grouped
@@ -158,6 +161,14 @@ def test_auto_takes_triton_unless_grouped_mm_is_one_kernel(monkeypatch):
         assert lk.explain(lk.grouped_lora_linear, *given).choice == "eager"
         lk.grouped_lora_linear(*given)
         assert len(recorder.launches) == 1
+
+
+def test_auto_leaves_what_was_once_wrong_on_a_gpu():
+    """Of linear layers: one launch with dropout, or with a rank that tiles pad."""
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    for rank, dropout, expected in ((16, False, "auto"), (16, True, "eager"), (24, False, "eager")):
+        assert preferred_of_groups(on_gpu, rank, dropout) == expected
+        assert preferred_of_groups(torch.ones(1), rank, dropout) == "auto"
 
 
 @pytest.mark.parametrize(
