@@ -10,7 +10,7 @@ JOBS ?= 2
 HOST := $(wildcard tests/impl/*/test_host.py)
 # Of tests with many cases in the virtual machine one in MANY, of slow tests a third, others each
 # time; MANY=1 runs all.
-MANY ?= 12
+MANY ?= 14
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
 INTERPRETED := tests/ops/test_parity.py $(addprefix tests/impl/triton/test_,parity.py mutations.py split_k.py)
 
