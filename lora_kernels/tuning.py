@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
+
+from lora_kernels.impl.triton.plan.device import of_gpu
+from lora_kernels.impl.triton.plan.tuned import path_of
+from lora_kernels.impl.triton.support import absence
+from lora_kernels.impl.triton.tools.layers import shapes_of_model
 
 
 def tune(
@@ -33,10 +39,8 @@ def tune(
         Traceback (most recent call last):
         ValueError: model: expected adapted linear layers, got none in Linear
     """
-    from lora_kernels.impl.triton.support import absence
-    from lora_kernels.impl.triton.tools.layers import shapes_of_model
-
-    for name, value in (("rows", rows), ("most", most), ("processes", processes or 1)):
+    count = 1 if processes is None else processes
+    for name, value in (("rows", rows), ("most", most), ("processes", count)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
     found = shapes_of_model(model, rows)
@@ -47,8 +51,6 @@ def tune(
     reason = absence()
     if reason is not None:
         raise ImportError(f"tune: expected Triton, but {reason}")
-    from lora_kernels.impl.triton.plan.device import of_gpu
-    from lora_kernels.impl.triton.plan.tuned import path_of
     from lora_kernels.impl.triton.tools import record
     from lora_kernels.impl.triton.tools import tune as tool
 
@@ -56,6 +58,4 @@ def tune(
         raise RuntimeError(tool.NO_GPU)
     for (dtype, adapters), shapes in found.items():
         tool.main(shapes, record.Made(dtype, adapters, "cuda"), None, most, processes)
-    import torch
-
     return path_of(of_gpu(torch.cuda.current_device()))

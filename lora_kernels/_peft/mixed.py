@@ -117,7 +117,7 @@ def forward(layer: Any, x: Any, samples: Samples, impl: str, path: str = "") -> 
     if not factors:
         return "no adapter of the batch is this layer's"
     if impl == "auto" and not x.is_cpu:
-        return f"no kernel of grouped_lora_linear for {x.device.type}"
+        return f"batches of several adapters weren't tried on {x.device.type}"
     cast = autocast_dtype(x)
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)

@@ -127,4 +127,4 @@ def test_tuning_a_model_says_what_it_needs():
         lk.tune(nn.Linear(8, 8))
     for name in ("rows", "most", "processes"):
         with pytest.raises(ValueError, match=f"{name}: expected an int of at least 1"):
-            lk.tune(model, **{name: -1})
+            lk.tune(model, **{name: 0})
