@@ -47,6 +47,8 @@ def call_reason(x: Tensor, call: DoraCall, p: float, impl: str) -> str | None:
     magnitude = call.magnitude
     if is_dtensor(x):
         return "DoRA of a DTensor"
+    if x.ndim == 1:
+        return "of one vector PEFT's DoRA gives a matrix of one row"
     if magnitude.dtype not in FLOAT_DTYPES or magnitude.device != x.device:
         return f"lora_magnitude_vector is {magnitude.dtype} on {magnitude.device}"
     if is_grad_enabled() and not torch.compiler.is_dynamo_compiling() and magnitude.is_inference():

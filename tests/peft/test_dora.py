@@ -118,6 +118,13 @@ def test_dropout_is_on_where_the_layer_and_the_dropout_train():
     assert_same(patched, plain, x)
 
 
+def test_one_vector_becomes_a_row_as_with_peft():
+    patched, plain = (model.base_model.model[0] for model in models())
+    x = torch.randn(13, dtype=torch.float64)
+    torch.testing.assert_close(patched(x), plain(x))
+    assert patched(x).shape == (1, 16)
+
+
 def test_what_is_not_fused_keeps_pefts_forward_and_says_why():
     patched, plain = models()
     x = torch.randn(5, 13, dtype=torch.float64)
