@@ -63,6 +63,10 @@ class FusedExperts(Fused, ParamWrapper):
         return partial(experts_forward, x, *routed, *parts, impl)
 
 
+# PEFT looks for the wrappers of an earlier adapter by this name; pickles go by __qualname__.
+FusedExperts.__name__ = ParamWrapper.__name__
+
+
 def fused_parts(layer: Any) -> Parts | str:
     """Return the experts' module and its two linear layers, or why PEFT's forward is kept."""
     if origin(ParamWrapper.forward) != _PEFT:
