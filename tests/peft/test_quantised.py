@@ -7,12 +7,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
 from lora_kernels.quantized import read_quantized
-from tests.support.quantised import Net, adapted, is_served, results
+from tests.support.quantised import TRANSFORMS, Net, adapted, is_served, results, transformed
 
 pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -349,36 +348,24 @@ def test_bad_states_are_named_and_nothing_is_written():
     assert read_quantized(state).weight.format == "nf4"
 
 
-def transformed(layer, how):
-    """Return what a transform, a trace or a graph of a layer gives."""
-    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-
-    def with_parameters(given):
-        return torch.func.functional_call(layer, given, (X,)).square()
-
-    if how == "vmap":
-        return torch.func.vmap(layer)(torch.stack([X, X.flip(0)]))
-    if how == "jvp":
-        return torch.func.jvp(with_parameters, (trained,), (trained,))
-    if how == "grad":
-        return torch.func.grad(lambda given: with_parameters(given).sum())(trained)
-    trace = torch.jit.trace(layer, (X,), check_trace=False) if how == "trace" else make_fx(layer)(X)
-    return trace(X)
-
-
-# What bitsandbytes' own layers can do: their autograd functions have few rules.
-TRANSFORMS = {"nf4": ("vmap", "jvp", "grad", "trace"), "int8": ("make_fx", "trace")}
-
-
 @pytest.mark.parametrize(("kind", "how"), [(k, how) for k in TRANSFORMS for how in TRANSFORMS[k]])
 def test_transforms_and_traces_are_peft_s(kind, how):
     ours, theirs = (model.base_model.model.a for model in pairs(kind))
-    found, expected = transformed(ours, how), transformed(theirs, how)
+    found, expected = transformed(ours, X, how), transformed(theirs, X, how)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     if how in ("vmap", "trace"):
         for layer in (ours, theirs):
             layer.enable_adapters(False)
-        torch.testing.assert_close(transformed(ours, how), transformed(theirs, how))
+        torch.testing.assert_close(transformed(ours, X, how), transformed(theirs, X, how))
+
+
+@pytest.mark.parametrize(("kind", "how"), [(k, how) for k in TRANSFORMS for how in TRANSFORMS[k]])
+def test_transforms_of_a_module_are_those_of_its_parts(kind, how):
+    layer = lk.LoRALinear.from_linear(Net(kind).a, r=4)
+    nn.init.normal_(layer.lora_B.weight)
+    composed = copy.deepcopy(layer)
+    composed.base_layer.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(transformed(layer, X, how), transformed(composed, X, how))
 
 
 def test_options_are_checked():
