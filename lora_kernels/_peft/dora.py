@@ -26,8 +26,6 @@ def read_magnitude(layer: Any, name: str) -> Tensor | str:
         return "DoRA"
     if type(variant).__name__ != "DoraLinearVariant" or origin(variant.forward) != _VARIANTS:
         return variant_reason(variant)
-    if getattr(layer, "fan_in_fan_out", False):
-        return "DoRA beside a transposed weight"
     if getattr(layer, "ephemeral_gpu_offload", False):
         return "DoRA with ephemeral_gpu_offload"
     module = layer._modules["lora_magnitude_vector"]._modules[name]
