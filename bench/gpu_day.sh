@@ -58,7 +58,7 @@ if [ -z "$dry" ]; then
     TORCH_CUDA_ARCH_LIST=$("$python" -c "$architecture") ||
         { echo "gpu_day.sh: needs a CUDA GPU that torch of $python can use; or --dry-run" >&2; exit 2; }
     export TORCH_CUDA_ARCH_LIST
-    suites=(--device cuda --seconds 0.5 --shapes llama3-8b,qwen3-4b,growth)
+    suites=(--device cuda --seconds 0.3 --shapes llama3-8b/down,qwen3-4b --tokens 2048,8192)
     steps=(--device cuda --seconds 5)
     provider=triton
     plain=(-n 4 -k "gpu and (eager or reference)")
@@ -71,8 +71,13 @@ else
     parts=cpu
 fi
 tests=("$python" -m pytest --no-cov -q)
-# The first numbers to take: the shapes of a large layer, its widest, its narrowest, and of decoding.
-shapes=(8192x4096x4096x16 8192x14336x4096x16 8192x1024x4096x16 16x4096x4096x16)
+# What decides between plans, the shapes "plans" of bench/shapes.py: a square layer, a wide one, a
+# narrow one, of many rows to few. Adapters are PEFT's: what tune compiles for them runs in `plans`.
+shapes=()
+for m in 8192 2048 512 16; do
+    shapes+=("${m}x4096x4096x16" "${m}x14336x4096x16" "${m}x1024x4096x16")
+done
+deciding=(--shapes plans --dropouts 0.1,0 --providers peft,peft16,addmm,library,one-launch,cuda)
 
 # torch and triton stay those of the machine.
 on_gpu requirements 100 bash -c "grep -vE '^(torch|triton)==' requirements-dev.txt | $python -m pip install -r /dev/stdin"
@@ -86,15 +91,18 @@ step parts 20 env LORA_KERNELS_TEST_NEEDS="$parts" \
 on_gpu parity-triton 240 "${tests[@]}" -n 8 -k "gpu and triton" tests/ops/test_parity.py tests/impl/triton/test_parity.py tests/impl/triton/test_split_k.py
 on_gpu parity-cuda 60 "${tests[@]}" -n 4 -k "gpu and cuda" tests/ops/test_parity.py tests/impl/cuda/test_parity.py tests/impl/cuda/test_tf32.py
 step parity 60 "${tests[@]}" "${plain[@]}" tests/ops/test_parity.py
-on_gpu tune 240 "$python" -m lora_kernels tune --most 3 --shapes "${shapes[@]}"
-step layer 260 "$python" -m bench --suite layer,overhead,memory "${suites[@]}" --out "$folder/layer"
-step step 140 "$python" -m bench --suite step "${steps[@]}" --out "$folder/step"
+on_gpu tune 200 "$python" -m lora_kernels tune --most 2 --adapters float32 --shapes "${shapes[@]}"
+on_gpu plans 260 "$python" -m bench --suite layer,overhead --device cuda --seconds 0.3 "${deciding[@]}" --out "$folder/plans"
+# What the planner's table would have of this GPU from then on; with --write it does.
+on_gpu rates 20 "$python" -m bench.report.rates "$folder/plans/results.json"
+step layer 100 "$python" -m bench --suite layer,overhead,memory "${suites[@]}" --out "$folder/layer"
+step step 100 "$python" -m bench --suite step "${steps[@]}" --out "$folder/step"
 for direction in forward backward; do
     call=("$python" -m bench.measure.profiled_call "$direction" --provider "$provider")
     if [ -n "$dry" ] || ! command -v ncu > /dev/null; then
-        step "call-$direction" 60 "${call[@]}"
+        step "call-$direction" 40 "${call[@]}"
     else
-        step "ncu-$direction" 60 ncu --profile-from-start off --set full \
+        step "ncu-$direction" 40 ncu --profile-from-start off --set full \
             -o "$folder/$direction" "${call[@]}"
         if [ ! -s "$folder/$direction.ncu-rep" ]; then # ncu ends with 0 where it saw no kernel
             echo "ncu-$direction: no report" | tee -a "$folder/steps.txt"

@@ -15,6 +15,7 @@ from bench.shapes import (
     LARGE,
     MODELS,
     MODES,
+    PLANS,
     QLORA,
     QUICK_SWEEPS,
     SWEEPS,
@@ -147,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--threads", type=_positive, default=1, help="on a CPU; 1 is timed by its own CPU time")
     add("--dtype", type=_list_of(str, *DTYPES), help=f"some of {', '.join(DTYPES)}")
-    shapes = ", ".join((TARGETS, GROWTH, QLORA, *MODELS))
+    shapes = ", ".join((TARGETS, GROWTH, QLORA, PLANS, *MODELS))
     add("--shapes", type=text, help=f"some of {shapes}; model/projection is one layer")
     add("--providers", type=_list_of(str, *BY_NAME), help=f"some of {', '.join(BY_NAME)}")
     add("--tokens", type=_list_of(_positive), help="values of M")

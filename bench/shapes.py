@@ -72,8 +72,11 @@ MODELS: dict[str, dict[str, Shape]] = {
 TWINS = {"vit-b": "bert-base", "mistral-7b": "llama3-8b"}
 # A layer of these takes seconds a call on a few cores.
 LARGE = ("qwen3-32b", "llama3-70b")
-TARGETS, GROWTH, QLORA = "targets", "growth", "qlora"
-CHOICES = (TARGETS, GROWTH, QLORA, *MODELS)
+TARGETS, GROWTH, QLORA, PLANS = "targets", "growth", "qlora", "plans"
+CHOICES = (TARGETS, GROWTH, QLORA, PLANS, *MODELS)
+# What decides between a GPU's plans: a square layer, a wide one, a narrow one; and how many rows.
+PLAN_SHAPES = (Shape(4096, 4096), Shape(14336, 4096), Shape(1024, 4096))
+PLAN_TOKENS = (8192, 2048, 512, 16)
 DENSE = "dense"
 MODES = {"train": "forward + backward", "infer": "forward without gradient"}
 
@@ -191,7 +194,7 @@ class Grid:
 
 
 def cases(names: Iterable[str], grid: Grid) -> list[Case]:
-    """Return the cases of shape names: a model, model/projection, "targets", "growth" or "qlora".
+    """Return the cases of shape names: a model, model/projection, or one of `CHOICES`.
 
     Raises:
         ValueError: a name that the list doesn't have.
@@ -204,6 +207,8 @@ def cases(names: Iterable[str], grid: Grid) -> list[Case]:
             found += _growth_cases(grid)
         elif name == QLORA:
             found += _qlora_cases(grid)
+        elif name == PLANS:
+            found += _plan_cases(grid)
         else:
             found += _model_cases(name, grid)
     return found
@@ -281,6 +286,13 @@ def _qlora_cases(grid: Grid) -> Iterator[Case]:
         yield Case(
             QLORA, "square", m, size, size, 16, dtype, grid.adapters, p, limits=limits, base=base
         )
+
+
+def _plan_cases(grid: Grid) -> Iterator[Case]:
+    """Yield what decides between plans: the largest calls first, which no picker may miss."""
+    for m, (n, k), dtype, call in product(PLAN_TOKENS, PLAN_SHAPES, grid.dtypes, grid.calls):
+        mode, p = call
+        yield Case(PLANS, f"{n}x{k}", m, n, k, 16, dtype, grid.adapters, p, mode)
 
 
 def _growth_cases(grid: Grid) -> Iterator[Case]:

@@ -1,15 +1,17 @@
 """A provider's call on one set of tensors: forward, or forward and backward."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.providers.plans import planned
 from bench.providers.registry import Provider, peft_layer
 from bench.shapes import Case
+from lora_kernels.impl.executor import using
 from lora_kernels.testing import Inputs
 
 
@@ -23,10 +25,11 @@ class Call:
         self.x = inputs.x.detach().requires_grad_(self.train)
         self.leaves = [self.x, *(p for p in self.layer.parameters() if p.requires_grad)]
         self._context: Any = nullcontext if self.train else torch.no_grad
+        self._kernels = None if provider.planner is None else planned(provider.planner)
 
     def forward(self) -> Tensor:
         """Return y."""
-        with self._context():
+        with self._context(), self._planning():
             return self.layer(self.x)
 
     def __call__(self) -> Tensor:
@@ -49,8 +52,18 @@ class Call:
     def _run(self) -> Tensor:
         y = self.forward()
         if self.train:
-            y.backward(self.dy)
+            with self._planning():
+                y.backward(self.dy)
         return y.detach()
+
+    @contextmanager
+    def _planning(self) -> Iterator[None]:
+        """Have kernels take the provider's plan, if it names one: backward in this thread, too."""
+        if self._kernels is None:
+            yield
+            return
+        with using(self._kernels), torch.autograd.set_multithreading_enabled(False):
+            yield
 
     def _clear(self) -> None:
         for leaf in self.leaves:

@@ -17,15 +17,20 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import lora_kernels as lk
+from bench.providers.plans import Planner, one_launch
 from bench.providers.rivals import addmm_lora, liger_model, lorafusion_lora, unsloth_lora
 from bench.quantised import Coded, peft_class
-from bench.shapes import DENSE, DTYPES, GROWTH, SCALING, Case
+from bench.shapes import DENSE, DTYPES, GROWTH, PLANS, SCALING, Case
 from lora_kernels.dispatch import refusals
+from lora_kernels.impl.triton.plan.plan import library_plan
 from lora_kernels.operands.request import Request
 from lora_kernels.prepack import reason_left
 from lora_kernels.testing import Inputs
 
-OURS = ("eager", "cpu", "packed", "triton", "cuda", "cpu-codes", "triton-codes")
+LIBRARY, ONE_LAUNCH = "library", "one-launch"
+OURS = (
+    "eager", "cpu", "packed", "triton", LIBRARY, ONE_LAUNCH, "cuda", "cpu-codes", "triton-codes"
+)  # fmt: skip
 # The layer's function: x, W, A, B, scaling, p -> y.
 Function = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
@@ -44,7 +49,8 @@ class Provider:
     leaves the adapter out. single_product: whether x Wᵀ and dy W are all that it computes.
     whole_model: whether it replaces other parts than the layers, so that a layer is nothing to it.
     compiles: whether torch.compile makes it. codes: whether it takes a quantised W as it is kept;
-    others take what that decodes to.
+    others take what that decodes to. planner: of the plan that Triton's kernels take, whichever the
+    package would.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Provider:
     whole_model: bool = False
     compiles: bool = False
     codes: bool = False
+    planner: Planner | None = None
 
     @property
     def ours(self) -> bool:
@@ -156,6 +163,12 @@ def _our_refusal(impl: str, codes: bool = False) -> Callable[[Case], str | None]
     return refuse
 
 
+def _plan_refusal(case: Case) -> str | None:
+    if case.model != PLANS:
+        return f"plans are measured apart on the shapes {PLANS!r} alone"
+    return _our_refusal("triton")(case)
+
+
 def _without_codes(case: Case) -> str | None:
     return "W isn't quantised" if case.base == DENSE else None
 
@@ -201,6 +214,14 @@ PROVIDERS = (
     Provider("cpu", "ours, C++", _ours("cpu"), _our_refusal("cpu"), _needs("cpu")),
     Provider("packed", "ours, C++, packed weight", _packed, _no_packing, _needs("cpu")),
     Provider("triton", "ours, Triton", _ours("triton"), _our_refusal("triton"), _needs("cuda")),
+    Provider(
+        LIBRARY, "ours, library plan", _ours("triton"), _plan_refusal, _needs("cuda"),
+        planner=library_plan,
+    ),
+    Provider(
+        ONE_LAUNCH, "ours, one launch", _ours("triton"), _plan_refusal, _needs("cuda"),
+        planner=one_launch,
+    ),
     Provider("cuda", "ours, CUDA C++", _ours("cuda"), _our_refusal("cuda"), _needs("cuda")),
     Provider(
         "unsloth", "Unsloth", replace_forward(unsloth_lora), _without_dropout,

@@ -154,13 +154,14 @@ def predicted_seconds(steps: list[Step], device: Device) -> float:
 def _predicted(step: Step, device: Device) -> float:
     if isinstance(step, Pass):
         return (
-            cost.LAUNCH_SECONDS + (2 * step.tensors + step.masks) * step.elements / device.bandwidth
+            device.rates.launch_seconds
+            + (2 * step.tensors + step.masks) * step.elements / device.bandwidth
         )
     m, n, k = step[:3]
     if min(m, n, k) >= TILE.block_m:
         return cost.frozen_seconds(Problem(m, n, k, 1, 16), device)
     moved = 2 * (m * k + k * n + m * n * (2 if step.added else 1))
-    return cost.LAUNCH_SECONDS + moved / device.bandwidth
+    return device.rates.launch_seconds + moved / device.bandwidth
 
 
 @triton.jit

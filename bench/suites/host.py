@@ -10,7 +10,7 @@ the smallest of many; ratios are formed round by round.
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,16 +19,16 @@ import torch
 import lora_kernels as lk
 from bench.measure.timing import Meter, Spread
 from bench.providers.calls import Call
+from bench.providers.plans import Planned, Planner, one_launch
 from bench.providers.registry import BY_NAME
 from bench.shapes import SCALING, Case
 from lora_kernels.impl.executor import using
 from lora_kernels.impl.triton.launch import Gpu
 from lora_kernels.impl.triton.plan.config import Problem
 from lora_kernels.impl.triton.plan.device import Device
-from lora_kernels.impl.triton.plan.plan import Plan, fastest_config, library_plan, plan_of
+from lora_kernels.impl.triton.plan.plan import Plan, library_plan
 from lora_kernels.operands.codebook import CodebookWeight
 
-Planner = Callable[[Problem, Device], Plan]
 PEFT = Case("host", "peft", 2, 8, 8, 4, "fp32", "fp32", 0.0)
 OURS = Case("host", "ours", 32, 128, 128, 16, "bf16", "bf16", 0.0)
 CALLS = 20  # in one timing
@@ -36,28 +36,12 @@ FORWARD, TRAIN = "forward", "forward + backward"
 LINE = "{:<34}{:<20}{:>8}{:>22}"
 
 
-class Planned(Gpu):
-    """The GPU's executor with a plan of ours; the library's GEMM is left out, as from PEFT's."""
-
-    def __init__(self, planner: Planner) -> None:
-        super().__init__()
-        self._planner = planner
-
-    def plan(self, problem: Problem, device: Device) -> Plan:
-        """Return the plan of a call."""
-        return self._planner(problem, device)
+class Unmultiplied(Planned):
+    """A named plan without the library's GEMM, which is left out of PEFT's calls, too."""
 
     @staticmethod
     def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         """Leave the product out: a CPU would compute it."""
-
-
-@lru_cache
-def one_launch(problem: Problem, device: Device) -> Plan:
-    """Return the plan of Triton's own products."""
-    config = fastest_config(problem, device)
-    assert config is not None
-    return plan_of(config, problem, device)
 
 
 def decoded_first(problem: Problem, device: Device) -> Plan:
@@ -112,11 +96,13 @@ def measure(seconds: float) -> Iterator[str]:
     for mode in (FORWARD, TRAIN):
         calls = {"PEFT, CPU tensors": partial(_by, None, layer(PEFT, "peft", "cpu", mode))}
         for name, planner in planners.items():
-            calls[f"lora_linear, {name}"] = partial(_by, Planned(planner), function(mode))
+            calls[f"lora_linear, {name}"] = partial(_by, Unmultiplied(planner), function(mode))
             patched = layer(OURS, "triton", "cuda", mode)
-            calls[f"patched PEFT layer, {name}"] = partial(_by, Planned(planner), patched)
+            calls[f"patched PEFT layer, {name}"] = partial(_by, Unmultiplied(planner), patched)
         for name, planner in QUANTISED.items():
-            calls[f"lora_linear, {name}"] = partial(_by, Planned(planner), function(mode, True))
+            calls[f"lora_linear, {name}"] = partial(
+                _by, Unmultiplied(planner), function(mode, True)
+            )
         times, _ = Meter(seconds).rounds([list(calls.values())])
         columns = list(zip(*times, strict=True))
         for name, column in zip(calls, columns, strict=True):

@@ -1,7 +1,7 @@
 """The overhead suite: what a call costs beside its products, and what a dropout mask costs."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import lora_kernels as lk
 from bench.measure.correctness import RIGHT, WRONG, verdicts
 from bench.measure.session import Session
 from bench.measure.timing import Meter, Spread, threads
-from bench.providers.calls import Call
+from bench.providers.calls import Call, inputs_for
 from bench.providers.registry import BY_NAME, REFERENCE, Provider
 from bench.shapes import SCALING, Case
 from lora_kernels.native import absence
@@ -25,6 +25,7 @@ NO_GRAD, GRAD, TRAIN = "no grad", "grad", "forward + backward"
 FUNCTION = "lora_linear"
 LIMITS = {FUNCTION: 15 / 35, "cpu": 20 / 35}
 MASK_SIZE, MASK_LIMIT = 2048, 0.1
+in_this_thread = partial(torch.autograd.set_multithreading_enabled, False)
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,19 @@ class MaskRow:
 def measure(session: Session) -> Iterator[OverheadRow]:
     """Time tiny calls by every provider that makes them eagerly, and by the function itself.
 
-    The clock is one thread's CPU time: a call's own cost is that of the thread that makes it.
+    The clock is one thread's CPU time: a call's own cost is that of the thread that makes it, in
+    which a GPU's backward runs here, too.
     """
     providers, device = session.providers, session.device
-    states = verdicts(TINY, providers, device)
+    tiny = replace(TINY, dtype="bf16") if device == "cuda" else TINY
+    states = verdicts(tiny, providers, device)
     yield from (
         OverheadRow(name, "", reason) for name, (state, reason) in states.items() if state == WRONG
     )
     right = [p for p in providers if states[p.name][0] == RIGHT and not p.compiles]
     for mode in (NO_GRAD, GRAD, TRAIN):
-        calls = _calls(right, device, mode)
-        with torch.set_grad_enabled(mode != NO_GRAD), threads(1):
+        calls = _calls(tiny, right, device, mode)
+        with torch.set_grad_enabled(mode != NO_GRAD), threads(1), in_this_thread():
             times, _ = Meter(session.seconds).rounds(
                 [[partial(_repeat, call) for call in calls.values()]]
             )
@@ -91,9 +94,11 @@ def measure(session: Session) -> Iterator[OverheadRow]:
             yield OverheadRow(name, mode, "", us, Spread.of_ratios(*ratio), limit)
 
 
-def _calls(providers: Sequence[Provider], device: str, mode: str) -> dict[str, Callable[[], Any]]:
-    inputs = TINY.inputs(device)
-    made = {p.name: Call(p, TINY, inputs, 0.0) for p in providers}
+def _calls(
+    tiny: Case, providers: Sequence[Provider], device: str, mode: str
+) -> dict[str, Callable[[], Any]]:
+    inputs = tiny.inputs(device)
+    made = {p.name: Call(p, tiny, inputs_for(p, inputs), 0.0) for p in providers}
     if mode == TRAIN:
         return dict(made)
     x, *adapters = made[REFERENCE].leaves

@@ -6,6 +6,8 @@ import subprocess
 
 import pytest
 
+from bench.options import parse
+from bench.shapes import cases
 from tests.support.paths import ROOT
 
 
@@ -32,10 +34,10 @@ def test_gpu_day_goes_through_its_steps(tmp_path, status):
     named = [line.split(":")[0] for line in done.stdout.splitlines()]
     assert named == [
         "requirements", "build", "info", "parts", "parity-triton", "parity-cuda", "parity", "tune",
-        "layer", "step", "call-forward", "call-backward", "results",
+        "plans", "rates", "layer", "step", "call-forward", "call-backward", "results",
     ]  # fmt: skip
     budgets = re.findall(r"(?:would run within| s of) (\d+)", done.stdout)
-    assert len(budgets) == 12
+    assert len(budgets) == 14
     assert sum(map(int, budgets)) <= 24 * 60
     assert len((tmp_path / "calls").read_text().splitlines()) == 7
     assert done.stdout.count(f"status {status}") == 7
@@ -67,8 +69,24 @@ def test_gpu_day_asks_for_code_of_the_gpu_at_hand(tmp_path):
         (True, False), (False, True), (False, False),
     ]  # fmt: skip
     assert all("-k gpu" in call for call in suites)
+
+
+def test_gpu_day_measures_what_decides(tmp_path):
+    """Twelve shapes, by those whose times the table of rates is made from, then that table."""
+    assert _gpu_day(tmp_path, "--", status="echo 9.0").returncode == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
     (tune,) = (call for call in calls if "lora_kernels tune" in call)
-    assert "--most 3" in tune
+    (plans,) = (call for call in calls if "--shapes plans" in call)
+    (table,) = (call for call in calls if "bench.report.rates" in call)
+    options = parse(plans.replace("--device cuda", "--device cpu").split()[2:])
+    measured = {(case.m, case.n, case.k, case.r) for case in cases(options.shapes, options.grid)}
+    assert len(measured) == 12
+    tuned = re.findall(r"\d+x\d+x\d+x\d+", tune)
+    assert {tuple(map(int, shape.split("x"))) for shape in tuned} == measured
+    assert {"peft", "addmm", "library", "one-launch", "cuda"} <= set(options.providers)
+    assert options.grid.calls == [("train", 0.1), ("train", 0.0), ("infer", 0.0)]
+    assert "overhead" in options.suites  # host time
+    assert table.split()[-1] == f"{options.out}/results.json"
 
 
 def test_gpu_day_leaves_out_what_it_is_told_to(tmp_path):

@@ -109,10 +109,12 @@ def test_wheel_and_sdist_hold_what_they_should(packed):
     wheel, sdist = packed
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
-    assert {"lora_kernels/py.typed", "lora_kernels/impl/triton/plan/spill_free.csv"} <= files
+    plan = "lora_kernels/impl/triton/plan"
+    data = {"lora_kernels/py.typed", f"{plan}/spill_free.csv", f"{plan}/rates.json"}
+    assert data <= files
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"lora_kernels/py.typed", "CHANGELOG.md", "LICENSE", "README.md", "setup.py"}
+    wanted = {*data, "CHANGELOG.md", "LICENSE", "README.md", "setup.py"}
     documents = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").rglob("*.*")}
     assert not (wanted | documents | sources) - inside

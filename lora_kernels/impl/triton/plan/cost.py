@@ -14,62 +14,23 @@ memory    what must be read and written once, at the bandwidth that the busy mul
 delay     what a tile that also makes xa (dxa), over its part of K, takes longer than others, which
           wait for it once, and what sums take on their way from part to part
 
-`_REACHED` has the rates that others measured, with sources; the rest are estimates, until `tune`
+The rates are those of rates.json, with their sources; the shares below are estimates, until `tune`
 has measured.
 """
-
-from typing import NamedTuple
 
 from lora_kernels.impl.triton.plan.config import Config, Problem, shrink_config
 from lora_kernels.impl.triton.plan.device import Device
 
-
-class Reached(NamedTuple):
-    """Shares of an architecture's peaks: a library's GEMMs, our loop's tiles, streaming passes.
-
-    tiles: a factor on `_SHARE_BY_TILE`, so that the best tile comes to what Triton's GEMMs reach.
-    """
-
-    gemm: float
-    tiles: float
-    streaming: float
-
-
-# TFLOP/s of 16-bit products, cuBLAS / Triton's loop like ours; TB/s of passes:
-# sm_80  A100 255 / 215; 1.6. Source: triton-lang/triton issues 743, 6523 (8,192^3).
-# sm_89  RTX 4090 158 / 128; 0.87. Source: LeetCUDA's hgemm page (L20: cuBLAS 88 to 96 % of the
-#        peak, good mma.sync kernels 95 to 98 % of that).
-# sm_90  H100 670 / 590; 2.7. Source: triton-lang/triton, python/tutorials/gluon/07-persistence.py
-#        (cuBLAS 646, persistent 630, K = 1,024: 588 and 575), issue 3672 (585 and 525).
-# sm_100 B200 1,450 / 700; 6.2. Source: the same file (cuBLAS 1,564, persistent 1,121), and
-#        06-tcgen05.py for one program of 128x128 tiles a multiprocessor.
-_REACHED = {
-    (8, 0): Reached(0.82, 0.98, 0.78),
-    (8, 9): Reached(0.955, 1.09, 0.86),
-    (9, 0): Reached(0.68, 0.84, 0.81),
-    (10, 0): Reached(0.645, 0.53, 0.78),
-}
-
-LAUNCH_SECONDS = 4e-6
 # Of the mask per element (Philox, compare, select); and what a multiprocessor issues.
 MASK_INSTRUCTIONS = 11 / 32
 ISSUES_PER_SECOND = 4 * 1.4e9
-# From one program's store to the next one's sum: a release, a poll and a load.
-SPLIT_K_SECONDS = 2e-6
 # A multiprocessor alone reaches this multiple of its share of the memory bandwidth.
 SOLO_BANDWIDTH = 1.7
 # Share of the peak by elements of the tile: small tiles read more operands per product.
 _SHARE_BY_TILE = ((32768, 0.80), (16384, 0.75), (8192, 0.62), (4096, 0.50), (2048, 0.34), (0, 0.2))
-# What a step of the loop costs beside its products (barriers), and a tile beside its steps (to
-# fill the pipeline and to store).
-STEP_SECONDS = 25e-9
-TILE_SECONDS = 1.5e-6
 # Of the shorter of products and memory: the two don't overlap fully.
 NOT_OVERLAPPED = 0.1
 PLAIN_COPIES = 1.05  # copies by pointers cost issue slots that descriptors save
-# Of a pass over memory, at least, and what a GEMM costs beside its products: launch and tail.
-PASS_SECONDS = 2.5e-6
-GEMM_SECONDS = 3e-6
 # What the GEMM's reading of y or dx costs, of a pass over it: most lies beside its products.
 READ_AGAIN = 0.4
 # The second reading of dy, from L2.
@@ -78,8 +39,6 @@ TWICE_FROM_L2 = 1.2
 # they hide behind nothing is an assumption: no GPU has run them.
 DECODE_INSTRUCTIONS = 4.2 / 32
 CODE_BITS = {"nf4": 4.5, "fp4": 4.5, "int8": 8, "float8": 8}  # a weight, with float32 scales
-# Share of the peak that the library's GEMMs reach where float32 products are IEEE's.
-GEMM_SHARE_32 = 0.85
 
 
 def frozen_seconds(problem: Problem, device: Device) -> float:
@@ -89,7 +48,7 @@ def frozen_seconds(problem: Problem, device: Device) -> float:
         return 0.0
     products = 2 * m * n * k / _gemm_rate(problem, device)
     data = problem.bits // 8 * (m * n + m * k + n * k)
-    gemm = max(products, data / _streaming(device)) + GEMM_SECONDS
+    gemm = max(products, data / _streaming(device)) + device.rates.gemm_seconds
     return gemm + decode_seconds(problem, device)
 
 
@@ -140,6 +99,7 @@ def library_seconds(problem: Problem, device: Device) -> float:
     drawn = mask / (ISSUES_PER_SECOND * device.multiprocessors)
     if not problem.backward:
         passes = _pass_seconds(x, device, drawn) + (1 + READ_AGAIN) * _pass_seconds(y, device)
+        launches = 2
     else:
         dx, da, db, dbias = problem.needs
         shrinks, sums = dx or da, db or dbias
@@ -149,6 +109,8 @@ def library_seconds(problem: Problem, device: Device) -> float:
         if shrinks:
             passes += _pass_seconds(x * (dx + da), device, drawn)
         passes += READ_AGAIN * dx * _pass_seconds(x, device)
+        launches = (shrinks or sums) + shrinks
+    passes += launches * device.rates.latency_seconds
     passes += dora_seconds(problem, device, own=False)
     return frozen_seconds(problem, device) + passes
 
@@ -163,17 +125,17 @@ def _pass_seconds(data: float, device: Device, drawn: float = 0.0) -> float:
     """Return the time of a launch that moves so many bytes, and draws a mask meanwhile."""
     moved = data / _streaming(device)
     both = max(moved, drawn) + NOT_OVERLAPPED * min(moved, drawn)
-    return max(both, PASS_SECONDS)
+    return max(both, device.rates.pass_seconds)
 
 
 def _streaming(device: Device) -> float:
-    return device.bandwidth * _reached(device).streaming
+    return device.bandwidth * device.rates.streaming
 
 
 def _gemm_rate(problem: Problem, device: Device) -> float:
     if problem.bits == 32 and not problem.tf32:
-        return device.flops_32 * GEMM_SHARE_32
-    return _peak(problem, device) * _reached(device).gemm
+        return device.flops_32 * device.rates.gemm_32
+    return _peak(problem, device) * device.rates.gemm
 
 
 def _peak(problem: Problem, device: Device) -> float:
@@ -183,30 +145,26 @@ def _peak(problem: Problem, device: Device) -> float:
     return device.flops_16 / 2 if problem.tf32 else device.flops_32
 
 
-def _reached(device: Device) -> Reached:
-    """Return an architecture's shares; what isn't known is taken as sm_89."""
-    major, _ = device.capability
-    return _REACHED.get(device.capability, _REACHED.get((major, 0), _REACHED[8, 9]))
-
-
 def seconds(config: Config, problem: Problem, device: Device) -> float:
     """Return the time of a configuration's one launch, or two, that included."""
     tiles = -(-problem.m // config.block_m) * -(-problem.out // config.block_n)
     waves = -(-tiles // device.multiprocessors)
     steps = -(-problem.depth // config.block_k)
-    tile = steps * _step_seconds(config, problem, device) + TILE_SECONDS
+    tile = steps * _step_seconds(config, problem, device) + device.rates.tile_seconds
     products = waves * tile
     busy = min(tiles, device.multiprocessors)
     reach = device.bandwidth * min(1.0, SOLO_BANDWIDTH * busy / device.multiprocessors)
     memory = _bytes(problem, config.codes) / reach
     if problem.backward:
         products += _sums_seconds(problem, device)
-    total = LAUNCH_SECONDS + max(products, memory) + NOT_OVERLAPPED * min(products, memory)
+    total = (
+        device.rates.launch_seconds + max(products, memory) + NOT_OVERLAPPED * min(products, memory)
+    )
     total += _sums_bytes(problem) / _streaming(device) + dora_seconds(problem, device, own=True)
     if not config.codes:
         total += decode_seconds(problem, device)
     if config.xa_columns:
-        return total + _xa_delay(config, problem, tile)
+        return total + _xa_delay(config, problem, device, tile)
     if not problem.backward or problem.needs[0] or problem.needs[1]:
         return total + shrink_seconds(problem, device)
     return total
@@ -219,14 +177,14 @@ def shrink_seconds(problem: Problem, device: Device) -> float:
     reach = device.bandwidth * min(1.0, SOLO_BANDWIDTH * busy / device.multiprocessors)
     masked = problem.m * problem.k if problem.dropout and not problem.backward else 0
     mask = masked * MASK_INSTRUCTIONS / (ISSUES_PER_SECOND * busy)
-    return LAUNCH_SECONDS + max(data / reach, mask)
+    return device.rates.launch_seconds + max(data / reach, mask)
 
 
 def _step_seconds(config: Config, problem: Problem, device: Device) -> float:
     area = config.block_m * config.block_n
     share = next(share for size, share in _SHARE_BY_TILE if area >= size)
     if problem.bits == 16:
-        share *= _reached(device).tiles
+        share *= device.rates.tiles
     rate = _peak(problem, device) * share
     time = 2 * area * config.block_k * device.multiprocessors / rate
     if device.descriptors and not config.descriptors:
@@ -234,7 +192,7 @@ def _step_seconds(config: Config, problem: Problem, device: Device) -> float:
     if config.codes:
         decoded = config.block_n * config.block_k
         time += decoded * DECODE_INSTRUCTIONS / ISSUES_PER_SECOND
-    return time + STEP_SECONDS
+    return time + device.rates.step_seconds
 
 
 def _bytes(problem: Problem, codes: bool) -> float:
@@ -256,8 +214,8 @@ def _sums_seconds(problem: Problem, device: Device) -> float:
     return masked * MASK_INSTRUCTIONS / (ISSUES_PER_SECOND * device.multiprocessors)
 
 
-def _xa_delay(config: Config, problem: Problem, tile: float) -> float:
+def _xa_delay(config: Config, problem: Problem, device: Device, tile: float) -> float:
     shrink = tile * problem.block_r / config.block_n
     masked = config.block_m * problem.depth if problem.dropout and not problem.backward else 0
     made = shrink + masked * MASK_INSTRUCTIONS / ISSUES_PER_SECOND
-    return made / config.xa_columns + SPLIT_K_SECONDS * (config.xa_columns - 1)
+    return made / config.xa_columns + device.rates.split_k_seconds * (config.xa_columns - 1)

@@ -5,6 +5,8 @@ from functools import cache
 
 import torch
 
+from lora_kernels.impl.triton.plan.rates import Rates, rates_of
+
 
 @dataclass(frozen=True)
 class Device:
@@ -17,6 +19,12 @@ class Device:
     bandwidth: float  # device memory, bytes / s
     flops_16: float  # 16-bit inputs, float32 sums, FLOP / s
     flops_32: float  # float32 on the plain cores, FLOP / s
+    reached: Rates | None = None  # None: as rates.json has it
+
+    @property
+    def rates(self) -> Rates:
+        """What the GPU reaches of its peaks, and the seconds of launches."""
+        return self.reached or rates_of(self.name, self.capability)
 
     @property
     def target(self) -> int:
