@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
+from lora_kernels.dispatch import refusal
 from lora_kernels.operands.call import autocast_dtype
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.grouped import NO_ADAPTER
 from lora_kernels.operands.mixed import MixedCall
+from lora_kernels.operands.request import Request
 from lora_kernels.ops import mixed as op
 from lora_kernels.ops.grouped import run as run_grouped
 
 BASE = "__base__"  # PEFT's word for no adapter
-# Rows an adapter below which copying all adapters' factors costs what the one call spares.
-# 2026-11-30, Zen 3, float32, 2048x2048, rank 16: 0.98 to 1.09 of PEFT's time for 1 and 4 rows, 0.96
-# to 1.01 for 32.
+# Rows an adapter below which torch's operators, which copy all adapters' factors, cost what the one
+# call spares. 2026-11-30, Zen 3, float32, 2048x2048, rank 16: 0.98 to 1.09 of PEFT's time for 1
+# and 4 rows, 0.96 to 1.01 for 32. The compiled part, which copies none: 0.83 to 0.91 for 1 and 4.
 _FEW_ROWS = 16
 
 
@@ -47,8 +49,12 @@ def few_rows_reason(x: Any, samples: Samples, impl: str) -> str | None:
     if impl != "auto" or not isinstance(x, Tensor) or x.ndim < 2:
         return None
     adapters = len({*samples.names} - {BASE})
-    few = x.numel() // max(x.shape[-1], 1) < _FEW_ROWS * adapters
-    return f"fewer than {_FEW_ROWS} rows an adapter" if few else None
+    if x.numel() // max(x.shape[-1], 1) >= _FEW_ROWS * adapters:
+        return None
+    request = Request(op.OP, x.device, autocast_dtype(x) or x.dtype, 1, False)
+    if refusal("cpu", request) is None:
+        return None
+    return f"fewer than {_FEW_ROWS} rows an adapter"
 
 
 class MixedParts(NamedTuple):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
