@@ -174,6 +174,15 @@ def test_a_block(both, adapters, impl):
     assert not use_of(model).left
 
 
+def test_several_adapters_of_float16_under_autocast():
+    plain, given = block(torch.float16, adapters=2)
+    plain.base_model.set_adapter(["default", "a1"])
+    model = patched(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(*given), plain(*given), rtol=0.05, atol=0.05)
+    assert use_of(model).fused == 1
+
+
 @pytest.mark.parametrize("rank", [1, 5])
 def test_each_expert_has_columns_of_its_own(rank):
     """E = R too: against PEFT's own delta, expert by expert, not against a view of ours."""
