@@ -18,9 +18,10 @@ from torch.nn.functional import grouped_mm
 from torch.nn.utils import parametrize
 
 import lora_kernels as lk
+from bench.measure.beside_peft import FROZEN, OURS, PEFT
 from bench.shapes import DTYPES, SCALING
 
-FROZEN, PEFT, UNCHECKED, THREE_STEPS, OURS = "frozen", "peft", "unchecked", "three-steps", "ours"
+UNCHECKED, THREE_STEPS = "unchecked", "three-steps"
 LABELS = {
     FROZEN: "frozen experts",
     PEFT: "PEFT",

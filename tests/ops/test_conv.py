@@ -245,7 +245,7 @@ def without_mask(x, call, geometry):
 
 
 def mask_of_channels_first(x, call, geometry):
-    keep = eager._kept(torch.ones_like(x).movedim(1, -1), call.dropout).movedim(-1, 1)
+    keep = eager.kept(torch.ones_like(x).movedim(1, -1), call.dropout).movedim(-1, 1)
     y, _ = FORWARD(x, call._replace(dropout=None), geometry)
     low = FORWARD(x * keep, call._replace(dropout=None, bias=None), geometry)
     return y, low[1] * call.dropout.scale

@@ -13,3 +13,13 @@ def wrong(name, function):
 
 def scaled_y(x, weight, a, b, scaling, p):
     return addmm_lora(x, weight, a, b, scaling * 1.01, p)
+
+
+class Here:
+    """Runs what a probe runs in a process of its own."""
+
+    def run(self, function, *args):
+        return function(*args)
+
+    def close(self):
+        pass

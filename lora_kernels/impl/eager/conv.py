@@ -9,16 +9,14 @@ from torch import Tensor
 
 from lora_kernels.impl.convolution import (
     convolve,
-    from_rows,
     input_gradient,
     memory_format,
     rows_of,
     weight_gradient,
 )
-from lora_kernels.impl.eager.mask import keep_blocks, masked
+from lora_kernels.impl.eager.conv_mask import kept, kept_both
 from lora_kernels.operands.call import Gradients, LinearCall, Wanted
 from lora_kernels.operands.conv import Geometry, branch_dtype
-from lora_kernels.operands.dropout import Dropout
 
 
 def forward(x: Tensor, call: LinearCall, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -33,8 +31,9 @@ def forward(x: Tensor, call: LinearCall, geometry: Geometry) -> tuple[Tensor, Te
     if call.dropout is None:
         xa = convolve(branch, a.to(dtype), None, geometry.of_a)
     else:
-        kept = _kept(branch, call.dropout)
-        xa = convolve(kept, a.to(dtype), None, geometry.of_a).mul_(call.dropout.scale)
+        xa = convolve(kept(branch, call.dropout), a.to(dtype), None, geometry.of_a).mul_(
+            call.dropout.scale
+        )
     y = convolve(x, weight, call.bias, geometry).contiguous(memory_format=memory_format(x, weight))
     _add(y, xa, b.to(dtype), scaling, geometry)
     return y, xa
@@ -60,27 +59,21 @@ def backward(
         dxa = input_gradient(between, b, branch, geometry.of_b, xa).mul_(scaling)
         if dropout is not None:
             dxa.mul_(dropout.scale)
-        if dx is not None:
-            more = input_gradient(size, a, dxa, geometry.of_a, x)
-            dx.add_(more if dropout is None else _kept(more, dropout))
-        if wanted.da and x is not None:
-            kept = x.to(dtype) if dropout is None else _kept(x.to(dtype), dropout)
-            da = weight_gradient(kept, a, dxa, geometry.of_a).to(lora_A.dtype)
+        more = None if dx is None else input_gradient(size, a, dxa, geometry.of_a, x)
+        dropped = x.to(dtype) if wanted.da and x is not None else None
+        if dropout is not None and more is not None and dropped is not None:
+            dropped, more = kept_both(dropped, more, dropout)
+        elif dropout is not None:
+            more, dropped = (t if t is None else kept(t, dropout) for t in (more, dropped))
+        if dx is not None and more is not None:
+            dx.add_(more)
+        if dropped is not None:
+            da = weight_gradient(dropped, a, dxa, geometry.of_a).to(lora_A.dtype)
     if wanted.db and xa is not None:
         db = weight_gradient(xa, b, branch, geometry.of_b)
         db = db.to(torch.promote_types(db.dtype, torch.float32)).mul_(scaling).to(lora_B.dtype)
     dbias = dy.transpose(0, 1).flatten(1).sum(1) if wanted.dbias else None
     return Gradients(dx, da, db, dbias)
-
-
-def _kept(x: Tensor, dropout: Dropout) -> Tensor:
-    """Return keep · x, D(x) without its factor, with channels last in memory."""
-    rows = rows_of(x)
-    # Where channels aren't last the rows are a copy, which is written in place.
-    target = rows if rows.data_ptr() != x.data_ptr() else torch.empty_like(rows)
-    for some, keep in keep_blocks(rows.shape[0], rows.shape[1], dropout):
-        masked(rows[some], keep, out=target[some])
-    return from_rows(target, x)
 
 
 def _add(

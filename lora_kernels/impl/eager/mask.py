@@ -60,19 +60,23 @@ def _constants(seed: Tensor) -> _Constants:
     )
 
 
-def keep_blocks(rows: int, columns: int, dropout: Dropout) -> Iterator[tuple[slice, Tensor]]:
+def keep_blocks(
+    rows: int, columns: int, dropout: Dropout, together: int | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """Yield (row slice, int16 [rows of the slice, columns], 1 = keep, 0 = drop) from top to bottom.
 
-    The tensor is valid until the next step: one buffer serves all blocks.
+    The tensor is valid until the next step: one buffer serves all blocks. together: rows of a
+    sample, beyond which no block goes.
     """
     seed, threshold = dropout
-    groups = -(-columns // LANES)
-    block_rows = max(1, min(rows, BLOCK_COUNTERS // max(1, groups)))
+    groups, together = -(-columns // LANES), max(1, rows if together is None else together)
+    block_rows = max(1, min(together, BLOCK_COUNTERS // max(1, groups)))
     compiled = seed.device.type == "cpu" and absence("cpu") is None
     fill = _compiled_fill(seed) if compiled else _aten_fill(seed, block_rows * groups)
     lanes = torch.empty(block_rows * groups, LANES, dtype=torch.int16, device=seed.device)
-    for first in range(0, rows, block_rows):
-        last = min(first + block_rows, rows)
+    starts = (s + i for s in range(0, rows, together) for i in range(0, together, block_rows))
+    for first in starts:
+        last = min(first + block_rows, first - first % together + together)
         block = lanes[: (last - first) * groups]
         fill(block, first * groups, threshold)
         yield slice(first, last), block.view(last - first, groups * LANES)[:, :columns]
@@ -97,13 +101,18 @@ def keep_rows(named: Tensor, columns: int, dropout: Dropout) -> Iterator[tuple[s
         yield some, block.view(-1, groups * LANES)[:, :columns]
 
 
+def integer_of(v: Tensor) -> torch.dtype:
+    """Return the integers of the size of v's elements."""
+    return _INTEGER_OF_SIZE[v.element_size()]
+
+
 def masked(v: Tensor, keep: Tensor, out: Tensor | None = None) -> Tensor:
     """Return v where keep is 1 and +0 where it is 0.
 
     Multiplying the bit patterns is six times cheaper than multiplying by a bool mask, and drops
     NaN and infinity too.
     """
-    integer = _INTEGER_OF_SIZE[v.element_size()]
+    integer = integer_of(v)
     target = torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
     torch.mul(v.view(integer), keep.to(integer), out=target.view(integer))
     return target
