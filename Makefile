@@ -8,9 +8,9 @@ TORCH := $(shell grep '^torch==' requirements-dev.txt)
 JOBS ?= 2
 # Tests of the host path on a stub of a driver take minutes a case: `make test-host`.
 HOST := $(wildcard tests/impl/*/test_host.py)
-# Of tests with many cases in the virtual machine one in MANY, of slow tests a third, others each
-# time; MANY=1 runs all.
-MANY ?= 14
+# Of tests with many cases, most of them in the virtual machine, one in MANY, of slow tests a third,
+# others each time; MANY=1 runs all.
+MANY ?= 18
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
 INTERPRETED := tests/ops/test_parity.py $(addprefix tests/impl/triton/test_,parity.py mutations.py split_k.py)
 

@@ -12,6 +12,7 @@ from lora_kernels.operands.weight import Misfit, QuantizedWeight, Weight
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 SEED_RANGE = (-(1 << 63), (1 << 63) - 1)
 
 
@@ -299,7 +300,7 @@ def check_memory(**tensors: Tensor | None) -> None:
 
 def lack_of_memory(t: Tensor) -> str | None:
     """Return what memory a tensor spans and what it has, where that is less; else None."""
-    if type(t) not in _PLAIN or t.layout is not _STRIDED:
+    if type(t) not in _PLAIN or t.layout is not _STRIDED or _is_wrapped(t):
         return None
     span = t.numel()
     if not t.is_contiguous():  # else in a third of the time

@@ -153,10 +153,10 @@ def call_reason(
         return f"x has shape {list(x.shape)}, top_k_index {list(ids.shape)}"
     if ids.dtype != torch.int64:
         return f"top_k_index is {ids.dtype}"
-    cast = autocast_dtype(x)
     first = linears[0].weight
-    if cast not in (None, first.dtype) and experts.config._experts_implementation in _BY_LINEAR:
-        return f"autocast casts its {first.dtype} weights"
+    reason = _dtype_reason(x, experts.config._experts_implementation, linears)
+    if reason is not None:
+        return reason
     # The second layer's inputs are as wide as its weight says.
     for linear, width in zip(linears, (x.shape[1], linears[1].weight.shape[2]), strict=True):
         row, nobody = first.new_empty(0, width), ids.new_empty(len(first), dtype=torch.int32)
@@ -174,4 +174,17 @@ def call_reason(
             if reason is not None:
                 # The host would wait for the GPU, and launch group after group.
                 return f"no kernel of grouped_lora_linear: triton {reason}"
+    return None
+
+
+def _dtype_reason(x: Tensor, implementation: str | None, linears: Linears) -> str | None:
+    """Return why an implementation casts, or refuses, dtypes that a fused call would take."""
+    if implementation not in _BY_LINEAR:
+        return None
+    cast = autocast_dtype(x)
+    for weight, *_ in linears:
+        if cast not in (None, weight.dtype):
+            return f"autocast casts its {weight.dtype} weights"
+        if cast is None and weight.dtype != x.dtype:
+            return f"x is {x.dtype}, its weights {weight.dtype}"
     return None

@@ -269,7 +269,10 @@ def _read_8bit(weight: Any, kept: Any) -> QuantizedWeight | str:
     scales = kept if scales is None else scales  # the first forward moves them to the module
     if weight.dtype != torch.int8 or scales is None:
         return "is not quantised yet: move the layer to its device first"
-    return _fitting(ScaledWeight("int8", (1, weight.shape[-1]), weight.detach(), scales, 127))
+    # dynamo has no as_subclass to a Tensor, make_fx no detach of another class.
+    compiling = torch.compiler.is_compiling()
+    codes = weight.detach() if compiling else weight.as_subclass(Tensor)
+    return _fitting(ScaledWeight("int8", (1, codes.shape[-1]), codes, scales, 127))
 
 
 def _read_torchao(weight: Any) -> QuantizedWeight | str:

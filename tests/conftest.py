@@ -69,9 +69,6 @@ def pytest_addoption(parser):
     )
 
 
-FEW_CASES = 3  # of one test: all of them run
-
-
 def _items_by_test(mark, items):
     """Return the cases of each test that has a mark, by its name."""
     cases = {}
@@ -85,10 +82,9 @@ def _beyond_one_in(n, items):
     """Return the items to leave out: of each test with many cases all but one in n, by the seed."""
     dropped = set()
     for name, of_one in _items_by_test("many", items).items():
-        if len(of_one) > FEW_CASES:
-            fewer = max(FEW_CASES, -(-len(of_one) // n))
-            kept = random.Random(f"{SEED}/{name}").sample(range(len(of_one)), fewer)
-            dropped.update(item for i, item in enumerate(of_one) if i not in kept)
+        fewer = -(-len(of_one) // n)
+        kept = random.Random(f"{SEED}/{name}").sample(range(len(of_one)), fewer)
+        dropped.update(item for i, item in enumerate(of_one) if i not in kept)
     slow = _items_by_test("slow", items)
     for name in random.Random(SEED).sample(sorted(slow), len(slow) * 2 // 3):
         dropped.update(slow[name])

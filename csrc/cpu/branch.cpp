@@ -8,6 +8,15 @@
 
 namespace lora_kernels {
 
+namespace {
+
+constexpr int64_t kFewRows = 4;
+
+// A factor as float32 rows.
+Tensor float_rows(const Tensor& parameter) { return as_matrix(as_floats(parameter)); }
+
+}  // namespace
+
 Mask mask_of(const LinearCall& call) {
   if (!call.dropout) return {};
   const auto& [seed, threshold, rows] = *call.dropout;
@@ -38,6 +47,32 @@ Tensor add_branch(const Tensor& y, const Tensor& rows, const LinearCall& call) {
     std::for_each(q.get() + begin * over_k.pitch, q.get() + end * over_k.pitch, [=](float& v) { v *= scale; });
     kernel.add_low_rank(matrix(y), over_r, q.get(), over_k.pitch, begin, end);
   });
+  return xa;
+}
+
+bool has_few_rows(const Tensor& rows, const LinearCall& call) {
+  return rows.size(0) <= kFewRows && !call.dropout && std::min(call.r(), call.n()) >= kRowGroup;
+}
+
+Tensor add_branch_of_few(const Tensor& y, const Tensor& rows, const LinearCall& call) {
+  const Tensor a = float_rows(call.adapter.a), b = float_rows(call.adapter.b);
+  const int64_t m = rows.size(0), n = call.n(), k = call.k(), r = call.r();
+  const Tensor xa = empty_matrix(m, r, rows.scalar_type());
+  const Buffer<float> x(m * k), q(m * r), added(n);
+  to_floats(matrix(rows), 0, m, x.get());
+  in_parallel(r, kRowGroup, m * k, [&](int64_t begin, int64_t end) {
+    kernels().few_rows({x.get(), k, m, k, false}, matrix(a), {}, {q.get(), r, m, r, false}, begin, end);
+  });
+  write_rows(q.get(), r, xa, 0, m);
+  const float scale = scale_of(call.adapter);
+  std::for_each(q.get(), q.get() + m * r, [=](float& v) { v *= scale; });
+  for (int64_t i = 0; i < m; ++i) {
+    const Matrix one{q.get() + i * r, r, 1, r, false};
+    in_parallel(n, kRowGroup, r, [&](int64_t begin, int64_t end) {
+      kernels().few_rows(one, matrix(b), {}, {added.get(), n, 1, n, false}, begin, end);
+    });
+    add_floats(added.get(), y, i);
+  }
   return xa;
 }
 

@@ -190,9 +190,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const DoraCa
   const auto as_torch = [&] { return torch_linear(rows, linear.weight.matrix, linear.bias); };
   const auto uninitialised = [&] { return empty_matrix(m, n, x.scalar_type()); };
   if (!linear.dropout) {
-    const Outputs out{starts ? as_torch() : uninitialised(), xa, base_forward(rows, plain)};
+    // Without a bias u is that layer's output, too.
+    const bool has_y = starts && linear.bias;
+    const Tensor u = starts && !linear.bias ? as_torch() : base_forward(rows, plain);
+    const Outputs out{has_y ? as_torch() : uninitialised(), xa, u};
     const Buffer<float> bias = linear.bias ? padded_vector(*linear.bias) : Buffer<float>(0);
-    finish_plain(rows, branch, gain, linear.bias ? bias.get() : nullptr, out, starts);
+    finish_plain(rows, branch, gain, linear.bias ? bias.get() : nullptr, out, has_y);
     return {shaped_like(x, out.y), xa, out.u, norm};
   }
   const Outputs out{starts ? as_torch() : base_forward(rows, linear), xa, uninitialised()};

@@ -61,14 +61,18 @@ Tensor stack_of(const std::vector<int64_t>& sizes, ScalarType type, bool zeroed)
   return out;
 }
 
+Tensor columns_of(const Tensor& v, int64_t count) {
+  return reinterpreted(v, {v.size(0), count}, {v.stride(0), v.stride(1)});
+}
+
 void put_rows(const Tensor& rows, const Tensor& to, const std::vector<int64_t>& named, int64_t begin) {
-  const auto bytes = static_cast<int64_t>(to.element_size()) * to.size(1);
+  const auto size = static_cast<int64_t>(to.element_size()), bytes = size * rows.size(1), apart = size * to.size(1);
   const char* const from = static_cast<const char*>(rows.const_data_ptr());
   char* const into = static_cast<char*>(to.mutable_data_ptr());
   in_parallel(rows.size(0), kRowGroup, to.size(1), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t row = named.empty() ? begin + i : named[begin + i];
-      std::memcpy(into + row * bytes, from + i * bytes, bytes);
+      std::memcpy(into + row * apart, from + i * bytes, bytes);
     }
   });
 }

@@ -17,7 +17,11 @@ Tensor rows_of(const Tensor& v, const std::vector<int64_t>& named, int64_t begin
 // An uninitialised or zeroed contiguous tensor.
 Tensor stack_of(const std::vector<int64_t>& sizes, ScalarType type, bool zeroed);
 
-// Copies rows to rows [begin, ...) of `to`, or to those that `named` has there. Both are of one type and contiguous.
+// The first `count` columns of a matrix: a view.
+Tensor columns_of(const Tensor& v, int64_t count);
+
+// Copies rows to the first columns of rows [begin, ...) of `to`, or of those that `named` has there. Both are of one type and
+// contiguous.
 void put_rows(const Tensor& rows, const Tensor& to, const std::vector<int64_t>& named, int64_t begin);
 
 // Adds rows, float32 or bfloat16, likewise to float32.

@@ -129,6 +129,14 @@ void write_rows(const float* q, int64_t q_stride, const Tensor& out, int64_t beg
   });
 }
 
+void add_floats(const float* numbers, const Tensor& to, int64_t i) {
+  const int64_t columns = to.size(1), by_row = to.stride(0);
+  with_data(to, [&](auto* data) {
+    auto* const row = data + i * by_row;
+    for (int64_t c = 0; c < columns; ++c) assign(row[c], value_of(row[c]) + numbers[c]);
+  });
+}
+
 Tensor vector_like(const Tensor& parameter, const float* numbers) {
   const int64_t count = parameter.numel();
   const Tensor out = output_like(parameter, 1, count);

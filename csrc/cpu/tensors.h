@@ -62,6 +62,9 @@ void to_floats(const Matrix& m, int64_t first, int64_t count, float* out);
 // Rows [begin, end) of q [., q_stride], rounded to the type of `out`, as many columns as it has.
 void write_rows(const float* q, int64_t q_stride, const Tensor& out, int64_t begin, int64_t end);
 
+// Adds numbers to row i of a matrix.
+void add_floats(const float* numbers, const Tensor& to, int64_t i);
+
 // Numbers as a vector of the parameter's size and type.
 Tensor vector_like(const Tensor& parameter, const float* numbers);
 

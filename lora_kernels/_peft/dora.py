@@ -26,8 +26,6 @@ def read_magnitude(layer: Any, name: str) -> Tensor | str:
         return "DoRA"
     if type(variant).__name__ != "DoraLinearVariant" or origin(variant.forward) != _VARIANTS:
         return variant_reason(variant)
-    if getattr(layer, "fan_in_fan_out", False):
-        return "DoRA beside a transposed weight"
     if getattr(layer, "ephemeral_gpu_offload", False):
         return "DoRA with ephemeral_gpu_offload"
     module = layer._modules["lora_magnitude_vector"]._modules[name]
@@ -47,6 +45,8 @@ def call_reason(x: Tensor, call: DoraCall, p: float, impl: str) -> str | None:
     magnitude = call.magnitude
     if is_dtensor(x):
         return "DoRA of a DTensor"
+    if x.ndim == 1:
+        return "of one vector PEFT's DoRA gives a matrix of one row"
     if magnitude.dtype not in FLOAT_DTYPES or magnitude.device != x.device:
         return f"lora_magnitude_vector is {magnitude.dtype} on {magnitude.device}"
     if is_grad_enabled() and not torch.compiler.is_dynamo_compiling() and magnitude.is_inference():

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from lora_kernels._peft.fused import Fused
-from lora_kernels._peft.summed import MOST_RANKS
+from lora_kernels._peft.summed import MOST_RANKS, joined
 from lora_kernels.bypass import everywhere_reason, hooks_reason, origin, scaling_reason
 from lora_kernels.bypass import read_linear as read_factor
 from lora_kernels.checks import check_memory
@@ -61,6 +60,10 @@ class FusedExperts(Fused, ParamWrapper):
         if reason is not None:
             return reason
         return partial(experts_forward, x, *routed, *parts, impl)
+
+
+# PEFT looks for the wrappers of an earlier adapter by this name; pickles go by __qualname__.
+FusedExperts.__name__ = ParamWrapper.__name__
 
 
 def fused_parts(layer: Any) -> Parts | str:
@@ -138,7 +141,7 @@ def _summed(adapters: list[Adapter]) -> Adapter | str:
         check_memory(lora_A=a, lora_B=b)
     wide = [b.float() if b.dtype.itemsize == 2 else b for _, b, _ in adapters]
     scaled = [b * scaling for b, (_, _, scaling) in zip(wide, adapters, strict=True)]
-    return Adapter(torch.cat([a for a, _, _ in adapters], 1), torch.cat(scaled, 2), 1.0)
+    return Adapter(joined([a for a, _, _ in adapters], 1), joined(scaled, 2), 1.0)
 
 
 def _linear(module: Any, name: str, adapted: tuple[Any, Adapter] | None) -> ExpertsLinear | str:

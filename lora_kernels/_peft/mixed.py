@@ -1,29 +1,29 @@
-"""Batches whose samples belong to different adapters of a layer, as one grouped call.
+"""Batches whose samples belong to different adapters of a layer, as one call.
 
-PEFT computes them adapter by adapter, without gradients; a fused call sorts the rows by adapter,
-all of them with the layer's one weight.
+PEFT computes them adapter by adapter, without gradients; a fused call has one product with the
+layer's weight, and reads the adapters' factors where they lie.
 """
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
-from lora_kernels.checks import lack_of_memory
-from lora_kernels.operands.call import Adapter, autocast_dtype
+from lora_kernels.dispatch import refusal
+from lora_kernels.operands.call import autocast_dtype
 from lora_kernels.operands.dropout import drawn
-from lora_kernels.operands.grouped import NO_ADAPTER, GroupedCall, Groups
-from lora_kernels.ops.grouped import run
-from lora_kernels.ops.grouped_checks import check
+from lora_kernels.operands.grouped import NO_ADAPTER
+from lora_kernels.operands.mixed import MixedCall
+from lora_kernels.operands.request import Request
+from lora_kernels.ops import mixed as op
+from lora_kernels.ops.grouped import run as run_grouped
 
 BASE = "__base__"  # PEFT's word for no adapter
-# Rows an adapter below which copying all adapters' factors costs what the one call spares.
-# 2026-11-30, Zen 3, float32, 2048x2048, rank 16: 0.98 to 1.09 of PEFT's time for 1 and 4 rows, 0.96
-# to 1.01 for 32.
+# Rows an adapter below which torch's operators, which copy all adapters' factors, cost what the one
+# call spares. 2026-11-30, Zen 3, float32, 2048x2048, rank 16: 0.98 to 1.09 of PEFT's time for 1
+# and 4 rows, 0.96 to 1.01 for 32. The compiled part, which copies none: 0.83 to 0.91 for 1 and 4.
 _FEW_ROWS = 16
 
 
@@ -32,24 +32,16 @@ class Samples:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self._groups: dict[Any, Groups] = {}
+        self._owners: dict[tuple[str, ...], Tensor] = {}
 
     @torch.inference_mode(False)  # a later layer's call may be recorded
-    def groups(self, known: tuple[str, ...], each: int, device: torch.device) -> Groups:
-        """Return rows sorted by adapter, those of no known one last; a sample has `each` rows."""
-        key = known, each, device
-        if key not in self._groups:
-            numbers = [known.index(n) if n in known else len(known) for n in self.names]
-            self._groups[key] = _sorted(torch.tensor(numbers), len(known), each, device)
-        return self._groups[key]
-
-
-def _sorted(numbers: Tensor, count: int, each: int, device: torch.device) -> Groups:
-    order = torch.argsort(numbers, stable=True)
-    rows = (order.unsqueeze(1) * each + torch.arange(each)).view(-1).to(device)
-    ends = (torch.bincount(numbers, minlength=count + 1) * each).cumsum(0).to(device, torch.int32)
-    owners = torch.tensor([*range(count), NO_ADAPTER], dtype=torch.int32, device=device)
-    return Groups(ends, rows, rows, owners, torch.zeros_like(owners))
+    def owners(self, known: tuple[str, ...]) -> Tensor:
+        """Return the number of each sample's adapter among those that a layer knows."""
+        if known not in self._owners:
+            numbers = {name: i for i, name in enumerate(known)}
+            found = [numbers.get(name, NO_ADAPTER) for name in self.names]
+            self._owners[known] = torch.tensor(found, dtype=torch.int32)
+        return self._owners[known]
 
 
 def few_rows_reason(x: Any, samples: Samples, impl: str) -> str | None:
@@ -57,8 +49,12 @@ def few_rows_reason(x: Any, samples: Samples, impl: str) -> str | None:
     if impl != "auto" or not isinstance(x, Tensor) or x.ndim < 2:
         return None
     adapters = len({*samples.names} - {BASE})
-    few = x.numel() // max(x.shape[-1], 1) < _FEW_ROWS * adapters
-    return f"fewer than {_FEW_ROWS} rows an adapter" if few else None
+    if x.numel() // max(x.shape[-1], 1) >= _FEW_ROWS * adapters:
+        return None
+    request = Request(op.OP, x.device, autocast_dtype(x) or x.dtype, 1, False)
+    if refusal("cpu", request) is None:
+        return None
+    return f"fewer than {_FEW_ROWS} rows an adapter"
 
 
 class MixedParts(NamedTuple):
@@ -118,22 +114,34 @@ def forward(layer: Any, x: Any, samples: Samples, impl: str, path: str = "") -> 
         return "no adapter of the batch is this layer's"
     if impl == "auto" and not x.is_cpu:
         return f"batches of several adapters weren't tried on {x.device.type}"
+    all_a, all_b = [a for a, _, _ in factors.values()], [b for _, b, _ in factors.values()]
+    if _saves_inference_tensors(x, weight, *all_a, *all_b):
+        return "an inference tensor can't be saved for backward"
     cast = autocast_dtype(x)
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)
         bias = None if bias is None else bias.to(cast)
-    groups = samples.groups(tuple(factors), prod(x.shape[1:-1]), x.device)
-    scaling = torch.tensor([s for _, _, s in factors.values()], device=x.device)
     rows, dropout = x.reshape(-1, x.shape[-1]), drawn(p, None, x.device) if p else None
-    stack = None if bias is None else bias.unsqueeze(0)
-    adapter = Adapter(*_stacks(factors), scaling)
-    call = GroupedCall(weight.unsqueeze(0), adapter, stack, groups, dropout, len(rows))
+    scalings = torch.tensor([s for _, _, s in factors.values()], dtype=torch.float64)
+    owners = samples.owners(tuple(factors))
+    call = MixedCall(weight, all_a, all_b, scalings, owners, bias, dropout)
     try:
-        check(rows, call)
+        op.check(rows, call)
     except (TypeError, ValueError) as error:
         return str(error)
-    y = run(rows, call, impl, path)
+    if op.serves(impl, rows):
+        y = op.run(rows, call, impl, path)
+    else:
+        op.check_all_memory(call, x=rows)
+        with torch.autocast(x.device.type, enabled=False):  # else it would cast stacked factors
+            y = run_grouped(rows, call.as_grouped(len(rows)), impl, path)
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _saves_inference_tensors(*tensors: Tensor) -> bool:
+    if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+        return False
+    return any(t.is_inference() for t in tensors)
 
 
 def _factors(
@@ -152,26 +160,10 @@ def _factors(
         return "a bias"
     (n, k), ranks = weight.shape, a[0].shape[:1]
     for t, shape in ((a[0], (*ranks, k)), (b[0], (n, *ranks))):
-        if type(t) not in PLAIN_TENSORS or t.is_meta or t.shape != shape or _lacks_memory(t):
+        if type(t) not in PLAIN_TENSORS or t.is_meta or t.shape != shape:
             return f"no plain factors for a weight of shape {list(weight.shape)}"
     dropout = modules["lora_dropout"]._modules[name]
     reason, scaling = dropout_reason(dropout), layer.scaling[name]
     if reason is None and (type(scaling) is not float or scaling - scaling != 0.0):
         reason = f"a scaling of {scaling}"
     return (a[0], b[0], scaling, dropout) if reason is None else reason
-
-
-def _lacks_memory(t: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and lack_of_memory(t) is not None
-
-
-def _stacks(factors: dict[str, tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
-    """Return all adapters' A [n, R, K] and B [n, N, R]; ranks that differ are filled with zeros."""
-    ranks = max(a.shape[0] for a, _, _ in factors.values())
-    all_a, all_b = [], []
-    for a, b, _ in factors.values():
-        more = ranks - a.shape[0]
-        # Which copies for no zeros, too.
-        all_a.append(pad(a, (0, 0, 0, more)) if more else a)
-        all_b.append(pad(b, (0, more)) if more else b)
-    return torch.stack(all_a), torch.stack(all_b)

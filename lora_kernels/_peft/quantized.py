@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from lora_kernels._peft.fused import Fused
 from lora_kernels._peft.linear import FusedParts, call_reason, fused_parts
-from lora_kernels.bypass import origin
+from lora_kernels.bypass import everywhere_reason, origin
 from lora_kernels.operands.call import Adapter
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.ops.linear import run
 from lora_kernels.quantized import Base, apply, as_computed, read_quantized, settled, unconverted
+from lora_kernels.transforms import needs_plain_torch
 
 
 class QuantizedForward(Fused):
@@ -33,7 +34,8 @@ class QuantizedForward(Fused):
 
     def _fused_call(self, x: Any, impl: str) -> Callable[[], Tensor] | str:
         layer: Any = self
-        parts = parts_of(layer)
+        # Before the weight is read: codes have no memory, and traces no name for them, there.
+        parts = everywhere_reason() or parts_of(layer)
         if isinstance(parts, str):
             return parts
         if not isinstance(x, Tensor):
@@ -57,7 +59,7 @@ class QuantizedForward(Fused):
         """Return PEFT's output; without adapters, which it forms by the base layer, our product."""
         layer: Any = self
         alone = layer._disable_adapters or layer.merged_adapters
-        if alone and isinstance(x, Tensor) and not (args or kwargs):
+        if alone and isinstance(x, Tensor) and not (args or kwargs or needs_plain_torch()):
             if layer._disable_adapters and layer.merged_adapters:
                 layer.unmerge()  # as PEFT's forward does
             module = layer._modules["base_layer"]

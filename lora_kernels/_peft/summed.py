@@ -40,7 +40,19 @@ def summed_parts(layer: Any, names: list[str], read: Callable[[Any], Any]) -> Su
         wide = [b.float() if b.dtype.itemsize == 2 else b for b in all_b]
         all_b, scaling = [b * s for b, s in zip(wide, scalings, strict=True)], 1.0
         all_a = [a.to(all_b[0].dtype) for a in all_a]
-    return *own, torch.cat(all_a), torch.cat(all_b, dim=1), dropout, scaling, None
+    return *own, joined(all_a, 0), joined(all_b, 1), dropout, scaling, None
+
+
+def joined(factors: list[Tensor], dim: int) -> Tensor:
+    """Return factors one after the other, in their own dtype.
+
+    Under autocast torch.cat looks for a common one, and raises for float16 on CPUs.
+    """
+    device = factors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return torch.cat(factors, dim)
+    with torch.autocast(device, enabled=False):
+        return torch.cat(factors, dim)
 
 
 def _factors(layer: Any, names: list[str]) -> tuple[list[Tensor], list[Tensor], nn.Module] | str:

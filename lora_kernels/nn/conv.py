@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import merging
-from lora_kernels.bypass import everywhere_reason, read_plain
-from lora_kernels.checks import FLOAT_DTYPES, check_keyword
+from lora_kernels.bypass import everywhere_reason, input_reason, read_plain
+from lora_kernels.checks import check_keyword
 from lora_kernels.merging import Update
 from lora_kernels.nn.adapted import Adapted
 from lora_kernels.nn.arguments import check_settings
@@ -164,7 +164,7 @@ class _LoRAConv(Adapted):
         base = self.base_layer
         if self.merged:
             return base(x)
-        reason = self.left_reason()
+        reason = self.left_reason() or input_reason(x)
         self._note(reason)
         if reason is None:
             return self._function(
@@ -183,6 +183,8 @@ class _LoRAConv(Adapted):
             reason = _reason(getattr(self, name), self._kind)
             if reason is not None:
                 return f"{name} {reason}"
+        if self.lora_A.bias is not None or self.lora_B.bias is not None:
+            return "lora_A or lora_B has a bias"
         return everywhere_reason()
 
     def _updates(self) -> tuple[Update, ...]:
@@ -191,6 +193,8 @@ class _LoRAConv(Adapted):
                 f"base_layer: expected one group to merge, got {self.base_layer.groups}"
             )
         a, b = (merging.own_weight(getattr(self, n), n) for n in ("lora_A", "lora_B"))
+        if self.lora_A.bias is not None or self.lora_B.bias is not None:
+            raise TypeError("lora_A, lora_B: expected no bias to merge, got one")
         a, b = (t.detach().flatten(1).clone() for t in (a, b))
         return (Update(a, b, self.scaling),)
 
@@ -237,6 +241,4 @@ def _reason(conv: nn.Module, kind: type[_Kind]) -> str | None:
         return f"has dilation {conv.dilation}, which PEFT's adapter lacks"
     if conv.padding_mode != "zeros":
         return f"has padding_mode {conv.padding_mode!r}, which PEFT's adapter lacks"
-    if conv.weight.dtype not in FLOAT_DTYPES:
-        return f"has a weight of {conv.weight.dtype}"
     return None

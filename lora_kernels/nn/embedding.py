@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_kernels.bypass import everywhere_reason, read_plain
+from lora_kernels.bypass import everywhere_reason, input_reason, read_plain
 from lora_kernels.checks import check_keyword, check_memory
 from lora_kernels.merging import Update
 from lora_kernels.nn.adapted import Adapted
@@ -148,7 +148,7 @@ class LoRAEmbedding(Adapted):
             self.lora_embedding_B,
             self.base_layer.padding_idx,
         )
-        reason = self.left_reason()
+        reason = self.left_reason() or input_reason(ids)
         self._note(reason)
         if reason is None:
             return lora_embedding(

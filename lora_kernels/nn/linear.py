@@ -28,7 +28,14 @@ from lora_kernels.operands.dropout import drawn
 from lora_kernels.ops.dora import run as run_dora
 from lora_kernels.ops.dora import run_with_norm
 from lora_kernels.ops.linear import run
-from lora_kernels.quantized import Base, apply, read_quantized, settled, unconverted
+from lora_kernels.quantized import (
+    Base,
+    apply,
+    is_quantized,
+    read_quantized,
+    settled,
+    unconverted,
+)
 from lora_kernels.usage import Calls
 
 
@@ -234,8 +241,7 @@ class LoRALinear(Adapted):
             return self.base_layer(x)
         parts = self._fused_parts()
         if isinstance(parts, str):
-            base = read_quantized(self.base_layer)
-            return self._left(x, parts) if base is None else self._quantized(x, base)
+            return self._quantized(x) if is_quantized(self.base_layer) else self._left(x, parts)
         weight, bias, a, b = parts[:4]
         cast, scaling, p = autocast_dtype(x), self.scaling, self.lora_dropout
         call = LinearCall(current(self, weight), Adapter(a, b, scaling), bias, None)
@@ -295,11 +301,14 @@ class LoRALinear(Adapted):
         m = magnitude.read(base[0])
         return m if isinstance(m, str) else (base[0], base[1], a[0], b[0], m)
 
-    def _quantized(self, x: Tensor, base: Base | str) -> Tensor:
+    def _quantized(self, x: Tensor) -> Tensor:
         """Return y around a quantised base layer."""
-        parts = self._fused_parts(base)
+        # Before codes are read: they have no memory, and traces no name for them, there.
+        reason = everywhere_reason()
+        base = None if reason is not None else read_quantized(self.base_layer)
+        parts = self._fused_parts(base) if reason is None else reason
         unfit = input_reason(x) or scaling_reason(self.scaling)
-        if isinstance(base, str) or isinstance(parts, str) or unfit is not None:
+        if not isinstance(base, Base) or isinstance(parts, str) or unfit is not None:
             with unconverted(self.base_layer):
                 return self._left(x, parts if isinstance(parts, str) else str(unfit))
         p = self.lora_dropout if self.training else 0.0

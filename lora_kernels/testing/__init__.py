@@ -31,10 +31,11 @@ from lora_kernels.testing.linear import (
     reference_results,
     run,
 )
+from lora_kernels.testing.mixed import MIXED, MixedCase
 from lora_kernels.testing.spec import Spec
 
 # What checks and benchmarks every op.
-SPECS = (LINEAR, DORA, GROUPED)
+SPECS = (LINEAR, DORA, GROUPED, MIXED)
 
 __all__ = [
     "DORA",
@@ -44,6 +45,7 @@ __all__ = [
     "GROUPED",
     "LINEAR",
     "MANY_DRAWS",
+    "MIXED",
     "MORE_DRAWS",
     "SPECS",
     "STORE",
@@ -53,6 +55,7 @@ __all__ = [
     "DoraInputs",
     "GroupedCase",
     "Inputs",
+    "MixedCase",
     "Sizes",
     "Spec",
     "assert_parity",

@@ -85,6 +85,27 @@ def test_a_hook_gets_its_call(make):
     torch.testing.assert_close(composed(layer, x), layer(x))
 
 
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_a_bias_of_a_factor_is_seen(name):
+    layer, x = make_conv()
+    factor = getattr(layer, name)
+    factor.bias = nn.Parameter(torch.randn(factor.out_channels, dtype=F64))
+    torch.testing.assert_close(layer(x), composed(layer, x))
+    assert layer.left_reason() == "lora_A or lora_B has a bias"
+    with pytest.raises(TypeError, match="expected no bias to merge"):
+        layer.merge()
+    assert not layer.merged
+
+
+@each
+def test_shapes_on_meta_and_graphs_of_fx(make):
+    layer, x = make()
+    expected = layer(x)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), expected)
+    y = layer.to("meta")(x.to("meta"))
+    assert (y.shape, y.dtype, y.device.type) == (expected.shape, F64, "meta")
+
+
 @each
 def test_merging_changes_no_result_and_comes_undone(make):
     layer, x = make()

@@ -70,6 +70,7 @@ def test_nan_scale_passes_through():
 FOUR_BIT = [(kind, nested) for kind in ("nf4", "fp4") for nested in (False, True)]
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("kind", "nested"), FOUR_BIT)
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 96), (16, 48), (3, 72)], ids=str)
 def test_bitsandbytes_has_the_same_bits(kind, nested, shape):

@@ -145,6 +145,20 @@ def test_leading_dimensions_and_empty_batches(impl, leading):
         assert not any(found[name].any() for name in ("da", "db", "dm", "dbias"))
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("impl", ["cpu", "eager"])
+def test_an_adapter_at_its_start_is_the_base_layer_to_the_bit(impl, p, with_bias):
+    skip_if_refused(impl, op=DORA.op)
+    case = DoraCase((33,), 72, 129, 5, FP32, dropout_p=p, bias=with_bias)
+    inputs = DORA.inputs(case)
+    inputs.lora_B.zero_()
+    inputs.magnitude = inputs.weight.norm(dim=1)
+    found = DORA.call(case, inputs, impl)
+    assert torch.equal(found["y"], torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias))
+    DORA.assert_results(case, inputs, found, impl)
+
+
 @pytest.mark.parametrize("left", [1.0, 0.1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_the_norm_of_rows_that_cancel(dtype, left):

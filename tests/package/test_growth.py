@@ -161,8 +161,10 @@ def test_a_new_op_touches_the_files_that_contributing_names(tmp_path):
     (package / "ops" / "toy.py").write_text(OP)
     (package / "testing" / "toy.py").write_text(SPEC)
     specs = package / "testing" / "__init__.py"
-    imported = "from lora_kernels.testing.toy import TOY\nSPECS = (LINEAR, DORA, GROUPED, TOY)"
-    specs.write_text(specs.read_text().replace("SPECS = (LINEAR, DORA, GROUPED)", imported))
+    imported = (
+        "from lora_kernels.testing.toy import TOY\nSPECS = (LINEAR, DORA, GROUPED, MIXED, TOY)"
+    )
+    specs.write_text(specs.read_text().replace("SPECS = (LINEAR, DORA, GROUPED, MIXED)", imported))
     steps = (ROOT / "CONTRIBUTING.md").read_text().partition("## To add an op\n")[2]
     steps = steps.partition("\n## ")[0]
     for name in (

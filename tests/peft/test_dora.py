@@ -11,13 +11,13 @@ import lora_kernels as lk
 peft = pytest.importorskip("peft")
 
 
-def models(dropout=0.0, **settings):
+def models(dropout=0.0, linear=nn.Linear, **settings):
     """Return a model of two DoRA layers, patched, and its unpatched twin."""
     config = peft.LoraConfig(
         r=4, use_dora=True, lora_dropout=dropout, target_modules=["0", "2"],
         init_lora_weights=False, **settings,
     )  # fmt: skip
-    base = nn.Sequential(nn.Linear(13, 16), nn.Tanh(), nn.Linear(16, 9)).double()
+    base = nn.Sequential(linear(13, 16), nn.Tanh(), linear(16, 9)).double()
     plain = peft.get_peft_model(base, config)
     for name, parameter in plain.named_parameters():
         if "magnitude" in name:
@@ -116,6 +116,28 @@ def test_dropout_is_on_where_the_layer_and_the_dropout_train():
         model.eval()
         model.base_model.model[0].lora_dropout.train()  # PEFT asks the layer alone
     assert_same(patched, plain, x)
+
+
+def test_weights_stored_by_columns():
+    """GPT-2's Conv1D keeps W as [K, N]."""
+    conv = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    patched, plain = models(linear=lambda k, n: conv(n, k), fan_in_fan_out=True)
+    x = torch.randn(3, 5, 13, dtype=torch.float64)
+    assert_same(patched, plain, x)
+    for model in (patched, plain):
+        model.merge_adapter()
+    torch.testing.assert_close(patched(x), plain(x))
+    for model in (patched, plain):
+        model.unmerge_adapter()
+        model.eval()
+    assert_same(patched, plain, x)
+
+
+def test_one_vector_becomes_a_row_as_with_peft():
+    patched, plain = (model.base_model.model[0] for model in models())
+    x = torch.randn(13, dtype=torch.float64)
+    torch.testing.assert_close(patched(x), plain(x))
+    assert patched(x).shape == (1, 16)
 
 
 def test_what_is_not_fused_keeps_pefts_forward_and_says_why():

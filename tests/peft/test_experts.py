@@ -1,6 +1,7 @@
 """PEFT's LoRA of experts, patched: against the same model unpatched, and what is left to PEFT."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -173,6 +174,15 @@ def test_a_block(both, adapters, impl):
     assert not use_of(model).left
 
 
+def test_several_adapters_of_float16_under_autocast():
+    plain, given = block(torch.float16, adapters=2)
+    plain.base_model.set_adapter(["default", "a1"])
+    model = patched(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(*given), plain(*given), rtol=0.05, atol=0.05)
+    assert use_of(model).fused == 1
+
+
 @pytest.mark.parametrize("rank", [1, 5])
 def test_each_expert_has_columns_of_its_own(rank):
     """E = R too: against PEFT's own delta, expert by expert, not against a view of ours."""
@@ -217,6 +227,29 @@ def test_switching_merging_saving_and_unpatching_are_peft_s(tmp_path):
     assert fused
     merged = copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(merged(*given), model(*given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["add_adapter", "load_adapter", "inject_adapter_in_model"])
+def test_an_adapter_is_added_to_a_patched_model(by, tmp_path):
+    """PEFT finds the wrappers of the first adapter by the name of their class."""
+    plain, given = block()
+    model = patched(plain)
+    plain.save_pretrained(tmp_path)
+    for each in (model, plain):
+        config = copy.deepcopy(each.peft_config["default"])
+        torch.manual_seed(1)
+        if by == "load_adapter":
+            each.load_adapter(tmp_path, "b")
+        elif by == "add_adapter":
+            each.add_adapter("b", config)
+        else:
+            peft.inject_adapter_in_model(config, each.base_model.model, "b")
+        layer_of(each).set_adapter("b")
+        layer_of(each).base_layer.set_adapter("b")
+    assert_same_block(model, plain, given)
+    assert use_of(model).fused == 1
+    other = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(other(*given), model(*given))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -122,6 +122,19 @@ def test_batched_mm_is_cast_by_autocast_so_it_is_left_there():
     assert use_of(model).reason == "autocast casts its torch.float32 weights"
 
 
+def test_x_of_another_dtype_is_batched_mm_s_to_refuse_and_grouped_mm_s_to_cast():
+    plain, (x, ids, gates) = block()
+    model = patched(plain)
+    given = x.double(), ids, gates
+    torch.testing.assert_close(model(*given), plain(*given), rtol=1e-4, atol=1e-5)
+    assert use_of(model).fused == 1
+    for each in (model, plain):
+        _implementation(each)
+        with pytest.raises(RuntimeError, match="expected scalar type"):
+            each(*given)
+    assert use_of(model).reason == "x is torch.float64, its weights torch.float32"
+
+
 def test_bad_calls_are_peft_s_to_refuse():
     model, (x, ids, gates) = block()
     lk.patch_peft(model)

@@ -230,13 +230,37 @@ def test_a_factor_whose_memory_is_gone_is_peft_s_to_refuse(pair):
         pass
 
 
-def test_few_rows_an_adapter_are_left_to_peft_by_auto(pair):
-    model, _ = pair
+def test_few_rows_an_adapter_are_left_to_peft_where_factors_would_be_copied():
+    plain = model_of(torch.float64).eval()  # which the compiled part doesn't serve
+    model = copy.deepcopy(plain)
     lk.patch_peft(model)
     for length, fused in ((5, 0), (8, 1)):  # of 3 adapters, 30 and 48 rows
         ids = tokens(6, length)
-        got, expected = (m(input_ids=ids, adapter_names=NAMES).logits for m in pair)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        got, expected = (m(input_ids=ids, adapter_names=NAMES).logits for m in (model, plain))
+        torch.testing.assert_close(got, expected)
         use = lk.report(model).layers.values()
         assert all(each.fused == fused and each.left == 1 for each in use)
     assert {each.reason for each in use} == {"fewer than 16 rows an adapter"}
+
+
+@pytest.mark.skipif(absence("cpu") is not None, reason=str(absence("cpu")))
+def test_few_rows_an_adapter_are_fused_by_the_compiled_part(pair):
+    model, _ = pair
+    lk.patch_peft(model)
+    ids = tokens(6, 1)
+    got, expected = (m(input_ids=ids, adapter_names=NAMES).logits for m in pair)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert all(use.fused == 1 and not use.left for use in lk.report(model).layers.values())
+
+
+def test_inference_tensors_are_left_to_peft_where_gradients_are_recorded(pair):
+    model, _ = pair
+    linear = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["second"]
+    with torch.inference_mode():
+        linear.weight = nn.Parameter(torch.randn_like(linear.weight), requires_grad=False)
+    ids = tokens()
+    with torch.no_grad():
+        assert isinstance(model(input_ids=ids, adapter_names=NAMES).logits, torch.Tensor)
+    with pytest.raises(ValueError, match="an inference tensor can't be saved"):  # noqa: SIM117
+        with lk.adapter_batch(model, NAMES):
+            model(input_ids=ids)

@@ -62,6 +62,19 @@ def test_it_trains_as_pefts_own(kind):
     assert isinstance(copy.deepcopy(layer), type(layer))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["embedding", "conv1d", "conv2d", "conv3d"])
+def test_an_empty_batch(kind, p):
+    base, x = make(kind)
+    model = model_of(base, lora_dropout=p)
+    layer = fused(model)
+    y = model(x[:0])
+    assert layer._lora_kernels_calls.left == 0
+    assert y.shape == base(x[:0]).shape
+    y.sum().backward()
+    assert not any(q.grad.any() for q in model.parameters() if q.requires_grad)
+
+
 def test_a_scaled_embedding():
     modeling = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
     base = modeling.Gemma3TextScaledWordEmbedding(11, 6, 0, embed_scale=2.5).to(F64)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk
 from lora_kernels.quantized import read_quantized
-from tests.support.quantised import Net, adapted, is_served, results
+from tests.support.quantised import TRANSFORMS, Net, adapted, is_served, results, transformed
 
 pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -346,6 +346,26 @@ def test_bad_states_are_named_and_nothing_is_written():
     state = Net("nf4").a
     state.weight.quant_state = None  # FSDP loses it, and the module has it
     assert read_quantized(state).weight.format == "nf4"
+
+
+@pytest.mark.parametrize(("kind", "how"), [(k, how) for k in TRANSFORMS for how in TRANSFORMS[k]])
+def test_transforms_and_traces_are_peft_s(kind, how):
+    ours, theirs = (model.base_model.model.a for model in pairs(kind))
+    found, expected = transformed(ours, X, how), transformed(theirs, X, how)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if how in ("vmap", "trace"):
+        for layer in (ours, theirs):
+            layer.enable_adapters(False)
+        torch.testing.assert_close(transformed(ours, X, how), transformed(theirs, X, how))
+
+
+@pytest.mark.parametrize(("kind", "how"), [(k, how) for k in TRANSFORMS for how in TRANSFORMS[k]])
+def test_transforms_of_a_module_are_those_of_its_parts(kind, how):
+    layer = lk.LoRALinear.from_linear(Net(kind).a, r=4)
+    nn.init.normal_(layer.lora_B.weight)
+    composed = copy.deepcopy(layer)
+    composed.base_layer.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(transformed(layer, X, how), transformed(composed, X, how))
 
 
 def test_options_are_checked():

@@ -98,6 +98,16 @@ def test_bfloat16_errs_as_much_as_peft(adapters, alphas):
     assert all(our <= 1.5 * their + 1e-3 for their, our in zip(*errors, strict=True)), errors
 
 
+@pytest.mark.parametrize("alphas", [(6, 6, 6), (6, 1, 3)], ids=["alike", "apart"])
+def test_float16_under_autocast(alphas):
+    theirs, ours = make(torch.float16, torch.float16, alphas)
+    x = torch.randn(64, 24, dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = ours(x), theirs(x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    assert fused_calls(ours) == 1
+
+
 def test_dropout_is_left_to_peft_in_training_alone():
     theirs, ours = make(p=0.5)
     x = torch.randn(6, 24)

@@ -201,6 +201,11 @@ def scaling_of(case, choice):
     return torch.arange(1, 1 + shapes[choice][0]).to(dtype).reshape(shapes[choice])
 
 
+def change_scaling(case, layer, rng):
+    """Give one of a layer's adapters another scaling."""
+    layer.scaling[rng.choice(sorted(layer.scaling))] = scaling_of(case, rng.choice(SCALINGS))
+
+
 def owners(layer):
     """Return where the parameters of a layer lie, by target."""
     lora_B = layer.lora_B["default"]
@@ -221,7 +226,7 @@ def change(case, layer, x, what, rng):
         form = FORMS_OF_X[rng.choice(list(FORMS_OF_X))]
         return form(x.detach(), rng).requires_grad_(x.requires_grad and rng.random() < 0.9)
     if target == "scaling":
-        layer.scaling["default"] = scaling_of(case, rng.choice(SCALINGS))
+        change_scaling(case, layer, rng)
         if how == "emptied":
             layer.scaling["default"] = torch.tensor(1.5)
             layer.scaling["default"].untyped_storage().resize_(0)

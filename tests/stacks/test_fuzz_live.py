@@ -96,12 +96,12 @@ def models_of(case):
     return patched, model
 
 
-def memory_of(layer):
-    """Return where the numbers lie that backward reads, by name."""
+def memory_of(where):
+    """Return where the numbers lie that backward may read, by name."""
     found = {}
-    for name, (owner, which) in owners(layer).items():
+    for name, (owner, which) in where.items():
         parameter = owner._parameters.get(which)
-        if name in ("weight", "lora_A", "lora_B"):
+        if "bias" not in name:
             with contextlib.suppress(RuntimeError):  # sparse ones and the like have none
                 found[name] = id(parameter), parameter.data_ptr(), parameter.stride()
     return found
@@ -124,11 +124,11 @@ def results_of(case, model):
         with grad, torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
             found["y"] = y = model(x)
         if case.mode == "backward":
-            memory = memory_of(layer)
+            memory = memory_of(owners(layer))
             for what in case.between:
                 with contextlib.suppress(Exception):
                     change(case, layer, x, what, rng)
-            found["moved"] = memory_of(layer) != memory
+            found["moved"] = memory_of(owners(layer)) != memory
             y.backward(numbers(y.shape, rng, y.dtype))
             found["x"] = x.grad
             for name, (owner, which) in owners(layer).items():
@@ -193,13 +193,19 @@ def test_changed_layers_are_pefts_or_say_no():
     for index in range(CASES):
         case = random_case(random.Random(f"{SEED}/{index}"))
         try:
-            check(case)
+            check(case, models_of, results_of)
         except BaseException as error:
             error.add_note(f"case {index}: {case}")
             raise
 
 
-def check(case):
+def check(case, models_of, results_of, share=None, may_serve=(), refuses=()):
+    """Compare what a patched model and its unpatched copy give after a case's changes.
+
+    share: of the largest number that results may differ by, where it isn't `tolerance`.
+    may_serve: parts of PEFT's errors for which ours may give something.
+    refuses: parts of our errors that say no by name where PEFT may give something.
+    """
     patched, model = models_of(case)
     ours = results_of(case, patched)
     error = ours.get("error")
@@ -212,15 +218,20 @@ def check(case):
         # AccumulateGrad looks at the shape of a gradient that somebody else holds: of one row the
         # bias's is dy itself where PEFT computes.
         return
+    if any(text in str(error) for text in refuses):
+        return
     changed_since = case.mode == "backward" and case.between and "y" in ours
+    if error is None and any(text in str(theirs.get("error")) for text in may_serve):
+        return
     if "error" in theirs or (error is not None and changed_since):
         assert error is not None, f"ours gives {ours}, PEFT raises {theirs['error']!r}"
         return
     assert error is None, f"ours raises {error!r}, PEFT gives {theirs}"
     # Memory put in a saved tensor's place: views that PEFT saved keep the old, ours reads the new.
-    share = float("inf") if ours.pop("moved", False) else tolerance(case)
+    share = share or tolerance(case)
+    share = float("inf") if ours.pop("moved", False) else share
     theirs.pop("moved", None)
     # What 16 bits round of a sum's terms stays where these cancel.
-    least = math.sqrt(max(case.rows, case.n, case.k)) if tolerance(case) > 1e-2 else 1.0
+    least = math.sqrt(max(case.rows, case.n, case.k)) if share > 1e-2 else 1.0
     for what, result in theirs.items():
         assert_alike(ours[what], result, share, what, least)

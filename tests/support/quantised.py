@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lora_kernels as lk
 from lora_kernels.native import absence
@@ -19,6 +20,8 @@ NF4 = (
 FP4 = tuple(sign * v / 12 for sign in (1, -1) for v in (0.0, 0.0625, 8, 12, 4, 6, 2, 3))
 FORMATS = ("nf4", "nf4-nested", "fp4", "int8", "float8-tiles", "float8-rows")
 COMPILED = absence("cpu") is None
+# What bitsandbytes' own layers can do: their autograd functions have few rules.
+TRANSFORMS = {"nf4": ("vmap", "jvp", "grad", "trace"), "int8": ("make_fx", "trace")}
 ON_CPUS = "cpu" if COMPILED else "eager"  # what "auto" takes there for float32 and bfloat16
 
 
@@ -132,3 +135,20 @@ def results(model, x):
     y = model(x)
     y.square().mean().backward()
     return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def transformed(layer, x, how):
+    """Return what a transform, a trace or a graph of a layer gives."""
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+
+    def with_parameters(given):
+        return torch.func.functional_call(layer, given, (x,)).square()
+
+    if how == "vmap":
+        return torch.func.vmap(layer)(torch.stack([x, x.flip(0)]))
+    if how == "jvp":
+        return torch.func.jvp(with_parameters, (trained,), (trained,))
+    if how == "grad":
+        return torch.func.grad(lambda given: with_parameters(given).sum())(trained)
+    trace = torch.jit.trace(layer, (x,), check_trace=False) if how == "trace" else make_fx(layer)(x)
+    return trace(x)

@@ -33,7 +33,8 @@ class Target:
 
     memory: the device of tensors. running: the number of a case -> a context in which calls run
     there. step, first: of the "sizes" one in `step` is taken, from the `first`; `sampled`: of other
-    kinds, too. kernels: whether cases are few and small, as a GPU's kernels are executed slowly.
+    kinds, too. plain: whether torch computes, of whose results few are enough for one run.
+    kernels: whether cases are few and small, as a GPU's kernels are executed slowly.
     without_bf16: Triton 3.8's interpreter computes it wrongly, oneDNN doesn't pack it everywhere.
     """
 
@@ -45,6 +46,7 @@ class Target:
     first: int = 0
     sampled: bool = False
     kernels: bool = False
+    plain: bool = False
     without_bf16: bool = False
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -86,7 +88,7 @@ def _on_host() -> Iterator[Any]:
                 target = Target(
                     impl, form, memory, lambda _, memory=memory: torch.device(memory),
                     step=1 if form == "dense" else 3, sampled=form != "dense",
-                    without_bf16=form == "onednn" and unpacked,
+                    without_bf16=form == "onednn" and unpacked, plain=impl != "cpu",
                 )  # fmt: skip
                 suffix = "" if form == "dense" else f"-{form}"
                 yield pytest.param(target, id=f"{impl}{suffix}{name}", marks=[mark])
@@ -166,6 +168,8 @@ def pairs(specs: Any) -> list[Any]:
                     if target.takes(kind, case):
                         name = f"{spec.op}-{given.id}-{kind}-{case}"
                         values = (spec, target, case, number)
-                        found.append(pytest.param(*values, id=name, marks=given.marks))
+                        few = target.plain and kind in ("sizes", "layers")
+                        marks = [*given.marks, *([pytest.mark.many] if few else ())]
+                        found.append(pytest.param(*values, id=name, marks=marks))
                         number += 1
     return found

@@ -97,8 +97,7 @@ def _add(
     else:
         alpha = scaling
     if y.is_contiguous():
-        n, out = y.shape[:2]
-        low_rank = xa.reshape(n, xa.shape[1], -1)
-        y.view(n, out, -1).baddbmm_(b.expand(n, *b.shape), low_rank, alpha=alpha)
+        # Unlike view with -1, flatten takes an empty batch.
+        y.flatten(2).baddbmm_(b.expand(y.shape[0], *b.shape), xa.flatten(2), alpha=alpha)
     else:
-        y.movedim(1, -1).view(-1, y.shape[1]).addmm_(rows_of(xa), b.t(), alpha=alpha)
+        y.movedim(1, -1).flatten(0, -2).addmm_(rows_of(xa), b.t(), alpha=alpha)

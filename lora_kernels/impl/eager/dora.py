@@ -78,7 +78,7 @@ def forward(x: Tensor, call: DoraCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     starts = call.starts(gain)
     z, xa = plain.forward(x2, linear._replace(bias=None))
     u = z if linear.dropout is None else _dropped_product(x2, xa, linear)
-    if starts:  # z + bias would be rounded twice, and the layer differ from its base
+    if starts and linear.bias is not None:  # z + bias would have other bits than the base layer's
         y = call.base_output(x2)
     elif linear.dropout is None:
         y = scaled(u, gain, linear.bias)

@@ -10,6 +10,7 @@ OPS = {
     "lora_embedding": ("dense",),
     "lora_conv": ("dense",),
     "grouped_lora_linear": ("dense",),
+    "mixed_lora_linear": ("dense",),
 }
 
 

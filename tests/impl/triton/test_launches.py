@@ -96,6 +96,7 @@ def test_programs_that_must_run_together(xa_columns):
     assert backward.how.together == 1
 
 
+@pytest.mark.many
 @needs_machine
 @pytest.mark.parametrize("resident", [1, 2, 3, 17])
 @pytest.mark.parametrize("target", [80, 90])

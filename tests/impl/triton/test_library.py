@@ -27,6 +27,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H100 = known("NVIDIA H100 80GB HBM3")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("index", range(len(float16_range_cases((), 1, 1, 1))))
 @pytest.mark.parametrize("executor", executors())
 def test_float16_range(executor, index):
@@ -36,6 +37,7 @@ def test_float16_range(executor, index):
         assert_parity(case, make_inputs(case, executor.memory), "triton")
 
 
+@pytest.mark.many
 @needs_machine
 @pytest.mark.parametrize("r", [96, 256])
 @pytest.mark.parametrize("target", [80, 90, 100])

@@ -260,6 +260,7 @@ def _runs(executor, case=CASE):
             assert_parity(case, make_inputs(case), "triton")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", [n for n, m in MUTANTS.items() if not m[3]])
 def test_wrong_values_are_caught(name, tmp_path, monkeypatch):
     executor = running_mutant(mutated_kernels(tmp_path, monkeypatch, *MUTANTS[name][:3]))
@@ -267,6 +268,7 @@ def test_wrong_values_are_caught(name, tmp_path, monkeypatch):
         _runs(executor)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", RANGE_MUTANTS)
 def test_a_short_range_is_caught(name, tmp_path, monkeypatch):
     *mutant, index = RANGE_MUTANTS[name]
@@ -276,6 +278,7 @@ def test_a_short_range_is_caught(name, tmp_path, monkeypatch):
         _runs(executor, case)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", LIBRARY_MUTANTS)
 def test_wrong_passes_are_caught(name, tmp_path, monkeypatch):
     kernels = mutated_kernels(tmp_path, monkeypatch, *LIBRARY_MUTANTS[name])
@@ -309,6 +312,7 @@ def test_a_short_range_of_passes_is_caught(name, tmp_path, monkeypatch):
         _runs(executor, case)
 
 
+@pytest.mark.many
 @needs_machine
 @pytest.mark.parametrize("name", [n for n, m in MUTANTS.items() if m[3]])
 def test_wrong_order_is_caught(name, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_missing_order_is_found(name):
     target, right, wrong = FAULTS[name]
