@@ -10,7 +10,7 @@ the smallest of many; ratios are formed round by round.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,7 +126,7 @@ def measure_compiled(seconds: float) -> Iterator[str]:
         yield from _timed(by_turns, mode, seconds)
 
 
-def _timed(calls: dict[str, Callable[[], Any]], mode: str, seconds: float) -> Iterator[str]:
+def _timed(calls: Mapping[str, Callable[[], Any]], mode: str, seconds: float) -> Iterator[str]:
     """Yield a line for each call; the first is whom others are compared with."""
     times, _ = Meter(seconds).rounds([list(calls.values())])
     columns = list(zip(*times, strict=True))
