@@ -1,6 +1,7 @@
-"""What calls of Triton's kernels cost the CPU, on a stub of a driver whose launches do nothing.
+"""What calls of kernels cost the CPU, on a stub of a driver whose launches do nothing.
 
     python -m bench.suites.host --gpu H100
+    python -m bench.suites.host --gpu A100 --cuda FILE  # the CUDA part, built for the stub
 
 Needs `cudastub` on PYTHONPATH, an optional outside tool. PEFT's layer stands beside, of 2x8x8 by
 the CPU's own dispatcher: what its Python and torch's operators cost. Times are a thread's CPU time,
@@ -9,9 +10,10 @@ the smallest of many; ratios are formed round by round.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from lora_kernels.impl.triton.launch import Gpu
 from lora_kernels.impl.triton.plan.config import Problem
 from lora_kernels.impl.triton.plan.device import Device
 from lora_kernels.impl.triton.plan.plan import Plan, library_plan
+from lora_kernels.native import LIBRARIES
 from lora_kernels.operands.codebook import CodebookWeight
 
 PEFT = Case("host", "peft", 2, 8, 8, 4, "fp32", "fp32", 0.0)
@@ -65,14 +68,17 @@ def nested_nf4() -> CodebookWeight:
     return CodebookWeight("nf4", (n, k), 64, codes, (absmax, code, code2, absmax2, offset))
 
 
-def function(mode: str, quantised: bool = False) -> Callable[[], Any]:
-    """Return a call of `lora_linear`."""
+def function(
+    mode: str, quantised: bool = False, impl: str = "triton", recorded: bool = True
+) -> Callable[[], Any]:
+    """Return a call of `lora_linear`; recorded: whether autograd wants gradients of it."""
     inputs = OURS.inputs("cuda")
-    x, a, b = (t.detach().requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
+    leaves = (inputs.x, inputs.lora_A, inputs.lora_B)
+    x, a, b = (t.detach().requires_grad_(recorded) for t in leaves)
     weight = nested_nf4() if quantised else inputs.weight
 
     def forward() -> Any:
-        return lk.lora_linear(x, weight, a, b, scaling=SCALING, impl="triton")
+        return lk.lora_linear(x, weight, a, b, scaling=SCALING, impl=impl)
 
     def train() -> None:
         forward().backward(inputs.dy)
@@ -103,11 +109,30 @@ def measure(seconds: float) -> Iterator[str]:
             calls[f"lora_linear, {name}"] = partial(
                 _by, Unmultiplied(planner), function(mode, True)
             )
-        times, _ = Meter(seconds).rounds([list(calls.values())])
-        columns = list(zip(*times, strict=True))
-        for name, column in zip(calls, columns, strict=True):
-            ratio = str(Spread.of_ratios(column, columns[0]))
-            yield LINE.format(name, mode, f"{1e3 * min(column) / CALLS:.1f}", ratio)
+        yield from _timed(calls, mode, seconds)
+
+
+def measure_compiled(seconds: float) -> Iterator[str]:
+    """Yield the same of the compiled CUDA part."""
+    for mode in (FORWARD, TRAIN):
+        calls = {
+            "PEFT, CPU tensors": layer(PEFT, "peft", "cpu", mode),
+            "lora_linear, CUDA C++": function(mode, impl="cuda"),
+            "patched PEFT layer, CUDA C++": layer(OURS, "cuda", "cuda", mode),
+        }
+        if mode == FORWARD:
+            calls["lora_linear, nothing recorded"] = function(mode, impl="cuda", recorded=False)
+        by_turns = {name: partial(_by, None, call) for name, call in calls.items()}
+        yield from _timed(by_turns, mode, seconds)
+
+
+def _timed(calls: Mapping[str, Callable[[], Any]], mode: str, seconds: float) -> Iterator[str]:
+    """Yield a line for each call; the first is whom others are compared with."""
+    times, _ = Meter(seconds).rounds([list(calls.values())])
+    columns = list(zip(*times, strict=True))
+    for name, column in zip(calls, columns, strict=True):
+        ratio = str(Spread.of_ratios(column, columns[0]))
+        yield LINE.format(name, mode, f"{1e3 * min(column) / CALLS:.1f}", ratio)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.suites.host", description=__doc__)
     parser.add_argument("--gpu", default="H100", help="whose plans; default: H100")
     parser.add_argument("--seconds", type=float, default=30.0, help="for each mode")
+    parser.add_argument("--cuda", type=Path, help="time the CUDA part of this file instead")
     given = parser.parse_args(arguments)
     if find_spec("cudastub") is None:
         print("python -m bench.suites.host: error: needs the module cudastub", file=sys.stderr)
@@ -126,7 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Without a thread of its own backward has this one's executor, and its clock.
     with torch.autograd.set_multithreading_enabled(False):
         print(LINE.format("host time on a stub's " + given.gpu, "", "µs", "/ PEFT"))
-        for line in measure(given.seconds):
+        if given.cuda is not None:
+            LIBRARIES["cuda"] = given.cuda
+        for line in (measure if given.cuda is None else measure_compiled)(given.seconds):
             print(line, flush=True)
     return 0
 

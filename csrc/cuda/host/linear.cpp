@@ -45,6 +45,12 @@ std::vector<int64_t> shape_like(const Tensor& like, int64_t columns) {
 }
 
 void* data(const Tensor& t) { return t.mutable_data_ptr(); }
+void* data(const OptionalTensor& t) { return t ? t->mutable_data_ptr() : nullptr; }
+
+// So many words of 32 bits that a launch writes and reads by itself; none where it needs none: asking torch costs the host 2 us.
+OptionalTensor scratch(Target& target, const Tensor& like, int64_t words) {
+  return words ? OptionalTensor(target.empty(like, {words}, ScalarType::Float)) : std::nullopt;
+}
 
 // A call as kernels read it: tensors of rows, and the Layer that points into them.
 struct Prepared {
@@ -130,7 +136,7 @@ void launch_few_rows(Target& target, const Prepared& p, const Problem& problem, 
 void launch_large(Target& target, const Prepared& p, const Problem& problem, ForwardParams params) {
   const Plan plan = lora_kernels::plan(problem, target.device());
   const Tensor flags = target.zeros(p.v, plan.counters);
-  const Tensor mask = target.empty(p.v, {plan.mask_words}, ScalarType::Float);  // 32 bits each
+  const OptionalTensor mask = scratch(target, p.v, plan.mask_words);
   params.grid = plan.grid;
   params.mask = {static_cast<uint32_t*>(data(mask)), plan.draws, plan.share};
   params.flags = static_cast<int*>(data(flags));
@@ -152,9 +158,9 @@ void launch_backward(
   const int64_t mask_columns = (layer.k + kSumColumns - 1) / kSumColumns * kSumColumns;
   const Tensor counters = target.zeros(p.v, plan.counters);
   const Tensor dxa = target.empty(p.v, {shrinks ? layer.m : 0, layer.r});
-  const Tensor partials = target.empty(p.v, {plan.partials}, ScalarType::Float);
-  const Tensor units = target.empty(p.v, {in_units ? int64_t{plan.grid.panels} * plan.shrink.slices : 0}, ScalarType::Float);
-  const Tensor mask = target.empty(p.v, {plan.mask_rows * mask_columns / 32}, ScalarType::Float);  // 32 bits each
+  const OptionalTensor partials = scratch(target, p.v, plan.partials);
+  const OptionalTensor units = scratch(target, p.v, in_units ? int64_t{plan.grid.panels} * plan.shrink.slices : 0);
+  const OptionalTensor mask = scratch(target, p.v, plan.mask_rows * mask_columns / 32);
   params.grid = plan.grid;
   params.kinds = plan.kinds;
   params.dxa = shrinks ? data(dxa) : nullptr;
