@@ -86,6 +86,8 @@ def mixed_parts(layer: Any, names: Sequence[str]) -> MixedParts | str:
     reason = everywhere_reason() if not isinstance(own, str) else f"base layer {own}"
     if isinstance(own, str) or reason is not None:
         return str(reason)
+    if own[0].requires_grad and torch.is_grad_enabled():
+        return "base layer's weight requires grad"
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     drops: set[float] = set()
     for name in dict.fromkeys(names):
@@ -134,7 +136,7 @@ def forward(layer: Any, x: Any, samples: Samples, impl: str, path: str = "") -> 
     else:
         op.check_all_memory(call, x=rows)
         with torch.autocast(x.device.type, enabled=False):  # else it would cast stacked factors
-            y = run_grouped(rows, call.as_grouped(len(rows)), impl, path)
+            y = run_grouped(rows, call.as_grouped(len(rows))[0], impl, path)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -158,6 +160,9 @@ def _factors(
         return f"lora_B {b}"
     if a[1] is not None or b[1] is not None:
         return "a bias"
+    reason = _dtype_reason(a[0].dtype, b[0].dtype, autocast_dtype(weight))
+    if reason is not None:
+        return reason
     (n, k), ranks = weight.shape, a[0].shape[:1]
     for t, shape in ((a[0], (*ranks, k)), (b[0], (n, *ranks))):
         if type(t) not in PLAIN_TENSORS or t.is_meta or t.shape != shape:
@@ -167,3 +172,12 @@ def _factors(
     if reason is None and (type(scaling) is not float or scaling - scaling != 0.0):
         reason = f"a scaling of {scaling}"
     return (a[0], b[0], scaling, dropout) if reason is None else reason
+
+
+def _dtype_reason(a: torch.dtype, b: torch.dtype, cast: torch.dtype | None) -> str | None:
+    """Return why PEFT's products of x, A and B refuse the factors' dtypes, or None."""
+    if cast is None and a != b:
+        return f"lora_A is {a}, lora_B {b}"
+    if cast is not None and torch.float64 in (a, b):
+        return "lora_A or lora_B is float64, which autocast leaves as it is"
+    return None

@@ -40,19 +40,16 @@ class MixedCall(NamedTuple):
         seed, threshold = self.dropout or (None, 0)
         return self.weight, self.a, self.b, self.scalings, self.owners, seed, threshold
 
-    def order(self, rows: int) -> Tensor:
-        """Return the rows by owner, those of none last."""
-        each = rows // max(len(self.owners), 1)
-        # No owner's number is below 0: as bytes NO_ADAPTER would be the largest.
-        numbers = torch.where(self.owners == NO_ADAPTER, len(self.a), self.owners)
-        samples = torch.argsort(numbers, stable=True)
-        return (samples.unsqueeze(1) * each + torch.arange(each, device=samples.device)).view(-1)
+    def as_grouped(self, rows: int) -> tuple[GroupedCall, Tensor]:
+        """Return the call of rows sorted by owner, those of none last, and where they are from.
 
-    def as_grouped(self, rows: int) -> GroupedCall:
-        """Return the call of sorted rows; ranks that differ are filled with zeros."""
+        Ranks that differ are filled with zeros.
+        """
         device, count = self.weight.device, len(self.a)
-        each, order = rows // max(len(self.owners), 1), self.order(rows).to(device)
+        each = rows // max(len(self.owners), 1)
         numbers = torch.where(self.owners == NO_ADAPTER, count, self.owners)
+        samples = torch.argsort(numbers, stable=True).unsqueeze(1)
+        order = (samples * each + torch.arange(each, device=samples.device)).view(-1).to(device)
         ends = (torch.bincount(numbers, minlength=count + 1) * each).cumsum(0)
         adapters = torch.tensor([*range(count), NO_ADAPTER], dtype=torch.int32, device=device)
         groups = Groups(
@@ -61,7 +58,8 @@ class MixedCall(NamedTuple):
         a, b = _stacked(self.a, 0, self.ranks), _stacked(self.b, 1, self.ranks)
         bias = None if self.bias is None else self.bias.unsqueeze(0)
         adapter = Adapter(a, b, self.scalings.to(device))
-        return GroupedCall(self.weight.unsqueeze(0), adapter, bias, groups, self.dropout, rows)
+        weight = self.weight.unsqueeze(0)
+        return GroupedCall(weight, adapter, bias, groups, self.dropout, rows), order
 
     def gradients(self, found: Gradients) -> MixedGradients:
         """Return the gradients of the call, those of `as_grouped` being known."""

@@ -174,7 +174,9 @@ def _cast(impl: str, dtype: torch.dtype, v: Tensor, *others: Any) -> tuple[Any, 
 
 def _recorded_forward(both: Operators, x: Tensor, bias: Any, *flat: Any) -> Any:
     """Be the forward operator's autograd kernel: what a captured graph's backward needs."""
-    return _differentiable(both, x, mixed_call_of(bias, *flat))
+    call = mixed_call_of(bias, *flat)
+    _check_frozen(call)
+    return _differentiable(both, x, call)
 
 
 def _recorded_backward(both: Operators, dy: Tensor, x: Any, xa: Any, *flat: Any) -> Any:
@@ -209,6 +211,7 @@ def serves(impl: str, x: Tensor) -> bool:
 
 def run(x: Tensor, call: MixedCall, impl: str, layer: str = "") -> Tensor:
     """Compute a call whose tensors are known to fit each other."""
+    _check_frozen(call)
     if needs_plain_torch():
         check_plain(impl)
         return reference.forward(x, call)[0]
@@ -218,6 +221,11 @@ def run(x: Tensor, call: MixedCall, impl: str, layer: str = "") -> Tensor:
         y: Tensor = both.forward(x, call.bias, *call.flat())[0]
         return y
     return _differentiable(both, x, call, layer)[0]
+
+
+def _check_frozen(call: MixedCall) -> None:
+    if call.weight.requires_grad and torch.is_grad_enabled():
+        raise TypeError("weight: expected a frozen weight, got one that requires grad")
 
 
 class _Params(NamedTuple):

@@ -141,6 +141,16 @@ def test_factors_are_read_where_they_lie():
     assert [t.shape for t in kept if t.data_ptr() not in given] == [(len(x), 8)]
 
 
+@impls
+def test_a_weight_that_is_trained_is_refused(impl):
+    x, call = problem()
+    call.weight.requires_grad_()
+    with pytest.raises(TypeError, match="weight: expected a frozen weight"):
+        op.run(x, call, impl)
+    with pytest.raises(TypeError, match="weight: expected a frozen weight"):
+        operators(op.OP, impl).forward(x, None, *call.flat())
+
+
 BAD = {
     "no A": ({"a": []}, "lora_B: expected 0 tensors, got 3"),
     "A's K": ({"a": [torch.ones(8, 39)] * 3}, r"lora_A, lora_B: expected shapes \[R, 40\]"),

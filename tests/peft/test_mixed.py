@@ -165,6 +165,11 @@ def _embeddings(model):
     model.add_adapter("fourth", lora_config(target_modules=["embed_tokens"]))
 
 
+def _to_double(name, parameter):
+    if "lora_A.second" in name:
+        parameter.data = parameter.data.double()
+
+
 REFUSED = {
     "unknown": (lambda m: None, ["nobody"], ValueError, "names: expected adapters of the model"),
     "no string": (lambda m: None, [1], TypeError, "names: expected strings, got 1"),
@@ -173,6 +178,14 @@ REFUSED = {
     "DoRA": (
         lambda m: m.add_adapter("fourth", lora_config(use_dora=True)), ["fourth"], ValueError,
         "another variant of LoRA",
+    ),
+    "a trained weight": (
+        lambda m: [p.requires_grad_() for n, p in m.named_parameters() if "base_layer" in n],
+        NAMES, ValueError, "base layer's weight requires grad",
+    ),
+    "two dtypes": (
+        lambda m: [_to_double(*named) for named in m.named_parameters()],
+        NAMES, ValueError, "lora_A is torch.float64, lora_B torch.float32",
     ),
     "dropout of two kinds": (
         lambda m: (m.add_adapter("fourth", lora_config(lora_dropout=0.5)), m.train()),

@@ -16,9 +16,9 @@ def forward(x: Tensor, call: MixedCall) -> tuple[Tensor, Tensor]:
 
     Precision: as `grouped`'s.
     """
-    sorted_call = call.as_grouped(len(x))
+    sorted_call, order = call.as_grouped(len(x))
     y, xa = grouped.forward(x, sorted_call)
-    return y, torch.empty_like(xa).index_copy_(0, sorted_call.groups.rows, xa)
+    return y, torch.empty_like(xa).index_copy_(0, order, xa)
 
 
 def backward(
@@ -28,6 +28,6 @@ def backward(
 
     Precision: as `grouped`'s.
     """
-    sorted_call = call.as_grouped(len(dy))
-    xa = None if xa is None else xa.index_select(0, sorted_call.groups.rows)
+    sorted_call, order = call.as_grouped(len(dy))
+    xa = None if xa is None else xa.index_select(0, order)
     return call.gradients(grouped.backward(dy, x, xa, sorted_call, wanted))

@@ -19,15 +19,15 @@ from lora_kernels.operands.mixed import MixedCall, MixedGradients
 
 def forward(x: Tensor, call: MixedCall) -> tuple[Tensor, Tensor]:
     """Return y [M, N] in x's dtype, and xa [M, R] in it too, float32 beside float16."""
-    sorted_call = call.as_grouped(len(x))
+    sorted_call, order = call.as_grouped(len(x))
     y, xa = grouped.forward(x, sorted_call)
-    return y, torch.zeros_like(xa).index_copy(0, sorted_call.groups.rows, xa)
+    return y, torch.zeros_like(xa).index_copy(0, order, xa)
 
 
 def backward(
     dy: Tensor, x: Tensor | None, xa: Tensor | None, call: MixedCall, wanted: Wanted
 ) -> MixedGradients:
     """Return dx [M, K], the adapters' dA and dB, none where not wanted, and dbias [N]."""
-    sorted_call = call.as_grouped(len(dy))
-    xa = None if xa is None else xa[sorted_call.groups.rows]
+    sorted_call, order = call.as_grouped(len(dy))
+    xa = None if xa is None else xa[order]
     return call.gradients(grouped.backward(dy, x, xa, sorted_call, wanted))
