@@ -124,6 +124,7 @@ struct CodedRows {
   }
   __device__ void operands(uint32_t (&to)[4], const Place& piece, int chunk) const {
     const int first = piece.column + 8 * chunk;
+    __syncwarp();  // one piece after the other: all at once take more registers than there are
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[i] = pair_of<T>(element(piece.row, first + 2 * i), element(piece.row, first + 2 * i + 1));
   }
@@ -137,7 +138,7 @@ struct CodedRows {
 
 template <class T, bool kNested>
 __device__ inline void few_rows(const CodedFewRowsParams& p) {
-  few_rows<T>(p.few_rows, CodedRows<T, kNested>(p.codes, p.few_rows.layer));
+  few_rows<T>(p.few_rows, [&] { return CodedRows<T, kNested>(p.codes, p.few_rows.layer); });
 }
 
 // ---- to memory ----

@@ -46,10 +46,10 @@ __device__ inline uint4 few_rows_chunk(const Source& from, int row, int column, 
   return make_uint4(there ? v.x : 0, there ? v.y : 0, there ? v.z : 0, there ? v.w : 0);
 }
 
-// W, or A, as it lies: a thread's piece of a row is one chunk.
-template <class T>
+// W, or A, as it lies: a thread's piece of a row is one chunk, of kAhead steps at once.
+template <class T, int kAhead = 4>
 struct DenseRows {
-  static constexpr int kColumns = kChunk<T>, kUnrolled = 4;
+  static constexpr int kColumns = kChunk<T>, kUnrolled = kAhead;
   template <Reach kReach>
   using Piece = uint4;
   Source source;
@@ -225,10 +225,11 @@ __device__ inline void few_rows_sums(float (&sums)[kFewRowsNumbers], const Sourc
   of_warp.add(x, w, row, first, end);
   of_warp.store(shared + warp * kFewRowsTile);
   __syncthreads();
+  const int thread = kept_in_register(threadIdx.x);  // anew: what follows from it is not kept over the loop above
 #pragma unroll
   for (int i = 0; i < kFewRowsNumbers; ++i) {
     sums[i] = 0;
-    const int at = i * kFewRowsThreads + threadIdx.x, place = few_rows_place(at / kFewRowsColumns, at % kFewRowsColumns);
+    const int at = i * kFewRowsThreads + thread, place = few_rows_place(at / kFewRowsColumns, at % kFewRowsColumns);
     for (int other = 0; other < kFewRowsWarps; ++other) sums[i] += shared[other * kFewRowsTile + place];
   }
   __syncthreads();
@@ -283,8 +284,9 @@ __device__ inline float low_rank_number(const Source& b, int n, const float* xa)
   return sum;
 }
 
-template <class T, class Rows>
-__device__ inline void few_rows(const FewRowsParams& p, const Rows& w) {
+// weights: returns W's rows, anew for each tile, so that nothing of them is kept over those of A.
+template <class T, class F>
+__device__ inline void few_rows(const FewRowsParams& p, F weights) {
   extern __shared__ __align__(128) char dynamic[];
   float* memory = reinterpret_cast<float*>(dynamic);
   const Layer& layer = p.layer;
@@ -302,13 +304,13 @@ __device__ inline void few_rows(const FewRowsParams& p, const Rows& w) {
     const bool shrink = tile < shrink_tiles;
     const int row = (shrink ? tile : tile - shrink_tiles) * kFewRowsColumns;
     float sums[kFewRowsNumbers];
-    if constexpr (std::is_same_v<Rows, DenseRows<T>>) {
-      const DenseRows<T> either{shrink ? adapter<T>(layer, layer.a, layer.r, layer.k) : Source(w.source)};
-      few_rows_sums<T>(sums, x, either, row, part, p.parts, memory);
-    } else if (shrink) {
-      few_rows_sums<T>(sums, x, DenseRows<T>{adapter<T>(layer, layer.a, layer.r, layer.k)}, row, part, p.parts, memory);
-    } else {
+    if constexpr (std::is_same_v<decltype(weights()), DenseRows<T>>) {
+      const DenseRows<T> w{shrink ? adapter<T>(layer, layer.a, layer.r, layer.k) : weights().source};
       few_rows_sums<T>(sums, x, w, row, part, p.parts, memory);
+    } else if (shrink) {
+      few_rows_sums<T>(sums, x, DenseRows<T, 2>{adapter<T>(layer, layer.a, layer.r, layer.k)}, row, part, p.parts, memory);
+    } else {
+      few_rows_sums<T>(sums, x, weights(), row, part, p.parts, memory);
     }
     float* space = p.partials + static_cast<int64_t>(tile) * p.parts * kFewRowsTile;
     if (!few_rows_sum_of_parts(sums, space, p.counters + tile, part, p.parts, reinterpret_cast<int*>(memory))) continue;
@@ -316,9 +318,10 @@ __device__ inline void few_rows(const FewRowsParams& p, const Rows& w) {
       wait(p.flag, shrink_tiles);
       load_xa<T>(p, pitch, memory);
     }
+    const int thread = kept_in_register(threadIdx.x);
 #pragma unroll
     for (int i = 0; i < kFewRowsNumbers; ++i) {
-      const int at = i * kFewRowsThreads + threadIdx.x, m = at / kFewRowsColumns, n = row + at % kFewRowsColumns;
+      const int at = i * kFewRowsThreads + thread, m = at / kFewRowsColumns, n = row + at % kFewRowsColumns;
       if (m >= layer.m || n >= (shrink ? layer.r : layer.n)) continue;
       if (shrink) {
         store_number<T>(p.xa, static_cast<int64_t>(m) * layer.r + n, sums[i], false);
@@ -338,7 +341,7 @@ __device__ inline void few_rows(const FewRowsParams& p, const Rows& w) {
 
 template <class T>
 __device__ inline void few_rows(const FewRowsParams& p) {
-  few_rows<T>(p, DenseRows<T>{weight<T>(p.layer)});
+  few_rows<T>(p, [&] { return DenseRows<T>{weight<T>(p.layer)}; });
 }
 
 }  // namespace lora_kernels
