@@ -225,11 +225,12 @@ __device__ inline void few_rows_sums(float (&sums)[kFewRowsNumbers], const Sourc
   of_warp.add(x, w, row, first, end);
   of_warp.store(shared + warp * kFewRowsTile);
   __syncthreads();
-  const int thread = kept_in_register(threadIdx.x);  // anew: what follows from it is not kept over the loop above
+  const uint32_t thread = kept_in_register(threadIdx.x);  // anew: what follows from it is not kept over the loop above
 #pragma unroll
   for (int i = 0; i < kFewRowsNumbers; ++i) {
     sums[i] = 0;
-    const int at = i * kFewRowsThreads + thread, place = few_rows_place(at / kFewRowsColumns, at % kFewRowsColumns);
+    const uint32_t at = i * kFewRowsThreads + thread;
+    const int place = few_rows_place(at / kFewRowsColumns, at % kFewRowsColumns);
     for (int other = 0; other < kFewRowsWarps; ++other) sums[i] += shared[other * kFewRowsTile + place];
   }
   __syncthreads();
@@ -318,10 +319,11 @@ __device__ inline void few_rows(const FewRowsParams& p, F weights) {
       wait(p.flag, shrink_tiles);
       load_xa<T>(p, pitch, memory);
     }
-    const int thread = kept_in_register(threadIdx.x);
+    const uint32_t thread = kept_in_register(threadIdx.x);
 #pragma unroll
     for (int i = 0; i < kFewRowsNumbers; ++i) {
-      const int at = i * kFewRowsThreads + thread, m = at / kFewRowsColumns, n = row + at % kFewRowsColumns;
+      const uint32_t at = i * kFewRowsThreads + thread;
+      const int m = at / kFewRowsColumns, n = row + at % kFewRowsColumns;
       if (m >= layer.m || n >= (shrink ? layer.r : layer.n)) continue;
       if (shrink) {
         store_number<T>(p.xa, static_cast<int64_t>(m) * layer.r + n, sums[i], false);

@@ -115,7 +115,7 @@ def test_decoding_of_codes_fills_the_device(store, word):
         for kind, r in ((BF16, 16), (FP16, 0)):
             name, (grid, threads, shared, together) = plan(device, 1, n, k, r, kind, store=store)
             assert name == f"lora_few_rows_{word}_{TYPES[kind]}"
-            assert grid > (0.85 if n == 4096 else 0.7) * device[1]
+            assert grid > 0.7 * device[1]
             assert (threads, together) == (256, 1)
             assert 0 < shared <= device[2]
     assert plan(DEVICES["H100"], 16, 7, 33, 1, chunks=0, store=store)[1][0] == 2
