@@ -83,6 +83,22 @@ def preferred_of_groups(x: Tensor, rank: int, dropout: bool) -> str:
     return "eager" if doubted and x.device.type == "cuda" else "auto"
 
 
+def unproven(impl: str, request: Request) -> str | None:
+    """Return why "auto" leaves a request to others that an implementation serves, or None.
+
+    The compiled CUDA part's kernels that decode W haven't run on a GPU: there they serve by name.
+    """
+    if impl != "cuda" or request.device.type != "cuda" or request.format not in ("nf4", "fp4"):
+        return None
+    return f"its kernels for {request.format} haven't run on a GPU: by name alone"
+
+
+def passed_over(request: Request) -> dict[str, str]:
+    """Return why "auto" passes over each implementation that it does: `refusals`, and more."""
+    reasons = {i.name: i.refuse(request) or unproven(i.name, request) for i in IMPLEMENTATIONS}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def choose(impl: str, asked: Asked) -> Implementation:
     """Return the named implementation, or with "auto" the first that accepts the request.
 
@@ -102,10 +118,10 @@ def _cached_choice(impl: str, asked: Asked, _replaced: str | None) -> Implementa
 
 def _choose(impl: str, request: Request) -> Implementation:
     if impl == "auto":
-        for implementation in IMPLEMENTATIONS:
-            if implementation.refuse(request) is None:
-                return implementation
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals(request).items())
+        for each in IMPLEMENTATIONS:
+            if each.refuse(request) is None and unproven(each.name, request) is None:
+                return each
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over(request).items())
         raise ValueError(f"impl: no implementation serves this call ({reasons})")
     check_impl(impl)
     reason = refusal(impl, request)
@@ -143,7 +159,7 @@ def _cached_without_kernel(request: Request, _replaced: str | None) -> str | Non
 
 
 def _without_kernel(request: Request) -> str | None:
-    reasons = refusals(request)
+    reasons = passed_over(request)
     if any(name not in reasons for name in ("triton", "cuda")):
         return None
     return f"dropout without a kernel (triton {reasons['triton']}; cuda {reasons['cuda']})"

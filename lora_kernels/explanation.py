@@ -18,9 +18,9 @@ from lora_kernels.checks import (
 from lora_kernels.dispatch import (
     IMPLEMENTATIONS,
     check_impl,
+    passed_over,
     preferred,
     preferred_of_groups,
-    refusals,
     slower_than_peft,
 )
 from lora_kernels.impl.eager import grouped_mm
@@ -114,7 +114,7 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
     bound.apply_defaults()
     check_impl(bound.arguments["impl"])
     x, weight, request = read(bound.arguments)
-    reasons = refusals(request)
+    reasons = passed_over(request)
     names = [i.name for i in IMPLEMENTATIONS]
     linear = request.op == "lora_linear" and request.format == "dense"
     first = preferred(x, weight.stored, request.dropout) if linear else "auto"

@@ -204,6 +204,7 @@ library.define("cpu_isa() -> str")
 
 # Bodies in csrc/cuda/host/bindings.cpp. The kernel that serves a call; its programs, threads, bytes
 # of shared memory. problem: [M, N, K, R, type (0 bfloat16, 1 float16, 2 float32, 3 float32 by
-# TF32), dropout, rows at multiples of 16 bytes, backward, dx, dA, dB, dbias]; device: [arch,
-# multiprocessors, bytes of shared memory a program may have].
+# TF32), dropout, rows at multiples of 16 bytes, backward, dx, dA, dB, dbias, W's store (0 dense, 1
+# codes, 2 codes of nested scales)]; device: [arch, multiprocessors, bytes of shared memory a
+# program may have].
 library.define("cuda_plan(int[] problem, int[] device) -> (str, int[])")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
-from lora_kernels.dispatch import choose, refusal, refusals, slower_than_peft
+from lora_kernels.dispatch import choose, passed_over, refusal, slower_than_peft
 from lora_kernels.native import LIBRARIES, absence
 from lora_kernels.operands.call import autocast_dtype
 from lora_kernels.operands.request import Request
@@ -71,7 +71,7 @@ def served(impl: str, request: Request) -> Served:
         return Served(by)
     if slower_than_peft(request) is not None:
         by = f"{by}, with dropout PEFT"
-    kernels, reasons = _KERNELS.get(request.device.type, ()), refusals(request)
+    kernels, reasons = _KERNELS.get(request.device.type, ()), passed_over(request)
     text = "; ".join(f"{kernel}: {reasons[kernel]}" for kernel in kernels)
     return Served(by, text or f"no kernels for {request.device.type}")
 

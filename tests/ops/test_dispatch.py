@@ -9,10 +9,19 @@ from torch._subclasses import FakeTensorMode
 
 import lora_kernels as lk
 from lora_kernels import dispatch
-from lora_kernels.dispatch import CHOICES, choose, refusal, refusals, slower_than_peft
+from lora_kernels.dispatch import (
+    CHOICES,
+    choose,
+    passed_over,
+    refusal,
+    refusals,
+    slower_than_peft,
+)
 from lora_kernels.impl import gpu as gpus
+from lora_kernels.impl.cuda import support as cuda
 from lora_kernels.impl.triton import support
 from lora_kernels.operands.request import Request
+from lora_kernels.serving import served
 from tests.support.paths import ROOT
 
 GPU = torch.device("cuda", 0)
@@ -115,6 +124,23 @@ def test_without_triton(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(support, "_has_triton", lambda: False)
     assert refusals(_request())["triton"] == "triton is not installed"
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp4"])
+def test_auto_leaves_what_has_not_run_on_a_gpu(gpu, form, monkeypatch):
+    """Compiled CUDA decodes W where it is named; "auto" goes on to "eager" where Triton isn't."""
+    gpu(9, 0)
+    monkeypatch.setattr(cuda, "absence", lambda part: None)
+    monkeypatch.setattr(support, "_has_triton", lambda: False)
+    request = _request(format=form)
+    assert "cuda" not in refusals(request)
+    assert choose("cuda", request).name == "cuda"
+    assert choose("auto", request).name == "eager"
+    assert "haven't run on a GPU" in passed_over(request)["cuda"]
+    assert "haven't run on a GPU" in slower_than_peft(request)
+    assert f"{form} haven't run on a GPU" in served("auto", request).without_kernel
+    assert choose("auto", _request()).name == "cuda"
+    assert passed_over(_request()) == refusals(_request())
 
 
 @pytest.mark.parametrize(

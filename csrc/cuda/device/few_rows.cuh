@@ -4,11 +4,14 @@
 // each part has a number. A program takes numbers until there are none. What it does for one:
 //
 // 1. Each of its eight warps sums x wT over a share of the part's columns: 16-byte loads go straight to the operands of matrix
-//    products. The warps' sums are added in order, through shared memory.
+//    products, or to what decodes these. The warps' sums are added in order, through shared memory.
 // 2. If there are several parts, it stores the sums and counts itself in. All but the last to arrive are done; the last one
 //    adds the parts in the order of K.
 // 3. A tile of A stores xa and publishes it by the call's one flag.
 // 4. A tile of W waits until all of xa is there, adds scaling * xa BT and the bias, stores y and counts itself out.
+//
+// How W is stored is a type: DenseRows here, CodedRows in codes.cuh. One has kColumns, which a thread takes of a row in a step;
+// pieces, what is loaded of a row for these; and the operands of a piece's chunks.
 
 #pragma once
 
@@ -17,9 +20,12 @@
 
 namespace lora_kernels {
 
-// Columns of a step, a chunk of a row for each thread of a quad.
-template <class T>
-constexpr int kFewRowsStep = 4 * kChunk<T>;
+// What is known of the columns of a step.
+enum class Reach {
+  kInside,  // chunks, none beyond the last column
+  kEdge,    // chunks, of which some lie beyond it as a whole
+  kAny,     // rows may lie anywhere
+};
 
 // One chunk of a row; by elements where rows don't allow more or the matrix ends before `end`, which is the same for
 // all lanes.
@@ -30,6 +36,41 @@ __device__ inline uint4 few_rows_chunk(const Source& from, int row, int column, 
   }
   return fetch_chunk<T>(from, row, column);
 }
+// The same where more is known: no branch keeps a step's loads apart.
+template <class T, Reach kReach>
+__device__ inline uint4 few_rows_chunk(const Source& from, int row, int column, int end) {
+  if constexpr (kReach == Reach::kAny) return few_rows_chunk<T>(from, row, column, end);
+  const bool there = kReach == Reach::kInside || column < from.columns;
+  const Bits<T>* at = static_cast<const Bits<T>*>(from.data) + row * from.stride + (there ? column : 0);
+  const uint4 v = __ldg(reinterpret_cast<const uint4*>(at));
+  return make_uint4(there ? v.x : 0, there ? v.y : 0, there ? v.z : 0, there ? v.w : 0);
+}
+
+// W, or A, as it lies: a thread's piece of a row is one chunk, of kAhead steps at once.
+template <class T, int kAhead = 4>
+struct DenseRows {
+  static constexpr int kColumns = kChunk<T>, kUnrolled = kAhead;
+  template <Reach kReach>
+  using Piece = uint4;
+  Source source;
+
+  __device__ bool in_chunks() const { return source.in_chunks; }
+  __device__ int rows() const { return source.rows; }
+  template <Reach kReach>
+  __device__ void load(uint4& piece, int row, int column, int end) const {
+    piece = few_rows_chunk<T, kReach>(source, row, column, end);
+  }
+  template <int kBlocks>
+  __device__ void prepare(uint4 (&)[kBlocks], int) const {}
+  __device__ void operands(uint32_t (&to)[4], const uint4& piece, int) const {
+    to[0] = piece.x, to[1] = piece.y, to[2] = piece.z, to[3] = piece.w;
+    round_operand<T>(to);
+  }
+};
+
+// Columns of a step, a piece of a row for each thread of a quad.
+template <class Rows>
+constexpr int kFewRowsStep = 4 * Rows::kColumns;
 
 // Where sum (m, n) of a tile lies in shared memory: all that the threads of a warp store at once in different banks.
 __device__ inline int few_rows_place(int m, int n) { return m * kFewRowsColumns + (n ^ (m % 2 + m % 8 / 2 * 8)); }
@@ -41,29 +82,50 @@ struct FewRowsSums {
   float v[kBlocks][4] = {};
 
   // Adds steps `first` to `end` of rows of W from `row` on.
-  __device__ void add(const Source& x, const Source& w, int row, int first, int end) {
-#pragma unroll 4
-    for (int step = first; step < end; ++step) add_step(x, w, row, kFewRowsStep<T> * step);
+  template <class Rows>
+  __device__ void add(const Source& x, const Rows& w, int row, int first, int end) {
+    if (!x.in_chunks || !w.in_chunks()) {
+#pragma unroll 1
+      for (int step = first; step < end; ++step) add_step<Reach::kAny>(x, w, row, step);
+      return;
+    }
+    const int inside = min(end, x.columns / kFewRowsStep<Rows>);
+#pragma unroll (Rows::kUnrolled)
+    for (int step = first; step < inside; ++step) add_step<Reach::kInside>(x, w, row, step);
+#pragma unroll 1
+    for (int step = max(first, inside); step < end; ++step) add_step<Reach::kEdge>(x, w, row, step);
   }
 
-  // The step from column k on. The products take a thread's columns in the order in which its chunks have them, on
-  // both sides, so that nothing is exchanged.
-  __device__ void add_step(const Source& x, const Source& w, int row, int k) {
-    const int group = threadIdx.x % 32 / 4, column = k + kChunk<T> * (threadIdx.x % 4), end = k + kFewRowsStep<T>;
+  // The products take a thread's columns in the order in which its chunks have them, on both sides, so that nothing is
+  // exchanged. All pieces of W come first: memory is what a step waits for.
+  template <Reach kReach, class Rows>
+  __device__ void add_step(const Source& x, const Rows& w, int row, int step) {
+    constexpr int kChunks = Rows::kColumns / kChunk<T>;
+    const int group = threadIdx.x % 32 / 4, first = kFewRowsStep<Rows> * step, end = first + kFewRowsStep<Rows>;
+    const int column = first + Rows::kColumns * (threadIdx.x % 4);
+    typename Rows::template Piece<kReach> pieces[kBlocks];
     // Beyond the edge the last row stands for what is not there.
-    const uint4 low = few_rows_chunk<T>(x, min(group, x.rows - 1), column, end);
-    uint4 high = make_uint4(0, 0, 0, 0);
-    if (x.rows > 8) high = few_rows_chunk<T>(x, min(group + 8, x.rows - 1), column, end);
-    uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
-    round_operand<T>(first);
-    round_operand<T>(second);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      const uint4 of_w = few_rows_chunk<T>(w, min(row + 8 * block + group, w.rows - 1), column, end);
-      uint32_t parts[4] = {of_w.x, of_w.y, of_w.z, of_w.w};
-      round_operand<T>(parts);
-      multiply<T>(v[block], first, parts[0], parts[1]);
-      multiply<T>(v[block], second, parts[2], parts[3]);
+      w.template load<kReach>(pieces[block], min(row + 8 * block + group, w.rows() - 1), column, end);
+    }
+#pragma unroll (kReach == Reach::kAny ? 1 : kChunks)
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int at = column + kChunk<T> * chunk;
+      const uint4 low = few_rows_chunk<T, kReach>(x, min(group, x.rows - 1), at, end);
+      uint4 high = make_uint4(0, 0, 0, 0);
+      if (x.rows > 8) high = few_rows_chunk<T, kReach>(x, min(group + 8, x.rows - 1), at, end);
+      uint32_t left[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
+      round_operand<T>(left[0]);
+      round_operand<T>(left[1]);
+      w.prepare(pieces, chunk);
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        uint32_t parts[4];
+        w.operands(parts, pieces[block], chunk);
+        multiply<T>(v[block], left[0], parts[0], parts[1]);
+        multiply<T>(v[block], left[1], parts[2], parts[3]);
+      }
     }
   }
 
@@ -80,7 +142,7 @@ struct FewRowsSums {
 // By plain float32 products: every thread sums all rows of x by its quad's rows of W, over its own columns.
 template <>
 struct FewRowsSums<float> {
-  static constexpr int kBlocks = kFewRowsColumns / 8;
+  static constexpr int kBlocks = kFewRowsColumns / 8, kStep = kFewRowsStep<DenseRows<float>>;
   float v[kFewRows][kBlocks] = {};
 
   static __device__ float4 numbers(const Source& from, int row, int column, int end) {
@@ -89,7 +151,8 @@ struct FewRowsSums<float> {
   }
 
   // W is read a step ahead: branches over the rows of x keep the compiler from it.
-  __device__ void add(const Source& x, const Source& w, int row, int first, int end) {
+  __device__ void add(const Source& x, const DenseRows<float>& rows, int row, int first, int end) {
+    const Source& w = rows.source;
     float4 next[kBlocks];
     if (first < end) read(next, w, row, first);
     for (int step = first; step < end; ++step) {
@@ -102,20 +165,20 @@ struct FewRowsSums<float> {
   }
 
   static __device__ void read(float4 (&to)[kBlocks], const Source& w, int row, int step) {
-    const int group = threadIdx.x % 32 / 4, k = kFewRowsStep<float> * step, column = k + 4 * (threadIdx.x % 4);
+    const int group = threadIdx.x % 32 / 4, k = kStep * step, column = k + 4 * (threadIdx.x % 4);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      to[block] = numbers(w, min(row + 8 * block + group, w.rows - 1), column, k + kFewRowsStep<float>);
+      to[block] = numbers(w, min(row + 8 * block + group, w.rows - 1), column, k + kStep);
     }
   }
 
   __device__ void add_step(const Source& x, const float4 (&of_w)[kBlocks], int step) {
-    const int k = kFewRowsStep<float> * step, column = k + 4 * (threadIdx.x % 4);
+    const int k = kStep * step, column = k + 4 * (threadIdx.x % 4);
 #pragma unroll
     for (int m = 0; m < kFewRows; ++m) {
       // Four rows at a time, the last one for those that are not there.
       if (m >= (x.rows + 3) / 4 * 4) break;
-      const float4 of_x = numbers(x, min(m, x.rows - 1), column, k + kFewRowsStep<float>);
+      const float4 of_x = numbers(x, min(m, x.rows - 1), column, k + kStep);
       // Four products are summed by themselves, as in multiply_long.
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) v[m][block] += plus_product(0, of_x, of_w[block]);
@@ -151,10 +214,10 @@ struct FewRowsSums<float> {
 };
 
 // Sums of a tile over this part of the columns, for this thread's numbers: warps' shares added in order.
-template <class T>
-__device__ inline void few_rows_sums(float (&sums)[kFewRowsNumbers], const Source& x, const Source& w, int row, int part,
+template <class T, class Rows>
+__device__ inline void few_rows_sums(float (&sums)[kFewRowsNumbers], const Source& x, const Rows& w, int row, int part,
                                    int parts, float* shared) {
-  const int warp = threadIdx.x / 32, steps = (x.columns + kFewRowsStep<T> - 1) / kFewRowsStep<T>;
+  const int warp = threadIdx.x / 32, steps = (x.columns + kFewRowsStep<Rows> - 1) / kFewRowsStep<Rows>;
   const int share = part * kFewRowsWarps + warp, shares = parts * kFewRowsWarps;
   const int first = static_cast<int>(static_cast<int64_t>(steps) * share / shares);
   const int end = static_cast<int>(static_cast<int64_t>(steps) * (share + 1) / shares);
@@ -162,10 +225,12 @@ __device__ inline void few_rows_sums(float (&sums)[kFewRowsNumbers], const Sourc
   of_warp.add(x, w, row, first, end);
   of_warp.store(shared + warp * kFewRowsTile);
   __syncthreads();
+  const uint32_t thread = kept_in_register(threadIdx.x);  // anew: what follows from it is not kept over the loop above
 #pragma unroll
   for (int i = 0; i < kFewRowsNumbers; ++i) {
     sums[i] = 0;
-    const int at = i * kFewRowsThreads + threadIdx.x, place = few_rows_place(at / kFewRowsColumns, at % kFewRowsColumns);
+    const uint32_t at = i * kFewRowsThreads + thread;
+    const int place = few_rows_place(at / kFewRowsColumns, at % kFewRowsColumns);
     for (int other = 0; other < kFewRowsWarps; ++other) sums[i] += shared[other * kFewRowsTile + place];
   }
   __syncthreads();
@@ -220,8 +285,9 @@ __device__ inline float low_rank_number(const Source& b, int n, const float* xa)
   return sum;
 }
 
-template <class T>
-__device__ inline void few_rows(const FewRowsParams& p) {
+// weights: returns W's rows, anew for each tile, so that nothing of them is kept over those of A.
+template <class T, class F>
+__device__ inline void few_rows(const FewRowsParams& p, F weights) {
   extern __shared__ __align__(128) char dynamic[];
   float* memory = reinterpret_cast<float*>(dynamic);
   const Layer& layer = p.layer;
@@ -238,18 +304,26 @@ __device__ inline void few_rows(const FewRowsParams& p) {
     const int tile = index / p.parts, part = index % p.parts;
     const bool shrink = tile < shrink_tiles;
     const int row = (shrink ? tile : tile - shrink_tiles) * kFewRowsColumns;
-    const Source w = shrink ? adapter<T>(layer, layer.a, layer.r, layer.k) : weight<T>(layer);
     float sums[kFewRowsNumbers];
-    few_rows_sums<T>(sums, x, w, row, part, p.parts, memory);
+    if constexpr (std::is_same_v<decltype(weights()), DenseRows<T>>) {
+      const DenseRows<T> w{shrink ? adapter<T>(layer, layer.a, layer.r, layer.k) : weights().source};
+      few_rows_sums<T>(sums, x, w, row, part, p.parts, memory);
+    } else if (shrink) {
+      few_rows_sums<T>(sums, x, DenseRows<T, 2>{adapter<T>(layer, layer.a, layer.r, layer.k)}, row, part, p.parts, memory);
+    } else {
+      few_rows_sums<T>(sums, x, weights(), row, part, p.parts, memory);
+    }
     float* space = p.partials + static_cast<int64_t>(tile) * p.parts * kFewRowsTile;
     if (!few_rows_sum_of_parts(sums, space, p.counters + tile, part, p.parts, reinterpret_cast<int*>(memory))) continue;
     if (!shrink) {
       wait(p.flag, shrink_tiles);
       load_xa<T>(p, pitch, memory);
     }
+    const uint32_t thread = kept_in_register(threadIdx.x);
 #pragma unroll
     for (int i = 0; i < kFewRowsNumbers; ++i) {
-      const int at = i * kFewRowsThreads + threadIdx.x, m = at / kFewRowsColumns, n = row + at % kFewRowsColumns;
+      const uint32_t at = i * kFewRowsThreads + thread;
+      const int m = at / kFewRowsColumns, n = row + at % kFewRowsColumns;
       if (m >= layer.m || n >= (shrink ? layer.r : layer.n)) continue;
       if (shrink) {
         store_number<T>(p.xa, static_cast<int64_t>(m) * layer.r + n, sums[i], false);
@@ -265,6 +339,11 @@ __device__ inline void few_rows(const FewRowsParams& p) {
       leave(p.flag, tiles - 1);
     }
   }
+}
+
+template <class T>
+__device__ inline void few_rows(const FewRowsParams& p) {
+  few_rows<T>(p, [&] { return DenseRows<T>{weight<T>(p.layer)}; });
 }
 
 }  // namespace lora_kernels

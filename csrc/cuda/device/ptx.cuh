@@ -74,6 +74,13 @@ __device__ inline int kept_in_register(int number) {
   return number;
 }
 
+// Four bytes of a (0 to 3) and b (4 to 7), by the low three bits of a selector's first four nibbles, whose fourth bit is zero.
+__device__ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+}
+
 // A number known when compiled, passed as an argument.
 template <int kValue>
 struct Constant {

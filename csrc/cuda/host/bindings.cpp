@@ -13,7 +13,7 @@ namespace {
 
 // The launch that a plan asks for: its kernel; programs, threads, bytes of shared memory, programs that must run together.
 std::tuple<std::string, std::vector<int64_t>> planned(std::vector<int64_t> problem, std::vector<int64_t> numbers) {
-  STD_TORCH_CHECK(problem.size() == 12, "problem: expected 12 numbers, got ", problem.size());
+  STD_TORCH_CHECK(problem.size() == 13, "problem: expected 13 numbers, got ", problem.size());
   const auto number = [&](int which) { return static_cast<int>(problem[which]); };
   const auto flag = [&](int which) { return problem[which] != 0; };
   Problem p{};
@@ -23,6 +23,7 @@ std::tuple<std::string, std::vector<int64_t>> planned(std::vector<int64_t> probl
   p.in_chunks = p.in_boxes = flag(6);
   p.backward = flag(7);
   p.dx = flag(8), p.da = flag(9), p.db = flag(10), p.dbias = flag(11);
+  p.store = static_cast<Store>(problem[12]);
   const Device device = Device::of(numbers);
   const Launch how = has_few_rows(p) ? few_rows_plan(p, device).launch : plan(p, device).large;
   return {how.kernel, {how.grid, how.threads, how.shared_bytes, how.together}};

@@ -20,5 +20,6 @@ Kernels float_kernels();
 Kernels tf32_kernels();
 Kernels bf16_kernels_sm90();
 Kernels half_kernels_sm90();
+Kernels codes_kernels();
 
 }  // namespace lora_kernels

@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../../common/as_matrix.h"
-#include "plan.h"
+#include "codes.h"
 #include "python.h"
 #include "shapes.h"
 #include "target.h"
@@ -13,8 +13,6 @@
 namespace lora_kernels {
 
 namespace {
-
-constexpr int64_t kMost = 0x7FFFFFFF;  // rows and columns are numbered by int; offsets are 64-bit
 
 // lora_A or lora_B: in x's type or float32 as they are, in another type rounded to x's.
 Tensor factor(const Tensor& parameter, const Tensor& x) {
@@ -54,22 +52,29 @@ OptionalTensor scratch(Target& target, const Tensor& like, int64_t words) {
 
 // A call as kernels read it: tensors of rows, and the Layer that points into them.
 struct Prepared {
-  Tensor v, weight, a, b;  // v: x or dy
-  OptionalTensor scaling;
+  Tensor v, a, b;  // v: x or dy
+  OptionalTensor weight, scaling;
+  std::optional<CodedWeight> codes;  // in the weight's place
   Layer layer;
 };
 
 Prepared prepare(const Tensor& v, const LinearCall& call, Target& target) {
-  Prepared p{as_matrix(v), as_matrix(call.weight.matrix), factor(call.adapter.a, v), factor(call.adapter.b, v), std::nullopt, {}};
+  Prepared p{as_matrix(v), factor(call.adapter.a, v), factor(call.adapter.b, v), std::nullopt, std::nullopt, std::nullopt, {}};
   STD_TORCH_CHECK(p.a.scalar_type() == p.b.scalar_type(), "lora_A: expected lora_B's dtype");
   STD_TORCH_CHECK(p.v.size(0) <= kMost, "x: expected at most 2^31 - 1 rows");
-  for (const Tensor& t : {p.v, p.weight, p.a, p.b}) target.reads(t);
+  STD_TORCH_CHECK(call.n() <= kMost && call.k() <= kMost, "weight: expected at most 2^31 - 1 rows and columns");
+  for (const Tensor& t : {p.v, p.a, p.b}) target.reads(t);
   Layer& l = p.layer;
   l.m = static_cast<int>(p.v.size(0));
   l.n = static_cast<int>(call.n());
   l.k = static_cast<int>(call.k());
   l.r = static_cast<int>(call.r());
-  l.w = rows(p.weight);
+  if (call.weight.has_four_bits()) {
+    p.codes = coded(call.weight, target);
+  } else {
+    target.reads(p.weight.emplace(as_matrix(call.weight.matrix)));
+    l.w = rows(*p.weight);
+  }
   l.a = rows(p.a);
   l.b = rows(p.b);
   l.adapters_are_float = p.a.scalar_type() == ScalarType::Float;
@@ -105,9 +110,27 @@ Problem problem_of(const Prepared& p, const OptionalTensor& x) {
   problem.r = p.layer.r;
   problem.type = type_of(p.v);
   problem.dropout = p.layer.seed != nullptr;
-  problem.in_chunks = in_chunks(p.v) && in_chunks(p.weight) && (!x || in_chunks(*x));
-  problem.in_boxes = in_boxes(p.v) && in_boxes(p.weight) && (!x || in_boxes(*x));
+  problem.store = p.codes ? p.codes->store : Store::kDense;
+  problem.in_chunks = in_chunks(p.v) && (!p.weight || in_chunks(*p.weight)) && (!x || in_chunks(*x));
+  problem.in_boxes = in_boxes(p.v) && (!p.weight || in_boxes(*p.weight)) && (!x || in_boxes(*x));
   return problem;
+}
+
+// Puts W in its codes' place, in memory that lasts for the call, and a rank of zeros where there is none: for kernels of a
+// dense W. One that isn't read has no rows.
+void make_dense(Prepared& p, Target& target, bool is_read) {
+  Layer& l = p.layer;
+  p.weight = is_read ? decoded(*p.codes, l.n, l.k, p.v, type_of(p.v), target) : target.empty(p.v, {0, l.k});
+  l.w = rows(*p.weight);
+  p.codes.reset();
+  if (l.r > 0) return;
+  p.a = torch::stable::new_zeros(p.v, {1, l.k});
+  p.b = torch::stable::new_zeros(p.v, {l.n, 1});
+  for (const Tensor& t : {p.a, p.b}) target.reads(t);
+  l.a = rows(p.a);
+  l.b = rows(p.b);
+  l.r = 1;
+  l.adapters_are_float = p.v.scalar_type() == ScalarType::Float;
 }
 
 // The last of a call's zeros.
@@ -129,7 +152,11 @@ void launch_few_rows(Target& target, const Prepared& p, const Problem& problem, 
   params.flag = params.counters + plan.counters - 2;
   params.parts = plan.parts;
   params.ticket = ticket(params.counters, plan.counters, plan.numbers, plan.launch);
-  launch(target, plan.launch, params);
+  if (p.codes) {
+    launch(target, plan.launch, CodedFewRowsParams{params, p.codes->codes});
+  } else {
+    launch(target, plan.launch, params);
+  }
 }
 
 // The same of the large product.
@@ -143,7 +170,7 @@ void launch_large(Target& target, const Prepared& p, const Problem& problem, For
   params.shrink = plan.shrink;
   params.ticket = ticket(params.flags, plan.counters, plan.numbers, plan.large);
   if (plan.sm90a) {
-    launch(target, plan.large, HopperForwardParams{target.map(boxes(p.v)), target.map(boxes(p.weight)), params});
+    launch(target, plan.large, HopperForwardParams{target.map(boxes(p.v)), target.map(boxes(*p.weight)), params});
   } else {
     launch(target, plan.large, params);
   }
@@ -174,7 +201,7 @@ void launch_backward(
   params.ticket = ticket(params.counters, plan.counters, plan.numbers, plan.large);
   if (plan.sm90a) {
     const TensorMap dy_map = target.map(boxes(p.v)), x_map = x ? target.map(boxes(*x)) : dy_map;
-    launch(target, plan.large, HopperBackwardParams{dy_map, target.map(boxes(p.weight)), x_map, params});
+    launch(target, plan.large, HopperBackwardParams{dy_map, target.map(boxes(*p.weight)), x_map, params});
   } else {
     launch(target, plan.large, params);
   }
@@ -189,17 +216,22 @@ Tensor in_type_of(const Tensor& parameter, const Tensor& gradient) {
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const LinearCall& call) {
   const std::unique_ptr<Target> target = target_of(x);
-  const Prepared p = prepare(x, call, *target);
+  Prepared p = prepare(x, call, *target);
   const Layer& layer = p.layer;
-  const Tensor y = target->empty(x, shape_like(x, layer.n)), xa = target->empty(x, {layer.m, layer.r});
+  const Tensor y = target->empty(x, shape_like(x, layer.n)), no_xa = target->empty(x, {layer.m, 0});
   if (y.numel() == 0) {
     // Only xa may have numbers here: without rows nothing has, without columns of W it is still asked for.
     STD_TORCH_CHECK(layer.m == 0 || layer.n > 0, "weight: expected at least one row");
-    return {y, xa};
+    return {y, target->empty(x, {layer.m, layer.r})};
   }
   const OptionalTensor bias = call.bias ? OptionalTensor(torch::stable::contiguous(*call.bias)) : std::nullopt;
   if (bias) target->reads(*bias);
-  const Problem problem = problem_of(p, std::nullopt);
+  Problem problem = problem_of(p, std::nullopt);
+  if (p.codes && !has_few_rows(problem)) {
+    make_dense(p, *target, true);
+    problem = problem_of(p, std::nullopt);
+  }
+  const Tensor xa = target->empty(x, {layer.m, layer.r});
   const auto complete = [&](auto params) {
     params.layer = layer;
     params.x = rows(p.v);
@@ -213,13 +245,13 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const LinearCall& cal
   } else {
     launch_large(*target, p, problem, complete(ForwardParams{}));
   }
-  return {y, xa};
+  return {y, call.r() > 0 ? xa : no_xa};
 }
 
 Gradients linear_backward(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& xa, const LinearCall& call, const Wanted& wanted) {
   const std::unique_ptr<Target> target = target_of(dy);
-  const Prepared p = prepare(dy, call, *target);
+  Prepared p = prepare(dy, call, *target);
   const Layer& layer = p.layer;
   const ScalarType type = dy.scalar_type(), adapter_type = layer.adapters_are_float ? ScalarType::Float : type;
   const auto gradient = [&](bool is_wanted, const std::vector<int64_t>& sizes, ScalarType its_type) {
@@ -228,23 +260,25 @@ Gradients linear_backward(
   const Gradients made{gradient(wanted.dx, shape_like(dy, layer.k), type),
                        gradient(wanted.da, {layer.r, layer.k}, adapter_type),
                        gradient(wanted.db, {layer.n, layer.r}, adapter_type), gradient(wanted.dbias, {layer.n}, type)};
+  const bool da = wanted.da && made.da.numel() > 0, db = wanted.db && made.db.numel() > 0;
   if (layer.m == 0) {
     for (Tensor t : {made.da, made.db, made.dbias}) torch::stable::zero_(t);
-  } else if (wanted.dx || wanted.da || wanted.db || wanted.dbias) {
+  } else if (wanted.dx || da || db || wanted.dbias) {
     OptionalTensor x_rows, xa_rows;
-    if (wanted.da) target->reads(x_rows.emplace(as_matrix(*x)));
-    if (wanted.db) target->reads(xa_rows.emplace(torch::stable::contiguous(*xa)));
+    if (da) target->reads(x_rows.emplace(as_matrix(*x)));
+    if (db) target->reads(xa_rows.emplace(torch::stable::contiguous(*xa)));
+    if (p.codes) make_dense(p, *target, wanted.dx);
     Problem problem = problem_of(p, x_rows);
     problem.backward = true;
-    problem.dx = wanted.dx, problem.da = wanted.da, problem.db = wanted.db, problem.dbias = wanted.dbias;
+    problem.dx = wanted.dx, problem.da = da, problem.db = db, problem.dbias = wanted.dbias;
     BackwardParams params{};
     params.layer = layer;
     params.dy = rows(p.v);
     params.x = x_rows ? rows(*x_rows) : Rows{};
     params.xa = xa_rows ? data(*xa_rows) : nullptr;
     params.dx = wanted.dx ? data(made.dx) : nullptr;
-    params.da = wanted.da ? data(made.da) : nullptr;
-    params.db = wanted.db ? data(made.db) : nullptr;
+    params.da = da ? data(made.da) : nullptr;
+    params.db = db ? data(made.db) : nullptr;
     params.dbias = wanted.dbias ? data(made.dbias) : nullptr;
     params.adapter_gradients_are_float = layer.adapters_are_float;
     launch_backward(*target, p, x_rows, problem, params);

@@ -8,7 +8,7 @@
 
 namespace lora_kernels {
 
-inline constexpr std::array kLinearFormats{"dense"};  // of W
+inline constexpr std::array kLinearFormats{"dense", "nf4", "fp4"};  // of W
 
 // y and xa.
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const LinearCall& call);

@@ -125,4 +125,26 @@ struct FewRowsParams {
   Ticket ticket;
 };
 
+// W in four bits: two codes a byte, the first of them in its high half, row after row without a gap. W[i] is the number of
+// code i by the scale of block i / 2^log_block, rounded once more to the layer's type (lora_kernels/operands/codebook.py).
+struct Codes {
+  const uint8_t* bytes;
+  const float* code;        // the sixteen numbers
+  const void* absmax;       // scales, float32; or the bytes that stand for them where they are nested
+  const float *nested_code, *nested_absmax, *nested_offset;
+  int log_block;
+  int in_chunks;            // whether rows are whole pieces of 16 bytes
+};
+
+struct CodedFewRowsParams {
+  FewRowsParams few_rows;   // whose W is not there
+  Codes codes;
+};
+
+struct DecodeParams {
+  Codes codes;
+  void* w;                  // [count], in the layer's type
+  int64_t count;
+};
+
 }  // namespace lora_kernels

@@ -62,6 +62,8 @@ const char* name_of(Type type) {
   return type == Type::kBf16 ? "bf16" : type == Type::kHalf ? "half" : type == Type::kFloat ? "float" : "tf32";
 }
 
+std::string word_of(Store store) { return store == Store::kDense ? "" : store == Store::kFlat ? "flat_" : "nested_"; }
+
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // Columns of tiles that make the shrink beside the large one, each a slice of ranks; 0: tiles of its own make it,
@@ -139,8 +141,10 @@ void share_mask(Plan& plan, const Problem& p) {
   plan.mask_words = int64_t{plan.grid.panels} * plan.rows * chunks * kDrawnColumns / 32;
 }
 
+// Codes have a product of their own, without an adapter.
 void check(const Problem& p) {
-  if (p.r < 1 || p.r > kMaxRank) throw std::invalid_argument("lora_A: expected a rank from 1 to 256");
+  const int least = p.store == Store::kDense ? 1 : 0;
+  if (p.r < least || p.r > kMaxRank) throw std::invalid_argument("lora_A: expected a rank from 1 to 256");
 }
 
 }  // namespace
@@ -152,27 +156,38 @@ Device Device::of(const std::vector<int64_t>& numbers) {
 }
 
 bool has_few_rows(const Problem& p) {
-  return !p.backward && p.m <= kFewRows && !p.dropout && p.in_chunks;
+  return !p.backward && p.m <= kFewRows && !p.dropout && (p.store == Store::kDense ? p.in_chunks : is_16_bit(p.type));
 }
 
 // The columns are divided so that programs come out even: a round costs what its share of W takes to read, and some
-// time in which memory waits, estimated as that of 16 KB.
+// time in which memory waits, estimated as that of 16 KB. A share has a step for each warp, of codes for a quarter of them:
+// their steps are long.
 FewRowsPlan few_rows_plan(const Problem& p, const Device& d) {
   check(p);
   const int tiles = ceil_div(p.r, kFewRowsColumns) + ceil_div(p.n, kFewRowsColumns);
-  const int bytes = is_16_bit(p.type) ? 2 : 4;
-  const int most = std::max(1, std::min(16, bytes * p.k / (64 * kFewRowsWarps)));
+  const bool coded = p.store != Store::kDense;
+  const double bytes = coded ? 0.5 : is_16_bit(p.type) ? 2 : 4;
+  const int steps = coded ? ceil_div(p.k, 4 * kCodedColumns) : static_cast<int>(bytes * p.k / 64);
+  const int most = std::clamp(steps / (coded ? kFewRowsWarps / 4 : kFewRowsWarps), 1, 16);
   int parts = 1;
   double least = 0;
   for (int tried = 1; tried <= most; ++tried) {
-    const double round = 1.0 * bytes * kFewRowsColumns * p.k / tried + 16384;
+    const double round = bytes * kFewRowsColumns * p.k / tried + 16384;
     const double time = round * ceil_div(static_cast<int64_t>(tiles) * tried, d.multiprocessors);
     if (tried == 1 || time < least) parts = tried, least = time;
   }
   const int64_t all = static_cast<int64_t>(tiles) * parts;
   const int grid = static_cast<int>(std::min<int64_t>(all, d.multiprocessors));
-  return {{std::string("lora_few_rows_") + name_of(p.type), grid, kFewRowsThreads, kFewRowsBytes + kNumberBytes, 1},
-          parts, tiles + 2, static_cast<int>(all), parts > 1 ? all * kFewRowsTile : 0};
+  const std::string kernel = std::string("lora_few_rows_") + word_of(p.store) + name_of(p.type);
+  return {{kernel, grid, kFewRowsThreads, kFewRowsBytes + kNumberBytes, 1}, parts, tiles + 2, static_cast<int>(all),
+          parts > 1 ? all * kFewRowsTile : 0};
+}
+
+Launch decode_plan(int64_t count, Type type, Store store) {
+  const int64_t programs = (count + kDecoded - 1) / kDecoded;
+  if (programs > kMost) throw std::invalid_argument("weight: expected fewer elements: programs are numbered by 31 bits");
+  const std::string kernel = std::string("lora_decode_") + word_of(store) + name_of(type == Type::kTf32 ? Type::kFloat : type);
+  return {kernel, static_cast<int>(programs), kDecodeThreads, 0, 1};
 }
 
 Plan plan(const Problem& p, const Device& d) {

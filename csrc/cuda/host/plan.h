@@ -20,11 +20,17 @@ struct Device {
   static Device of(const std::vector<int64_t>& numbers);
 };
 
+// W itself, or its codes of four bits, with float32 scales or with nested ones.
+enum class Store : int { kDense, kFlat, kNested };
+
+constexpr int64_t kMost = 0x7FFFFFFF;  // rows, columns and programs are numbered by int; offsets are 64-bit
+
 // What a plan depends on of a call.
 struct Problem {
   int m, n, k, r;
   Type type;
   bool dropout;
+  Store store;         // codes are read by few rows alone
   bool in_chunks;      // whether all rows of the large operands start at multiples of 16 bytes
   bool in_boxes;       // whether besides no rows overlap, as sm_90's copies ask
   bool backward;
@@ -57,6 +63,9 @@ struct Plan {
 
 // A forward call that is bound by reading the weight: one launch of the kernel for few rows.
 bool has_few_rows(const Problem& problem);
+
+// The launch that decodes `count` elements of W to memory, in a type.
+Launch decode_plan(int64_t count, Type type, Store store);
 
 struct FewRowsPlan {
   Launch launch;

@@ -28,10 +28,10 @@ int attribute(cudaDeviceAttr which, int index) {
 #ifdef LORA_SM90A
 constexpr bool kHasSm90a = true;
 const Kernels kTables[] = {bf16_kernels(),      half_kernels(),     float_kernels(), tf32_kernels(),
-                           bf16_kernels_sm90(), half_kernels_sm90()};
+                           codes_kernels(), bf16_kernels_sm90(), half_kernels_sm90()};
 #else
 constexpr bool kHasSm90a = false;
-const Kernels kTables[] = {bf16_kernels(), half_kernels(), float_kernels(), tf32_kernels()};
+const Kernels kTables[] = {bf16_kernels(), half_kernels(), float_kernels(), tf32_kernels(), codes_kernels()};
 #endif
 
 const void* address_of(const std::string& name) {

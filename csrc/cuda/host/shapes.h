@@ -105,6 +105,8 @@ constexpr int hopper_bytes(int ranks) {
 constexpr int kFewRows = 16, kFewRowsColumns = 32, kFewRowsTile = kFewRows * kFewRowsColumns, kFewRowsWarps = 8;
 constexpr int kFewRowsThreads = 32 * kFewRowsWarps, kFewRowsNumbers = kFewRowsTile / kFewRowsThreads;
 constexpr int kFewRowsBytes = 4 * kFewRowsWarps * kFewRowsTile;
+// Of W in four bits, which a thread of a quad reads: columns of a row in a step; threads that decode it to memory, eight each.
+constexpr int kCodedColumns = 64, kDecodeThreads = 256, kDecoded = 8 * kDecodeThreads;
 // Forward's mask: columns of a word, which holds what a thread has of two rows; columns that a warp draws at a time.
 constexpr int kWordColumns = 64, kDrawnColumns = 4 * kWordColumns;
 

@@ -7,7 +7,7 @@ from lora_kernels.native import BUILT, absence
 from lora_kernels.operands.request import Request, unserved
 
 SUMMARY = "compiled CUDA C++ kernels, devices from sm_80 up"
-OPS = {"lora_linear": ("dense",)}  # and the formats of W
+OPS = {"lora_linear": ("dense", "nf4", "fp4")}  # and the formats of W
 
 
 def refuse(request: Request) -> str | None:

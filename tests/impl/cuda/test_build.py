@@ -57,6 +57,8 @@ def test_a_fault_is_said():
     assert Report("sm_80", "lora_few_rows_float", 200, 0, "64 FFMA").fault is None
     assert Report("sm_80", "lora_few_rows_tf32", 200, 0, "64 FFMA").fault == "no HMMA"
     assert Report("sm_80", "lora_few_rows_tf32", 200, 0, "64 HMMA").fault is None
+    assert Report("sm_80", "lora_few_rows_nested_half", 254, 0, "9 FMUL").fault == "no HMMA"
+    assert Report("sm_80", "lora_decode_nested_half", 40, 0, "").fault is None
 
 
 @pytest.mark.skipif(

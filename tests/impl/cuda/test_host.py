@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from tests.impl.cuda.test_mutations import BF16_KERNELS, HOPPER_KERNELS
+from tests.impl.cuda.test_quantised import KERNELS
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -26,11 +27,29 @@ namespace lora_kernels {
 Kernels %s() { return {nullptr, 0}; }
 }
 """
+CODES = (
+    KERNELS
+    + """
+#include "../host/kernels.h"
+namespace lora_kernels {
+extern "C" __global__ void lora_decode_flat_bf16(const __grid_constant__ DecodeParams p) {
+  decode<__nv_bfloat16, false>(p);
+}
+#define LORA_ENTRY(name) {#name, reinterpret_cast<const void*>(&name)}
+Kernels codes_kernels() {
+  static const Kernel kernels[] = {
+      LORA_ENTRY(lora_few_rows_flat_bf16), LORA_ENTRY(lora_decode_flat_bf16)};
+  return {kernels, 2};
+}
+}
+"""
+)
 SOURCES = {
     "linear_sm80_bf16.cu": BF16_KERNELS.replace("LORA_TABLE table", "LORA_TABLE bf16_kernels"),
     "linear_sm80_half.cu": NONE % "half_kernels",
     "linear_sm80_float.cu": NONE % "float_kernels",
     "linear_sm80_tf32.cu": NONE % "tf32_kernels",
+    "codes_sm80.cu": CODES,
     "linear_sm90_bf16.cu": HOPPER_KERNELS.replace("TABLE table", "TABLE bf16_kernels_sm90"),
     "linear_sm90_half.cu": NONE % "half_kernels_sm90",
 }
@@ -42,7 +61,8 @@ driver = cudastub.library()
 driver.cudastub_set_sms(0, 5)
 from lora_kernels import lora_linear, native
 native.LIBRARIES["cuda"] = pathlib.Path(sys.argv[1])
-from lora_kernels.testing import Case, assert_parity, make_inputs
+from lora_kernels.testing import Case, assert_parity, assert_results, make_inputs, run
+from tests.support.quantised import drawn
 
 def launched():
     made = [(call.name, call.device, call.cooperative) for call in cudastub.history()]
@@ -64,6 +84,20 @@ assert_parity(small, make_inputs(small, "cuda:1"), "cuda")  # not the current de
 assert launched() == [(f"lora_{kind}_Small_bf16_r16_d1_c1", 1, False)
                       for kind in ("forward", "backward")]
 assert torch.cuda.current_device() == 0
+
+weight = drawn("nf4", 72, 360, device="cuda:1")
+given, known = make_inputs(small, "cuda:1"), make_inputs(small, "cuda:1")
+vars(known).update(vars(given), weight=weight.decode(torch.bfloat16))
+given.weight = weight
+assert_results(small, known, run(small, given, "cuda"), "cuda")
+assert launched() == [(f"lora_{name}", 1, False) for name in (
+    "decode_flat_bf16", "forward_Small_bf16_r16_d1_c1",
+    "decode_flat_bf16", "backward_Small_bf16_r16_d1_c1")]
+few = given.x[:8], given.lora_A, given.lora_B
+y = lora_linear(few[0], weight, *few[1:], impl="cuda")
+wanted = lora_linear(few[0], known.weight, *few[1:], impl="eager")
+assert (y - wanted).abs().max().item() < 0.05
+assert launched() == [("lora_few_rows_flat_bf16", 1, False)]
 
 given = make_inputs(Case((8,), 512, 2048, 16, torch.bfloat16, scaling=1.0), "cuda:1")
 adapter = given.weight, given.lora_A, given.lora_B

@@ -253,7 +253,7 @@ HOPPER_MUTANTS = {
 }
 
 
-def _ptx(folder: Path, kernels: str, mutant: tuple[str, str, str], target: str) -> str:
+def mutated_ptx(folder: Path, kernels: str, mutant: tuple[str, str, str], target: str) -> str:
     name, text, other = mutant
     shutil.copytree(SOURCES, folder / "cuda")
     faulty, few = folder / "cuda" / "device" / name, folder / "cuda" / "instances" / "few.cu"
@@ -275,7 +275,7 @@ def check(tmp_path, monkeypatch):
     """
 
     def check_one(name, case, kernels, mutants, residents, target="sm_80", **device):
-        code = executor.load(_ptx(tmp_path, kernels, mutants[name], target))
+        code = executor.load(mutated_ptx(tmp_path, kernels, mutants[name], target))
         monkeypatch.setattr(machine, "_code", lambda target: code)
 
         # Where no tile of dA draws the mask, those of dx wait for dxa alone; without dx other tiles

@@ -28,8 +28,12 @@ TYPES = ("bf16", "half", "float", "tf32")
 ALL, DX, DA, DB, DBIAS = (1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)
 
 
-def plan(device, m, n, k, r, kind=BF16, dropout=0, chunks=1, wanted=None):
+DENSE, FLAT, NESTED = range(3)  # how W is stored: itself, or codes and two kinds of scales
+
+
+def plan(device, m, n, k, r, kind=BF16, dropout=0, chunks=1, wanted=None, store=DENSE):
     problem = [m, n, k, r, kind, dropout, chunks, wanted is not None, *(wanted or (0, 0, 0, 0))]
+    problem.append(store)
     return torch.ops.lora_kernels.cuda_plan(problem, device)
 
 
@@ -104,11 +108,26 @@ def test_decoding_fills_the_device():
         assert grid > 0.85 * device[1]
 
 
+@pytest.mark.parametrize(("store", "word"), [(FLAT, "flat"), (NESTED, "nested")])
+def test_decoding_of_codes_fills_the_device(store, word):
+    """A quarter of the bytes: as many programs, whose rounds come out even; any K, no rank."""
+    for device, (n, k) in product(DEVICES.values(), ((4096, 4096), (1024, 4096), (4096, 14336))):
+        for kind, r in ((BF16, 16), (FP16, 0)):
+            name, (grid, threads, shared, together) = plan(device, 1, n, k, r, kind, store=store)
+            assert name == f"lora_few_rows_{word}_{TYPES[kind]}"
+            assert grid > 0.7 * device[1]
+            assert (threads, together) == (256, 1)
+            assert 0 < shared <= device[2]
+    assert plan(DEVICES["H100"], 16, 7, 33, 1, chunks=0, store=store)[1][0] == 2
+
+
 def test_what_it_refuses():
     device = DEVICES["A100"]
     for r in (0, MAX_RANK + 1):
         with pytest.raises(ValueError, match="lora_A: expected a rank from 1 to 256"):
             plan(device, 64, 64, 64, r)
+    with pytest.raises(ValueError, match="lora_A: expected a rank from 1 to 256"):
+        plan(device, 16, 64, 64, MAX_RANK + 1, store=FLAT)
     with pytest.raises(ValueError, match="x: expected fewer rows"):
         plan(device, 2**31 - 1, 2**15, 4096, 8)
     with pytest.raises(ValueError, match="no kernel serves this call on this device"):

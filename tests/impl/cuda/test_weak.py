@@ -16,7 +16,7 @@ from lora_kernels.impl.cuda.tools import machine
 from lora_kernels.impl.cuda.tools.machine import Machine
 from lora_kernels.impl.executor import using
 from lora_kernels.testing import Case, assert_parity, make_inputs, run
-from tests.impl.cuda.test_mutations import BF16_KERNELS, HOPPER_KERNELS, MUTANTS, _ptx
+from tests.impl.cuda.test_mutations import BF16_KERNELS, HOPPER_KERNELS, MUTANTS, mutated_ptx
 from tests.support.implementations import needs_compiled_machine
 
 pytestmark = needs_compiled_machine
@@ -50,7 +50,7 @@ def compiled(tmp_path_factory):
 
     @cache
     def text(target, mutant=MUTANTS["nothing"]):
-        return _ptx(tmp_path_factory.mktemp("few"), TARGETS[target][0], mutant, target)
+        return mutated_ptx(tmp_path_factory.mktemp("few"), TARGETS[target][0], mutant, target)
 
     return text
 
