@@ -306,20 +306,6 @@ __device__ __forceinline__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrin
   __syncthreads();
 }
 
-// The products of a tile, the shrink's where it is a shrinking one; that alone where the other isn't wanted. float32 has
-// no registers to spare for a third loop: it makes both then.
-template <class T, class S, int kRanks, ProductMode kMode>
-__device__ __forceinline__ void products(Sums<S>& sums, ShrinkSums<kRanks>& shrink, const Operands& operands, bool shrinks,
-                                         bool alone, uint32_t shared) {
-  if (alone && sizeof(T) == 2) {
-    product<T, S, kRanks, kMode, Makes::kShrink>(sums, shrink, operands, shared);
-  } else if (shrinks) {
-    product<T, S, kRanks, kMode, Makes::kBoth>(sums, shrink, operands, shared);
-  } else {
-    product<T, S, kRanks, kMode, Makes::kLarge>(sums, shrink, operands, shared);
-  }
-}
-
 // Stores two numbers beside each other; aligned: by one access.
 template <class T>
 __device__ inline void store_pair(Bits<T>* to, float low, float high, bool aligned, bool both) {
