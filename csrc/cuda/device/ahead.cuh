@@ -102,7 +102,8 @@ __device__ __forceinline__ void product_ahead(Sums<S>& sums, ShrinkSums<kRanks>&
   constexpr bool kDrawn = kShrink && kMode.dropout;
   constexpr uint32_t kLast = R::kBytes - R::kStageBytes;
   const Place<S> place;
-  std::conditional_t<kDrawn, DrawnLeft<S::kDepth>, NothingDrawn> drawn(operands.mask, operands.layer, operands.row + place.shrink_row);
+  using Drawn = std::conditional_t<kDrawn, DrawnLeft<S::kDepth>, NothingDrawn>;
+  Drawn drawn(operands.mask, operands.layer, operands.row + place.shrink_row);
   const int steps = (operands.depth + S::kDepth - 1) / S::kDepth;
   CopiesAhead<T, S, kRanks, kMode, kShrink> copies(operands);
   const Reader reader(place);
@@ -160,7 +161,7 @@ __device__ __forceinline__ void product_ahead(Sums<S>& sums, ShrinkSums<kRanks>&
 }
 
 // The products of a tile, the shrink's where it is a shrinking one; that alone where the other isn't wanted. float32 has
-// no registers to spare for a third loop: it makes both then, and so does a loop that loads ahead.
+// no registers to spare for a third loop: it makes both then. The planner has no shape that loads ahead make it alone.
 template <class T, class S, int kRanks, ProductMode kMode>
 __device__ __forceinline__ void products(Sums<S>& sums, ShrinkSums<kRanks>& shrink, const Operands& operands, bool shrinks,
                                          bool alone, uint32_t shared) {

@@ -32,7 +32,8 @@ struct Choice {
 template <class S>
 Choice choice(const char* shape, int ranks, bool dropout, bool in_chunks, int shared_bytes) {
   return {.shape = shape, .rows = S::kRows, .columns = S::kColumns, .depth = S::kDepth, .threads = S::kThreads, .ranks = ranks,
-          .shared_bytes = shared_bytes + kNumberBytes, .dropout = dropout, .in_chunks = in_chunks, .sm90a = false, .ahead = S::kAhead};
+          .shared_bytes = shared_bytes + kNumberBytes, .dropout = dropout, .in_chunks = in_chunks, .sm90a = false,
+          .ahead = S::kAhead};
 }
 
 Choice hopper_choice(int ranks, bool dropout) {
@@ -78,9 +79,8 @@ std::string refusal(const Choice& c, const Problem& p, const Device& d) {
   if (c.in_chunks && !p.in_chunks) return "needs rows that start at multiples of 16 bytes";
   if (c.ahead && (p.k % 8 || (p.backward && p.n % 8))) return "needs rows of whole chunks of 16 bytes";
   if (c.shared_bytes > d.shared_bytes) return "needs more shared memory";
-  if (!c.sm90a) return "";
-  if (!d.sm90a || !p.in_boxes) return "needs sm_90a, and rows that don't overlap";
-  if (!xa_columns(c, p, d)) return "makes the shrink product beside the large one only";
+  if (c.sm90a && (!d.sm90a || !p.in_boxes)) return "needs sm_90a, and rows that don't overlap";
+  if ((c.sm90a || c.ahead) && !xa_columns(c, p, d)) return "makes the shrink product beside the large one only";
   return "";
 }
 

@@ -96,6 +96,9 @@ def test_wide_tiles_take_whole_chunks_and_16_ranks():
         for wanted, dropout in product((None, ALL), (0, 1)):
             kernel, _ = plan(DEVICES["A100"], 8192, n, k, r, BF16, dropout, 1, wanted)
             assert ("_Wide_" in kernel) == (wanted in wide), kernel
+    # Who makes dxa alone would make dx too.
+    for wanted in (DA, DB, DBIAS):
+        assert "_Wide_" not in plan(DEVICES["A100"], 8192, 4096, 4096, 16, wanted=wanted)[0]
 
 
 @pytest.mark.parametrize("wanted", [None, ALL, DX], ids=str)
