@@ -17,7 +17,8 @@ struct Place {
   int warp_row, warp_column, shrink_row, group, t;
 
   __device__ Place() {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Where a warp has many sums, as a number of this tile: what follows from it isn't kept over other tiles.
+    const int thread = S::kAhead ? kept_in_register(threadIdx.x) : threadIdx.x, warp = thread / 32, lane = thread % 32;
     warp_row = warp / S::kWarpsN * S::kWarpRows;
     warp_column = warp % S::kWarpsN * S::kWarpColumns;
     shrink_row = warp_row + warp % S::kWarpsN * 16;  // the block that this warp shrinks
