@@ -18,7 +18,8 @@ struct Place {
 
   __device__ Place() {
     // Where a warp has many sums, as a number of this tile: what follows from it isn't kept over other tiles.
-    const int thread = S::kAhead ? kept_in_register(threadIdx.x) : threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const uint32_t thread = S::kAhead ? kept_in_register(threadIdx.x) : threadIdx.x;
+    const int warp = thread / 32, lane = thread % 32;
     warp_row = warp / S::kWarpsN * S::kWarpRows;
     warp_column = warp % S::kWarpsN * S::kWarpColumns;
     shrink_row = warp_row + warp % S::kWarpsN * 16;  // the block that this warp shrinks
