@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "mainloop.cuh"
+#include "ahead.cuh"
 
 namespace lora_kernels {
 
@@ -58,15 +58,17 @@ __device__ __forceinline__ void add_ranks(Sums<S>& sums, const Place<S>& place, 
   using RightTile = std::conditional_t<kByDepth, DeepTile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
   const LeftReader<LeftTile> left_reader(place.warp_row);
   const RightReader<RightTile, kByDepth> right_reader(place.warp_column);
+  constexpr bool kOnce = S::kAhead && kRanks == kDeep<T>;  // a fragment serves all columns
   repeat<S::kBlocksM>([&](auto i) {
+    Left<T> a;
+    if (kOnce) left_reader.template read<16 * i>(a, left, 0);
     repeat<S::kBlocksN / 2>([&](auto j) {
       float low_rank[2][4] = {};
       repeat<kRanks / kDeep<T>>([&](auto slice) {
         if (kPlain<T>) __syncwarp();  // as in mainloop.cuh
         if (slice && kDeep<T> * slice >= depth) return;
-        Left<T> a;
         Right<T> b;
-        left_reader.template read<16 * i>(a, left, slice);
+        if (!kOnce) left_reader.template read<16 * i>(a, left, slice);
         right_reader.template read<16 * j, slice>(b, right);
         multiply<T>(low_rank[0], a, b[0], b[1]);
         multiply<T>(low_rank[1], a, b[2], b[3]);
@@ -75,6 +77,7 @@ __device__ __forceinline__ void add_ranks(Sums<S>& sums, const Place<S>& place, 
       if constexpr (std::is_same_v<TheMask, NoMask>) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) first[e] += scale * low_rank[0][e], second[e] += scale * low_rank[1][e];
+        if (S::kAhead && j % 2) __syncwarp();  // as many sums leave few registers for the next blocks' products
       } else {
         const int group = (at.column + place.warp_column) / 8 + 2 * j;
         add_kept(first, second, low_rank, scale, mask.template bits<i, j>(at.row + place.row(i), group, place.t), place.t);
@@ -94,9 +97,10 @@ __device__ __forceinline__ void add_low_rank(Sums<S>& sums, const Place<S>& plac
   using RightTile = std::conditional_t<kByDepth, DeepTile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
   const uint32_t right = shared + LeftTile::kBytes;
   static_assert(LeftTile::kBytes + RightTile::kBytes == low_rank_bytes<S>(kRanks), "what the host asks for");
+  constexpr CopyMode kMode{.rolled = S::kAhead, .anew = S::kAhead};
   for (int rank = 0; rank < operands.depth; rank += kRanks) {
-    copy_tile<T, LeftTile, S::kThreads>(shared, operands.left, operands.row, rank);
-    copy_tile<T, RightTile, S::kThreads>(
+    copy_tile<T, LeftTile, S::kThreads, kMode>(shared, operands.left, operands.row, rank);
+    copy_tile<T, RightTile, S::kThreads, kMode>(
         right, operands.right, kByDepth ? rank : operands.column, kByDepth ? operands.column : rank);
     commit_copies();
     wait_for_copies<0>();

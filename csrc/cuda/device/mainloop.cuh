@@ -17,7 +17,9 @@ struct Place {
   int warp_row, warp_column, shrink_row, group, t;
 
   __device__ Place() {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Where a warp has many sums, as a number of this tile: what follows from it isn't kept over other tiles.
+    const uint32_t thread = S::kAhead ? kept_in_register(threadIdx.x) : threadIdx.x;
+    const int warp = thread / 32, lane = thread % 32;
     warp_row = warp / S::kWarpsN * S::kWarpRows;
     warp_column = warp % S::kWarpsN * S::kWarpColumns;
     shrink_row = warp_row + warp % S::kWarpsN * 16;  // the block that this warp shrinks
@@ -304,20 +306,6 @@ __device__ __forceinline__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrin
   }
   wait_for_copies<0>();
   __syncthreads();
-}
-
-// The products of a tile, the shrink's where it is a shrinking one; that alone where the other isn't wanted. float32 has
-// no registers to spare for a third loop: it makes both then.
-template <class T, class S, int kRanks, ProductMode kMode>
-__device__ __forceinline__ void products(Sums<S>& sums, ShrinkSums<kRanks>& shrink, const Operands& operands, bool shrinks,
-                                         bool alone, uint32_t shared) {
-  if (alone && sizeof(T) == 2) {
-    product<T, S, kRanks, kMode, Makes::kShrink>(sums, shrink, operands, shared);
-  } else if (shrinks) {
-    product<T, S, kRanks, kMode, Makes::kBoth>(sums, shrink, operands, shared);
-  } else {
-    product<T, S, kRanks, kMode, Makes::kLarge>(sums, shrink, operands, shared);
-  }
 }
 
 // Stores two numbers beside each other; aligned: by one access.

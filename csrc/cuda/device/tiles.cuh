@@ -129,6 +129,7 @@ struct CopyMode {
   int first_thread = 0;    // that copies
   bool in_chunks = false;  // whether rows are known to allow chunks when compiled
   bool rolled = false;     // chunk after chunk, for threads of few registers
+  bool anew = false;       // in a loop: nothing is kept for the next turn, for threads of few registers
 };
 
 // Copies a tile at (row, column) of a matrix, by kThreads threads; zeros beyond the matrix. Asynchronous where rows allow
@@ -138,9 +139,10 @@ __device__ inline void copy_tile(uint32_t to, const Source& from, int row, int c
   constexpr bool kRolled = kMode.rolled;
   constexpr int kAll = Tile::kRows * Tile::kChunks;
   constexpr int kAtOnce = kRolled ? 1 : (kAll + kThreads - 1) / kThreads;
+  const int thread = kMode.anew ? kept_in_register(threadIdx.x) : threadIdx.x;
 #pragma unroll kAtOnce
   for (int first = 0; first < kAll; first += kThreads) {
-    const int index = first + threadIdx.x - kMode.first_thread;
+    const int index = first + thread - kMode.first_thread;
     if (kAll % kThreads && index >= kAll) break;
     const int r = index / Tile::kChunks, c = index % Tile::kChunks;
     const uint32_t at = to + Tile::offset(r, c);
@@ -157,62 +159,6 @@ __device__ inline void copy_tile(uint32_t to, const Source& from, int row, int c
   // A loop may have divided the warp, and matrix loads follow.
   if (kRolled) __syncwarp();
 }
-
-struct StreamMode {
-  bool along_rows;  // or columns
-  bool in_chunks;   // what `Source::in_chunks` says, known when compiled
-};
-
-// Copies equal tiles along one dimension: addresses are computed once and advanced.
-template <class T, class Tile, int kThreads, StreamMode kMode>
-class Stream {
- public:
-  static constexpr int kCopies = Tile::kRows * Tile::kChunks / kThreads;
-  static_assert(Tile::kRows * Tile::kChunks % kThreads == 0 && kThreads % (8 * Tile::kChunks) == 0,
-                "copies of a thread lie in one column of chunks, at rows with one permutation");
-
-  // Starts at (row, column).
-  __device__ Stream(const Source& from, int row, int column)
-      : from_(from), row_(row), column_(column), first_(kept_in_register(Tile::offset(own_row(), own_chunk()))) {
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      // Beyond the edge the last row stands for what is not there.
-      const int r = min(row + own_row() + i * kRowStep, from.rows - 1);
-      pointers_[i] = static_cast<const Bits<T>*>(from.data) + r * from.stride + column + kChunk<T> * own_chunk();
-    }
-  }
-
-  // Copies the next tile.
-  __device__ void copy(uint32_t to) {
-    const bool inside = kAlongRows ? row_ + Tile::kRows <= from_.rows && column_ + Tile::kColumns <= from_.columns
-                                   : column_ + Tile::kColumns <= from_.columns;
-    if (!kInChunks) {
-      copy_tile<T, Tile, kThreads, CopyMode{.rolled = sizeof(T) == 4}>(to, from_, row_, column_);
-    } else if (inside) {
-      repeat<kCopies>([&](auto i) { copy_async<i * kThreads * 16>(to + first_, pointers_[i]); });
-    } else {
-      const int columns = min(max(from_.columns - column_ - kChunk<T> * own_chunk(), 0), kChunk<T>);
-      repeat<kCopies>([&](auto i) {
-        const bool there = columns > 0 && (!kAlongRows || row_ + own_row() + i * kRowStep < from_.rows);
-        copy_async<i * kThreads * 16>(to + first_, there ? pointers_[i] : from_.data, there ? static_cast<int>(sizeof(T)) * columns : 0);
-      });
-    }
-    const int64_t step = kAlongRows ? Tile::kRows * from_.stride : Tile::kColumns;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) pointers_[i] += step;
-    (kAlongRows ? row_ : column_) += kAlongRows ? Tile::kRows : Tile::kColumns;
-  }
-
- private:
-  static constexpr bool kAlongRows = kMode.along_rows, kInChunks = kMode.in_chunks;
-  static constexpr int kRowStep = kThreads / Tile::kChunks;
-  __device__ static int own_row() { return threadIdx.x / Tile::kChunks; }
-  __device__ static int own_chunk() { return threadIdx.x % Tile::kChunks; }
-
-  Source from_;
-  int row_, column_, first_;
-  const Bits<T>* pointers_[kCopies];
-};
 
 // ---- fragments of matrix products ----
 //

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../host/params.h"
-#include "tiles.cuh"
+#include "streams.cuh"
 
 namespace lora_kernels {
 
@@ -42,6 +42,13 @@ struct WeightStream
     : Stream<T, WeightTile<T, S, kByDepth>, S::kThreads, StreamMode{.along_rows = kByDepth, .in_chunks = kInChunks}> {
   __device__ WeightStream(const Source& w, int column)
       : WeightStream::Stream(w, kByDepth ? 0 : column, kByDepth ? column : 0) {}
+};
+
+// The same for a loop without branches.
+template <class T, class S, bool kByDepth>
+struct WholeWeightStream : WholeStream<T, WeightTile<T, S, kByDepth>, S::kThreads, kByDepth> {
+  __device__ WholeWeightStream(const Source& w, int column)
+      : WholeWeightStream::WholeStream(w, kByDepth ? 0 : column, kByDepth ? column : 0) {}
 };
 
 }  // namespace lora_kernels

@@ -26,18 +26,20 @@ struct Choice {
   const char* shape;
   int rows, columns, depth, threads, ranks, shared_bytes;
   bool dropout, in_chunks, sm90a;
+  bool ahead;  // whether its loop takes rows of whole chunks alone
 };
 
 template <class S>
 Choice choice(const char* shape, int ranks, bool dropout, bool in_chunks, int shared_bytes) {
   return {.shape = shape, .rows = S::kRows, .columns = S::kColumns, .depth = S::kDepth, .threads = S::kThreads, .ranks = ranks,
-          .shared_bytes = shared_bytes + kNumberBytes, .dropout = dropout, .in_chunks = in_chunks, .sm90a = false};
+          .shared_bytes = shared_bytes + kNumberBytes, .dropout = dropout, .in_chunks = in_chunks, .sm90a = false,
+          .ahead = S::kAhead};
 }
 
 Choice hopper_choice(int ranks, bool dropout) {
   using S = Hopper;
   return {.shape = "Hopper", .rows = S::kRows, .columns = S::kColumns, .depth = S::kDepth, .threads = S::kThreads + kHopperCopying,
-          .ranks = ranks, .shared_bytes = hopper_bytes(ranks), .dropout = dropout, .in_chunks = true, .sm90a = true};
+          .ranks = ranks, .shared_bytes = hopper_bytes(ranks), .dropout = dropout, .in_chunks = true, .sm90a = true, .ahead = false};
 }
 
 bool is_16_bit(Type type) { return type == Type::kBf16 || type == Type::kHalf; }
@@ -77,10 +79,10 @@ int xa_columns(const Choice& c, const Problem& p, const Device& d) {
 std::string refusal(const Choice& c, const Problem& p, const Device& d) {
   if (c.dropout != p.dropout) return "is for another mode of dropout";
   if (c.in_chunks && !p.in_chunks) return "needs rows that start at multiples of 16 bytes";
+  if (c.ahead && (p.k % 8 || (p.backward && p.n % 8))) return "needs rows of whole chunks of 16 bytes";
   if (c.shared_bytes > d.shared_bytes) return "needs more shared memory";
-  if (!c.sm90a) return "";
-  if (!d.sm90a || !p.in_boxes) return "needs sm_90a, and rows that don't overlap";
-  if (!xa_columns(c, p, d)) return "makes the shrink product beside the large one only";
+  if (c.sm90a && (!d.sm90a || !p.in_boxes)) return "needs sm_90a, and rows that don't overlap";
+  if ((c.sm90a || c.ahead) && !xa_columns(c, p, d)) return "makes the shrink product beside the large one only";
   return "";
 }
 
@@ -91,9 +93,9 @@ double cost(const Choice& c, const Problem& p, const Device& d) {
   const double tiles = static_cast<double>(ceil_div(p.m, c.rows)) * ceil_div(out, c.columns);
   const double waves = std::max(1.0, tiles / d.multiprocessors);
   const int area = c.rows * c.columns;
-  const double share = c.sm90a ? 1.0 : area >= 16384 ? 0.75 : area >= 8192 ? 0.62 : 0.5;
+  const double share = c.sm90a ? 1.0 : c.ahead ? 0.82 : area >= 16384 ? 0.75 : area >= 8192 ? 0.62 : 0.5;
   const double tile = area / share * (ceil_div(depth, c.depth) * c.depth + 192.0);
-  return (waves < 2 ? ceil_div(static_cast<int64_t>(tiles), d.multiprocessors) : waves) * tile;
+  return (waves < 4 ? ceil_div(static_cast<int64_t>(tiles), d.multiprocessors) : waves) * tile;
 }
 
 // Whether a is the better of two: shrinks beside the large product come first, then fewer slices of ranks, then the cost.

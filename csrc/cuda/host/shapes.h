@@ -14,11 +14,14 @@ struct Shape {
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kWarpRows = kRows / kWarpsM, kWarpColumns = kColumns / kWarpsN;
   static constexpr int kBlocksM = kWarpRows / 16, kBlocksN = kWarpColumns / 8;
+  // Whether the main loop loads fragments ahead; of fewer sums a warp too, once that is built and counted.
+  static constexpr bool kAhead = kBlocksM * kBlocksN > 16;
   static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0 && kDepth % 16 == 0, "whole fragments");
   // A warp makes the shrink of one 16-row block; those beside it, which read the same rows, of others.
   static_assert(kBlocksM == kWarpsN, "one block of the shrink product a warp");
 };
 
+using Wide = Shape<128, 256, 32, 3, 2, 4>;    // warps have 64 x 64 sums: the least to read for a product
 using Large = Shape<128, 128, 64, 3, 2, 4>;   // where a program may have 160 KB of shared memory
 using Medium = Shape<128, 128, 32, 4, 2, 4>;  // where it may have 99
 using Tall = Shape<128, 64, 64, 3, 4, 2>;     // half of the sums: for ranks and masks that need the registers
@@ -36,11 +39,13 @@ constexpr int kHopperBox = 64;       // rows and columns of what is copied at on
 
 // X(shape, ranks, dropout, whether rows start at multiples of 16 bytes)
 #define LORA_EACH_FORWARD(X) \
+  X(Wide, 16, 0, 1) X(Wide, 16, 1, 1) \
   X(Large, 16, 0, 1) X(Large, 16, 1, 1) X(Large, 64, 0, 1) X(Large, 64, 1, 1) \
   X(Medium, 16, 0, 1) X(Medium, 16, 1, 1) X(Medium, 64, 0, 1) X(Medium, 64, 1, 1) \
   X(Small, 16, 0, 1) X(Small, 16, 1, 1) X(Small, 64, 0, 1) X(Small, 64, 1, 1) X(Small, 16, 0, 0) X(Small, 16, 1, 0)
 
 #define LORA_EACH_BACKWARD(X) \
+  X(Wide, 16, 0, 1) X(Wide, 16, 1, 1) \
   X(Large, 16, 0, 1) X(Large, 16, 1, 1) X(Medium, 16, 0, 1) X(Medium, 16, 1, 1) X(Tall, 64, 0, 1) X(Tall, 64, 1, 1) \
   X(Small, 16, 0, 1) X(Small, 16, 1, 1) X(Small, 64, 0, 1) X(Small, 64, 1, 1) X(Small, 16, 0, 0) X(Small, 16, 1, 0)
 

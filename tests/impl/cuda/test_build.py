@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from lora_kernels.impl.cuda.tools.inspect import Report, reports
+from lora_kernels.impl.cuda.tools.loops import loops
 from lora_kernels.native import LIBRARIES, absence
 from tests.support.paths import ROOT
 
@@ -59,6 +60,34 @@ def test_a_fault_is_said():
     assert Report("sm_80", "lora_few_rows_tf32", 200, 0, "64 HMMA").fault is None
     assert Report("sm_80", "lora_few_rows_nested_half", 254, 0, "9 FMUL").fault == "no HMMA"
     assert Report("sm_80", "lora_decode_nested_half", 40, 0, "").fault is None
+
+
+SASS = """
+	code for sm_80
+		Function : some
+        /*0000*/                   HMMA.16816.F32.BF16 R8, R4, R2, R8 ;  /* 0x1 */
+        /*0010*/                   LDSM.16.M88.4 R4, [R1] ;              /* 0x2 */
+        /*0020*/                   LDSM.16.M88.4 R4, [R1] ;              /* 0x2 */
+        /*0030*/             @!PT  LDS RZ, [RZ] ;                        /* 0x3 */
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R5], [R2.64], P4 ;
+        /*0050*/              @P2  HMMA.16816.F32.BF16 R8, R4, R2, R8 ;
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0070*/              @!P0 BRA 0x90 ;
+        /*0080*/              @P0  BRA 0x10 ;
+        /*0090*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*00a0*/              @P0  BRA 0x90 ;
+        /*00b0*/              @P1  BRA 0x0 ;
+        /*00c0*/                   BRA 0xc0;
+"""
+
+
+def test_main_loops_are_counted():
+    """The innermost loops with matrix instructions, of all that branches lead back to."""
+    (loop,) = loops(SASS)
+    assert (loop.arch, loop.kernel, loop.matrix) == ("sm_80", "some", 1)
+    assert loop.wavefronts == 3 * 4
+    cells = "| sm_80 | some | 8 | 1 | 8.000 | 2 | 12.000 | 1 | 512 | 1 | 2 | 1 |"
+    assert loop.row() == cells
 
 
 @pytest.mark.skipif(

@@ -52,6 +52,7 @@ HOPPER_KERNELS = """
 """
 BF16_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=16)
 SLICED_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=64)
+WIDE_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Wide", ranks=16)
 LONE_KERNELS = SLICED_KERNELS.replace("LORA_BACKWARD(X)", "LORA_BACKWARD(X) X(Tall, 64, 1, 1)")
 HALF_KERNELS = KERNELS.format(type="half", element="__half", shape="Small", ranks=16)
 TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat", ranks=16)
@@ -175,6 +176,21 @@ LONE_MUTANTS = {
     ),
     "a slice of other ranks": ("order.cuh", "index % shrink.slices * kRanks", "0"),
     "tiles numbered as if there were none": ("order.cuh", "- shrink.alone - others", "- others"),
+}
+# Of the loop that loads fragments ahead.
+WIDE_MUTANTS = {
+    "nothing": MUTANTS["nothing"],
+    "step not waited for": ("ahead.cuh", "wait_for_copies<S::kStages - 2>()", "(void)0"),
+    "stage refilled while it is read": ("ahead.cuh", "__syncthreads();  // also", "// also"),
+    "ahead of the wait": (
+        "ahead.cuh",
+        "      if (kNext == 0) await_next();\n      const uint32_t from = kNext ? stage : next;\n",
+        "      const uint32_t from = kNext ? stage : next;\n",
+    ),
+    "slice of the stage before": ("ahead.cuh", "from = kNext ? stage : next", "from = stage"),
+    "rows beyond the edge": ("streams.cuh", "i * kRowStep < rows_left_", "true"),
+    "columns beyond the edge": ("streams.cuh", "columns_left_ > 0) ? 16 : 0", "true) ? 16 : 0"),
+    "factor's words left behind": ("ahead.cuh", "    copies.finish(filled);", ""),
 }
 # Of float16's range.
 HALF_MUTANTS = {
@@ -312,6 +328,13 @@ def test_planted_fault_is_found(name, check):
 def test_planted_fault_is_found_of_slices(name, check):
     case = Case((130,), 136, 360, 72, torch.bfloat16, dropout_p=0.1)
     check(name, case, SLICED_KERNELS, SLICED_MUTANTS, (2, 3))
+
+
+@pytest.mark.parametrize("name", WIDE_MUTANTS)
+def test_planted_fault_is_found_of_wide_tiles(name, check):
+    """Adapters whose rows don't start at multiples of 16 bytes: they go by registers."""
+    case = Case((130,), 248, 232, 5, torch.bfloat16, dropout_p=0.1)
+    check(name, case, WIDE_KERNELS, WIDE_MUTANTS, (2,), multiprocessors=1)
 
 
 @pytest.mark.parametrize("name", LONE_MUTANTS)

@@ -261,12 +261,12 @@ def test_sums_over_more_rows_have_no_more_bank_conflicts(
 
 
 @needs_machine
-@pytest.mark.parametrize(("dropout_p", "most"), [(0.0, 1.02), (0.1, 1.36)])
+@pytest.mark.parametrize(("dropout_p", "most"), [(0.0, 1.03), (0.1, 1.24)])
 def test_main_loop_costs_little_more_than_without_an_adapter(dropout_p, most):
     """Instructions a matrix product of eight columns of tiles, over those of a tile of one more.
 
-    Differences of two depths: the loop's own. One program, which waits for nobody; with dropout
-    it draws the mask before, which is counted here: 0.30 of 1.34.
+    Differences of two depths: the loop's own; of one column and of two: a plain tile's. One
+    program, which waits for nobody; with dropout it draws the mask before, which is counted here.
     """
 
     def counts(n, k):
@@ -278,11 +278,12 @@ def test_main_loop_costs_little_more_than_without_an_adapter(dropout_p, most):
                 dropout_p=dropout_p, training=True, impl="cuda",
             )  # fmt: skip
         ((name, stats),) = machine.stats
-        assert "_forward_Large_" in name
+        assert "_forward_Wide_" in name
         return torch.tensor([stats.warp_instructions, stats.mma_instructions])
 
-    eight, nine = (counts(n, 2048) - counts(n, 1024) for n in (1024, 1152))
-    (all_of, products), (bare, bare_products) = eight.tolist(), (nine - eight).tolist()
+    one, two = (counts(n, 1024) - counts(n, 512) for n in (256, 512))
+    eight = one + 7 * (two - one)
+    (all_of, products), (bare, bare_products) = eight.tolist(), (two - one).tolist()
     assert all_of / products <= most * bare / bare_products
 
 

@@ -83,11 +83,26 @@ def test_programs_that_must_run_together():
 def test_tiles_grow_with_the_call():
     for name in DEVICES:
         kernel, (grid, *_) = plan(DEVICES[name], 8192, 8192, 8192, 16)
-        assert kernel.split("_")[2] in ("Large", "Medium", "Hopper")
+        assert kernel.split("_")[2] in ("Wide", "Hopper")
         assert grid == DEVICES[name][1]
         kernel, (grid, *_) = plan(DEVICES[name], 64, 512, 512, 16)
         assert kernel.split("_")[2] == "Small"
         assert grid == 8
+
+
+def test_wide_tiles_take_whole_chunks_and_16_ranks():
+    for r, n, k, wide in (
+        (16, 4096, 4096, {None, ALL}),
+        (17, 4096, 4096, set()),
+        (16, 4096, 4100, set()),
+        (16, 4100, 4096, {None}),
+    ):
+        for wanted, dropout in product((None, ALL), (0, 1)):
+            kernel, _ = plan(DEVICES["A100"], 8192, n, k, r, BF16, dropout, 1, wanted)
+            assert ("_Wide_" in kernel) == (wanted in wide), kernel
+    # Who makes dxa alone would make dx too.
+    for wanted in (DA, DB, DBIAS):
+        assert "_Wide_" not in plan(DEVICES["A100"], 8192, 4096, 4096, 16, wanted=wanted)[0]
 
 
 @pytest.mark.parametrize("wanted", [None, ALL, DX], ids=str)
