@@ -26,7 +26,7 @@ TARGETS = {
     "sm_80": (
         BF16_KERNELS,
         Case((130,), 72, 360, 8, torch.bfloat16, dropout_p=0.1),
-        {"resident": 8, "weak": 1},
+        {"resident": 8, "multiprocessors": 18, "weak": 1},
     ),
     "sm_90a": (
         HOPPER_KERNELS,
