@@ -10,7 +10,7 @@ JOBS ?= 2
 HOST := $(wildcard tests/impl/*/test_host.py)
 # Of tests with many cases, most of them in the virtual machine, one in MANY, of slow tests a third,
 # others each time; MANY=1 runs all.
-MANY ?= 18
+MANY ?= 24
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
 INTERPRETED := tests/ops/test_parity.py $(addprefix tests/impl/triton/test_,parity.py mutations.py split_k.py)
 
@@ -90,7 +90,7 @@ census: $(READY)
 # The compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, by its Python tests; its
 # kernels under ThreadSanitizer by a program of their own, since in a process with torch, which isn't
 # instrumented, every hand-over between its threads would look like a race.
-# Of the parity cases a third; SHARE=1/1 runs all.
+# Of the cases a third; SHARE=1/1 runs all.
 SHARE ?= 2/3
 SANITIZED := build/sanitized/lora_kernels/_cpu.abi3.so
 LIBRARIES := libasan.so libubsan.so libstdc++.so
@@ -99,7 +99,7 @@ UNDER_SANITIZERS := LD_PRELOAD="$(foreach name,$(LIBRARIES),$(shell $(CXX) -prin
 sanitize: $(READY)
 	LORA_KERNELS_CPU=1 LORA_KERNELS_CUDA=0 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
 		build_ext --build-lib build/sanitized --build-temp build/sanitized-objects > /dev/null
-	$(UNDER_SANITIZERS) $(addprefix tests/impl/cpu/test_,cpu.py dora.py quantised.py) -k "cpu and not lesser"
+	$(UNDER_SANITIZERS) $(addprefix tests/impl/cpu/test_,cpu.py dora.py quantised.py) -k "cpu and not lesser" --share $(SHARE)
 	$(UNDER_SANITIZERS) tests/ops/test_parity.py -k "cpu and not lesser" --share $(SHARE)
 	LORA_KERNELS_FUZZ=100 $(UNDER_SANITIZERS) $(addprefix tests/stacks/test_fuzz_,live.py experts.py mixed.py)
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/cpu tests/native/threads.cpp \

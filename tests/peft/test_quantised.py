@@ -371,7 +371,7 @@ def test_transforms_of_a_module_are_those_of_its_parts(kind, how):
 def test_options_are_checked():
     with pytest.raises(ValueError, match='int8: expected None or "weights", got True'):
         lk.patch_peft(adapted("int8", patched=False), int8=True)
-    model = adapted("nf4", patched=False)
+    model = adapted("int8", patched=False)
     with pytest.raises(ValueError, match=r"impl: .*got 'cuda': reads weights of format dense"):
         lk.patch_peft(model, impl="cuda")
     assert lk.unpatch_peft(model) == 0
