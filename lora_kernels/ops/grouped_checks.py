@@ -15,16 +15,13 @@ _INTEGERS = dict(
 )
 
 
-def check(v: Any, call: GroupedCall, name: str = "x") -> None:
-    """Check the tensors of a call beside x [T, K] or, by its name, dy [S, N] against each other.
+def check_tensors(v: Any, given: list[tuple[str, Any, int]], name: str) -> None:
+    """Check that what is given, (name, tensor, dimensions), are plain tensors beside v.
 
     Raises:
-        TypeError, ValueError: an argument doesn't fit the others.
+        TypeError, ValueError: a tensor isn't one, or weight or bias has another dtype than v.
     """
-    weight, (a, b, scaling), bias = call.weight, call.adapter, call.bias
-    given: list[tuple[str, Any, int]] = [(name, v, 2), ("weight", weight, 3)]
-    given += [("lora_A", a, 3), ("lora_B", b, 3)]
-    for what, t, dims in given if bias is None else [*given, ("bias", bias, 2)]:
+    for what, t, dims in given:
         error = not_a_float_tensor(what, t, v, name)
         if error is not None:
             raise error
@@ -34,6 +31,18 @@ def check(v: Any, call: GroupedCall, name: str = "x") -> None:
             raise ValueError(f"{what}: expected {dims} dimensions, got shape {list(t.shape)}")
         if what in ("weight", "bias") and t.dtype != v.dtype:
             raise TypeError(f"{what}: expected the dtype of {name}, {v.dtype}, got {t.dtype}")
+
+
+def check(v: Any, call: GroupedCall, name: str = "x") -> None:
+    """Check the tensors of a call beside x [T, K] or, by its name, dy [S, N] against each other.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit the others.
+    """
+    weight, (a, b, scaling), bias = call.weight, call.adapter, call.bias
+    given: list[tuple[str, Any, int]] = [(name, v, 2), ("weight", weight, 3)]
+    given += [("lora_A", a, 3), ("lora_B", b, 3)]
+    check_tensors(v, given if bias is None else [*given, ("bias", bias, 2)], name)
     count, n, k = weight.shape
     if v.shape[1] != (k if name == "x" else n):
         expected = f"[G, N, {v.shape[1]}]" if name == "x" else f"[G, {v.shape[1]}, K]"

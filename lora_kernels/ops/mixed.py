@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.checks import check_memory, is_dtensor, not_a_float_tensor
+from lora_kernels.checks import check_memory, not_a_float_tensor
 from lora_kernels.dispatch import IMPLEMENTATIONS, check_plain, choose, has_op
 from lora_kernels.impl.reference import mixed as reference
 from lora_kernels.operands.call import Wanted
 from lora_kernels.operands.mixed import MixedCall, MixedGradients, mixed_call_of
+from lora_kernels.ops.grouped_checks import check_tensors
 from lora_kernels.ops.linear_gradients import saved_tensors
 from lora_kernels.registration import (
     Direction,
@@ -47,16 +48,7 @@ def check(v: Any, call: MixedCall, name: str = "x") -> None:
     weight, bias = call.weight, call.bias
     given: list[tuple[str, Any, int]] = [(name, v, 2), ("weight", weight, 2)]
     given += [("lora_A", a, 2) for a in call.a] + [("lora_B", b, 2) for b in call.b]
-    for what, t, dims in given if bias is None else [*given, ("bias", bias, 1)]:
-        error = not_a_float_tensor(what, t, v, name)
-        if error is not None:
-            raise error
-        if is_dtensor(t):
-            raise TypeError(f"{what}: expected a plain tensor, got a DTensor")
-        if t.ndim != dims:
-            raise ValueError(f"{what}: expected {dims} dimensions, got shape {list(t.shape)}")
-        if what in ("weight", "bias") and t.dtype != v.dtype:
-            raise TypeError(f"{what}: expected the dtype of {name}, {v.dtype}, got {t.dtype}")
+    check_tensors(v, given if bias is None else [*given, ("bias", bias, 1)], name)
     n, k = weight.shape
     if v.shape[1] != (k if name == "x" else n):
         expected = f"[N, {v.shape[1]}]" if name == "x" else f"[{v.shape[1]}, K]"
