@@ -301,7 +301,11 @@ def test_by_torch_s_grouped_mm(sizes, r, how, adapter_dtype, dtype):
     y, xa = grouped_mm.forward(inputs.x, call)
     grads = grouped_mm.backward(inputs.dy, inputs.x, xa, call, Wanted(True, True, True, True))
     results = dict(zip(("y", *GRADIENTS), (y, *grads), strict=True))
-    GROUPED.assert_results(case, inputs, results, "grouped_mm")
+    if dtype == BF16:
+        GROUPED.assert_results(case, inputs, results, "grouped_mm")
+    else:  # torch's CPU kernel sums float32 in an order of its own, beyond the budget in 1 of 1,000
+        for name, expected in GROUPED.oracle(case, inputs, torch.float64).items():
+            assert (results[name] - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert xa.shape == (case.count, r)
 
 
