@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
+from lora_kernels.impl.eager import conv_mask
 from lora_kernels.impl.eager import mask as eager_mask
 from lora_kernels.impl.reference import mask as reference_mask
 from lora_kernels.native import absence
@@ -76,6 +77,27 @@ def test_eager_blocks_have_the_bits_of_the_reference(shape, block, compiled, mon
     for rows, keep in eager_mask.keep_blocks(*shape, Dropout(seed, 6554)):
         mask[rows] = keep
     assert torch.equal(mask.bool(), reference_mask.keep_mask(*shape, 6554, seed, "cpu"))
+
+
+@pytest.mark.parametrize("own_last", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_blocks_of_a_convolution_s_samples(last, own_last, monkeypatch):
+    """Samples of 35 positions in blocks of 8: channels may come first, in one tensor or both."""
+    monkeypatch.setattr(eager_mask, "BLOCK_COUNTERS", 16)
+    dropout = Dropout(torch.randint(-(1 << 63), (1 << 63) - 1, ()), 20000)
+    mask = reference_mask.keep_mask(3 * 35, 13, 20000, dropout.seed, "cpu")
+    mask = mask.view(3, 5, 7, 13).movedim(-1, 1)
+    forms = [torch.channels_last if f else torch.contiguous_format for f in (last, own_last)]
+    x, own = (torch.randn(3, 13, 5, 7).contiguous(memory_format=form) for form in forms)
+    before, wanted = x.clone(), [torch.where(mask, t, 0.0) for t in (x, own)]
+    assert torch.equal(conv_mask.kept(x, dropout), wanted[0])
+    assert conv_mask.kept_both(None, None, dropout) == (None, None)
+    alone = conv_mask.kept_both(None, own.clone(), dropout)
+    assert alone[0] is None
+    assert torch.equal(alone[1], wanted[1])
+    found = conv_mask.kept_both(x, own, dropout)
+    assert all(map(torch.equal, found, wanted))
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "aten"])

@@ -28,12 +28,10 @@ def forward(x: Tensor, call: LinearCall, geometry: Geometry) -> tuple[Tensor, Te
     weight, dtype = call.weight.decode(), branch_dtype(x, call.adapter)
     a, b, scaling = call.adapter
     branch = x.to(dtype)
-    if call.dropout is None:
-        xa = convolve(branch, a.to(dtype), None, geometry.of_a)
-    else:
-        xa = convolve(kept(branch, call.dropout), a.to(dtype), None, geometry.of_a).mul_(
-            call.dropout.scale
-        )
+    dropped = branch if call.dropout is None else kept(branch, call.dropout)
+    xa = convolve(dropped, a.to(dtype), None, geometry.of_a)
+    if call.dropout is not None:
+        xa.mul_(call.dropout.scale)
     y = convolve(x, weight, call.bias, geometry).contiguous(memory_format=memory_format(x, weight))
     _add(y, xa, b.to(dtype), scaling, geometry)
     return y, xa
@@ -61,10 +59,8 @@ def backward(
             dxa.mul_(dropout.scale)
         more = None if dx is None else input_gradient(size, a, dxa, geometry.of_a, x)
         dropped = x.to(dtype) if wanted.da and x is not None else None
-        if dropout is not None and more is not None and dropped is not None:
+        if dropout is not None:
             dropped, more = kept_both(dropped, more, dropout)
-        elif dropout is not None:
-            more, dropped = (t if t is None else kept(t, dropout) for t in (more, dropped))
         if dx is not None and more is not None:
             dx.add_(more)
         if dropped is not None:

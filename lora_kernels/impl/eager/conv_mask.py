@@ -37,20 +37,27 @@ class _Masked:
 
 def kept(x: Tensor, dropout: Dropout) -> Tensor:
     """Return keep · x for x [N, C, ...]."""
-    [found] = _kept([_Masked(x, False)], x, dropout)
-    return found
+    side = _Masked(x, False)
+    _write([side], x, dropout)
+    return side.result()
 
 
-def kept_both(x: Tensor, own: Tensor, dropout: Dropout) -> list[Tensor]:
-    """Return keep · x and keep · own, of one shape, of one mask; own's memory may be written."""
-    return _kept([_Masked(x, False), _Masked(own, True)], x, dropout)
+def kept_both(
+    x: Tensor | None, own: Tensor | None, dropout: Dropout
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return keep · x and keep · own, of one shape or None; own's memory may be written."""
+    sides = [t if t is None else _Masked(t, t is own) for t in (x, own)]
+    like = own if x is None else x
+    if like is not None:
+        _write([side for side in sides if side is not None], like, dropout)
+    first, second = (side if side is None else side.result() for side in sides)
+    return first, second
 
 
-def _kept(sides: list[_Masked], x: Tensor, dropout: Dropout) -> list[Tensor]:
-    (n, channels), positions = x.shape[:2], x.shape[2:].numel()
+def _write(sides: list[_Masked], like: Tensor, dropout: Dropout) -> None:
+    (n, channels), positions = like.shape[:2], like.shape[2:].numel()
     for rows, lanes in keep_blocks(n * positions, channels, dropout, positions):
-        keep = lanes.to(integer_of(x))
+        keep = lanes.to(integer_of(like))
         turned = keep.t().contiguous() if any(side.by_channels for side in sides) else keep
         for side in sides:
             side.write(rows, positions, turned if side.by_channels else keep)
-    return [side.result() for side in sides]
