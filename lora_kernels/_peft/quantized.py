@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_kernels._peft.fused import Fused
 from lora_kernels._peft.linear import FusedParts, call_reason, fused_parts
-from lora_kernels.bypass import everywhere_reason, origin
+from lora_kernels.bypass import origin
 from lora_kernels.operands.call import Adapter
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.ops.linear import run
@@ -34,8 +34,7 @@ class QuantizedForward(Fused):
 
     def _fused_call(self, x: Any, impl: str) -> Callable[[], Tensor] | str:
         layer: Any = self
-        # Before the weight is read: codes have no memory, and traces no name for them, there.
-        parts = everywhere_reason() or parts_of(layer)
+        parts = parts_of(layer)
         if isinstance(parts, str):
             return parts
         if not isinstance(x, Tensor):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
+from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, read_linear
 from lora_kernels.checks import check_memory
 
 MOST_RANKS = 256  # together: kernels take no more
@@ -26,9 +26,8 @@ def summed_parts(layer: Any, names: list[str], read: Callable[[Any], Any]) -> Su
     In the order of `FusedParts`. read: of the base layer.
     """
     found = _factors(layer, names)
-    reason = found if isinstance(found, str) else everywhere_reason()
-    if isinstance(found, str) or reason is not None:
-        return f"{len(names)} active adapters: {reason}"
+    if isinstance(found, str):
+        return f"{len(names)} active adapters: {found}"
     own = read(layer._modules["base_layer"])
     if isinstance(own, str):
         return f"base layer {own}"

@@ -28,14 +28,7 @@ from lora_kernels.operands.dropout import drawn
 from lora_kernels.ops.dora import run as run_dora
 from lora_kernels.ops.dora import run_with_norm
 from lora_kernels.ops.linear import run
-from lora_kernels.quantized import (
-    Base,
-    apply,
-    is_quantized,
-    read_quantized,
-    settled,
-    unconverted,
-)
+from lora_kernels.quantized import Base, apply, read_quantized, settled, unconverted
 from lora_kernels.usage import Calls
 
 
@@ -241,7 +234,10 @@ class LoRALinear(Adapted):
             return self.base_layer(x)
         parts = self._fused_parts()
         if isinstance(parts, str):
-            return self._quantized(x) if is_quantized(self.base_layer) else self._left(x, parts)
+            # In this order: inside transforms codes have no memory, and traces no name for them.
+            reason = everywhere_reason()
+            base = None if reason is not None else read_quantized(self.base_layer)
+            return self._left(x, reason or parts) if base is None else self._quantized(x, base)
         weight, bias, a, b = parts[:4]
         cast, scaling, p = autocast_dtype(x), self.scaling, self.lora_dropout
         call = LinearCall(current(self, weight), Adapter(a, b, scaling), bias, None)
@@ -301,16 +297,12 @@ class LoRALinear(Adapted):
         m = magnitude.read(base[0])
         return m if isinstance(m, str) else (base[0], base[1], a[0], b[0], m)
 
-    def _quantized(self, x: Tensor) -> Tensor:
+    def _quantized(self, x: Tensor, base: Base | str) -> Tensor:
         """Return y around a quantised base layer."""
-        # Before codes are read: they have no memory, and traces no name for them, there.
-        reason = everywhere_reason()
-        base = None if reason is not None else read_quantized(self.base_layer)
-        parts = self._fused_parts(base) if reason is None else reason
+        parts = self._fused_parts(base)
         unfit = input_reason(x) or scaling_reason(self.scaling)
-        if not isinstance(base, Base) or isinstance(parts, str) or unfit is not None:
-            with unconverted(self.base_layer):
-                return self._left(x, parts if isinstance(parts, str) else str(unfit))
+        if isinstance(base, str) or isinstance(parts, str) or unfit is not None:
+            return self._left(x, parts if isinstance(parts, str) else str(unfit))
         p = self.lora_dropout if self.training else 0.0
         check_dropout_p(p, name="lora_dropout")
         if not torch.compiler.is_dynamo_compiling():
@@ -323,7 +315,8 @@ class LoRALinear(Adapted):
         """Return y by the submodules' own calls, as PEFT computes it, and note the reason."""
         if not torch.compiler.is_dynamo_compiling():
             self._lora_kernels_calls.leave(reason)
-        y = self.base_layer(x)
+        with unconverted(self.base_layer):
+            y = self.base_layer(x)
         dtype = getattr(getattr(self.lora_A, "weight", None), "dtype", None)
         if isinstance(dtype, torch.dtype) and dtype in FLOAT_DTYPES:
             x = x.to(dtype)
