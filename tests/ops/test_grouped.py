@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, vmap
+from torch.nn.functional import pad
 
 import lora_kernels as lk
 from lora_kernels.impl.eager import grouped_mm
@@ -301,11 +302,14 @@ def test_by_torch_s_grouped_mm(sizes, r, how, adapter_dtype, dtype):
     y, xa = grouped_mm.forward(inputs.x, call)
     grads = grouped_mm.backward(inputs.dy, inputs.x, xa, call, Wanted(True, True, True, True))
     results = dict(zip(("y", *GRADIENTS), (y, *grads), strict=True))
-    if dtype == BF16:
-        GROUPED.assert_results(case, inputs, results, "grouped_mm")
-    else:  # torch's CPU kernel sums float32 in an order of its own, beyond the budget in 1 of 1,000
-        for name, expected in GROUPED.oracle(case, inputs, torch.float64).items():
-            assert (results[name] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    # Ranks are filled up to whole rows of 16 bytes. Eager's must be, too: its product with a vector
+    # sums in other parts, and errs by so much less that 1 of 1,000 draws left the budget.
+    more = -r % (16 // dtype.itemsize)
+    filled = replace(
+        inputs, lora_A=pad(inputs.lora_A, (0, 0, 0, more)), lora_B=pad(inputs.lora_B, (0, more))
+    )
+    results |= {"da": pad(grads.da, (0, 0, 0, more)), "db": pad(grads.db, (0, more))}
+    GROUPED.assert_results(replace(case, r=r + more), filled, results, "grouped_mm")
     assert xa.shape == (case.count, r)
 
 
