@@ -93,6 +93,15 @@ def test_rates_that_made_the_times_are_found(tmp_path):
         assert math.isclose(rate, getattr(true, name), rel_tol=0.05), name
 
 
+def test_times_of_both_directions_together_decide_no_seconds(tmp_path):
+    rows = _rows(1.0, known(GPU).rates)
+    for row in rows:
+        row["case"]["mode"] = "train"
+        row["ms"]["median"] *= 3
+    found = report.fitted(report.measured(_file(tmp_path, rows)))
+    assert found.keys() == set(report.SHARES)
+
+
 def test_what_was_not_measured_stays(tmp_path):
     rows = [row for row in _rows(2.0, known(GPU).rates) if row["provider"] == ONE_LAUNCH]
     found = report.fitted(report.measured(_file(tmp_path, rows)))

@@ -42,11 +42,8 @@ def test_every_layer_has_a_legal_plan_everywhere(device):
         assert illegal(own.config, problem._replace(m=1 << 14), device) is None
         assert shared_bytes(own.config, problem, device) <= device.shared_bytes
         assert (own.shrink is not None) == (own.config.xa_columns == 0)
+        assert chosen.seconds <= chosen.predicted.library <= chosen.predicted.peft
         assert chosen.predicted.frozen <= chosen.predicted.library
-        assert chosen.seconds <= chosen.predicted.library
-        # A pass of ours took 10 µs on the one GPU that was measured, more than PEFT's of few bytes.
-        if device.rates.latency_seconds == 0.0 or (problem.m >= 8192 and problem.n >= 4096):
-            assert chosen.predicted.library <= chosen.predicted.peft
 
 
 def test_rank_beyond_the_limit_is_an_error():
