@@ -11,6 +11,7 @@ from torch import nn
 RANKS = (0, 1, 2, 5, 8, 16, 33, 64, 129, 300)
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TORN = ("emptied", "halved")
+OTHERS = ("requires_grad", "none", "deleted", "shape", "shape")
 TARGETS = ("weight", "bias", "lora_A", "lora_B", "lora_bias")
 
 

@@ -18,11 +18,18 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import lora_kernels as lk
-from tests.conftest import SEED
-from tests.stacks.live_changes import DTYPES, FORMS, TORN, change_parameter, change_scaling, numbers
+from tests.stacks.live_changes import (
+    DTYPES,
+    FORMS,
+    OTHERS,
+    TORN,
+    change_parameter,
+    change_scaling,
+    numbers,
+)
+from tests.stacks.live_comparison import check, outcome, run_cases, tolerance
 from tests.stacks.models import peft
 from tests.stacks.test_fuzz import CASES
-from tests.stacks.test_fuzz_live import OTHERS, check, memory_of, tolerance
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 KINDS = {"qwen": (Qwen3MoeConfig, Qwen3MoeExperts), "gpt-oss": (GptOssConfig, GptOssExperts)}
@@ -193,35 +200,15 @@ def results_of(case, model):
     for what in case.before:
         with contextlib.suppress(Exception):  # a change that torch refuses isn't made
             change(case, model, given, what, rng)
-    grad = torch.no_grad() if case.mode == "no_grad" else contextlib.nullcontext()
-    found, where = {}, owners(model)
-    try:
-        with grad, torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-            found["y"] = y = model(*given.values())
-        if case.mode == "backward":
-            memory = memory_of(where)
-            for what in case.between:
-                with contextlib.suppress(Exception):
-                    change(case, model, given, what, rng)
-            found["moved"] = memory_of(where) != memory
-            y.backward(numbers(y.shape, rng, y.dtype))
-            found |= {name: given[name].grad for name in INPUTS}
-            for name, (owner, which) in where.items():
-                found[name] = getattr(getattr(owner, which, None), "grad", None)
-    except Exception as error:
-        found["error"] = error
-    return found
+    return outcome(
+        case, lambda: model(*given.values()), given, lambda: owners(model),
+        lambda what: change(case, model, given, what, rng), rng,
+    )  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_changed_experts_are_pefts_or_say_no():
-    for index in range(CASES // 5):
-        case = random_case(random.Random(f"{SEED}/experts/{index}"))
-        try:
-            check_case(case)
-        except BaseException as error:
-            error.add_note(f"case {index}: {case}")
-            raise
+    run_cases("experts", CASES // 5, random_case, check_case)
 
 
 def check_case(case):

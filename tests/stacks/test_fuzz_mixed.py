@@ -16,20 +16,20 @@ from torch import nn
 
 import lora_kernels as lk
 from lora_kernels.native import absence
-from tests.conftest import SEED
 from tests.stacks.live_changes import (
     DTYPES,
     FORMS,
     FORMS_OF_X,
+    OTHERS,
     RANKS,
     TORN,
     change_parameter,
     change_scaling,
     numbers,
 )
+from tests.stacks.live_comparison import check, outcome, run_cases, tolerance
 from tests.stacks.models import peft
 from tests.stacks.test_fuzz import CASES
-from tests.stacks.test_fuzz_live import OTHERS, check, memory_of, tolerance
 
 ADAPTERS = ("default", "two", "three")
 BASE = ("weight", "bias")
@@ -175,35 +175,15 @@ def results_of(case, model):
     for what in case.before:
         with contextlib.suppress(Exception):  # a change that torch refuses isn't made
             x = change(case, layer, x, what, rng)
-    grad = torch.no_grad() if case.mode == "no_grad" else contextlib.nullcontext()
-    found, where = {}, owners(layer)
-    try:
-        with grad, torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-            found["y"] = y = called(case, model, x)
-        if case.mode == "backward":
-            memory = memory_of(where)
-            for what in case.between:
-                with contextlib.suppress(Exception):
-                    change(case, layer, x, what, rng)
-            found["moved"] = memory_of(where) != memory
-            y.backward(numbers(y.shape, rng, y.dtype))
-            found["x"] = x.grad
-            for name, (owner, which) in where.items():
-                found[name] = getattr(getattr(owner, which, None), "grad", None)
-    except Exception as error:
-        found["error"] = error
-    return found
+    return outcome(
+        case, lambda: called(case, model, x), {"x": x}, lambda: owners(layer),
+        lambda what: change(case, layer, x, what, rng), rng,
+    )  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_changed_layers_of_several_adapters_are_pefts_or_say_no():
-    for index in range(CASES // 5):
-        case = random_case(random.Random(f"{SEED}/mixed/{index}"))
-        try:
-            check_case(case)
-        except BaseException as error:
-            error.add_note(f"case {index}: {case}")
-            raise
+    run_cases("mixed", CASES // 5, random_case, check_case)
 
 
 def check_case(case):
