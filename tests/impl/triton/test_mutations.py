@@ -184,6 +184,8 @@ DORA_MUTANTS = {
 OWN_DORA_MUTANTS = {
     "g forgotten": ("forward", "acc *= gain[None, :]", "acc *= 1.0"),
     "g of other columns": ("forward", "(call.gain, columns,", "(call.gain, columns - column,"),
+    "norms of a tile less": ("forward", "(N + NORM_ROWS - 1) // NORM_ROWS", "N // NORM_ROWS"),
+    "scaling forgotten in its norms": ("forward", "tile, scale, SHAPE", "tile, 1.0, SHAPE"),
     "u stored with the bias": (
         "forward",
         "                store_tile(out.u, acc, rows,",
@@ -191,6 +193,19 @@ OWN_DORA_MUTANTS = {
         "                store_tile(out.u, acc, rows,",
     ),
     "dz of a row less": ("gain", "(rows < end)", "(rows < end - 1)"),
+}
+
+# Of DoRA's norms, made beside the products, which only several programs at once show.
+DORA_ORDER_MUTANTS = {
+    "norms not waited for": ("forward", "wait(norms_flag, NORMS)", "pass"),
+    "last norms not waited for": ("forward", "wait(norms_flag, NORMS)", "wait(norms_flag, 1)"),
+    "norms published before, too": (
+        "forward",
+        "                store_norms(",
+        "                publish(norms_flag)\n                store_norms(",
+    ),
+    "norms never left": ("forward", "leave(norms_flag, NORMS + tiles - 1)", "pass"),
+    "norms left too early": ("forward", "NORMS + tiles - 1)\n", "NORMS + tiles - 2)\n"),
 }
 
 # The interpreter's one program can't wait for others.
@@ -320,6 +335,23 @@ def test_wrong_order_is_caught(name, tmp_path, monkeypatch):
     # Many programs at once and several schedules: an order that is wrong need not fail at once.
     with pytest.raises(Exception, match=r"budget|NaN|race|spin|blocked|flags|bounds"):
         _run_schedules(kernels)
+
+
+@pytest.mark.many
+@needs_machine
+@pytest.mark.parametrize("name", DORA_ORDER_MUTANTS)
+def test_a_wrong_order_of_norms_is_caught(name, tmp_path, monkeypatch):
+    kernels = mutated_kernels(tmp_path, monkeypatch, *DORA_ORDER_MUTANTS[name])
+    with pytest.raises(Exception, match=r"budget|NaN|race|spin|blocked|flags|bounds"):
+        _run_norms(kernels)
+
+
+def _run_norms(kernels):
+    for seed in range(2):
+        machine = Mutated(80, 24, seed, plan=fixed_plan(), kernels=kernels)
+        with running(machine):
+            _check_dora(own=True)
+        _check_flags(machine)
 
 
 def _run_schedules(kernels):
