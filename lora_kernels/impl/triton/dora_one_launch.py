@@ -13,15 +13,20 @@ from lora_kernels.impl.triton.dora_passes import DzPass, norm_tile
 from lora_kernels.impl.triton.kernels.arguments import DzOutputs, Gain
 from lora_kernels.impl.triton.kinds import Kind
 from lora_kernels.impl.triton.operands import Operands, floats
+from lora_kernels.impl.triton.plan.config import Config
 from lora_kernels.operands.call import Gradients
 from lora_kernels.operands.dora import DoraGradients, Kept
+
+_NORM_COLUMNS = 16  # of a step, for each warp: the norm's sums leave registers to the products
 
 
 class Forward:
     """The launches of forward calls of one kind."""
 
     def __init__(self, kind: Kind) -> None:
-        self._launch = one_launch.Forward(kind, norm_tile(kind))
+        assert isinstance(kind.plan.config, Config)
+        columns = _NORM_COLUMNS * kind.plan.config.num_warps
+        self._launch = one_launch.Forward(kind, norm_tile(kind, columns))
 
     def __call__(
         self, x: Tensor, operands: Operands, bias: Tensor | None, magnitude: Tensor, y: Tensor

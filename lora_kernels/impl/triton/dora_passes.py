@@ -21,12 +21,11 @@ _PASS_COLUMNS, _PASS_ROWS, _PASS_WARPS = 128, 32, 4  # of y and dy, where elemen
 _SEGMENT, _PARTS = 256, 64
 
 
-def norm_tile(kind: Kind) -> dict[str, Any]:
+def norm_tile(kind: Kind, columns: int) -> dict[str, Any]:
     """Return the tile of the norm, as shapes have it: rows of W, columns a step, ranks a product.
 
     As many rows as let all multiprocessors take part of most layers.
     """
-    columns = 64 if kind.dtype == torch.float32 else 128
     return {
         "NORM_ROWS": _NORM_ROWS, "NORM_COLUMNS": columns, "NORM_RANKS": sum_ranks(kind.r),
     }  # fmt: skip
@@ -38,7 +37,9 @@ class Norm:
     def __init__(self, kind: Kind) -> None:
         self._grid = -(-kind.n // _NORM_ROWS)
         sizes = {"N": kind.n, "K": kind.k, "R": kind.r, "BLOCK_R": padded_rank(kind.r)}
-        shape = arguments.NormShape(**sizes, **norm_tile(kind))
+        shape = arguments.NormShape(
+            **sizes, **norm_tile(kind, 64 if kind.dtype == torch.float32 else 128)
+        )
         # TF32 would leave a thousandth of B A, of which little more may be left beside W.
         constants = {"SHAPE": shape, "MODE": kind.plain_mode._replace(PRECISION="ieee")}
         how = Options(_NORM_WARPS, 1)
