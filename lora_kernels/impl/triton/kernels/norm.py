@@ -18,8 +18,6 @@ import triton.language as tl
 from lora_kernels.impl.triton.kernels.memory import block_pointers, load_factor, scaling_of
 from lora_kernels.impl.triton.kernels.products import plus_product, read, zeros
 
-MIN_RANKS = tl.constexpr(16)
-
 
 @triton.jit(do_not_specialize=["scaling"])
 def norm_kernel(w, a, b, scaling_pointer, norm, scaling, SHAPE: tl.constexpr, MODE: tl.constexpr):
@@ -42,8 +40,8 @@ def store_norms(w, a, b, norm, tile, scale, SHAPE: tl.constexpr, MODE: tl.conste
         and b.pointer.dtype.element_ty == own
     )
     dtype: tl.constexpr = own if SHORT else tl.float32
-    # float32's operands lie in registers.
-    STEP: tl.constexpr = SHAPE.NORM_RANKS if SHORT else MIN_RANKS
+    # float32's operands lie in registers, so few of them.
+    STEP: tl.constexpr = SHAPE.NORM_RANKS if SHORT else 16
     rows = tile * ROWS + tl.arange(0, ROWS)
     # Beyond the edge the last row is repeated, and not stored.
     near_rows = tl.minimum(rows, N - 1)
