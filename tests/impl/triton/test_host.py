@@ -118,6 +118,21 @@ assert flags[0].device != flags[1].device and not any(block.any() for block in f
 """)  # fmt: skip
 
 
+def test_few_rows_of_a_patched_layer_with_16_bit_adapters_are_pefts(python):
+    python("-c", PREAMBLE + """
+import peft, lora_kernels as lk
+layer = torch.nn.Sequential(torch.nn.Linear(64, 32)).to("cuda", torch.bfloat16)
+config = peft.LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+model = peft.get_peft_model(layer, config, autocast_adapter_dtype=False)
+lk.patch_peft(model)
+for rows, fused, left in ((512, 0, 1), (513, 1, 1)):
+    with torch.no_grad():
+        model(torch.ones(rows, 64, device="cuda", dtype=torch.bfloat16))
+    assert f"calls so far: {fused} fused, {left} left" in str(lk.report(model)), lk.report(model)
+assert launched() == [("forward_kernel", 0, False)]
+""")  # fmt: skip
+
+
 def test_what_a_driver_refuses_is_an_error_and_the_next_call_works(python):
     """At each launch of a step in turn; it is asked for a grid that must be resident whole."""
     python("-c", PREAMBLE + """
