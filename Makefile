@@ -100,7 +100,7 @@ sanitize: $(READY)
 	LORA_KERNELS_CPU=1 LORA_KERNELS_CUDA=0 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
 		build_ext --build-lib build/sanitized --build-temp build/sanitized-objects > /dev/null
 	$(UNDER_SANITIZERS) $(addprefix tests/impl/cpu/test_,cpu.py dora.py quantised.py) -k "cpu and not lesser" --share $(SHARE)
-	$(UNDER_SANITIZERS) tests/ops/test_parity.py -k "cpu and not lesser" --share $(SHARE)
+	$(UNDER_SANITIZERS) tests/ops/test_parity.py tests/ops/test_embedding.py -k "cpu and not lesser" --share $(SHARE)
 	LORA_KERNELS_FUZZ=100 $(UNDER_SANITIZERS) $(addprefix tests/stacks/test_fuzz_,live.py experts.py mixed.py)
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/select.cpp $(wildcard csrc/cpu/isa/*.cpp) -o build/threads
