@@ -281,8 +281,11 @@ def _differentiable(both: Operators, ids: Tensor, call: EmbeddingCall) -> Tensor
 
 
 def _check_range(ids: Tensor, rows: int) -> None:
-    """Raise IndexError as torch's own look-up does; the compiled part would raise RuntimeError."""
-    if type(ids) is not Tensor or not ids.numel():
+    """Raise IndexError as torch's own look-up does; the compiled part would raise RuntimeError.
+
+    It does where a mode looks at operators, which may have no numbers to give.
+    """
+    if type(ids) is not Tensor or not ids.numel() or torch._C._len_torch_dispatch_stack():
         return
     least, most = (int(t) for t in ids.aminmax())
     if least < 0 or most >= rows:

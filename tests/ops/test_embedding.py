@@ -295,8 +295,9 @@ def compiled(net):
     ],
     ids=["compile", "export", "jit.trace", "make_fx"],
 )
-def test_captures_train(capture):
-    ids, *parts = problem()
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_captures_train(dtype, capture):
+    ids, *parts = problem(dtype=dtype)
     net = Net(*parts)
     captured = capture(net)
     expected, found = net(ids), captured(ids)
