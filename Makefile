@@ -6,11 +6,11 @@ TORCH := $(shell grep '^torch==' requirements-dev.txt)
 
 # Tests run JOBS at a time, each on one thread.
 JOBS ?= 2
-# Tests of the host path on a stub of a driver take minutes a case: `make test-host`.
+# Tests of the host path on a stub of a driver, each a process of its own: `make test-host`.
 HOST := $(wildcard tests/impl/*/test_host.py)
 # Of tests with many cases, most of them in the virtual machine, one in MANY, of slow tests a third,
 # others each time; MANY=1 runs all.
-MANY ?= 24
+MANY ?= 30
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
 INTERPRETED := tests/ops/test_parity.py $(addprefix tests/impl/triton/test_,parity.py mutations.py split_k.py)
 
@@ -39,7 +39,7 @@ test: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov --one-in $(MANY) -n $(JOBS) $(INTERPRETED)
 
 test-host: $(READY) $(OLDEST_TRITON)
-	$(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) $(HOST)
+	$(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) --dist worksteal $(HOST)
 
 test-old-peft: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLD_PEFT_AT) \
@@ -100,7 +100,7 @@ sanitize: $(READY)
 	LORA_KERNELS_CPU=1 LORA_KERNELS_CUDA=0 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
 		build_ext --build-lib build/sanitized --build-temp build/sanitized-objects > /dev/null
 	$(UNDER_SANITIZERS) $(addprefix tests/impl/cpu/test_,cpu.py dora.py quantised.py) -k "cpu and not lesser" --share $(SHARE)
-	$(UNDER_SANITIZERS) tests/ops/test_parity.py -k "cpu and not lesser" --share $(SHARE)
+	$(UNDER_SANITIZERS) tests/ops/test_parity.py tests/ops/test_embedding.py -k "cpu and not lesser" --share $(SHARE)
 	LORA_KERNELS_FUZZ=100 $(UNDER_SANITIZERS) $(addprefix tests/stacks/test_fuzz_,live.py experts.py mixed.py)
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/select.cpp $(wildcard csrc/cpu/isa/*.cpp) -o build/threads

@@ -40,6 +40,9 @@ IMPLEMENTATIONS = tuple(
 )
 _BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 CHOICES = ("auto", *_BY_NAME)
+# Up to so many rows PEFT's launches with 16-bit adapters took less time on an H200 than each of our
+# plans: .050 ms of .061 at 16, .093 of .116 at 512; at 2,048 as much (docs/facts/gpu.md).
+FEW_ROWS = 512
 
 
 def check_impl(impl: str) -> None:
@@ -156,6 +159,19 @@ def slower_than_peft(request: Request) -> str | None:
 @cache
 def _cached_without_kernel(request: Request, _replaced: str | None) -> str | None:
     return _without_kernel(request)
+
+
+def few_rows_slower_than_peft(x: Tensor, dtype: torch.dtype, adapters: torch.dtype) -> str | None:
+    """Return why PEFT's operators serve so few rows faster than "auto" would, or None.
+
+    dtype: in which a dense linear layer computes; adapters: of lora_A. PEFT's own are float32
+    unless it is told otherwise, and take it more launches.
+    """
+    if x.device.type in ("cpu", "meta") or dtype.itemsize != 2:
+        return None
+    if not dtype == adapters == x.dtype or x.numel() > FEW_ROWS * x.shape[-1]:
+        return None
+    return f"at most {FEW_ROWS} rows with 16-bit adapters, which PEFT's launches compute faster"
 
 
 def _without_kernel(request: Request) -> str | None:

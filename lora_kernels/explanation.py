@@ -18,6 +18,7 @@ from lora_kernels.checks import (
 from lora_kernels.dispatch import (
     IMPLEMENTATIONS,
     check_impl,
+    few_rows_slower_than_peft,
     passed_over,
     preferred,
     preferred_of_groups,
@@ -129,7 +130,10 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
             reasons[implementation.name] = f"serves the call too; {choice} comes first"
     planned = choice == "triton" and request.op == "lora_linear"
     plans = _triton_plans(x, weight, request) if planned else {}
-    return Explanation(choice, reasons, plans, slower_than_peft(request), request.format)
+    peft = slower_than_peft(request)
+    if linear and peft is None:
+        peft = few_rows_slower_than_peft(x, request.dtype, bound.arguments["lora_A"].dtype)
+    return Explanation(choice, reasons, plans, peft, request.format)
 
 
 # What a call asks for: x or ids, the weight, the request.

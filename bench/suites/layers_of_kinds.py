@@ -10,14 +10,14 @@ import sys
 from bench.measure.beside_peft import Suite
 from bench.providers.kinds import LABELS, Call, KindCase
 
-# Limits are those of one thread; in float32 none was set, but for adapters of an embedding.
+# Limits are those of one thread, with PEFT's float32 adapters; for float32 weights none was set.
 SUITE = Suite(
     (
         (KindCase("dora", "dora", 512, 2048, 2048), None, 0.38),
         (KindCase("dora", "dora", 512, 2048, 2048, p=0.05), None, 0.60),
         (KindCase("dora", "dora", 2048, 1024, 1024), None, 0.76),
         (KindCase("dora, few rows", "dora", 64, 2048, 2048), None, 0.18),
-        (KindCase("embedding", "embedding", 2048, 2048, 32000), 0.20, 0.35),
+        (KindCase("embedding", "embedding", 2048, 2048, 32000), None, 0.20),
         (KindCase("conv 1x1", "conv", 4, 320, 640, size=32), None, 0.82),
         (KindCase("conv 1x1", "conv", 4, 320, 640, p=0.05, size=32), None, 0.50),
         (KindCase("conv 3x3", "conv", 4, 320, 320, size=32, kernel=3), None, 1.00),

@@ -49,6 +49,21 @@ Tensor rows_of(const Tensor& v, const std::vector<int64_t>& named, int64_t begin
   return out;
 }
 
+void copy_rows(const Tensor& v, const std::vector<int64_t>& named, int64_t begin, int64_t end, const Tensor& to) {
+  const auto size = static_cast<int64_t>(v.element_size());
+  const int64_t columns = v.size(1), apart = v.stride(0) * size, step = v.stride(1) * size;
+  const char* const from = static_cast<const char*>(v.const_data_ptr());
+  char* into = static_cast<char*>(to.mutable_data_ptr()) + begin * columns * size;
+  for (int64_t i = begin; i < end; ++i, into += columns * size) {
+    const char* const row = from + named[static_cast<size_t>(i)] * apart;
+    if (step == size) {
+      std::memcpy(into, row, columns * size);
+      continue;
+    }
+    for (int64_t c = 0; c < columns; ++c) std::memcpy(into + c * size, row + c * step, size);
+  }
+}
+
 Tensor stack_of(const std::vector<int64_t>& sizes, ScalarType type, bool zeroed) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);

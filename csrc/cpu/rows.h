@@ -14,6 +14,9 @@ Tensor part_of(const Tensor& stack, int64_t i);
 // Rows [begin, end) of v: a view; or copies of the rows that `named` has there.
 Tensor rows_of(const Tensor& v, const std::vector<int64_t>& named, int64_t begin, int64_t end);
 
+// Copies rows `named` of v, whose columns may lie apart, to rows [begin, end) of `to`, of v's type and contiguous.
+void copy_rows(const Tensor& v, const std::vector<int64_t>& named, int64_t begin, int64_t end, const Tensor& to);
+
 // An uninitialised or zeroed contiguous tensor.
 Tensor stack_of(const std::vector<int64_t>& sizes, ScalarType type, bool zeroed);
 

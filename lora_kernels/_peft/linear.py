@@ -28,7 +28,7 @@ from lora_kernels.bypass import (
 )
 from lora_kernels.checks import check_memory, is_dtensor, misfit, plainly_fit
 from lora_kernels.copies import Copies, current, forget, restore
-from lora_kernels.dispatch import has_op, slower_than_peft
+from lora_kernels.dispatch import few_rows_slower_than_peft, has_op, slower_than_peft
 from lora_kernels.norms import known_norm
 from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
 from lora_kernels.operands.dora import DoraCall
@@ -79,6 +79,8 @@ class FusedLinear(Linear):
         reason = call_reason(x, call, p, cast, impl, self._modules["base_layer"])
         if reason is None and magnitude is not None:
             reason = dora.call_reason(x, DoraCall(call, magnitude), p, impl)
+        elif reason is None and impl == "auto" and not x.is_cpu:
+            reason = few_rows_slower_than_peft(x, cast or x.dtype, lora_A.dtype)
         if reason is not None:
             if calls is not None:
                 calls.leave(reason)

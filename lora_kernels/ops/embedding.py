@@ -223,7 +223,8 @@ def lora_embedding(
             gradient; its row of y is computed as any other.
         embed_scale: a factor on rows and branch, as Gemma's embeddings have; a float, a 0-dim
             tensor that doesn't require grad, or None.
-        impl: "auto", "eager" or "reference". A named implementation serves the call or raises.
+        impl: "auto", "cpu", "eager" or "reference". A named implementation serves the call or
+            raises.
 
     Returns:
         y, [..., H], in weight's dtype, under autocast too.
@@ -269,11 +270,27 @@ def lora_embedding(
 def _differentiable(both: Operators, ids: Tensor, call: EmbeddingCall) -> Tensor:
     assert call.weight is not None
     weight, (a, b, tensor, number, padding_idx, embed_scale) = call.weight.decode(), call.flat()
+    if both is _OPERATORS["cpu"] and not torch.compiler.is_compiling():
+        check_memory(ids=ids, weight=weight, lora_embedding_A=a, lora_embedding_B=b)
+        _check_range(ids, weight.shape[0])
     if not is_recorded(weight, a, b):
         flat = (a, b, tensor, number, padding_idx, embed_scale)
         return below_autograd(both.forward, ids, weight, *flat)
     params = _Params(both, number, padding_idx)
     return LoraEmbedding.apply(ids, weight, a, b, tensor, embed_scale, params)
+
+
+def _check_range(ids: Tensor, rows: int) -> None:
+    """Raise IndexError as torch's own look-up does; the compiled part would raise RuntimeError.
+
+    It does where a mode looks at operators, which may have no numbers to give.
+    """
+    if type(ids) is not Tensor or not ids.numel() or torch._C._len_torch_dispatch_stack():
+        return
+    least, most = (int(t) for t in ids.aminmax())
+    if least < 0 or most >= rows:
+        wrong = least if least < 0 else most
+        raise IndexError(f"ids: index out of range, expected 0 to {rows - 1}, got {wrong}")
 
 
 def row_of(padding_idx: int | None, rows: int) -> int:

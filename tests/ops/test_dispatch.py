@@ -12,6 +12,7 @@ from lora_kernels import dispatch
 from lora_kernels.dispatch import (
     CHOICES,
     choose,
+    few_rows_slower_than_peft,
     passed_over,
     refusal,
     refusals,
@@ -170,7 +171,7 @@ def test_explain_says_where_a_patched_layer_keeps_pefts_forward(gpu, monkeypatch
     _triton(monkeypatch)
     gpu(7, 5)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        shapes = ((4, 32), (16, 32), (8, 32), (16, 8))
+        shapes = ((600, 32), (16, 32), (8, 32), (16, 8))
         tensors = [torch.empty(shape, device="cuda", dtype=torch.float16) for shape in shapes]
         dropped = lk.explain(*tensors, dropout_p=0.1, training=True)
         plain = lk.explain(*tensors)
@@ -178,6 +179,29 @@ def test_explain_says_where_a_patched_layer_keeps_pefts_forward(gpu, monkeypatch
     assert "PEFT's forward: dropout without a kernel (triton needs " in str(dropped)
     assert plain.peft is None
     assert "PEFT" not in str(plain)
+
+
+def _few(rows=512, dtype=torch.bfloat16, adapters=torch.bfloat16, **named):
+    """Return what `explain` says of a layer on a GPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, rows // 2, 32, device="cuda", dtype=dtype)
+        weight = torch.empty(16, 32, device="cuda", dtype=dtype)
+        lora_A, lora_B = (torch.empty(s, device="cuda", dtype=adapters) for s in ((8, 32), (16, 8)))
+        return lk.explain(x, weight, lora_A, lora_B, **named)
+
+
+def test_few_rows_with_16_bit_adapters_are_pefts(gpu, monkeypatch):
+    """As an H200 measured it, where PEFT's aren't the faster ones a layer is fused."""
+    monkeypatch.setattr(support, "_has_triton", lambda: False)
+    gpu(9, 0)
+    assert "at most 512 rows with 16-bit adapters" in _few().peft
+    assert "at most 512 rows with 16-bit adapters" in _few(dropout_p=0.1, training=True).peft
+    assert _few(514).peft is None
+    assert _few(adapters=torch.float32).peft is None
+    assert _few(dtype=torch.float32, adapters=torch.float32).peft is None
+    with FakeTensorMode():
+        x = torch.empty(4, 32, device="cuda")
+    assert few_rows_slower_than_peft(x, torch.bfloat16, torch.bfloat16) is None  # under autocast
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

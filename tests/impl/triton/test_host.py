@@ -6,8 +6,10 @@ and executes them in the virtual machine; it changes torch, so each test is a pr
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -15,6 +17,7 @@ from lora_kernels.impl.triton import support
 from tests.support.paths import ROOT
 
 PARITY = [f"tests/impl/triton/test_{name}.py" for name in ("parity", "split_k")]
+KERNELS = ROOT / "lora_kernels" / "impl" / "triton" / "kernels"
 OLDEST = ROOT / "build" / "triton-3.6"
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("cudastub", "ptxvm", "triton"))
@@ -48,16 +51,29 @@ def test_the_suites_cases_of_a_gpu(python, gpu, share):
     assert "skipped" not in output
 
 
-@pytest.mark.skipif(not OLDEST.is_dir(), reason=f"needs {OLDEST.name} in build (make test)")
-def test_cases_of_a_gpu_by_the_oldest_triton(python):
-    """A dozen, as torch 2.10 and 2.11 have it."""
+@pytest.fixture
+def oldest(python):
+    """Runs an interpreter with the oldest Triton, as torch 2.10 and 2.11 have it."""
+    if not OLDEST.is_dir():
+        pytest.skip(f"needs {OLDEST.name} in build (make test-host)")
     path = os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")])
     output = python("-c", "import triton; print(triton.__version__)", PYTHONPATH=path)
     assert output.startswith(".".join(map(str, support.OLDEST_TRITON)))
-    options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu and triton", "--share", "5/8"]
-    options.append("tests/ops/test_parity.py")
-    output = python("-m", "pytest", *options, CUDASTUB_GPU="H100", PYTHONPATH=path)
+    return partial(python, PYTHONPATH=path)
+
+
+def test_cases_of_a_gpu_by_the_oldest_triton(oldest):
+    """A dozen."""
+    options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu and triton", "--share", "5/12"]
+    output = oldest("-m", "pytest", *options, "tests/ops/test_parity.py", CUDASTUB_GPU="H100")
     assert " passed" in output
+
+
+def test_every_kernel_is_read_by_the_oldest_triton(oldest):
+    """Each kind that calls launch: what its language lacks is an error at the first call."""
+    kernels = "".join(path.read_text() for path in KERNELS.glob("*.py"))
+    seen = oldest("-m", "tests.support.front_end").split()
+    assert set(seen) == set(re.findall(r"^def (\w+_kernel)\(", kernels, re.MULTILINE))
 
 
 PREAMBLE = """
@@ -115,6 +131,21 @@ assert not errors, errors
 assert launched() == [("forward_kernel", 0, False), ("backward_kernel", 0, False)]
 flags = [launch.current().workspace.zeros(1, torch.device("cuda", i)) for i in range(2)]
 assert flags[0].device != flags[1].device and not any(block.any() for block in flags)
+""")  # fmt: skip
+
+
+def test_few_rows_of_a_patched_layer_with_16_bit_adapters_are_pefts(python):
+    python("-c", PREAMBLE + """
+import peft, lora_kernels as lk
+layer = torch.nn.Sequential(torch.nn.Linear(64, 32)).to("cuda", torch.bfloat16)
+config = peft.LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+model = peft.get_peft_model(layer, config, autocast_adapter_dtype=False)
+lk.patch_peft(model)
+for rows, fused, left in ((512, 0, 1), (513, 1, 1)):
+    with torch.no_grad():
+        model(torch.ones(rows, 64, device="cuda", dtype=torch.bfloat16))
+    assert f"calls so far: {fused} fused, {left} left" in str(lk.report(model)), lk.report(model)
+assert launched() == [("forward_kernel", 0, False)]
 """)  # fmt: skip
 
 

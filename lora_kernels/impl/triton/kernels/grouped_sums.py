@@ -111,11 +111,12 @@ def sum_db(
 @triton.jit
 def sum_dbias(dy, dbias, groups, tile, count, SHAPE: tl.constexpr):
     """Store a block of a weight's dbias, the sum of dy; tile: its number, weight after weight."""
-    BLOCKS: tl.constexpr = (SHAPE.N + SHAPE.BLOCK_C - 1) // SHAPE.BLOCK_C
+    BLOCK_C: tl.constexpr = SHAPE.BLOCK_C
+    BLOCKS: tl.constexpr = (SHAPE.N + BLOCK_C - 1) // BLOCK_C
     weight = tile // BLOCKS
-    columns = tile % BLOCKS * SHAPE.BLOCK_C + tl.arange(0, SHAPE.BLOCK_C)
+    columns = tile % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     steps = tl.arange(0, SHAPE.BLOCK_S)
-    total = tl.zeros((SHAPE.BLOCK_C,), tl.float32)
+    total = tl.zeros((BLOCK_C,), tl.float32)
     group = next_group(groups.weights, weight, 0, 0, SHAPE.WEIGHTS, SHAPE)
     while group < SHAPE.GROUPS:
         begin, end = span_of(groups.offsets, group, count, SHAPE)
