@@ -13,11 +13,17 @@ from lora_kernels.impl.triton.dora_passes import DzPass, norm_tile
 from lora_kernels.impl.triton.kernels.arguments import DzOutputs, Gain
 from lora_kernels.impl.triton.kinds import Kind
 from lora_kernels.impl.triton.operands import Operands, floats
-from lora_kernels.impl.triton.plan.config import Config
+from lora_kernels.impl.triton.plan.config import MIN_TILE, Config, padded_rank
 from lora_kernels.operands.call import Gradients
 from lora_kernels.operands.dora import DoraGradients, Kept
 
-_NORM_COLUMNS = 16  # of a step, for each warp: the norm's sums leave registers to the products
+
+def _norm_columns(warps: int, r: int) -> int:
+    """Return the columns of a step of the norm: its sums leave registers to the products.
+
+    Of 32 columns and 16 ranks ptxas keeps sm_90's two warps at 168 registers, and spills 8 bytes.
+    """
+    return 128 if warps == 2 and padded_rank(r) == MIN_TILE else 16 * warps
 
 
 class Forward:
@@ -25,7 +31,7 @@ class Forward:
 
     def __init__(self, kind: Kind) -> None:
         assert isinstance(kind.plan.config, Config)
-        columns = _NORM_COLUMNS * kind.plan.config.num_warps
+        columns = _norm_columns(kind.plan.config.num_warps, kind.r)
         self._launch = one_launch.Forward(kind, norm_tile(kind, columns))
 
     def __call__(
