@@ -58,7 +58,7 @@ import pathlib, sys
 import torch, cudastub
 cudastub.install("H100,A100", sms=8, tensors=True, triton=False)
 driver = cudastub.library()
-driver.cudastub_set_sms(0, 5)
+driver.cudastub_set_sms(0, 9)
 from lora_kernels import lora_linear, native
 native.LIBRARIES["cuda"] = pathlib.Path(sys.argv[1])
 from lora_kernels.testing import Case, assert_parity, assert_results, make_inputs, run

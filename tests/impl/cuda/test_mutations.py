@@ -47,15 +47,17 @@ HOPPER_KERNELS = """
 #define LORA_TABLE table
 #include "../host/shapes.h"
 #undef LORA_EACH_HOPPER
-#define LORA_EACH_HOPPER(X) X(16, 1)
+#define LORA_EACH_HOPPER(X) X(Hopper, 16, 1)
 #include "linear_sm90.cuh"
 """
 BF16_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=16)
 SLICED_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=64)
+HOPPER_WIDE_KERNELS = HOPPER_KERNELS.replace("X(Hopper, ", "X(HopperWide, ")
 WIDE_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Wide", ranks=16)
 LONE_KERNELS = SLICED_KERNELS.replace("LORA_BACKWARD(X)", "LORA_BACKWARD(X) X(Tall, 64, 1, 1)")
 HALF_KERNELS = KERNELS.format(type="half", element="__half", shape="Small", ranks=16)
 TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat", ranks=16)
+HOPPER = {"arch": 90, "shared_bytes": 232448, "multiprocessors": 9}
 DRAWN_FIRST = """
     for (; number < draws; number = numbers.next()) {
       numbers.take();
@@ -267,6 +269,27 @@ HOPPER_MUTANTS = {
     "a box for another": ("sm90/backward.cuh", "column / kHopperBox * M::Box::kBytes", "0"),
     "columns' distance of W": ("sm90/hopper.cuh", "(apart >> 4)", "(apart >> 5)"),
 }
+# Of its wide tiles.
+HOPPER_WIDE_MUTANTS = {
+    "nothing": HOPPER_MUTANTS["nothing"],
+    "a box for another": (
+        "sm90/pipeline.cuh",
+        "further = i * kHopperBox",
+        "further = i % 2 * kHopperBox",
+    ),
+    "columns' distance of W": HOPPER_MUTANTS["columns' distance of W"],
+    "stage refilled while it is read": HOPPER_MUTANTS["stage refilled while it is read"],
+    "products not waited for": HOPPER_MUTANTS["products not waited for"],
+    "bits of another block": ("sm90/backward.cuh", "words[half][j / 8]", "words[half][0]"),
+    "bits of another word": ("sm90/backward.cuh", "j / 2 % 4, 4)", "j % 4, 4)"),
+    "bits beyond x": (
+        "sm90/backward.cuh",
+        "further < p.layer.k ? further : tile.column",
+        "further",
+    ),
+    "bias of another quad": ("sm90/pipeline.cuh", "4 * (j % kQuads) + place.t", "place.t"),
+    "bias of another block": ("sm90/pipeline.cuh", "pairs[j / kQuads]", "pairs[0]"),
+}
 
 
 def mutated_ptx(folder: Path, kernels: str, mutant: tuple[str, str, str], target: str) -> str:
@@ -362,8 +385,12 @@ def test_planted_fault_is_found_of_tf32(name, check, float32_precision):
 
 @pytest.mark.parametrize("name", HOPPER_MUTANTS)
 def test_planted_fault_is_found_of_sm_90a(name, check):
-    # With as many row panels as programs each draws the words that it reads itself.
-    rows = 200 if name == "words read before they are drawn" else 400
-    case = Case((rows,), 256, 520, 8, torch.bfloat16, dropout_p=0.1)
-    hopper = {"arch": 90, "shared_bytes": 232448}
-    check(name, case, HOPPER_KERNELS, HOPPER_MUTANTS, (5, 9), "sm_90a", **hopper)
+    case = Case((400,), 256, 520, 8, torch.bfloat16, dropout_p=0.1)
+    check(name, case, HOPPER_KERNELS, HOPPER_MUTANTS, (5, 9), "sm_90a", **HOPPER)
+
+
+@pytest.mark.parametrize("name", HOPPER_WIDE_MUTANTS)
+def test_planted_fault_is_found_of_wide_tiles_of_sm_90a(name, check):
+    """A tile's second block of columns of the mask isn't there where K ends."""
+    case = Case((300,), 520, 632, 8, torch.bfloat16, dropout_p=0.1, bias=True)
+    check(name, case, HOPPER_WIDE_KERNELS, HOPPER_WIDE_MUTANTS, (2, 9), "sm_90a", **HOPPER)

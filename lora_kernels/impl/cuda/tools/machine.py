@@ -70,7 +70,7 @@ class Machine:
                 f"got {launch.together}"
             )
         name, memory = launch.kernel, [t for t in launch.memory if t.numel()]
-        sm_90a = "_Hopper_" in name
+        sm_90a = "_Hopper" in name
         maps = _MAPS[name.split("_")[1]] if sm_90a else 0
         stats = _code("sm_90a" if sm_90a else "sm_80").launch(
             name,
