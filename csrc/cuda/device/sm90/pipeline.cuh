@@ -199,7 +199,8 @@ struct MultiplyingSide {
     // Of the warpgroup, so that the compiler knows it for the same in a warp.
     const int row_of_group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0) * 64;
     const uint32_t left_first = operand(memory.left(0) + row_of_group * M::Left::kRowBytes);
-    const uint32_t right_first = kByDepth ? operand_by_depth(memory.right(0), M::Box::kBytes) : operand(memory.right(0));
+    const uint32_t right_first = kept_in_register(
+        kByDepth ? operand_by_depth(memory.right(0), M::Box::kBytes) : operand(memory.right(0)));
     const uint32_t* words = kDropout ? words_of(mask, layer, row + place.shrink_row, 0) + threadIdx.x % 32 : nullptr;
     int before = 0;
     sums.clear();
