@@ -212,8 +212,10 @@ def test_no_bank_conflicts_and_whole_sectors_stored(hopper, shape, programs, dro
     for name, stats in made.stats:
         assert f"_{shape}_" in name
         assert stats.shared_bank_conflicts == 0, name
-        # Loads beside boxes are few; polls of flags would be counted among them.
-        assert stats.store_efficiency > 0.95, name
+        # The machine counts what boxes store by sixteen bytes, a sector each.
+        boxes = 2 * 256 * 512
+        sectors = stats.global_store_sectors - boxes // 16
+        assert stats.global_store_bytes - boxes > 0.95 * 32 * sectors, name
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
@@ -226,6 +228,6 @@ def test_sums_over_more_rows_have_no_more_bank_conflicts(hopper, dropout_p):
         with using(made):
             run(case, make_inputs(case), "cuda")
         name, stats = made.stats[-1]
-        assert "_backward_Hopper_" in name
+        assert "_backward_HopperWide_" in name
         conflicts.append(stats.shared_bank_conflicts)
     assert conflicts[0] == conflicts[1]

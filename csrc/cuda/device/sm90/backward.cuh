@@ -117,7 +117,8 @@ __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, 
 }
 
 template <class T, class S, int kRanks, bool kDropout>
-__device__ inline void multiply_backward(const BackwardParams& p, const HopperMemory<T, S, kRanks, true>& memory) {
+__device__ inline void multiply_backward(const HopperBackwardParams& params, const HopperMemory<T, S, kRanks, true>& memory) {
+  const BackwardParams& p = params.backward;
   const Layer& layer = p.layer;
   const int steps = (layer.n + S::kDepth - 1) / S::kDepth;
   MultiplyingSide<T, S, kRanks, true> side(memory);
@@ -128,6 +129,7 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
       ShrinkSums<kRanks> shrink;
       side.template product<false>(sums, shrink, layer, {}, tile.row, steps, tile.shrinks);
       if (tile.shrinks) {
+        side.await_boxes();
         store_dxa<T>(p, shrink, tile, side.place, memory.out());
         publish<S>(p.flags + tile.panel);
       }
@@ -141,7 +143,11 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
         }
       };
       side.add_factors(sums, make_mask, at, unit_at);
-      store_sums<T, S>(sums, Place<S>(), p.dx, tile.row, tile.column, layer.m, layer.k, memory.out());
+      if (params.stores_boxes) {
+        side.store(sums, params.dx_map, tile.row, tile.column);
+      } else {
+        store_sums<T, S>(sums, Place<S>(), p.dx, tile.row, tile.column, layer.m, layer.k, memory.out());
+      }
       continue;
     }
     const SumTile tile = SumTile::at<S, kRanks>(p, index);
@@ -152,17 +158,19 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
     } else {
       ring_sums<T, S, kRanks, false>(sums, side, Mask(layer), {}, NoUnits{}, tile, wanted_of_db(p, tile));
     }
+    side.await_boxes();
     finish_sums<T>(p, tile, sums, memory.out());
     // The stores may have divided warps, and the next tile's products need whole ones.
     synchronize<S>();
   }
+  wait_for_boxes();
 }
 
 template <class T, class S, int kRanks, bool kDropout>
 __device__ inline void backward_sm90(const HopperBackwardParams& params) {
   run_sides<HopperMemory<T, S, kRanks, true>, S>([&](const auto& memory) { copy_backward<T, S, kRanks>(params, memory); },
                                                  [&](const auto& memory) {
-                                                   multiply_backward<T, S, kRanks, kDropout>(params.backward, memory);
+                                                   multiply_backward<T, S, kRanks, kDropout>(params, memory);
                                                  });
 }
 

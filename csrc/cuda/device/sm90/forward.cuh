@@ -43,7 +43,8 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
 }
 
 template <class T, class S, int kRanks, bool kDropout>
-__device__ inline void multiply_forward(const ForwardParams& p, const HopperMemory<T, S, kRanks, false>& memory) {
+__device__ inline void multiply_forward(const HopperForwardParams& params, const HopperMemory<T, S, kRanks, false>& memory) {
+  const ForwardParams& p = params.forward;
   const Layer& layer = p.layer;
   const int draws = p.grid.panels * p.mask.draws;
   const int steps = (layer.k + S::kDepth - 1) / S::kDepth;
@@ -69,15 +70,20 @@ __device__ inline void multiply_forward(const ForwardParams& p, const HopperMemo
     const Operands at{layer, {}, {}, {}, tile.row, column, layer.r};
     side.add_factors(sums, [] { return NoMask{}; }, at, [scale = scaling_of(layer)](int) { return scale; });
     if (p.bias) add_bias_of<T, S>(sums, static_cast<const Bits<T>*>(p.bias), column, layer.n);
-    store_sums<T, S>(sums, Place<S>(), p.y, tile.row, column, layer.m, layer.n, memory.out());
+    if (params.stores_boxes) {
+      side.store(sums, params.y_map, tile.row, column);
+    } else {
+      store_sums<T, S>(sums, Place<S>(), p.y, tile.row, column, layer.m, layer.n, memory.out());
+    }
   }
+  wait_for_boxes();
 }
 
 template <class T, class S, int kRanks, bool kDropout>
 __device__ inline void forward_sm90(const HopperForwardParams& params) {
   run_sides<HopperMemory<T, S, kRanks, false>, S>([&](const auto& memory) { copy_forward<T, S, kRanks>(params, memory); },
                                                   [&](const auto& memory) {
-                                                    multiply_forward<T, S, kRanks, kDropout>(params.forward, memory);
+                                                    multiply_forward<T, S, kRanks, kDropout>(params, memory);
                                                   });
 }
 

@@ -66,6 +66,19 @@ __device__ inline void copy_box(uint32_t to, const void* map, int row, int colum
       : "memory");
 }
 
+// Copies a box of shared memory to where a map has it at (row, column), but for what lies beyond the matrix.
+__device__ inline void store_box(const void* map, int row, int column, uint32_t from, bool does) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %4, 0; "
+      "@p cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3]; }" ::"l"(map),
+      "r"(column), "r"(row), "r"(from), "r"(static_cast<int>(does))
+      : "memory");
+}
+__device__ inline void commit_boxes() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until the boxes that this thread stores are read, or written too.
+__device__ inline void wait_for_boxes_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ inline void wait_for_boxes() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // More or fewer registers for all threads of a warpgroup.
 template <int kRegisters>
 __device__ inline void take_registers() {

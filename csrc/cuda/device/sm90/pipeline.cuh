@@ -241,6 +241,34 @@ struct MultiplyingSide {
     }
   }
 
+  // Until nothing is copied from where results lie before they are stored; for that `store` leaves its copies under way.
+  __device__ void await_boxes() const {
+    wait_for_boxes_read();
+    synchronize<S>();
+  }
+  // Stores the sums as elements of T where a map has the tile at (row, column).
+  __device__ void store(const Sums<S>& sums, const TensorMap& map, int row, int column) const {
+    using Out = Tile<T, S::kRows, kHopperBox>;  // boxes below each other
+    await_boxes();
+    const Place<S> now;
+    repeat<S::kBlocksN>([&](auto j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t to = memory.out() + j / 8 * Out::kBytes + Out::offset(now.row(0) + 8 * half, j % 8) + 4 * now.t;
+        const uint32_t pair = pair_of<T>(sums.v[0][j][2 * half], sums.v[0][j][2 * half + 1]);
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
+      }
+    });
+    fence_stores();
+    synchronize<S>();
+#pragma unroll
+    for (int i = 0; i < M::kRightBoxes * M::kLeftBoxes; ++i) {
+      const int box_row = i % M::kLeftBoxes * kHopperBox, box_column = i / M::kLeftBoxes * kHopperBox;
+      store_box(map.bytes, row + box_row, column + box_column, memory.out() + i * M::Box::kBytes, threadIdx.x == 0);
+    }
+    commit_boxes();
+  }
+
  private:
   // The shrink of a warp's 16 rows from one step; `word` has this thread's bits of D.
   template <bool kDropout>

@@ -16,7 +16,7 @@ from lora_kernels.native import LIBRARIES
 
 # A tensor map in a kernel's parameters, and what the library writes there for a machine to encode.
 _MAP_BYTES, _BOXES = 128, struct.Struct("<QqqqiI")
-_MAPS = {"forward": 2, "backward": 3}  # that a kernel for sm_90a takes
+_MAPS = {"forward": 3, "backward": 4}  # that a kernel for sm_90a takes
 
 
 @dataclass
