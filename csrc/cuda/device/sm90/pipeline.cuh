@@ -28,6 +28,7 @@ struct HopperMemory {
   static constexpr int kBarriers = kOut + hopper_out_bytes<S>(kRanks);
   static constexpr int kNumbers = kBarriers + 8 * (2 * S::kStages + 2);
   static_assert(kNumbers + kNumberBytes * S::kStages == hopper_bytes<S>(kRanks), "what the host asks for");
+  static_assert(kStageBytes % 1024 == 0 && kOut % 1024 == 0, "where boxes lie");
 
   uint32_t first;
   __device__ uint32_t left(int stage) const { return first + stage * kStageBytes; }
