@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from tests.impl.cuda.test_mutations import BF16_KERNELS, HOPPER_KERNELS
 from tests.impl.cuda.test_quantised import KERNELS
+from tests.support.cuda_mutations import BF16_KERNELS, HOPPER_KERNELS
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.skipif(

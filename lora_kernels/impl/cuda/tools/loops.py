@@ -93,9 +93,9 @@ def loops(sass: str) -> list[Loop]:
             for first, last in ends
         }
         # What waits for a barrier of sm_90's is a loop too, without matrix instructions.
-        main = [ends for ends, body in bodies.items() if any(body[name] for name in _MATRIX)]
-        for first, last in main:
-            if not any(first <= b <= last and (a, b) != (first, last) for a, b in main):
+        products = [ends for ends, body in bodies.items() if any(body[name] for name in _MATRIX)]
+        for first, last in products:
+            if not any(first <= b <= last and (a, b) != (first, last) for a, b in products):
                 found.append(Loop(arch, kernel, bodies[first, last]))
     return found
 
