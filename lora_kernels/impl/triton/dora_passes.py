@@ -1,5 +1,7 @@
 """The launches that DoRA adds to any plan: the norm of rows, and what is multiplied by g alone."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,22 @@ from lora_kernels.impl.triton.kinds import Kind
 from lora_kernels.impl.triton.launch import Options
 from lora_kernels.impl.triton.library import Space
 from lora_kernels.impl.triton.operands import Operands, as_rows, floats, unit_rows
-from lora_kernels.impl.triton.plan.config import padded_rank, rank_step, sum_ranks
+from lora_kernels.impl.triton.plan.config import padded_rank, sum_ranks
 
-_NORM_ROWS, _NORM_WARPS, _NORM_STAGES = 32, 4, 2
+_NORM_ROWS, _NORM_WARPS = 32, 4
 _PASS_COLUMNS, _PASS_ROWS, _PASS_WARPS = 128, 32, 4  # of y and dy, where elements are multiplied
 # Rows that one program of the dz pass sums, and the most parts that its last one adds.
 _SEGMENT, _PARTS = 256, 64
+
+
+def norm_tile(kind: Kind, columns: int) -> dict[str, Any]:
+    """Return the tile of the norm, as shapes have it: rows of W, columns a step, ranks a product.
+
+    As many rows as let all multiprocessors take part of most layers.
+    """
+    return {
+        "NORM_ROWS": _NORM_ROWS, "NORM_COLUMNS": columns, "NORM_RANKS": sum_ranks(kind.r),
+    }  # fmt: skip
 
 
 class Norm:
@@ -24,14 +36,13 @@ class Norm:
 
     def __init__(self, kind: Kind) -> None:
         self._grid = -(-kind.n // _NORM_ROWS)
-        ranks, plain = padded_rank(kind.r), kind.dtype == torch.float32
+        sizes = {"N": kind.n, "K": kind.k, "R": kind.r, "BLOCK_R": padded_rank(kind.r)}
         shape = arguments.NormShape(
-            N=kind.n, K=kind.k, R=kind.r, BLOCK_N=_NORM_ROWS, BLOCK_K=64 if plain else 128,
-            BLOCK_R=ranks, RANKS=sum_ranks(kind.r), RANKS_32=rank_step(kind.r, torch.float32),
-        )  # fmt: skip
+            **sizes, **norm_tile(kind, 64 if kind.dtype == torch.float32 else 128)
+        )
         # TF32 would leave a thousandth of B A, of which little more may be left beside W.
         constants = {"SHAPE": shape, "MODE": kind.plain_mode._replace(PRECISION="ieee")}
-        how = Options(_NORM_WARPS, _NORM_STAGES)
+        how = Options(_NORM_WARPS, 1)
         self._launch = kind.executor.launcher(norm_kernel, constants, how)
 
     def __call__(self, operands: Operands) -> Tensor:

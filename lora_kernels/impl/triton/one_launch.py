@@ -1,5 +1,7 @@
 """The launches of a call whose products are all Triton's: one, or two where xa has its own."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -32,9 +34,12 @@ def new_xa(x: Tensor, r: int, config: Config) -> Tensor:
 
 
 class Forward:
-    """The launches of forward calls of one kind."""
+    """The launches of forward calls of one kind.
 
-    def __init__(self, kind: Kind) -> None:
+    norm: of DoRA, the tile that makes the norm of rows of W, as the shape has it.
+    """
+
+    def __init__(self, kind: Kind, norm: dict[str, Any] | None = None) -> None:
         self._config, self._workspace = _config(kind), kind.executor.workspace
         config = self._config
         self._programs, self._columns = kind.programs, -(-kind.n // config.block_n)
@@ -44,8 +49,9 @@ class Forward:
             N=kind.n, K=kind.k, R=kind.r, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_R=padded_rank(kind.r),
             RANK_STEP=rank_step(kind.r, kind.dtype), GROUP=config.group,
-            XA_COLUMNS=config.xa_columns, BLOCKSIZE=kind.blocksize,
+            XA_COLUMNS=config.xa_columns, BLOCKSIZE=kind.blocksize, **(norm or {}),
         )  # fmt: skip
+        self._norms = -(-kind.n // shape.NORM_ROWS) if norm else 0
         constants = {"SHAPE": shape, "MODE": kind.mode}
         how = Options(config.num_warps, config.num_stages, max(config.xa_columns, 1))
         self._launch = kind.executor.launcher(forward_kernel, constants, how)
@@ -58,7 +64,7 @@ class Forward:
         y: Tensor,
         dora: tuple[Tensor, Gain] | None = None,
     ) -> Tensor:
-        """Store y [M, N] and return xa; dora: u [M, N], to be stored too, and what g is made of."""
+        """Store y [M, N] and return xa; dora: u [M, N] and n, to be stored, too, and magnitude."""
         u, gain = dora or (None, None)
         config, w, m = self._config, unit_rows(operands.weight), x.shape[0]
         xa = new_xa(x, operands.sizes[2], config)
@@ -70,9 +76,9 @@ class Forward:
             "call": operands.call(w, bias, gain),
             "w_descriptor": _descriptor(w, config.block_n, config),
             "out": arguments.Outputs(y, xa, *_room_for_parts(xa, panels, config), u),
-            "flags": self._workspace.zeros(panels + 1, x.device), **operands.scalars(m),
+            "flags": self._workspace.zeros(panels + 2, x.device), **operands.scalars(m),
         }  # fmt: skip
-        grid = min(panels * self._columns, self._programs)
+        grid = min(panels * self._columns + self._norms, self._programs)
         self._launch(grid, args)
         return xa
 

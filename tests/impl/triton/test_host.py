@@ -279,6 +279,39 @@ assert (asked.count(False), asked.count(True)) == (11 + 22, 13 + 26), asked
 """)  # fmt: skip
 
 
+DORA = (
+    COUNTED
+    + """
+from lora_kernels.testing import DORA, DoraCase
+
+def step(device, *sizes, p=0.0):
+    case = DoraCase(*sizes, torch.bfloat16, torch.float32, p)
+    DORA.assert_parity(case, DORA.inputs(case, device), "triton")
+    return [name.removesuffix("_kernel") for name, _, _ in launched()]
+"""
+)
+
+
+def test_dora_by_own_products(python):
+    """One launch forward, which makes norms; of one kind of calls the second goes directly."""
+    python("-c", DORA + """
+for rows in (70, 100):
+    assert step("cuda:0", (rows,), 136, 72, 8) == ["forward", "dz_pass", "backward"]
+assert by_triton == ["forward_kernel", "dz_pass_kernel", "backward_kernel"], by_triton
+block = launch.current().workspace.zeros(1, torch.device("cuda", 0))
+assert not block.any(), "flags not left as found"
+""")  # fmt: skip
+
+
+def test_dora_with_dropout(python):
+    """The library's plan, of whatever is planned for the linear layer."""
+    python("-c", DORA + """
+assert step("cuda:1", (33,), 40, 72, 5, p=0.1) == [
+    "norm", "shrink", "expand", "rescale", "dz_pass", "dy_pass", "x_pass"
+]
+""")  # fmt: skip
+
+
 def test_host_times_are_measured(python):
     output = python("-m", "bench.suites.host", "--seconds", "0.1")
     heading, *lines = output.splitlines()

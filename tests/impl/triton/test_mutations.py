@@ -13,6 +13,7 @@ import torch
 
 from lora_kernels.impl.triton import kernels
 from lora_kernels.impl.triton.workspace import Workspace
+from lora_kernels.registration import operators
 from lora_kernels.testing import (
     DORA,
     Case,
@@ -21,6 +22,7 @@ from lora_kernels.testing import (
     float16_range_cases,
     make_inputs,
 )
+from lora_kernels.testing.dora import dora_call
 from tests.support.executors import (
     INTERPRETED,
     Interpreter,
@@ -184,6 +186,8 @@ DORA_MUTANTS = {
 OWN_DORA_MUTANTS = {
     "g forgotten": ("forward", "acc *= gain[None, :]", "acc *= 1.0"),
     "g of other columns": ("forward", "(call.gain, columns,", "(call.gain, columns - column,"),
+    "norms of a tile less": ("forward", "(N + NORM_ROWS - 1) // NORM_ROWS", "N // NORM_ROWS"),
+    "scaling forgotten in its norms": ("forward", "tile, scale, SHAPE", "tile, 1.0, SHAPE"),
     "u stored with the bias": (
         "forward",
         "                store_tile(out.u, acc, rows,",
@@ -191,6 +195,18 @@ OWN_DORA_MUTANTS = {
         "                store_tile(out.u, acc, rows,",
     ),
     "dz of a row less": ("gain", "(rows < end)", "(rows < end - 1)"),
+}
+
+# Of DoRA's norms, made beside the products, which only several programs at once show.
+DORA_ORDER_MUTANTS = {
+    "norms not waited for": ("forward", "wait(norms_flag, NORMS)", "pass"),
+    "norms published before, too": (
+        "forward",
+        "                store_norms(",
+        "                publish(norms_flag)\n                store_norms(",
+    ),
+    "norms never left": ("forward", "leave(norms_flag, NORMS + tiles - 1)", "pass"),
+    "norms left too early": ("forward", "NORMS + tiles - 1)\n", "NORMS + tiles - 2)\n"),
 }
 
 # The interpreter's one program can't wait for others.
@@ -322,6 +338,27 @@ def test_wrong_order_is_caught(name, tmp_path, monkeypatch):
         _run_schedules(kernels)
 
 
+@pytest.mark.many
+@needs_machine
+@pytest.mark.parametrize("name", DORA_ORDER_MUTANTS)
+def test_a_wrong_order_of_norms_is_caught(name, tmp_path, monkeypatch):
+    kernels = mutated_kernels(tmp_path, monkeypatch, *DORA_ORDER_MUTANTS[name])
+    with pytest.raises(Exception, match=r"budget|NaN|race|spin|blocked|flags|bounds"):
+        _run_norms(kernels)
+
+
+def _run_norms(kernels):
+    case = DoraCase((130,), 72, 136, 5, torch.float16)
+    inputs = DORA.inputs(case)
+    for seed in range(2):
+        machine = Mutated(80, 24, seed, weak=1, plan=fixed_plan(), kernels=kernels)
+        with running(machine):
+            call = dora_call(case, inputs).flat()
+            y = operators("lora_dora_linear", "triton").forward(inputs.x, *call)[0]
+        _check_flags(machine)
+        DORA.assert_results(case, inputs, {"y": y}, "triton")
+
+
 def _run_schedules(kernels):
     workspace = Workspace()
     # Without dropout tiles of dx wait for nothing but dxa.
@@ -352,6 +389,7 @@ def test_the_kernels_themselves_pass(tmp_path, monkeypatch):
     machine = Mutated(80, 24, plan=PLAN, kernels=kernels)
     _runs(machine)
     _check_flags(machine)
+    _run_norms(kernels)
 
 
 @needs_machine

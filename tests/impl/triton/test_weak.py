@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_kernels.impl import executor
-from lora_kernels.testing import Case, assert_parity, make_inputs
+from lora_kernels.testing import DORA, Case, DoraCase, assert_parity, make_inputs
 from tests.support.executors import Machine, fixed_plan, needs_machine, running
 
 pytestmark = needs_machine
@@ -27,9 +27,24 @@ FAULTS = {
 }
 
 
+# What DoRA's norms have alone is waited for where xa has a launch of its own.
+NORM_CASE = DoraCase((70,), 136, 136, 16, torch.bfloat16)
+NORM_FAULTS = ["nothing", "published without release", "waited without acquire"]
+
+
 @pytest.mark.many
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_missing_order_is_found(name):
+    _check(name, 2, lambda: assert_parity(CASE, make_inputs(CASE), "triton"))
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("name", NORM_FAULTS)
+def test_a_missing_order_of_norms_is_found(name):
+    _check(name, 0, lambda: DORA.assert_parity(NORM_CASE, DORA.inputs(NORM_CASE), "triton"))
+
+
+def _check(name, xa_columns, call):
     target, right, wrong = FAULTS[name]
     changed = 0
 
@@ -39,12 +54,12 @@ def test_a_missing_order_is_found(name):
         changed += count
         return executor.load(text)
 
-    plan = fixed_plan(xa_columns=2, descriptors=target > 80)
+    plan = fixed_plan(xa_columns=xa_columns, descriptors=target > 80)
 
     def suite():
         for seed in range(3):
             with running(Machine(target, 6, seed, weak=1, plan=plan, load=load)):
-                assert_parity(CASE, make_inputs(CASE), "triton")
+                call()
 
     if name.startswith("nothing"):
         suite()

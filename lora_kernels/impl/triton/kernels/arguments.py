@@ -141,6 +141,9 @@ class ForwardShape(NamedTuple):
     XA_COLUMNS: int
     BLOCKSIZE: int = 0  # codes that share a scale; 0 of a dense W
     BY_COLUMNS: bool = False  # whether W lies as [K, N]
+    NORM_ROWS: int = 0  # of DoRA's norm's tiles, as in `NormShape`; 0: there are none
+    NORM_COLUMNS: int = 0
+    NORM_RANKS: int = 0
 
 
 class BackwardShape(NamedTuple):
@@ -216,11 +219,10 @@ class NormShape(NamedTuple):
     N: int
     K: int
     R: int
-    BLOCK_N: int
-    BLOCK_K: int
-    BLOCK_R: int
-    RANKS: int  # of one product,
-    RANKS_32: int  # and of one of float32's
+    BLOCK_R: int  # R padded
+    NORM_ROWS: int  # of W and n, of a tile,
+    NORM_COLUMNS: int  # its columns a step,
+    NORM_RANKS: int  # and ranks of one product of 16 bits
 
 
 class PassShape(NamedTuple):

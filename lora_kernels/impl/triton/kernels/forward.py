@@ -1,6 +1,7 @@
 """The forward kernel: y = x Wᵀ + bias + scaling · xa Bᵀ and xa = D(x) Aᵀ in one launch.
 
-A program takes tiles of y, [BLOCK_M, BLOCK_N], until there are none. What it does for one:
+A program takes tiles of y, [BLOCK_M, BLOCK_N], until there are none. Of DoRA the lowest numbers are
+tiles of the norm, rows of W, which wait for nothing. What a program does for a tile of y:
 
 1. It takes the tile's number. The lowest numbers are the xa columns: the first XA_COLUMNS columns
    of tiles, which also shrink x. The others follow.
@@ -10,7 +11,7 @@ A program takes tiles of y, [BLOCK_M, BLOCK_N], until there are none. What it do
 3. It waits until all parts of its row panel's xa are there, which its flag counts.
 4. It expands: scaling · xa Bᵀ is added to the same sums.
 5. It counts itself out of the flag, adds the bias, rounds once and stores y; of DoRA it stores the
-   sums as u, and multiplies them by g before the bias.
+   sums as u, waits until all norms are there, and multiplies by g before the bias.
 
 docs/kernels.md draws this, and says why no order of programs can deadlock.
 """
@@ -31,6 +32,7 @@ from lora_kernels.impl.triton.kernels.memory import (
     store_tile,
     wide,
 )
+from lora_kernels.impl.triton.kernels.norm import store_norms
 from lora_kernels.impl.triton.kernels.order import fused_tile, take
 from lora_kernels.impl.triton.kernels.products import opaque, read, zeros
 from lora_kernels.impl.triton.kernels.split_k import by_ranks, by_threads, load_part, store_part
@@ -114,9 +116,11 @@ def forward_kernel(
     A tile of an xa column waits for no later tile before it has left its own sums; so XA_COLUMNS
     running programs are enough. XA_COLUMNS = 0 reads an xa made by an earlier launch.
     x_descriptor, w_descriptor: blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], or both None.
-    flags: int32, one a row panel and the ticket, zero before and after.
+    flags: int32, one a row panel, the ticket, and with NORM_ROWS the norms'; zero before and after.
     """
     N: tl.constexpr = SHAPE.N
+    NORM_ROWS: tl.constexpr = SHAPE.NORM_ROWS
+    NORMS: tl.constexpr = (N + NORM_ROWS - 1) // NORM_ROWS if NORM_ROWS > 0 else 0
     XA_COLUMNS: tl.constexpr = SHAPE.XA_COLUMNS
     COLUMNS: tl.constexpr = (N + SHAPE.BLOCK_N - 1) // SHAPE.BLOCK_N
     panels = tl.cdiv(m, SHAPE.BLOCK_M)
@@ -126,13 +130,22 @@ def forward_kernel(
         seed = seed_of(call.seed)
     draw = arguments.Draw(seed, threshold, None)
     tiles = panels * COLUMNS
+    norms_flag = flags + panels + 1
     number = 0
-    while number < tiles:
-        number = take(flags + panels, tiles)
+    while number < NORMS + tiles:
+        number = take(flags + panels, NORMS + tiles)
+        first = number
+        if NORMS > 0:
+            first = tl.maximum(number - NORMS, 0)
+            for tile in tl.range(
+                number, tl.minimum(opaque(number + 1), NORMS), num_stages=1, disable_licm=True
+            ):
+                store_norms(call.w, call.a, call.b, call.gain.norm, tile, scale, SHAPE, MODE)
+                publish(norms_flag)
         # Of one turn, or none: out of this loop nothing is hoisted, which would fill registers. No
         # stages: where K is one step Triton would pipeline it, its tiles' last operands too.
         for tile in tl.range(
-            number, tl.minimum(opaque(number + 1), tiles), num_stages=1, disable_licm=True
+            first, tl.minimum(opaque(number + 1 - NORMS), tiles), num_stages=1, disable_licm=True
         ):
             panel, panel_column = fused_tile(tile, panels, COLUMNS, XA_COLUMNS, SHAPE.GROUP)
             row = panel * SHAPE.BLOCK_M
@@ -180,14 +193,17 @@ def forward_kernel(
                 )
             if call.bias is not None:
                 bias_row = load_bias(call.bias, columns, SHAPE)
-            if call.gain is not None:
-                gain = load_gain(call.gain, columns, N, SHAPE.BLOCK_N)
             acc = read(acc, MODE)
             if XA_COLUMNS > 0:
                 leave(flags + panel, XA_COLUMNS + COLUMNS - 1)
             if call.gain is not None:
                 store_tile(out.u, acc, rows, columns, m, N, EVEN=N % SHAPE.BLOCK_N == 0)
+                if NORMS > 0:
+                    wait(norms_flag, NORMS)
+                gain = load_gain(call.gain, columns, N, SHAPE.BLOCK_N)
                 acc *= gain[None, :]
+                if NORMS > 0:
+                    leave(norms_flag, NORMS + tiles - 1)
             if call.bias is not None:
                 acc += bias_row.to(tl.float32)[None, :]
             store_tile(out.y, acc, rows, columns, m, N, EVEN=N % SHAPE.BLOCK_N == 0)

@@ -80,7 +80,7 @@ def peft_seconds(problem: Problem, device: Device) -> float:
 def dora_seconds(problem: Problem, device: Device, own: bool) -> float:
     """Return what DoRA adds: the norm's pass over W, u, dz, and with dropout a product of D(x).
 
-    own: whether the large product is Triton's, which multiplies by g itself.
+    own: whether the large product is Triton's, whose launch makes the norm and multiplies by g.
     """
     if not problem.gain:
         return 0.0
@@ -88,8 +88,10 @@ def dora_seconds(problem: Problem, device: Device, own: bool) -> float:
     again = (frozen_seconds(problem, device) + _pass_seconds(2 * x, device)) * drops
     if problem.backward:
         return _pass_seconds((3 + drops) * y, device) + again
-    norm = _pass_seconds(problem.n * problem.k * problem.bits // 8, device)
-    return norm + again + (y / _streaming(device) if own else _pass_seconds(2 * y, device))
+    w = problem.n * problem.k * problem.bits // 8
+    if own:  # moved within its launch
+        return again + (w + y) / _streaming(device)
+    return again + _pass_seconds(w, device) + _pass_seconds(2 * y, device)
 
 
 def library_seconds(problem: Problem, device: Device) -> float:
