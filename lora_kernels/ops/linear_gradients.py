@@ -89,7 +89,7 @@ def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = (need_x, need_a, need_b, need_bias)
     params: CallParams = ctx.params
     x, xa, weight, a, b, seed, scaling_tensor, *parts = saved_tensors(ctx, params.layer)
-    if backward_needs_plain_torch():
+    if backward_needs_plain_torch(dy if parts or params.parts else None):
         call = call_of(
             *(weight, parts or None, params.format if parts else None, a, b, None, seed),
             *(params.threshold, scaling_tensor, params.scaling),

@@ -273,7 +273,7 @@ class MixedLoraLinear(torch.autograd.Function):
             ctx.needs_input_grad[1],
         )  # fmt: skip
         flat = (weight, factors[:count], factors[count:], scalings, owners, seed, params.threshold)
-        if backward_needs_plain_torch():
+        if backward_needs_plain_torch(dy):
             found = _with_graph(dy, x, xa, mixed_call_of(None, *flat), wanted)
         else:
             found = below_autograd(params.operators.backward, dy, x, xa, *flat, list(wanted))

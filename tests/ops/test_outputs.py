@@ -1,5 +1,7 @@
 """What callers do with y: they change it in place, and some give it no gradient at all."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.profiler import profile
@@ -9,6 +11,7 @@ from lora_kernels.dispatch import has_op
 from lora_kernels.ops import mixed as mixed_op
 from lora_kernels.testing import MIXED, MixedCase
 from tests.support.implementations import IMPLS, skip_if_refused
+from tests.support.quantised import drawn
 
 
 def leaf(*shape):
@@ -145,3 +148,37 @@ def test_an_operators_results_may_all_be_without_a_gradient(op):
     y = getattr(torch.ops.lora_kernels, f"{op}_forward_eager").default(*flat)[0]
     NoGradient.apply(y).sum().backward()
     assert [a.grad, b.grad] == [None, None]
+
+
+def quantised(name, impl):
+    leaves, w = [leaf(4, 64), leaf(6, 4)], drawn(name, 6, 64)
+    return lk.lora_linear(torch.randn(3, 64), w, *leaves, impl=impl), leaves
+
+
+def packed(impl):
+    layer = lk.LoRALinear(8, 6, r=4, impl=impl)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    lk.prepack_(layer)
+    return layer(torch.randn(3, 8)), [layer.lora_A.weight, layer.lora_B.weight]
+
+
+LISTS = {
+    "nf4": partial(quantised, "nf4"),
+    "int8": partial(quantised, "int8"),
+    "packed": packed,
+    "mixed": mixed,
+}
+
+
+@impls
+@pytest.mark.parametrize("call", LISTS.values(), ids=LISTS)
+def test_a_batch_of_gradients_where_an_operator_has_lists_of_tensors(call, impl):
+    """torch calls other operators of ours for each gradient of the batch."""
+    skip_if_refused(impl, op="mixed_lora_linear" if call is mixed else "lora_linear")
+    y, leaves = call(impl)
+    expected = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    batch = torch.stack([torch.ones_like(y), 2 * torch.ones_like(y)])
+    found = torch.autograd.grad(y, leaves, batch, is_grads_batched=True)
+    for grads, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(grads[0], one, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grads[1], 2 * one, rtol=1e-5, atol=1e-5)
