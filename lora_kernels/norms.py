@@ -21,8 +21,8 @@ class KnownNorms(HeldWeight):
     """Norms, and what they were formed of: W by version and address, A and B by their values.
 
     Fused optimizers and writes through `.data` don't move a version. To compare values reads
-    R (N + K) numbers, where to form norms reads N K; of W one row and one column are compared, which
-    such a write reaches as a rule: another adapter's BA, a factor, weights of another file.
+    R (N + K) numbers, where to form norms reads N K; of W one row and one column are compared,
+    which such a write reaches as a rule: another adapter's BA, a factor, weights of another file.
     """
 
     def __init__(self, weight: Tensor, linear: LinearCall) -> None:
