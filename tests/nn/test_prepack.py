@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 
 import lora_kernels as lk
@@ -394,16 +393,3 @@ def test_an_adapter_of_dora_beside_packed_copies(cast, autocast):
         found.append([y, alone, *torch.autograd.grad(y.float().square().sum(), leaves)])
     tolerance = {"rtol": 0.05, "atol": 0.2} if autocast else {}
     torch.testing.assert_close(found[1], found[0], **tolerance)
-
-
-@needs_packing
-def test_a_graph_of_make_fx_takes_the_weight_itself():
-    model = make_model()
-    lk.prepack_(model)
-    x, parameters = torch.randn(3, 48), dict(model.named_parameters())
-
-    def f(parameters, x):
-        return torch.func.functional_call(model, parameters, (x,))
-
-    expected = f(parameters, x)
-    torch.testing.assert_close(make_fx(f)(parameters, x)(parameters, x), expected)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 
 import lora_kernels as lk
@@ -182,3 +183,16 @@ def test_a_batch_of_gradients_where_an_operator_has_lists_of_tensors(call, impl)
     for grads, one in zip(found, expected, strict=True):
         torch.testing.assert_close(grads[0], one, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(grads[1], 2 * one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_of_make_fx_takes_a_packed_weight_itself():
+    layer, x = lk.LoRALinear(8, 6, r=4), torch.randn(3, 8)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    lk.prepack_(layer)
+    parameters = dict(layer.named_parameters())
+
+    def f(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,))
+
+    expected = f(parameters, x)
+    torch.testing.assert_close(make_fx(f)(parameters, x)(parameters, x), expected)
