@@ -205,6 +205,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512, help="of the model (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the model (%(default)s)")
     args = parser.parse_args()
+    if args.adapters < 2 or args.requests < 1:
+        parser.error(
+            "expected --adapters of at least 2, since one is loaded meanwhile, and --requests of "
+            f"at least 1, got {args.adapters} and {args.requests}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         base = base_model(args.hidden, args.layers)
         files = write_adapters(base, Path(folder), args.adapters)

@@ -46,7 +46,7 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     command = commands.add_parser("inspect", help=text, description=text)
     archs = (80, 86, 89, 90, 100, 120)
     command.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=archs)
-    command.add_argument("--rank", type=int, nargs="+", default=[16, 64, 256])
+    command.add_argument("--rank", type=_positive, nargs="+", default=[16, 64, 256])
     command.add_argument("--only", default="", metavar="TEXT", help="rows whose config holds TEXT")
     command.add_argument(
         "--built", action="store_true", help="the kernels of the compiled CUDA part instead"

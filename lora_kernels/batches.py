@@ -15,6 +15,13 @@ class Batch:
     def __init__(self, samples: Any) -> None:
         self.samples = samples
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # A model that is copied or pickled inside a block is outside of any.
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
     def forward(self, layer: Any, x: Tensor, impl: str, path: str) -> Tensor:
         """Return a layer's output for the batch.
 
@@ -57,10 +64,11 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         A context manager.
 
     Raises:
-        TypeError: `model` is no module, or a name is no string.
-        ValueError: an unknown adapter, a layer that can't serve it (named with the reason), or a
-            block inside another one; nothing is changed then. Inside: a layer is called with
-            another number of samples.
+        TypeError: `model` is no module, `names` is a string, or a name is none.
+        ValueError: an unknown adapter, a layer that can't serve it (named with the reason), a
+            module that one adapter has for all samples, as `modules_to_save` makes, or a block
+            inside another one; nothing is changed then. Inside: a layer is called with another
+            number of samples.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -73,6 +81,8 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         >>> y.shape, bool((y[0] == y[1]).all())
         (torch.Size([3, 8]), False)
     """
+    if isinstance(names, str):
+        raise TypeError(f"names: expected a name for each sample, got one string, {names!r}")
     layers = _layers(model, tuple(names))
     from lora_kernels._peft.mixed import Samples  # where there are such layers, there is peft
 
@@ -120,4 +130,26 @@ def _layers(model: nn.Module, names: tuple[str, ...]) -> list[Any]:
             raise ValueError(
                 f"model: expected layers that serve several adapters, got {path!r}: {reason}"
             )
+    _check_others(model, names)
     return [layer for _, layer in found if isinstance(layer, FusedLinear)]
+
+
+def _check_others(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Check that what else PEFT put into a model, once for all samples, is what each would have."""
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for path, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            continue
+        if isinstance(module, LoraLayer):
+            continue
+        owned: set[str] = module._get_available_adapters()
+        active = set() if module.disable_adapters else owned & {*module.active_adapters}
+        if any(owned & {name} != active for name in names):
+            raise ValueError(
+                f"model: expected layers that serve several adapters, got {path!r}: "
+                f"{type(module).__name__}, which has one adapter for all samples, now "
+                f"{', '.join(sorted(active)) or 'none'}"
+            )

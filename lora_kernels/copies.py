@@ -15,6 +15,7 @@ from lora_kernels.operands.weight import Dense, Weight
 from lora_kernels.prepack import reason_left
 
 Copies = OnednnWeight | CastWeight
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class HoldingLayer(Protocol):
@@ -27,8 +28,8 @@ def current(layer: HoldingLayer, weight: Tensor) -> Weight:
     """Return a layer's weight as a call takes it: with its copies while they are of `weight`."""
     # Another thread may be unpatching the layer.
     held = getattr(layer, "_lora_kernels_packed", None)
-    # Opaque tensors and versions can't be traced: compiled graphs take the weight itself.
-    if held is None or torch.compiler.is_compiling():
+    # Opaque tensors and versions can't be traced: graphs take the weight itself, make_fx's too.
+    if held is None or torch.compiler.is_compiling() or _count_dispatch_modes():
         return Dense(weight)
     if held.holds(weight):
         return held

@@ -26,7 +26,9 @@ PYTHON = ("reference", "eager", "triton")
 COMPILED = {"cpu": "a CPU", "cuda": "a CUDA device"}  # and what each needs
 
 library = torch.library.Library("lora_kernels", "DEF")
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+# Below what notes views, too: a result that is one, of what a body allocated, couldn't be changed
+# in place by whoever gets it from an autograd.Function.
+_BelowAutograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 class Operators(NamedTuple):

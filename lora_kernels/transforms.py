@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -11,6 +12,7 @@ _interpreter = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing
 _count_modes = torch._C._len_torch_dispatch_stack
 _NOTHING = type(None)
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def needs_plain_torch() -> bool:
@@ -28,8 +30,12 @@ def needs_plain_torch() -> bool:
     return _is_tracing() or counts_flops()
 
 
-def backward_needs_plain_torch() -> bool:
-    """Whether backward is recorded (create_graph), mapped, counted, or dy may have a tangent."""
+def backward_needs_plain_torch(dy: Tensor | None = None) -> bool:
+    """Whether backward is recorded (create_graph), mapped, counted, or dy may have a tangent.
+
+    dy: given where the operator has a list of tensors, which torch can't call for each gradient of
+    a batch (is_grads_batched) as it does others.
+    """
     if torch.compiler.is_dynamo_compiling():
         return False
     return (
@@ -37,6 +43,7 @@ def backward_needs_plain_torch() -> bool:
         or type(_interpreter()) is not _NOTHING
         or forward_ad._current_level >= 0
         or counts_flops()
+        or (dy is not None and _is_batched(dy))
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, _ConvNd
 from torch import Tensor, nn
 
-from lora_kernels._peft.fused import Fused, active_adapter
+from lora_kernels._peft.fused import Fused, active_adapter, path_of
 from lora_kernels.bypass import (
     dropout_reason,
     everywhere_reason,
@@ -57,7 +57,7 @@ class _FusedConv(Fused):
                 return reason
         if p:
             call = call._replace(dropout=drawn(p, None, x.device))
-        return partial(run, x, call, geometry, impl, cast)
+        return partial(run, x, call, geometry, impl, cast, path_of(layer))
 
 
 class FusedConv1d(_FusedConv, Conv1d):

@@ -80,7 +80,10 @@ def fused_parts(layer: Embedding) -> Parts | str:
     if a.dtype != b.dtype:
         return f"lora_embedding_A is {a.dtype}, lora_embedding_B {b.dtype}"
     options = {"padding_idx": base.padding_idx, "embed_scale": scale}
-    return read[0], a, b, layer.scaling[name], options
+    scaling = layer.scaling[name]
+    # A number that `lora_embedding` doesn't take, such as numpy's, is one that PEFT multiplies by.
+    scaling = scaling if isinstance(scaling, Tensor | float) else float(scaling)
+    return read[0], a, b, scaling, options
 
 
 def _embed_scale(base: Any) -> Tensor | float | str | None:

@@ -66,6 +66,12 @@ class Fused:
         raise NotImplementedError
 
 
+def path_of(layer: Any) -> str:
+    """Return the path that an error in backward names; compiled graphs don't depend on it."""
+    calls = None if torch.compiler.is_dynamo_compiling() else vars(layer).get("_lora_kernels_calls")
+    return "" if calls is None else str(calls.path)
+
+
 def active_adapter(
     layer: LoraLayer, adapters: Any, forward: Any
 ) -> tuple[str, None] | tuple[None, str]:

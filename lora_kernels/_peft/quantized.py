@@ -8,11 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from lora_kernels._peft.fused import Fused
+from lora_kernels._peft.fused import Fused, path_of
 from lora_kernels._peft.linear import FusedParts, call_reason, fused_parts
 from lora_kernels.bypass import origin
 from lora_kernels.operands.call import Adapter
@@ -49,9 +48,7 @@ class QuantizedForward(Fused):
             return reason
         if p:
             call = call._replace(dropout=drawn(p, None, x.device))
-        calls = layer.__dict__.get("_lora_kernels_calls")
-        path = "" if calls is None or torch.compiler.is_dynamo_compiling() else calls.path
-        compute = partial(run, given, call, impl, cast, path)
+        compute = partial(run, given, call, impl, cast, path_of(layer))
         return (lambda: compute().to(x.dtype)) if base.casts_back else compute
 
     def _unfused(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:

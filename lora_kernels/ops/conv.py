@@ -19,23 +19,28 @@ from lora_kernels.ops.plain_torch import is_plain_torch
 
 
 def run(
-    x: Tensor, call: LinearCall, geometry: Geometry, impl: str, cast: torch.dtype | None = None
+    x: Tensor,
+    call: LinearCall,
+    geometry: Geometry,
+    impl: str,
+    cast: torch.dtype | None = None,
+    layer: str = "",
 ) -> Tensor:
     """Compute a call whose tensors are known to fit each other; modules come in here.
 
-    cast: `autocast_dtype(x)`.
+    cast: `autocast_dtype(x)`. layer: the layer's path, which an error in backward names.
     """
     if is_plain_torch(impl):
         if cast is not None:
             x, call = x.to(cast), call.cast(cast)
         return reference.forward(x, call, geometry)[0]
     if op_of(x, call, geometry) == "lora_linear":
-        return run_linear(x.movedim(1, -1), _matrices(call), impl, cast).movedim(-1, 1)
+        return run_linear(x.movedim(1, -1), _matrices(call), impl, cast, layer).movedim(-1, 1)
     if cast is not None:
         x, call = x.to(cast), call.cast(cast)
     rank, dropout = call.adapter.a.shape[0], call.dropout is not None
     asked = ("lora_conv", x.device, x.dtype, rank, dropout, call.weight.format)
-    return differentiable(OPERATORS[choose(impl, asked).name], x, call, geometry)[0]
+    return differentiable(OPERATORS[choose(impl, asked).name], x, call, geometry, layer)[0]
 
 
 def op_of(x: Tensor, call: LinearCall, geometry: Geometry) -> str:

@@ -9,6 +9,7 @@ from lora_kernels.impl.convolution import weight_gradient
 from lora_kernels.impl.reference import conv as reference
 from lora_kernels.operands.call import LinearCall, Wanted
 from lora_kernels.operands.conv import Geometry, conv_call_of
+from lora_kernels.ops.linear_gradients import none_of, saved_tensors, see_missing_gradients
 from lora_kernels.registration import Operators, below_autograd
 from lora_kernels.transforms import backward_needs_plain_torch
 
@@ -20,6 +21,7 @@ class ConvParams(NamedTuple):
     threshold: int
     scaling: float
     geometry: Geometry
+    layer: str  # the layer's path, for errors in backward
 
 
 class LoraConv(torch.autograd.Function):
@@ -31,7 +33,7 @@ class LoraConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, a, b, bias, seed, scaling_tensor, params):
-        both, threshold, scaling, geometry = params
+        both, threshold, scaling, geometry, _ = params
         y, xa = below_autograd(
             both.forward, x, weight, a, b, bias, seed, threshold, scaling_tensor, scaling, *geometry
         )
@@ -43,13 +45,16 @@ class LoraConv(torch.autograd.Function):
         )
         ctx.params, ctx.size = params, x.shape
         ctx.mark_non_differentiable(xa)
+        see_missing_gradients(ctx)
         return y, xa
 
     @staticmethod
     def backward(ctx, dy, _):
+        if dy is None:
+            return none_of(ctx)
         need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
-        x, xa, weight, a, b, seed, scaling_tensor = ctx.saved_tensors
-        both, threshold, scaling, geometry = ctx.params
+        both, threshold, scaling, geometry, layer = ctx.params
+        x, xa, weight, a, b, seed, scaling_tensor = saved_tensors(ctx, layer, "lora_conv")
         wanted = Wanted(need_x, need_a, need_b, need_bias)
         others = (a, b, seed, threshold, scaling_tensor, scaling, *geometry)
         if backward_needs_plain_torch():

@@ -206,11 +206,14 @@ OPERATORS = {i.name: operators("lora_conv", i.name) for i in IMPLEMENTATIONS}
 
 
 def differentiable(
-    both: Operators, x: Tensor, call: LinearCall, geometry: Geometry
+    both: Operators, x: Tensor, call: LinearCall, geometry: Geometry, layer: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """Return y and xa by an implementation's operators, with gradients where they are wanted."""
+    """Return y and xa by an implementation's operators, with gradients where they are wanted.
+
+    layer: the layer's path, which an error in backward names.
+    """
     weight, a, b, bias, seed, threshold, tensor, number, *_ = flat(call, geometry)
     if not is_recorded(x, weight, a, b, bias):
         return below_autograd(both.forward, x, *flat(call, geometry))
-    params = ConvParams(both, threshold, number, geometry)
+    params = ConvParams(both, threshold, number, geometry, layer)
     return LoraConv.apply(x, weight, a, b, bias, seed, tensor, params)

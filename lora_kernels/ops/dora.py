@@ -22,6 +22,7 @@ from lora_kernels.impl.reference import dora as reference
 from lora_kernels.operands.call import Adapter, LinearCall, as_autocast, autocast_dtype, call_of
 from lora_kernels.operands.dora import DoraCall, DoraWanted, Kept
 from lora_kernels.operands.dropout import drawn
+from lora_kernels.operands.onednn import OnednnWeight
 from lora_kernels.operands.precision import has_wide_branch
 from lora_kernels.operands.weight import Dense
 from lora_kernels.ops.dora_gradients import DoraOperatorFunction, LoraDoraLinear
@@ -268,6 +269,9 @@ def run(
     if cast is not None:
         check_memory(x=x, weight=call.linear.weight.decode(), bias=call.linear.bias)
         x, call = x.to(cast), call.cast(cast)
+    if isinstance(call.linear.weight, OnednnWeight):  # packed before this adapter was active
+        call.linear.weight.unused = "DoRA", x.dtype
+        call = call._replace(linear=call.linear._replace(weight=Dense(call.linear.weight.stored)))
     if torch.compiler.is_exporting():
         return torch.ops.lora_kernels.lora_dora_linear.default(x, *call.flat(), impl)
     both = _operators(x, call, impl)

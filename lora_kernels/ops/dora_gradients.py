@@ -10,7 +10,12 @@ from lora_kernels.impl.reference import linear as plain
 from lora_kernels.impl.reference.mask import dropped
 from lora_kernels.operands.call import LinearCall, Wanted, call_of
 from lora_kernels.operands.dora import DoraCall, DoraWanted, Kept
-from lora_kernels.ops.linear_gradients import CallParams, saved_tensors
+from lora_kernels.ops.linear_gradients import (
+    CallParams,
+    none_of,
+    saved_tensors,
+    see_missing_gradients,
+)
 from lora_kernels.registration import below_autograd
 from lora_kernels.transforms import backward_needs_plain_torch
 
@@ -40,17 +45,16 @@ class DoraOperatorFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         y, xa, u, norm = _forward(ctx, *inputs)
-        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(norm)
         ctx.shape = y.shape
         return y, xa, u, norm
 
     @staticmethod
     def backward(ctx, dy, dxa, du, _):
+        if dxa is None and du is None:
+            return _gradients(ctx, dy)
         weight = ctx.saved_tensors[3]
         grads = _gradients(ctx, weight.new_zeros(ctx.shape) if dy is None else dy)
-        if dxa is None and du is None:
-            return grads
         dx, dw, da, db, *others = grads
         return _with_gradients_of_products(ctx, dxa, du, (dx, da, db), dw) + tuple(others)
 
@@ -69,6 +73,7 @@ def _forward(ctx, x, weight, lora_A, lora_B, bias, magnitude, seed, scaling_tens
         *(weight, lora_A, lora_B, magnitude, norm, seed, scaling_tensor),
     )
     ctx.params = params
+    see_missing_gradients(ctx)
     return y, xa, u, norm
 
 
@@ -83,8 +88,10 @@ def _saved_call(ctx: Any) -> tuple[Kept, DoraCall]:
     return Kept(x, xa, u, norm), DoraCall(linear, magnitude)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of a Function's nine arguments, None where not needed."""
+    if dy is None:
+        return none_of(ctx)
     need_x, need_weight, need_a, need_b, need_bias, need_m = ctx.needs_input_grad[:6]
     wanted = DoraWanted(need_x, need_a, need_b, need_bias, need_m)
     kept, call = _saved_call(ctx)

@@ -42,7 +42,7 @@ def dropout_mask(
         >>> lk.lora_linear(x, torch.zeros(1, 6), a, b, dropout_p=0.5, training=True, seed=7)
         tensor([[8.]])
     """
-    dims = tuple(shape)
+    dims = tuple(shape) if isinstance(shape, Sequence) else ()
     if not dims or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in dims):
         raise ValueError(f"shape: expected at least one non-negative int, got {shape!r}")
     check_dropout_p(dropout_p)

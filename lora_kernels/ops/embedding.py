@@ -18,6 +18,7 @@ from lora_kernels.impl.reference import embedding as reference
 from lora_kernels.operands.call import Adapter, Wanted
 from lora_kernels.operands.embedding import NO_PADDING, EmbeddingCall, embedding_call_of
 from lora_kernels.operands.weight import Dense
+from lora_kernels.ops.linear_gradients import none_of, saved_tensors, see_missing_gradients
 from lora_kernels.ops.plain_torch import is_plain_torch
 from lora_kernels.registration import (
     Direction,
@@ -163,14 +164,17 @@ class LoraEmbedding(torch.autograd.Function):
         both, scaling, padding_idx = params
         ctx.save_for_backward(ids, a, b, scaling_tensor, embed_scale)
         ctx.params = params
+        see_missing_gradients(ctx)
         return below_autograd(
             both.forward, ids, weight, a, b, scaling_tensor, scaling, padding_idx, embed_scale
         )
 
     @staticmethod
     def backward(ctx, dy):
+        if dy is None:
+            return none_of(ctx)
         _, need_weight, need_a, need_b = ctx.needs_input_grad[:4]
-        ids, a, b, scaling_tensor, embed_scale = ctx.saved_tensors
+        ids, a, b, scaling_tensor, embed_scale = saved_tensors(ctx, "", "lora_embedding")
         both, scaling, padding_idx = ctx.params
         flat = (a, b, scaling_tensor, scaling, padding_idx, embed_scale)
         if backward_needs_plain_torch():

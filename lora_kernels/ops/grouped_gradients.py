@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_kernels.impl.reference import grouped as reference
 from lora_kernels.operands.call import Wanted
 from lora_kernels.operands.grouped import grouped_call_of
-from lora_kernels.ops.linear_gradients import saved_tensors
+from lora_kernels.ops.linear_gradients import none_of, saved_tensors, see_missing_gradients
 from lora_kernels.registration import Operators, below_autograd
 from lora_kernels.transforms import backward_needs_plain_torch
 
@@ -50,10 +50,13 @@ class GroupedLoraLinear(torch.autograd.Function):
         )
         ctx.params, ctx.tokens = params, x.shape[0]
         ctx.mark_non_differentiable(xa)
+        see_missing_gradients(ctx)
         return y, xa
 
     @staticmethod
     def backward(ctx, dy, _):
+        if dy is None:
+            return none_of(ctx)
         need_x, need_bias, _, need_a, need_b = ctx.needs_input_grad[:5]
         wanted, params = Wanted(need_x, need_a, need_b, need_bias), ctx.params
         saved = saved_tensors(ctx, params.layer, "grouped_lora_linear")

@@ -51,13 +51,12 @@ class OperatorFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         y, xa = _forward(ctx, *inputs)
-        ctx.set_materialize_grads(False)
         ctx.shape, ctx.dtype = y.shape, y.dtype
         return y, xa
 
     @staticmethod
     def backward(ctx, dy, dxa):
-        if dy is None:
+        if dy is None and dxa is not None:
             dy = dxa.new_zeros(ctx.shape, dtype=ctx.dtype)
         grads = _gradients(ctx, dy)
         if dxa is None:
@@ -78,16 +77,19 @@ def _forward(ctx, x, weight, lora_A, lora_B, bias, seed, scaling_tensor, params,
         *(weight, lora_A, lora_B, seed, scaling_tensor, *parts),
     )
     ctx.params = params
+    see_missing_gradients(ctx)
     return y, xa
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of a Function's arguments, None where not needed."""
+    if dy is None:
+        return none_of(ctx)
     need_x, need_weight, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
     wanted = (need_x, need_a, need_b, need_bias)
     params: CallParams = ctx.params
     x, xa, weight, a, b, seed, scaling_tensor, *parts = saved_tensors(ctx, params.layer)
-    if backward_needs_plain_torch():
+    if backward_needs_plain_torch(dy if parts or params.parts else None):
         call = call_of(
             *(weight, parts or None, params.format if parts else None, a, b, None, seed),
             *(params.threshold, scaling_tensor, params.scaling),
@@ -109,6 +111,20 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dbias if need_bias else None,
         *(None,) * (3 + len(parts)),
     )
+
+
+def see_missing_gradients(ctx: Any) -> None:
+    """Let backward get None where y has no gradient, not zeros: its parameters then have none.
+
+    An optimizer moves a parameter whose gradient is zero, by decay and momentum.
+    """
+    if not torch.compiler.is_dynamo_compiling():  # which doesn't know the call
+        ctx.set_materialize_grads(False)
+
+
+def none_of(ctx: Any) -> tuple[None, ...]:
+    """Return the gradients of a Function's arguments where its results have none."""
+    return (None,) * len(ctx.needs_input_grad)
 
 
 def saved_tensors(ctx: Any, layer: str, op: str = "lora_linear") -> tuple[Any, ...]:

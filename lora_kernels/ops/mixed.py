@@ -16,7 +16,7 @@ from lora_kernels.impl.reference import mixed as reference
 from lora_kernels.operands.call import Wanted
 from lora_kernels.operands.mixed import MixedCall, MixedGradients, mixed_call_of
 from lora_kernels.ops.grouped_checks import check_tensors
-from lora_kernels.ops.linear_gradients import saved_tensors
+from lora_kernels.ops.linear_gradients import none_of, saved_tensors, see_missing_gradients
 from lora_kernels.registration import (
     Direction,
     Operators,
@@ -258,10 +258,13 @@ class MixedLoraLinear(torch.autograd.Function):
         )
         ctx.params = params
         ctx.mark_non_differentiable(xa)
+        see_missing_gradients(ctx)
         return y, xa
 
     @staticmethod
     def backward(ctx, dy, _):
+        if dy is None:
+            return none_of(ctx)
         x, xa, weight, scalings, owners, seed, *factors = saved_tensors(ctx, ctx.params.layer, OP)
         count, params = len(factors) // 2, ctx.params
         needed = ctx.needs_input_grad[7:]
@@ -270,7 +273,7 @@ class MixedLoraLinear(torch.autograd.Function):
             ctx.needs_input_grad[1],
         )  # fmt: skip
         flat = (weight, factors[:count], factors[count:], scalings, owners, seed, params.threshold)
-        if backward_needs_plain_torch():
+        if backward_needs_plain_torch(dy):
             found = _with_graph(dy, x, xa, mixed_call_of(None, *flat), wanted)
         else:
             found = below_autograd(params.operators.backward, dy, x, xa, *flat, list(wanted))

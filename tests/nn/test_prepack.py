@@ -366,3 +366,30 @@ def test_a_packed_weight_that_became_an_inference_tensor_is_not_held():
         base.weight = nn.Parameter(torch.randn(48, 64), requires_grad=False)
     with torch.no_grad():
         torch.testing.assert_close(model(x), x @ base.weight.T + base.bias)
+
+
+@needs_packing
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("cast", [False, True], ids=["packed", "cast and packed"])
+def test_an_adapter_of_dora_beside_packed_copies(cast, autocast):
+    """Packing leaves layers of DoRA, and this one is DoRA's only later."""
+    peft = pytest.importorskip("peft")
+    how = {"r": 4, "target_modules": ["0"], "init_lora_weights": False}
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 8)), peft.LoraConfig(**how))
+    other = copy.deepcopy(model)
+    lk.patch_peft(other, cast_weights=cast, prepack=True)
+    assert other.base_model.model[0]._lora_kernels_packed is not None
+    for each in (model, other):
+        torch.manual_seed(1)
+        each.add_adapter("dora", peft.LoraConfig(use_dora=True, **how))
+        each.set_adapter("dora")
+    x, found = torch.randn(5, 16), []
+    for each in (model, other):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = each(x)
+            with torch.no_grad():
+                alone = each(x)
+        leaves = [p for p in each.parameters() if p.requires_grad]
+        found.append([y, alone, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    tolerance = {"rtol": 0.05, "atol": 0.2} if autocast else {}
+    torch.testing.assert_close(found[1], found[0], **tolerance)

@@ -141,6 +141,7 @@ def test_a_named_implementation_raises_its_reason(impl):
     [
         (((), 0.1, 1), ValueError, "shape: expected"),
         (((2, -1), 0.1, 1), ValueError, "shape: expected"),
+        ((3, 0.1, 1), ValueError, "shape: expected"),
         (((2, 2.5), 0.1, 1), ValueError, "shape: expected"),
         (((2, 2), 1.0, 1), ValueError, "dropout_p: expected"),
         (((2, 2), 0.1, None), TypeError, "seed: expected"),

@@ -72,9 +72,10 @@ def test_without_a_command_it_says_which_there_are(capsys):
         assert command in printed.out
 
 
-def test_unknown_command_is_a_usage_error(capsys):
+@pytest.mark.parametrize("command", [["nonsense"], ["inspect", "--rank", "0"]], ids=str)
+def test_what_it_has_not_is_a_usage_error(command, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["nonsense"])
+        main(command)
     assert "usage" in capsys.readouterr().err
 
 

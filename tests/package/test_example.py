@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,14 @@ def test_adapters_are_served() -> None:
     assert done.stdout.count(missing) == 2
     assert "a broken file: ValueError" in done.stdout
     assert done.stdout.count("tokens/s") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("transformers" in MISSING, reason="the example needs transformers")
+@pytest.mark.parametrize("few", ["--adapters=1", "--requests=0"])
+def test_too_little_to_serve_is_a_usage_error(few, monkeypatch, capsys) -> None:
+    script = runpy.run_path(str(ROOT / "examples" / "serve_adapters.py"))
+    monkeypatch.setattr(sys, "argv", ["serve_adapters.py", few])
+    with pytest.raises(SystemExit, match="2"):
+        script["main"]()
+    assert "expected --adapters of at least 2" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Batches of several adapters, patched: PEFT's adapter_names, and adapter_batch in training."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -165,6 +166,15 @@ def _embeddings(model):
     model.add_adapter("fourth", lora_config(target_modules=["embed_tokens"]))
 
 
+def _saved(model):
+    model.add_adapter("fourth", lora_config(modules_to_save=["lm_head"]))
+    model.set_adapter("fourth")
+
+
+def _tokens_trained(model):
+    model.add_adapter("fourth", lora_config(trainable_token_indices=[1]))
+
+
 def _to_double(name, parameter):
     if "lora_A.second" in name:
         parameter.data = parameter.data.double()
@@ -172,6 +182,12 @@ def _to_double(name, parameter):
 
 REFUSED = {
     "unknown": (lambda m: None, ["nobody"], ValueError, "names: expected adapters of the model"),
+    "one string": (lambda m: None, "second", TypeError, "names: expected a name for each sample"),
+    "a head of one adapter": (
+        _saved, ["fourth", "default"], ValueError,
+        r"lm_head': ModulesToSaveWrapper, which has one adapter for all samples, now fourth",
+    ),
+    "tokens of another": (_tokens_trained, ["fourth"], ValueError, "TrainableTokens.*now none"),
     "no string": (lambda m: None, [1], TypeError, "names: expected strings, got 1"),
     "merged": (lambda m: m.merge_adapter(), NAMES, ValueError, "merged: default"),
     "an embedding": (_embeddings, ["fourth"], ValueError, "no patched linear layer"),
@@ -277,3 +293,25 @@ def test_inference_tensors_are_left_to_peft_where_gradients_are_recorded(pair):
     with pytest.raises(ValueError, match="an inference tensor can't be saved"):  # noqa: SIM117
         with lk.adapter_batch(model, NAMES):
             model(input_ids=ids)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_head_that_all_samples_share_is_served(pair):
+    model, _ = pair
+    _saved(model)
+    ids = tokens()
+    expected = model(input_ids=ids).logits
+    with lk.adapter_batch(model, ["fourth"] * len(ids)):
+        found = model(input_ids=ids).logits
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_model_copied_inside_a_block_is_outside_of_any(pair, copied):
+    model, plain = pair
+    ids = tokens()
+    with lk.adapter_batch(model, NAMES):
+        other = copied(model)
+    torch.testing.assert_close(other(input_ids=ids).logits, plain(input_ids=ids).logits)
+    layer = other.base_model.model.model.layers[0].self_attn.q_proj
+    assert (layer._lora_kernels_calls.fused, layer._lora_kernels_calls.left) == (1, 0)

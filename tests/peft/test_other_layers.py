@@ -1,7 +1,9 @@
 """PEFT's embedding and convolutions with a fused forward: results, losses, and what is left."""
 
 import copy
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -193,3 +195,25 @@ def kinds_after_another(model, impl):
     lk.patch_peft(model, impl=impl)
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0", "1", "2"]))
     return kinds(model)
+
+
+@pytest.mark.parametrize("scaling", [np.float32(1.5), Fraction(3, 2), True], ids=str)
+def test_an_embedding_is_scaled_by_any_number_that_pefts_is(scaling):
+    base, x = make("embedding")
+    model = model_of(base)
+    model.base_model.model[0].scaling["default"] = scaling if scaling is True else float(scaling)
+    expected = model(x)
+    layer = fused(model)
+    layer.scaling["default"] = scaling
+    torch.testing.assert_close(model(x), expected)
+    assert layer._lora_kernels_calls.fused == 1
+
+
+def test_a_convolution_is_named_whose_input_was_changed_before_backward():
+    base, x = make("conv2d")
+    model = model_of(base)
+    fused(model)
+    y = model(x)
+    x += 1
+    with pytest.raises(RuntimeError, match=r"LoRA layer 'base_model\.model\.0': expected its"):
+        y.sum().backward()

@@ -213,8 +213,8 @@ struct Wait {
 // Adds one to a ticket and returns what was there: a number that nobody else has. `does`: as above.
 __device__ inline int take_number(int* ticket, bool does) {
   int number;
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }"
-               : "=r"(number)
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, 0; @p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }"
+               : "=&r"(number)
                : "l"(ticket), "r"(static_cast<int>(does))
                : "memory");
   return number;
@@ -243,8 +243,9 @@ __device__ inline int count_up(int* flag) {
 // Counts a consumer out; the last one, who finds `last` there, leaves a zero behind. `does`: as above.
 __device__ inline void count_out(int* flag, int last, bool does) {
   asm volatile(
-      "{ .reg .pred p, q; .reg .b32 seen; setp.ne.b32 p, %2, 0; @p atom.acq_rel.gpu.global.add.s32 seen, [%0], 1; "
-      "setp.eq.and.s32 q, seen, %1, p; @q st.relaxed.gpu.global.s32 [%0], 0; }" ::"l"(flag),
+      "{ .reg .pred p, q; .reg .b32 seen; setp.ne.b32 p, %2, 0; mov.b32 seen, 0; "
+      "@p atom.acq_rel.gpu.global.add.s32 seen, [%0], 1; setp.eq.and.s32 q, seen, %1, p; "
+      "@q st.relaxed.gpu.global.s32 [%0], 0; }" ::"l"(flag),
       "r"(last), "r"(static_cast<int>(does))
       : "memory");
 }

@@ -36,6 +36,12 @@ Boxes boxes(const Tensor& t) {
   return {t.mutable_data_ptr(), t.size(0), t.size(1), t.stride(0), kHopperBox, t.scalar_type() == ScalarType::Half};
 }
 
+// A contiguous result's; whether its rows can be stored so.
+Boxes boxes(void* data, int64_t rows, int64_t columns, Type type) {
+  return {data, rows, columns, columns, kHopperBox, type == Type::kHalf};
+}
+bool can_store(const Boxes& b) { return reinterpret_cast<uintptr_t>(b.data) % 16 == 0 && b.columns % 8 == 0; }
+
 std::vector<int64_t> shape_like(const Tensor& like, int64_t columns) {
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   sizes.back() = columns;
@@ -170,7 +176,9 @@ void launch_large(Target& target, const Prepared& p, const Problem& problem, For
   params.shrink = plan.shrink;
   params.ticket = ticket(params.flags, plan.counters, plan.numbers, plan.large);
   if (plan.sm90a) {
-    launch(target, plan.large, HopperForwardParams{target.map(boxes(p.v)), target.map(boxes(*p.weight)), params});
+    const Boxes y = boxes(params.y, p.layer.m, p.layer.n, problem.type);
+    const TensorMap x_map = target.map(boxes(p.v)), y_map = can_store(y) ? target.map(y) : x_map;
+    launch(target, plan.large, HopperForwardParams{x_map, target.map(boxes(*p.weight)), y_map, can_store(y), params});
   } else {
     launch(target, plan.large, params);
   }
@@ -200,8 +208,10 @@ void launch_backward(
   params.units = in_units ? static_cast<float*>(data(units)) : nullptr;
   params.ticket = ticket(params.counters, plan.counters, plan.numbers, plan.large);
   if (plan.sm90a) {
+    const Boxes dx = boxes(params.dx, layer.m, layer.k, problem.type);
     const TensorMap dy_map = target.map(boxes(p.v)), x_map = x ? target.map(boxes(*x)) : dy_map;
-    launch(target, plan.large, HopperBackwardParams{dy_map, target.map(boxes(*p.weight)), x_map, params});
+    const TensorMap w_map = target.map(boxes(*p.weight)), dx_map = can_store(dx) ? target.map(dx) : dy_map;
+    launch(target, plan.large, HopperBackwardParams{dy_map, w_map, x_map, dx_map, can_store(dx), params});
   } else {
     launch(target, plan.large, params);
   }

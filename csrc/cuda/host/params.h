@@ -105,13 +105,16 @@ struct Boxes {
   int box, is_half;
 };
 
+// Results whose rows aren't multiples of 16 bytes are stored without boxes; another's map stands for theirs.
 struct HopperForwardParams {
-  TensorMap x_map, w_map;
+  TensorMap x_map, w_map, y_map;
+  int stores_boxes;
   ForwardParams forward;
 };
 
 struct HopperBackwardParams {
-  TensorMap dy_map, w_map, x_map;  // x's is dy's where da isn't wanted
+  TensorMap dy_map, w_map, x_map, dx_map;  // x's is dy's where da isn't wanted
+  int stores_boxes;
   BackwardParams backward;
 };
 

@@ -36,10 +36,10 @@ Choice choice(const char* shape, int ranks, bool dropout, bool in_chunks, int sh
           .ahead = S::kAhead};
 }
 
-Choice hopper_choice(int ranks, bool dropout) {
-  using S = Hopper;
-  return {.shape = "Hopper", .rows = S::kRows, .columns = S::kColumns, .depth = S::kDepth, .threads = S::kThreads + kHopperCopying,
-          .ranks = ranks, .shared_bytes = hopper_bytes(ranks), .dropout = dropout, .in_chunks = true, .sm90a = true, .ahead = false};
+template <class S>
+Choice hopper_choice(const char* shape, int ranks, bool dropout) {
+  return {.shape = shape, .rows = S::kRows, .columns = S::kColumns, .depth = S::kDepth, .threads = S::kThreads + kHopperCopying,
+          .ranks = ranks, .shared_bytes = hopper_bytes<S>(ranks), .dropout = dropout, .in_chunks = true, .sm90a = true, .ahead = false};
 }
 
 bool is_16_bit(Type type) { return type == Type::kBf16 || type == Type::kHalf; }
@@ -47,7 +47,7 @@ bool is_16_bit(Type type) { return type == Type::kBf16 || type == Type::kHalf; }
 const std::vector<Choice>& choices(bool backward, Type type) {
 #define LORA_FORWARD_CHOICE(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, forward_bytes<S>(ranks)),
 #define LORA_BACKWARD_CHOICE(S, ranks, dropout, chunks) choice<S>(#S, ranks, dropout, chunks, backward_bytes<S>(ranks)),
-#define LORA_HOPPER_CHOICE(ranks, dropout) hopper_choice(ranks, dropout),
+#define LORA_HOPPER_CHOICE(S, ranks, dropout) hopper_choice<S>(#S, ranks, dropout),
   static const std::vector<Choice> forwards[] = {
       {LORA_EACH_FORWARD(LORA_FORWARD_CHOICE) LORA_EACH_HOPPER(LORA_HOPPER_CHOICE)},
       {LORA_EACH_FORWARD_FLOAT(LORA_FORWARD_CHOICE)},
@@ -87,13 +87,14 @@ std::string refusal(const Choice& c, const Problem& p, const Device& d) {
 }
 
 // Relative time: waves of tiles, each its work over the share of the peak that a tile of its size reaches, with
-// a few steps' time to fill the pipeline and to store.
+// a few steps' time to fill the pipeline and to store. On sm_90 the share is of what wgmma's 128 x 128 reaches: 0.80 of the
+// peak by docs/kernels.md, which 128 x 256 may reach as a whole.
 double cost(const Choice& c, const Problem& p, const Device& d) {
   const int out = p.backward ? p.k : p.n, depth = p.backward ? p.n : p.k;
   const double tiles = static_cast<double>(ceil_div(p.m, c.rows)) * ceil_div(out, c.columns);
   const double waves = std::max(1.0, tiles / d.multiprocessors);
   const int area = c.rows * c.columns;
-  const double share = c.sm90a ? 1.0 : c.ahead ? 0.82 : area >= 16384 ? 0.75 : area >= 8192 ? 0.62 : 0.5;
+  const double share = c.sm90a ? (area > 16384 ? 1.25 : 1.0) : c.ahead ? 0.82 : area >= 16384 ? 0.75 : area >= 8192 ? 0.62 : 0.5;
   const double tile = area / share * (ceil_div(depth, c.depth) * c.depth + 192.0);
   return (waves < 4 ? ceil_div(static_cast<int64_t>(tiles), d.multiprocessors) : waves) * tile;
 }

@@ -31,9 +31,12 @@ using SmallFloat = Shape<64, 64, 32, 3, 2, 2, 4>;
 using LargeTf32 = Shape<128, 128, 32, 3, 2, 4, 4>;  // whose sums take no more registers than 16-bit elements'
 
 // sm_90a: the threads that multiply; a warp has 16 rows and all columns, as wgmma gives them.
-struct Hopper : Shape<128, 128, 64, 4, 8, 1> {
+template <int kColumnsOfTile, int kStagesOfRing>
+struct HopperShape : Shape<128, kColumnsOfTile, 64, kStagesOfRing, 8, 1> {
   static constexpr int kBarrier = 1;  // of theirs alone
 };
+using HopperWide = HopperShape<256, 3>;  // a wgmma of 64 x 256 reads the least for its products
+using Hopper = HopperShape<128, 4>;      // for more ranks, and few columns
 constexpr int kHopperCopying = 128;  // threads after them, which copy
 constexpr int kHopperBox = 64;       // rows and columns of what is copied at once
 
@@ -51,8 +54,9 @@ constexpr int kHopperBox = 64;       // rows and columns of what is copied at on
 
 #define LORA_EACH_FEW_ROWS(X) X()
 
-// X(ranks, dropout)
-#define LORA_EACH_HOPPER(X) X(16, 0) X(16, 1) X(64, 0) X(64, 1)
+// X(shape, ranks, dropout)
+#define LORA_EACH_HOPPER(X) \
+  X(HopperWide, 16, 0) X(HopperWide, 16, 1) X(Hopper, 16, 0) X(Hopper, 16, 1) X(Hopper, 64, 0) X(Hopper, 64, 1)
 
 #define LORA_EACH_FORWARD_FLOAT(X) \
   X(TallFloat, 16, 0, 1) X(TallFloat, 16, 1, 1) X(TallFloat, 32, 0, 1) X(TallFloat, 32, 1, 1) \
@@ -99,12 +103,14 @@ constexpr int backward_bytes(int ranks) {
   return larger(forward_bytes<S>(ranks), sum_bytes(ranks));
 }
 // Where results of sm_90a's kernels lie before they are stored: a tile, or sums in order.
+template <class S>
 constexpr int hopper_out_bytes(int ranks) {
-  return larger(2 * Hopper::kRows * Hopper::kColumns, in_order_bytes(ranks));
+  return larger(2 * S::kRows * S::kColumns, in_order_bytes(ranks));
 }
+template <class S>
 constexpr int hopper_bytes(int ranks) {
-  const int barriers = 8 * (2 * Hopper::kStages + 2), numbers = kNumberBytes * Hopper::kStages;
-  return ring_bytes<Hopper>(ranks) + low_rank_bytes<Hopper>(ranks) + hopper_out_bytes(ranks) + barriers + numbers;
+  const int barriers = 8 * (2 * S::kStages + 2), numbers = kNumberBytes * S::kStages;
+  return ring_bytes<S>(ranks) + low_rank_bytes<S>(ranks) + hopper_out_bytes<S>(ranks) + barriers + numbers;
 }
 // Few rows: tiles of 16 rows of x by as many rows of W, a program's warps sharing its columns.
 constexpr int kFewRows = 16, kFewRowsColumns = 32, kFewRowsTile = kFewRows * kFewRowsColumns, kFewRowsWarps = 8;

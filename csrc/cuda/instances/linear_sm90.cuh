@@ -4,14 +4,14 @@
 #include "../device/sm90/forward.cuh"
 #include "../host/kernels.h"
 
-#define LORA_JOIN(kind, type, ranks, dropout) lora_##kind##_Hopper_##type##_r##ranks##_d##dropout##_c1
+#define LORA_JOIN(kind, shape, type, ranks, dropout) lora_##kind##_##shape##_##type##_r##ranks##_d##dropout##_c1
 #define LORA_EXPAND(macro, ...) macro(__VA_ARGS__)
-#define LORA_NAME(kind, ranks, dropout) LORA_EXPAND(LORA_JOIN, kind, LORA_TYPE, ranks, dropout)
+#define LORA_NAME(kind, shape, ranks, dropout) LORA_EXPAND(LORA_JOIN, kind, shape, LORA_TYPE, ranks, dropout)
 
-#define LORA_DEFINE(kind, Params, ranks, dropout)                              \
-  extern "C" __global__ void __launch_bounds__(Hopper::kThreads + kHopperCopying, 1) \
-      LORA_NAME(kind, ranks, dropout)(const __grid_constant__ Params params) { \
-    kind##_sm90<LORA_ELEMENT, ranks, dropout>(params);                         \
+#define LORA_DEFINE(kind, Params, shape, ranks, dropout)                              \
+  extern "C" __global__ void __launch_bounds__(shape::kThreads + kHopperCopying, 1)   \
+      LORA_NAME(kind, shape, ranks, dropout)(const __grid_constant__ Params params) { \
+    kind##_sm90<LORA_ELEMENT, shape, ranks, dropout>(params);                         \
   }
 #define LORA_DEFINE_FORWARD(...) LORA_DEFINE(forward, HopperForwardParams, __VA_ARGS__)
 #define LORA_DEFINE_BACKWARD(...) LORA_DEFINE(backward, HopperBackwardParams, __VA_ARGS__)

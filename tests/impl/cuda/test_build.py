@@ -90,6 +90,23 @@ def test_main_loops_are_counted():
     assert loop.row() == cells
 
 
+WAITING_SASS = """
+	code for sm_90a
+		Function : other
+        /*0000*/                   ULEA UR16, UR6, UR10, 0x3 ;
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR16], R4 ;
+        /*0020*/              @!P0 BRA 0x10 ;
+        /*0030*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*0040*/               @P1 BRA 0x0 ;
+        /*0050*/                   BRA 0x50;
+"""
+
+
+def test_a_wait_in_a_main_loop_is_no_loop_of_its_own():
+    (loop,) = loops(WAITING_SASS)
+    assert (loop.kernel, loop.matrix, loop.counts.total()) == ("other", 1, 5)
+
+
 @pytest.mark.skipif(
     absence("cuda") is not None or importlib.util.find_spec("triton") is None,
     reason=f"compiled CUDA part: {absence('cuda') or 'needs Triton for its cuobjdump'}",

@@ -39,9 +39,8 @@ def compiled(tmp_path_factory):
     texts, reports = [], []
     for name in ("bf16", "half"):
         source, out = str(SOURCES / f"linear_sm90_{name}.cu"), str(folder / name)
-        options = ["nvcc", *OPTIONS, source]
-        subprocess.run([*options, "-ptx", "-o", f"{out}.ptx"], check=True)
-        command = [*options, "-cubin", "-Xptxas", "-v", "-o", f"{out}.cubin"]
+        subprocess.run(["nvcc", *OPTIONS, source, "-ptx", "-o", f"{out}.ptx"], check=True)
+        command = ["ptxas", "-arch=sm_90a", "-v", f"{out}.ptx", "-o", f"{out}.cubin"]
         reports.append(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
         texts.append(Path(f"{out}.ptx").read_text())
     head, bf16 = texts[0].split(".address_size 64")
@@ -65,9 +64,9 @@ def hopper(compiled, monkeypatch):
 def test_compiled_without_spills_by_asynchronous_products(compiled):
     text, reports = compiled
     assert text.count("wgmma.mma_async") > 0
-    assert text.count("setmaxnreg.dec") == text.count("setmaxnreg.inc") == 16
+    assert text.count("setmaxnreg.dec") == text.count("setmaxnreg.inc") == 24
     for report in reports:
-        assert len(re.findall("Compiling entry function", report)) == 8
+        assert len(re.findall("Compiling entry function", report)) == 12
         assert set(re.findall(r"(\d+) bytes stack frame", report)) == {"0"}
         assert "setmaxnreg ignored" not in report
         assert "serialize" not in report
@@ -104,7 +103,32 @@ def test_parity(hopper, case, resident):
         names = [name for name, _ in made.stats if direction in name]
         assert len(names) == 2
         # Rows of dy that aren't multiples of 16 bytes can't be copied in boxes.
-        assert all(("_Hopper_" in name) == whole for name in names)
+        assert all(("_Hopper" in name) == whole for name in names)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 9])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((300,), 520, 520, 16, BF16),
+        Case((300,), 520, 632, 8, BF16, dropout_p=0.1, bias=True),
+        Case((257,), 520, 520, 5, FP16, FP32, 0.1),
+        Case((2, 150), 504, 632, 1, FP16, dropout_p=0.1, bias=True),
+        Case((300,), 507, 392, 16, FP16, bias=True),
+    ],
+    ids=str,
+)
+def test_wide_tiles(hopper, case, resident):
+    """Of nine programs so many run at once, on weak memory."""
+    flags = torch.zeros(1024, dtype=torch.int32)
+    how = {"multiprocessors": 9, "zeros": flags, "weak": 2, "seed": resident}
+    with using(made := hopper(resident=resident, **how)):
+        assert_parity(case, make_inputs(case), "cuda")
+    assert not flags.any()
+    assert made.stats[0][0].split("_")[1:3] == ["forward", "HopperWide"]
+    assert len(made.stats) == 2
+    # Rows of dy that aren't multiples of 16 bytes can't be copied in boxes.
+    assert ("_backward_HopperWide_" in made.stats[1][0]) == (case.n % 8 == 0)
 
 
 @pytest.mark.parametrize("resident", [4, 5])
@@ -137,7 +161,7 @@ def test_any_number_of_running_programs_makes_progress(hopper, dropout_p, reside
         # Two columns of tiles make a shrink product of two slices of ranks together.
         with using(made := hopper(resident=max(resident, rank // 50), seed=resident, **how)):
             assert_parity(case, make_inputs(case), "cuda")
-        assert all("_Hopper_" in name for name, _ in made.stats)
+        assert all("_Hopper" in name for name, _ in made.stats)
     assert not flags.any()
 
 
@@ -178,17 +202,20 @@ def test_gradients_beside_dx(hopper, needed):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
-def test_no_bank_conflicts_and_whole_sectors_stored(hopper, dropout_p):
-    made = hopper(resident=2)
+@pytest.mark.parametrize(("shape", "programs"), [("HopperWide", 2), ("Hopper", 3)])
+def test_no_bank_conflicts_and_whole_sectors_stored(hopper, shape, programs, dropout_p):
+    made = hopper(resident=2, multiprocessors=programs)
     case = Case((256,), 512, 512, 16, BF16, dropout_p=dropout_p)
     with using(made):
         run(case, make_inputs(case), "cuda", ("dx",))
     assert len(made.stats) == 2
     for name, stats in made.stats:
-        assert "_Hopper_" in name
+        assert f"_{shape}_" in name
         assert stats.shared_bank_conflicts == 0, name
-        # Loads beside boxes are few; polls of flags would be counted among them.
-        assert stats.store_efficiency > 0.95, name
+        # The machine counts what boxes store by sixteen bytes, a sector each.
+        boxes = 2 * 256 * 512
+        sectors = stats.global_store_sectors - boxes // 16
+        assert stats.global_store_bytes - boxes > 0.95 * 32 * sectors, name
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
@@ -201,6 +228,6 @@ def test_sums_over_more_rows_have_no_more_bank_conflicts(hopper, dropout_p):
         with using(made):
             run(case, make_inputs(case), "cuda")
         name, stats = made.stats[-1]
-        assert "_backward_Hopper_" in name
+        assert "_backward_HopperWide_" in name
         conflicts.append(stats.shared_bank_conflicts)
     assert conflicts[0] == conflicts[1]

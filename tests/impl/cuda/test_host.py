@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from tests.impl.cuda.test_mutations import BF16_KERNELS, HOPPER_KERNELS
 from tests.impl.cuda.test_quantised import KERNELS
+from tests.support.cuda_mutations import BF16_KERNELS, HOPPER_KERNELS
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -58,7 +58,7 @@ import pathlib, sys
 import torch, cudastub
 cudastub.install("H100,A100", sms=8, tensors=True, triton=False)
 driver = cudastub.library()
-driver.cudastub_set_sms(0, 5)
+driver.cudastub_set_sms(0, 9)
 from lora_kernels import lora_linear, native
 native.LIBRARIES["cuda"] = pathlib.Path(sys.argv[1])
 from lora_kernels.testing import Case, assert_parity, assert_results, make_inputs, run

@@ -4,58 +4,24 @@ A few small kernels are compiled to PTX from a changed copy of the sources and e
 virtual machine in place of the library's.
 """
 
-import itertools
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
-from lora_kernels.impl import executor
-from lora_kernels.impl.cuda.tools import machine
-from lora_kernels.impl.cuda.tools.machine import Machine
-from lora_kernels.impl.executor import using
-from lora_kernels.testing import (
-    Case,
-    assert_parity,
-    assert_results,
-    float16_range_cases,
-    make_inputs,
-    run,
+from lora_kernels.testing import Case, float16_range_cases
+from tests.support.cuda_mutations import (
+    BF16_KERNELS,
+    HALF_KERNELS,
+    LONE_KERNELS,
+    SLICED_KERNELS,
+    TF32_KERNELS,
+    WIDE_KERNELS,
 )
 from tests.support.implementations import needs_compiled_machine
-from tests.support.paths import ROOT
 
-SOURCES = ROOT / "csrc" / "cuda"
 pytestmark = [
     pytest.mark.many,
     needs_compiled_machine,
 ]
-KERNELS = """
-#define LORA_TYPE {type}
-#define LORA_ELEMENT {element}
-#define LORA_TABLE table
-#define LORA_FORWARD(X) X({shape}, {ranks}, 1, 1)
-#define LORA_BACKWARD(X) X({shape}, {ranks}, 1, 1)
-#define LORA_FEW_ROWS(X) X()
-#include "linear_sm80.cuh"
-"""
-HOPPER_KERNELS = """
-#define LORA_TYPE bf16
-#define LORA_ELEMENT __nv_bfloat16
-#define LORA_TABLE table
-#include "../host/shapes.h"
-#undef LORA_EACH_HOPPER
-#define LORA_EACH_HOPPER(X) X(16, 1)
-#include "linear_sm90.cuh"
-"""
-BF16_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=16)
-SLICED_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Small", ranks=64)
-WIDE_KERNELS = KERNELS.format(type="bf16", element="__nv_bfloat16", shape="Wide", ranks=16)
-LONE_KERNELS = SLICED_KERNELS.replace("LORA_BACKWARD(X)", "LORA_BACKWARD(X) X(Tall, 64, 1, 1)")
-HALF_KERNELS = KERNELS.format(type="half", element="__half", shape="Small", ranks=16)
-TF32_KERNELS = KERNELS.format(type="tf32", element="Tf32", shape="SmallFloat", ranks=16)
 DRAWN_FIRST = """
     for (; number < draws; number = numbers.next()) {
       numbers.take();
@@ -218,107 +184,6 @@ TF32_MUTANTS = {
 }
 
 
-HOPPER_MUTANTS = {
-    "mask read before it is drawn": MUTANTS["mask read before it is drawn"],
-    "nothing": ("sm90/forward.cuh", "layer.m, tile.rank", "layer.m, tile.rank"),
-    "words read before they are drawn": (
-        "sm90/forward.cuh",
-        "if (tile.shrinks && p.mask.draws)",
-        "if (false)",
-    ),
-    "words of another step": ("sm90/pipeline.cuh", "words + 32 * step", "words"),
-    **TICKET_MUTANTS,
-    "number of another step": (
-        "sm90/pipeline.cuh",
-        "parity);\n    return broadcast_number(memory.number(at.stage))",
-        "parity);\n    return broadcast_number(memory.number(0))",
-    ),
-    "number told before it is there": (
-        "sm90/pipeline.cuh",
-        "    synchronize<2, kHopperCopying>();\n    return broadcast_number",
-        "    return broadcast_number",
-    ),
-    "dxa published before the store": (
-        "sm90/backward.cuh",
-        "        store_dxa<T>(p,",
-        "        publish<S>(p.flags + tile.panel);\n        store_dxa<T>(p,",
-    ),
-    "dxa not waited for": (
-        "sm90/backward.cuh",
-        "[&](int panel) { side.wait(p.flags + panel, p.shrink.slices); }",
-        "[](int) {}",
-    ),
-    "stage refilled while it is read": (
-        "sm90/pipeline.cuh",
-        "wait_for_phase(memory.read(at.stage), at.parity);",
-        "",
-    ),
-    "step not waited for": (
-        "sm90/backward.cuh",
-        "wait_for_phase_in_time(side.memory.filled(stage), side.at.parity);",
-        "",
-    ),
-    "products not waited for": ("sm90/pipeline.cuh", "    wait_for_products<0>();", ""),
-    "factors overwritten while they are read": (
-        "sm90/pipeline.cuh",
-        "wait_for_phase(memory.factors_read(), ~slices++ & 1);",
-        "++slices;",
-    ),
-    "a box for another": ("sm90/backward.cuh", "column / kHopperBox * M::Box::kBytes", "0"),
-    "columns' distance of W": ("sm90/hopper.cuh", "(apart >> 4)", "(apart >> 5)"),
-}
-
-
-def mutated_ptx(folder: Path, kernels: str, mutant: tuple[str, str, str], target: str) -> str:
-    name, text, other = mutant
-    shutil.copytree(SOURCES, folder / "cuda")
-    faulty, few = folder / "cuda" / "device" / name, folder / "cuda" / "instances" / "few.cu"
-    source = faulty.read_text()
-    assert text in source
-    faulty.write_text(source.replace(text, other))
-    few.write_text(kernels)
-    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={target}", "-ptx", "-w"]
-    command = ["nvcc", *options, "-o", str(folder / "few.ptx"), str(few)]
-    subprocess.run(command, check=True, capture_output=True)
-    return (folder / "few.ptx").read_text()
-
-
-@pytest.fixture
-def check(tmp_path, monkeypatch):
-    """Runs the parity suite of a case on mutated kernels; all but "nothing" must turn it red.
-
-    residents: numbers of running programs; tickets order tiles, so that not every fault meets each.
-    """
-
-    def check_one(name, case, kernels, mutants, residents, target="sm_80", **device):
-        code = executor.load(mutated_ptx(tmp_path, kernels, mutants[name], target))
-        monkeypatch.setattr(machine, "_code", lambda target: code)
-
-        # Where no tile of dA draws the mask, those of dx wait for dxa alone; without dx other tiles
-        # make it, instead of sm_90a's and of wide ones those of kernels that aren't compiled here.
-        others = target == "sm_90a" or kernels == WIDE_KERNELS
-        subsets = [("dx",)] if others else [("dx",), ("da", "db")]
-
-        def suite():
-            zeros = torch.zeros(256, dtype=torch.int32)
-            for resident, seed in itertools.product(residents, range(3)):
-                with using(Machine(resident=resident, seed=seed, zeros=zeros, **device)):
-                    assert_parity(case, make_inputs(case), "cuda")
-                    for wanted in subsets:
-                        inputs = make_inputs(case)
-                        assert_results(case, inputs, run(case, inputs, "cuda", wanted), "cuda")
-                assert not zeros.any()
-
-        if name == "nothing":
-            suite()
-        else:
-            with pytest.raises((AssertionError, RuntimeError)) as found:
-                suite()
-            assert "no kernel named" not in str(found.value)
-
-    return check_one
-
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_fault_is_found(name, check):
     case = Case((130,), 72, 360, 8, torch.bfloat16, dropout_p=0.1)
@@ -358,12 +223,3 @@ def test_planted_fault_is_found_of_tf32(name, check, float32_precision):
     float32_precision("high")
     case = Case((130,), 72, 104, 8, dropout_p=0.1)
     check(name, case, TF32_KERNELS, TF32_MUTANTS, (8,))
-
-
-@pytest.mark.parametrize("name", HOPPER_MUTANTS)
-def test_planted_fault_is_found_of_sm_90a(name, check):
-    # With as many row panels as programs each draws the words that it reads itself.
-    rows = 200 if name == "words read before they are drawn" else 400
-    case = Case((rows,), 256, 520, 8, torch.bfloat16, dropout_p=0.1)
-    hopper = {"arch": 90, "shared_bytes": 232448}
-    check(name, case, HOPPER_KERNELS, HOPPER_MUTANTS, (5, 9), "sm_90a", **hopper)

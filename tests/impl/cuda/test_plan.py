@@ -83,7 +83,7 @@ def test_programs_that_must_run_together():
 def test_tiles_grow_with_the_call():
     for name in DEVICES:
         kernel, (grid, *_) = plan(DEVICES[name], 8192, 8192, 8192, 16)
-        assert kernel.split("_")[2] in ("Wide", "Hopper")
+        assert kernel.split("_")[2] in ("Wide", "HopperWide")
         assert grid == DEVICES[name][1]
         kernel, (grid, *_) = plan(DEVICES[name], 64, 512, 512, 16)
         assert kernel.split("_")[2] == "Small"
@@ -110,10 +110,29 @@ def test_wide_tiles_take_whole_chunks_and_16_ranks():
 def test_large_16_bit_calls_go_to_the_kernels_for_sm_90a(wanted, r):
     for kind, dropout in product((BF16, FP16), (0, 1)):
         kernel, _ = plan(DEVICES["H100"], 8192, 4096, 4096, r, kind, dropout, 1, wanted)
-        assert kernel.split("_")[2] == "Hopper"
+        assert kernel.split("_")[2] == ("HopperWide" if r <= 16 else "Hopper")
     for name in set(DEVICES) - {"H100"}:
         kernel, _ = plan(DEVICES[name], 8192, 4096, 4096, r, BF16, 0, 1, wanted)
-        assert "_Hopper_" not in kernel
+        assert "_Hopper" not in kernel
+
+
+@pytest.mark.parametrize(
+    ("m", "columns", "shape"),
+    [
+        (16384, 128, "Hopper"),  # a wide tile would be half empty
+        (16384, 384, "Hopper"),  # so would be every second one
+        (8192, 1024, "HopperWide"),
+        (2048, 4096, "HopperWide"),
+        (1152, 4096, "Hopper"),  # 144 wide tiles: two rounds of 132; 288 others: three
+        (1024, 4096, "HopperWide"),
+    ],
+)
+def test_wide_tiles_of_sm_90a_where_they_pay(m, columns, shape):
+    """Columns of y, or of dx."""
+    for dropout in (0, 1):
+        forward, _ = plan(DEVICES["H100"], m, columns, 4096, 16, BF16, dropout)
+        backward, _ = plan(DEVICES["H100"], m, 4096, columns, 16, BF16, dropout, wanted=ALL)
+        assert forward.split("_")[2] == backward.split("_")[2] == shape
 
 
 def test_decoding_fills_the_device():

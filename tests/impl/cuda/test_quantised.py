@@ -10,8 +10,8 @@ from lora_kernels.impl.cuda.tools.machine import Machine
 from lora_kernels.impl.executor import using
 from lora_kernels.registration import operators
 from lora_kernels.testing import Case, assert_results, make_inputs, run
-from tests.impl.cuda.test_mutations import mutated_ptx
 from tests.support.cuda_executors import EXECUTORS, needs_machine, needs_part
+from tests.support.cuda_mutations import mutated_ptx
 from tests.support.implementations import linear_call, needs_compiled_machine
 from tests.support.quantised import bits, drawn, expected
 

@@ -13,8 +13,41 @@
 
 namespace lora_kernels {
 
+// D of a tile of dx as TileMask has it, whose rows are whole blocks of the mask's columns: a thread of a quad loads a word of
+// four, which the others have from it.
+template <class S>
+struct QuadMask {
+  static constexpr int kBlocks = S::kColumns / kSumColumns;
+  Mask mask;
+  bool loaded;
+  uint32_t words[2][kBlocks];  // of rows row(0) and row(0) + 8
+
+  __device__ QuadMask(const BackwardParams& p, const LargeTile& tile, const Place<S>& place)
+      : mask(p.layer), loaded(p.mask.bits && !tile.shrinks) {
+    if (!loaded) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = min(tile.row + place.row(0) + 8 * half, p.layer.m - 1);
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        // Beyond x there is no block; its columns aren't stored.
+        const int further = tile.column + block * kSumColumns, column = further < p.layer.k ? further : tile.column;
+        words[half][block] = load_fresh_word(byte_of(p.mask, row, column) + 4 * place.t);
+      }
+    }
+  }
+
+  template <int i, int j>
+  __device__ uint32_t bits(int row, int group, int t) const {
+    if (!loaded) return mask.quad_bits(row, group, t);
+    const auto word = [&](int half) { return __shfl_sync(0xFFFFFFFFu, words[half][j / 8], j / 2 % 4, 4); };
+    return permute<j % 2 ? 0x7362 : 0x5140>(word(0), word(1));
+  }
+};
+
 template <class T, class S, int kRanks>
 __device__ inline void copy_backward(const HopperBackwardParams& params, const HopperMemory<T, S, kRanks, true>& memory) {
+  using Memory = HopperMemory<T, S, kRanks, true>;
   const BackwardParams& p = params.backward;
   const Layer& layer = p.layer;
   const Source a = adapter<T>(layer, layer.a, layer.r, layer.k), b = adapter<T>(layer, layer.b, layer.n, layer.r);
@@ -23,7 +56,7 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
     if (is_of_dx(p.kinds, index)) {
       const LargeTile tile = dx_tile_at<S, kRanks>(p, index);
       for (int depth = 0; depth < layer.n; depth += S::kDepth) {
-        side.begin(2);
+        side.begin(Memory::kBoxes);
         side.left(params.dy_map, tile.row, depth);
         side.weight(params.w_map, tile.column, depth);
         side.end(tile.shrinks, b, depth, tile.rank);
@@ -38,8 +71,8 @@ __device__ inline void copy_backward(const HopperBackwardParams& params, const H
     const void* factor = tile.of_da ? p.dxa : p.xa;
     const Source shrink = matrix<T>({const_cast<void*>(factor), layer.r}, tile.end, layer.r);
     for (int row = tile.row; row < tile.end; row += S::kDepth) {
-      side.begin(1);
-      side.right(tile.of_da ? params.x_map : params.dy_map, row, tile.column);
+      side.begin(Memory::kSumBoxes);
+      side.summed(tile.of_da ? params.x_map : params.dy_map, row, tile.column);
       side.end(factor, shrink, row, tile.rank);
     }
     // Where the mask is drawn the side that draws it leaves, afterwards.
@@ -84,7 +117,8 @@ __device__ inline void ring_sums(BlockSums<S, kRanks>& sums, MultiplyingSide<T, 
 }
 
 template <class T, class S, int kRanks, bool kDropout>
-__device__ inline void multiply_backward(const BackwardParams& p, const HopperMemory<T, S, kRanks, true>& memory) {
+__device__ inline void multiply_backward(const HopperBackwardParams& params, const HopperMemory<T, S, kRanks, true>& memory) {
+  const BackwardParams& p = params.backward;
   const Layer& layer = p.layer;
   const int steps = (layer.n + S::kDepth - 1) / S::kDepth;
   MultiplyingSide<T, S, kRanks, true> side(memory);
@@ -95,13 +129,25 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
       ShrinkSums<kRanks> shrink;
       side.template product<false>(sums, shrink, layer, {}, tile.row, steps, tile.shrinks);
       if (tile.shrinks) {
+        side.await_boxes();
         store_dxa<T>(p, shrink, tile, side.place, memory.out());
         publish<S>(p.flags + tile.panel);
       }
       const Operands at{layer, {}, {}, {}, tile.row, tile.column, layer.r};
       const auto unit_at = [&](int rank) { return units_of<T, S, kRanks>(p).at(tile.row, rank); };
-      side.add_factors(sums, [&] { return mask_of<S, kDropout>(p, tile, side.place); }, at, unit_at);
-      store_sums<T, S>(sums, side.place, p.dx, tile.row, tile.column, layer.m, layer.k, memory.out());
+      const auto make_mask = [&] {
+        if constexpr (kDropout) {
+          return QuadMask<S>(p, tile, side.place);
+        } else {
+          return NoMask{};
+        }
+      };
+      side.add_factors(sums, make_mask, at, unit_at);
+      if (params.stores_boxes) {
+        side.store(sums, params.dx_map, tile.row, tile.column);
+      } else {
+        store_sums<T, S>(sums, Place<S>(), p.dx, tile.row, tile.column, layer.m, layer.k, memory.out());
+      }
       continue;
     }
     const SumTile tile = SumTile::at<S, kRanks>(p, index);
@@ -112,18 +158,19 @@ __device__ inline void multiply_backward(const BackwardParams& p, const HopperMe
     } else {
       ring_sums<T, S, kRanks, false>(sums, side, Mask(layer), {}, NoUnits{}, tile, wanted_of_db(p, tile));
     }
+    side.await_boxes();
     finish_sums<T>(p, tile, sums, memory.out());
     // The stores may have divided warps, and the next tile's products need whole ones.
     synchronize<S>();
   }
+  wait_for_boxes();
 }
 
-template <class T, int kRanks, bool kDropout>
+template <class T, class S, int kRanks, bool kDropout>
 __device__ inline void backward_sm90(const HopperBackwardParams& params) {
-  using S = Hopper;
   run_sides<HopperMemory<T, S, kRanks, true>, S>([&](const auto& memory) { copy_backward<T, S, kRanks>(params, memory); },
                                                  [&](const auto& memory) {
-                                                   multiply_backward<T, S, kRanks, kDropout>(params.backward, memory);
+                                                   multiply_backward<T, S, kRanks, kDropout>(params, memory);
                                                  });
 }
 

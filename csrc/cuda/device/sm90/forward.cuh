@@ -14,6 +14,7 @@ namespace lora_kernels {
 
 template <class T, class S, int kRanks>
 __device__ inline void copy_forward(const HopperForwardParams& params, const HopperMemory<T, S, kRanks, false>& memory) {
+  using Memory = HopperMemory<T, S, kRanks, false>;
   const ForwardParams& p = params.forward;
   const Layer& layer = p.layer;
   const Source a = adapter<T>(layer, layer.a, layer.r, layer.k), b = adapter<T>(layer, layer.b, layer.n, layer.r);
@@ -30,7 +31,7 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
     // For the threads that multiply, which see what this one has seen as soon as the first step is there.
     if (tile.shrinks && p.mask.draws) side.wait(p.flags + tile.panel, p.mask.draws);
     for (int depth = 0; depth < layer.k; depth += S::kDepth) {
-      side.begin(2);
+      side.begin(Memory::kBoxes);
       side.left(params.x_map, tile.row, depth);
       side.weight(params.w_map, tile.column, depth);
       side.end(tile.shrinks, a, tile.rank, depth);
@@ -42,7 +43,8 @@ __device__ inline void copy_forward(const HopperForwardParams& params, const Hop
 }
 
 template <class T, class S, int kRanks, bool kDropout>
-__device__ inline void multiply_forward(const ForwardParams& p, const HopperMemory<T, S, kRanks, false>& memory) {
+__device__ inline void multiply_forward(const HopperForwardParams& params, const HopperMemory<T, S, kRanks, false>& memory) {
+  const ForwardParams& p = params.forward;
   const Layer& layer = p.layer;
   const int draws = p.grid.panels * p.mask.draws;
   const int steps = (layer.k + S::kDepth - 1) / S::kDepth;
@@ -67,17 +69,21 @@ __device__ inline void multiply_forward(const ForwardParams& p, const HopperMemo
     const int column = kept_in_register(tile.column);
     const Operands at{layer, {}, {}, {}, tile.row, column, layer.r};
     side.add_factors(sums, [] { return NoMask{}; }, at, [scale = scaling_of(layer)](int) { return scale; });
-    if (p.bias) add_bias<T, S>(sums, side.place, static_cast<const Bits<T>*>(p.bias), column, layer.n);
-    store_sums<T, S>(sums, side.place, p.y, tile.row, column, layer.m, layer.n, memory.out());
+    if (p.bias) add_bias_of<T, S>(sums, static_cast<const Bits<T>*>(p.bias), column, layer.n);
+    if (params.stores_boxes) {
+      side.store(sums, params.y_map, tile.row, column);
+    } else {
+      store_sums<T, S>(sums, Place<S>(), p.y, tile.row, column, layer.m, layer.n, memory.out());
+    }
   }
+  wait_for_boxes();
 }
 
-template <class T, int kRanks, bool kDropout>
+template <class T, class S, int kRanks, bool kDropout>
 __device__ inline void forward_sm90(const HopperForwardParams& params) {
-  using S = Hopper;
   run_sides<HopperMemory<T, S, kRanks, false>, S>([&](const auto& memory) { copy_forward<T, S, kRanks>(params, memory); },
                                                   [&](const auto& memory) {
-                                                    multiply_forward<T, S, kRanks, kDropout>(params.forward, memory);
+                                                    multiply_forward<T, S, kRanks, kDropout>(params, memory);
                                                   });
 }
 

@@ -66,6 +66,19 @@ __device__ inline void copy_box(uint32_t to, const void* map, int row, int colum
       : "memory");
 }
 
+// Copies a box of shared memory to where a map has it at (row, column), but for what lies beyond the matrix.
+__device__ inline void store_box(const void* map, int row, int column, uint32_t from, bool does) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %4, 0; "
+      "@p cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3]; }" ::"l"(map),
+      "r"(column), "r"(row), "r"(from), "r"(static_cast<int>(does))
+      : "memory");
+}
+__device__ inline void commit_boxes() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until the boxes that this thread stores are read, or written too.
+__device__ inline void wait_for_boxes_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ inline void wait_for_boxes() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // More or fewer registers for all threads of a warpgroup.
 template <int kRegisters>
 __device__ inline void take_registers() {
@@ -78,16 +91,17 @@ __device__ inline void give_registers() {
 
 // ---- products of a warpgroup: 64 rows, operands in shared memory ----
 
-// A tile whose rows are 128 bytes of the summed dimension, its chunks permuted by copies that swizzle 128 bytes.
-__device__ inline uint64_t operand(uint32_t tile) {
-  constexpr uint64_t kRowsApart = 1024 >> 4, kSwizzle128 = 1;
-  return (tile >> 4 & 0x3FFF) | uint64_t{1} << 16 | kRowsApart << 32 | kSwizzle128 << 62;
-}
+// What products know of a tile whose rows are 128 bytes of the summed dimension, its chunks permuted by copies that swizzle 128
+// bytes: addresses of shared memory count 16 bytes.
+__device__ inline uint32_t operand(uint32_t tile) { return tile >> 4 | 1 << 16; }
 
-// The same tile, [depth, 64 columns], for products over its rows; the next 64 columns lie `apart` bytes further.
-__device__ inline uint64_t operand_by_depth(uint32_t tile, int apart) {
-  constexpr uint64_t kRowsApart = 1024 >> 4, kSwizzle128 = 1;
-  return (tile >> 4 & 0x3FFF) | static_cast<uint64_t>(apart >> 4) << 16 | kRowsApart << 32 | kSwizzle128 << 62;
+// Of the same tile, [depth, 64 columns], for products over its rows; the next 64 columns lie `apart` bytes further.
+__device__ inline uint32_t operand_by_depth(uint32_t tile, int apart) { return tile >> 4 | (apart >> 4) << 16; }
+
+// The same as the instruction takes it.
+__device__ inline uint64_t descriptor(uint32_t operand) {
+  constexpr uint32_t kRowsApart = 1024 >> 4, kSwizzle128 = 1u << 30;
+  return uint64_t{kRowsApart | kSwizzle128} << 32 | operand;
 }
 
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -97,30 +111,55 @@ __device__ inline void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// sums [64 x 128] += a [64 x 16] b [16 x 128]; kByDepth: b's tile is one of operand_by_depth.
-#define LORA_WGMMA(type)                                                                                       \
-  asm volatile(                                                                                                \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                             \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "   \
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "   \
-      "%62, %63}, %64, %65, 1, 1, 1, 0, %66;"                                                                   \
-      : LORA_SUMS(0), LORA_SUMS(1), LORA_SUMS(2), LORA_SUMS(3), LORA_SUMS(4), LORA_SUMS(5), LORA_SUMS(6),      \
-        LORA_SUMS(7), LORA_SUMS(8), LORA_SUMS(9), LORA_SUMS(10), LORA_SUMS(11), LORA_SUMS(12), LORA_SUMS(13),  \
-        LORA_SUMS(14), LORA_SUMS(15)                                                                           \
-      : "l"(a), "l"(b), "n"(static_cast<int>(kByDepth)))
+// sums [64 x 128] or [64 x 256] += a [64 x 16] b [16 x as many]; kByDepth: b's tile is one of operand_by_depth.
+#define LORA_WGMMA_128(type)                                                                                  \
+  asm volatile(                                                                                               \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                            \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "     \
+      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "       \
+      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "       \
+      "%59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, 0, %66;"                                                  \
+      : LORA_SUMS(0), LORA_SUMS(1), LORA_SUMS(2), LORA_SUMS(3), LORA_SUMS(4), LORA_SUMS(5), LORA_SUMS(6),     \
+        LORA_SUMS(7), LORA_SUMS(8), LORA_SUMS(9), LORA_SUMS(10), LORA_SUMS(11), LORA_SUMS(12), LORA_SUMS(13), \
+        LORA_SUMS(14), LORA_SUMS(15)                                                                          \
+      : "l"(descriptor(a)), "l"(descriptor(b)), "n"(static_cast<int>(kByDepth)))
+#define LORA_WGMMA_256(type)                                                                                                     \
+  asm volatile(                                                                                                                  \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                                               \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "                        \
+      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "                          \
+      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "                          \
+      "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "                          \
+      "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, "                          \
+      "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "                            \
+      "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, 1, 1, 1, 0, %130;" \
+      : LORA_SUMS(0), LORA_SUMS(1), LORA_SUMS(2), LORA_SUMS(3), LORA_SUMS(4), LORA_SUMS(5), LORA_SUMS(6),                        \
+        LORA_SUMS(7), LORA_SUMS(8), LORA_SUMS(9), LORA_SUMS(10), LORA_SUMS(11), LORA_SUMS(12), LORA_SUMS(13),                    \
+        LORA_SUMS(14), LORA_SUMS(15), LORA_SUMS(16), LORA_SUMS(17), LORA_SUMS(18), LORA_SUMS(19), LORA_SUMS(20),                 \
+        LORA_SUMS(21), LORA_SUMS(22), LORA_SUMS(23), LORA_SUMS(24), LORA_SUMS(25), LORA_SUMS(26), LORA_SUMS(27),                 \
+        LORA_SUMS(28), LORA_SUMS(29), LORA_SUMS(30), LORA_SUMS(31)                                                               \
+      : "l"(descriptor(a)), "l"(descriptor(b)), "n"(static_cast<int>(kByDepth)))
 #define LORA_SUMS(j) "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])
 
 template <class T, bool kByDepth>
-__device__ inline void multiply_async(float (&sums)[16][4], uint64_t a, uint64_t b) {
+__device__ inline void multiply_async(float (&sums)[16][4], uint32_t a, uint32_t b) {
   if constexpr (std::is_same_v<T, __half>) {
-    LORA_WGMMA("f16");
+    LORA_WGMMA_128("f16");
   } else {
-    LORA_WGMMA("bf16");
+    LORA_WGMMA_128("bf16");
+  }
+}
+template <class T, bool kByDepth>
+__device__ inline void multiply_async(float (&sums)[32][4], uint32_t a, uint32_t b) {
+  if constexpr (std::is_same_v<T, __half>) {
+    LORA_WGMMA_256("f16");
+  } else {
+    LORA_WGMMA_256("bf16");
   }
 }
 
-#undef LORA_WGMMA
+#undef LORA_WGMMA_128
+#undef LORA_WGMMA_256
 #undef LORA_SUMS
 
 }  // namespace lora_kernels

@@ -10,7 +10,7 @@
 namespace lora_kernels {
 
 // What lies where in shared memory. Large operands come in boxes of 64 x 64, a box at a multiple of 1,024 bytes, as
-// its permutation asks: the left one's below each other, the right one's two as well, or beside each other if
+// its permutation asks: the left one's below each other, the right one's as well, or beside each other if
 // kByDepth, where it lies [depth, columns]; so do the shrink operand and the right low-rank factor then.
 template <class T, class S, int kRanks, bool kByDepth>
 struct HopperMemory {
@@ -19,17 +19,20 @@ struct HopperMemory {
   using Shrink = std::conditional_t<kByDepth, Tile<T, S::kDepth, kRanks>, Tile<T, kRanks, S::kDepth>>;
   using LeftFactor = Tile<T, S::kRows, kRanks>;
   using RightFactor = std::conditional_t<kByDepth, Tile<T, kRanks, S::kColumns>, Tile<T, S::kColumns, kRanks>>;
-  static_assert(S::kRows == 2 * kHopperBox && S::kColumns == 2 * kHopperBox && S::kDepth == kHopperBox, "two boxes each");
-  static constexpr int kOperandBytes = 2 * Box::kBytes, kStageBytes = 2 * kOperandBytes;
+  static_assert(S::kDepth == kHopperBox && kSumColumns <= S::kColumns, "whole boxes, and sums' in a stage");
+  static constexpr int kLeftBoxes = S::kRows / kHopperBox, kRightBoxes = S::kColumns / kHopperBox;
+  static constexpr int kBoxes = kLeftBoxes + kRightBoxes, kSumBoxes = kSumColumns / kHopperBox;
+  static constexpr int kStageBytes = kBoxes * Box::kBytes;
   static constexpr int kShrink = S::kStages * kStageBytes, kLeftFactor = kShrink + S::kStages * Shrink::kBytes;
   static constexpr int kRightFactor = kLeftFactor + LeftFactor::kBytes, kOut = kRightFactor + RightFactor::kBytes;
-  static constexpr int kBarriers = kOut + hopper_out_bytes(kRanks);
+  static constexpr int kBarriers = kOut + hopper_out_bytes<S>(kRanks);
   static constexpr int kNumbers = kBarriers + 8 * (2 * S::kStages + 2);
-  static_assert(kNumbers + kNumberBytes * S::kStages == hopper_bytes(kRanks), "what the host asks for");
+  static_assert(kNumbers + kNumberBytes * S::kStages == hopper_bytes<S>(kRanks), "what the host asks for");
+  static_assert(kStageBytes % 1024 == 0 && kOut % 1024 == 0, "where boxes lie");
 
   uint32_t first;
   __device__ uint32_t left(int stage) const { return first + stage * kStageBytes; }
-  __device__ uint32_t right(int stage) const { return left(stage) + kOperandBytes; }
+  __device__ uint32_t right(int stage) const { return left(stage) + kLeftBoxes * Box::kBytes; }
   __device__ uint32_t shrink(int stage) const { return first + kShrink + stage * Shrink::kBytes; }
   __device__ uint32_t left_factor() const { return first + kLeftFactor; }
   __device__ uint32_t right_factor() const { return first + kRightFactor; }
@@ -92,18 +95,21 @@ struct CopyingSide {
     at.advance();
   }
 
-  // Starts a step of one or two operands, as soon as nobody reads the stage any more.
-  __device__ void begin(int operands) const {
+  // Starts a step of so many boxes, as soon as nobody reads the stage any more.
+  __device__ void begin(int boxes) const {
     wait_for_phase(memory.read(at.stage), at.parity);
-    arrive_expecting(memory.filled(at.stage), operands * M::kOperandBytes, one);
+    arrive_expecting(memory.filled(at.stage), boxes * M::Box::kBytes, one);
   }
-  __device__ void left(const TensorMap& map, int row, int column) const { copy(memory.left(at.stage), map, row, column, true); }
-  __device__ void right(const TensorMap& map, int row, int column) const {
-    copy(memory.right(at.stage), map, row, column, !kByDepth);
+  __device__ void left(const TensorMap& map, int row, int column) const {
+    copy<M::kLeftBoxes, true>(memory.left(at.stage), map, row, column);
   }
   // The step's tile of W, dense; see weights.cuh.
   __device__ void weight(const TensorMap& map, int column, int depth) const {
-    right(map, kByDepth ? depth : column, kByDepth ? column : depth);
+    copy<M::kRightBoxes, !kByDepth>(memory.right(at.stage), map, kByDepth ? depth : column, kByDepth ? column : depth);
+  }
+  // What a tile of sums has in W's place.
+  __device__ void summed(const TensorMap& map, int row, int column) const {
+    copy<M::kSumBoxes, false>(memory.right(at.stage), map, row, column);
   }
   // Ends it, with the shrink operand at (row, column) of a matrix if there is one.
   __device__ void end(bool has_shrink, const Source& shrink, int row, int column) {
@@ -152,10 +158,14 @@ struct CopyingSide {
   }
 
  private:
-  __device__ void copy(uint32_t to, const TensorMap& map, int row, int column, bool below) const {
+  template <int kBoxes, bool kBelow>
+  __device__ void copy(uint32_t to, const TensorMap& map, int row, int column) const {
     const uint32_t filled = memory.filled(at.stage);
-    copy_box(to, map.bytes, row, column, filled, one);
-    copy_box(to + M::Box::kBytes, map.bytes, row + (below ? kHopperBox : 0), column + (below ? 0 : kHopperBox), filled, one);
+#pragma unroll
+    for (int i = 0; i < kBoxes; ++i) {
+      const int further = i * kHopperBox;
+      copy_box(to + i * M::Box::kBytes, map.bytes, row + (kBelow ? further : 0), column + (kBelow ? 0 : further), filled, one);
+    }
   }
 };
 
@@ -187,7 +197,11 @@ struct MultiplyingSide {
   __device__ void product(Sums<S>& sums, ShrinkSums<kRanks>& shrink_sums, const Layer& layer, const PackedMask& mask, int row,
                           int steps, bool shrinks) {
     static_assert(S::kDepth == kWordColumns, "a word a step");
-    const int group_row = threadIdx.x / 128 * 64;
+    // Of the warpgroup, so that the compiler knows it for the same in a warp.
+    const int row_of_group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0) * 64;
+    const uint32_t left_first = operand(memory.left(0) + row_of_group * M::Left::kRowBytes);
+    const uint32_t right_first = kept_in_register(
+        kByDepth ? operand_by_depth(memory.right(0), M::Box::kBytes) : operand(memory.right(0)));
     const uint32_t* words = kDropout ? words_of(mask, layer, row + place.shrink_row, 0) + threadIdx.x % 32 : nullptr;
     int before = 0;
     sums.clear();
@@ -195,9 +209,8 @@ struct MultiplyingSide {
       const int stage = at.stage;
       wait_for_phase_in_time(memory.filled(stage), at.parity);
       const uint32_t word = kDropout ? load_fresh(words + 32 * step, shrinks) : 0;
-      const uint64_t left = operand(memory.left(stage) + group_row * M::Left::kRowBytes);
-      const uint64_t right = kByDepth ? operand_by_depth(memory.right(stage), M::Box::kBytes) : operand(memory.right(stage));
-      // 16 elements of depth: 32 bytes of a row, or 16 rows of 128; addresses count 16 bytes.
+      const uint32_t left = left_first + stage * (M::kStageBytes / 16), right = right_first + stage * (M::kStageBytes / 16);
+      // 16 elements of depth: 32 bytes of a row, or 16 rows of 128.
       constexpr int kLeftStep = 32 / 16, kRightStep = kByDepth ? 16 * 128 / 16 : kLeftStep;
       begin_products();
       repeat<S::kDepth / 16>([&](auto slice) {
@@ -229,6 +242,34 @@ struct MultiplyingSide {
     }
   }
 
+  // Until nothing is copied from where results lie before they are stored; for that `store` leaves its copies under way.
+  __device__ void await_boxes() const {
+    wait_for_boxes_read();
+    synchronize<S>();
+  }
+  // Stores the sums as elements of T where a map has the tile at (row, column).
+  __device__ void store(const Sums<S>& sums, const TensorMap& map, int row, int column) const {
+    using Out = Tile<T, S::kRows, kHopperBox>;  // boxes below each other
+    await_boxes();
+    const Place<S> now;
+    repeat<S::kBlocksN>([&](auto j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t to = memory.out() + j / 8 * Out::kBytes + Out::offset(now.row(0) + 8 * half, j % 8) + 4 * now.t;
+        const uint32_t pair = pair_of<T>(sums.v[0][j][2 * half], sums.v[0][j][2 * half + 1]);
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pair) : "memory");
+      }
+    });
+    fence_stores();
+    synchronize<S>();
+#pragma unroll
+    for (int i = 0; i < M::kRightBoxes * M::kLeftBoxes; ++i) {
+      const int box_row = i % M::kLeftBoxes * kHopperBox, box_column = i / M::kLeftBoxes * kHopperBox;
+      store_box(map.bytes, row + box_row, column + box_column, memory.out() + i * M::Box::kBytes, threadIdx.x == 0);
+    }
+    commit_boxes();
+  }
+
  private:
   // The shrink of a warp's 16 rows from one step; `word` has this thread's bits of D.
   template <bool kDropout>
@@ -248,6 +289,31 @@ struct MultiplyingSide {
     });
   }
 };
+
+// Adds the bias to a warp's 16 rows: a lane loads what its quad adds to every eighth block, and other quads have it from it.
+template <class T, class S>
+__device__ inline void add_bias_of(Sums<S>& sums, const uint16_t* bias, int column, int columns) {
+  constexpr int kQuads = 8, kPairs = S::kBlocksN / kQuads;
+  static_assert(S::kBlocksM == 1 && S::kBlocksN % kQuads == 0, "as many blocks for each group");
+  const Place<S> place;
+  uint32_t pairs[kPairs];
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int n = column + place.column(kQuads * i + place.group);
+    const uint32_t low = n < columns ? bias[n] : 0, high = n + 1 < columns ? bias[n + 1] : 0;
+    pairs[i] = low | high << 16;
+  }
+#pragma unroll
+  for (int j = 0; j < S::kBlocksN; ++j) {
+    const uint32_t pair = __shfl_sync(0xFFFFFFFFu, pairs[j / kQuads], 4 * (j % kQuads) + place.t);
+    const float low = number<T>(static_cast<uint16_t>(pair)), high = number<T>(static_cast<uint16_t>(pair >> 16));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sums.v[0][j][2 * half] += low;
+      sums.v[0][j][2 * half + 1] += high;
+    }
+  }
+}
 
 // Divides a program's warpgroups, and its registers, between the sides.
 template <class Memory, class S, class Copy, class Multiply>

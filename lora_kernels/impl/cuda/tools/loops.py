@@ -34,7 +34,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop with matrix instructions, counted as it lies in memory.
+    """An innermost of the loops with matrix instructions, counted as it lies in memory.
 
     Code behind a branch in it counts too, whether it is executed or not.
     """
@@ -88,11 +88,15 @@ def loops(sass: str) -> list[Loop]:
             and (to := re.search(r"0x([0-9a-f]+)", one.operands))
             and int(to[1], 16) < one.address
         )
-        for first, last in ends:
-            inner = any(a >= first and b <= last and (a, b) != (first, last) for a, b in ends)
-            body = Counter(one.name for one in instructions if first <= one.address <= last)
-            if not inner and any(body[name] for name in _MATRIX):
-                found.append(Loop(arch, kernel, body))
+        bodies = {
+            (first, last): Counter(i.name for i in instructions if first <= i.address <= last)
+            for first, last in ends
+        }
+        # What waits for a barrier of sm_90's is a loop too, without matrix instructions.
+        products = [ends for ends, body in bodies.items() if any(body[name] for name in _MATRIX)]
+        for first, last in products:
+            if not any(first <= b <= last and (a, b) != (first, last) for a, b in products):
+                found.append(Loop(arch, kernel, bodies[first, last]))
     return found
 
 

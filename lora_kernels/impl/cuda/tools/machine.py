@@ -16,7 +16,7 @@ from lora_kernels.native import LIBRARIES
 
 # A tensor map in a kernel's parameters, and what the library writes there for a machine to encode.
 _MAP_BYTES, _BOXES = 128, struct.Struct("<QqqqiI")
-_MAPS = {"forward": 2, "backward": 3}  # that a kernel for sm_90a takes
+_MAPS = {"forward": 3, "backward": 4}  # that a kernel for sm_90a takes
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Machine:
                 f"got {launch.together}"
             )
         name, memory = launch.kernel, [t for t in launch.memory if t.numel()]
-        sm_90a = "_Hopper_" in name
+        sm_90a = "_Hopper" in name
         maps = _MAPS[name.split("_")[1]] if sm_90a else 0
         stats = _code("sm_90a" if sm_90a else "sm_80").launch(
             name,
