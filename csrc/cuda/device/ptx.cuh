@@ -213,8 +213,8 @@ struct Wait {
 // Adds one to a ticket and returns what was there: a number that nobody else has. `does`: as above.
 __device__ inline int take_number(int* ticket, bool does) {
   int number;
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, 0; @p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }"
-               : "=&r"(number)
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }"
+               : "=r"(number)
                : "l"(ticket), "r"(static_cast<int>(does))
                : "memory");
   return number;
