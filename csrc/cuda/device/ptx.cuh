@@ -213,8 +213,17 @@ struct Wait {
 // Adds one to a ticket and returns what was there: a number that nobody else has. `does`: as above.
 __device__ inline int take_number(int* ticket, bool does) {
   int number;
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }"
-               : "=r"(number)
+  // Other threads' numbers are nothing. On sm_120 the one before is kept for it over a tile, and spilled, unless it is zero; on
+  // sm_80 the zero is what makes a kernel spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define LORA_ELSE_ZERO "mov.b32 %0, 0; "
+#else
+#define LORA_ELSE_ZERO
+#endif
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; " LORA_ELSE_ZERO
+               "@p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }"
+#undef LORA_ELSE_ZERO
+               : "=&r"(number)
                : "l"(ticket), "r"(static_cast<int>(does))
                : "memory");
   return number;
