@@ -66,6 +66,13 @@ inline void check_dropout(const std::optional<Dropout>& dropout, const Tensor& v
   check_size(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed", "[] of int64", seed);
 }
 
+// A number in a tensor, or none.
+inline void check_number(const char* name, const OptionalTensor& t, const Tensor& like) {
+  if (!t) return;
+  check_memory(name, *t, like);
+  check_size(t->numel() == 1, name, "[]", *t);
+}
+
 // What forward and backward share, beside v: x [..., K] or dy [..., N].
 inline void check_call(const Tensor& v, const LinearCall& call) {
   const Tensor &a = call.adapter.a, &b = call.adapter.b;
@@ -79,10 +86,7 @@ inline void check_call(const Tensor& v, const LinearCall& call) {
   check_adapter_type("lora_A", a);
   check_adapter_type("lora_B", b);
   check_dropout(call.dropout, v);
-  if (const OptionalTensor& scaling = call.adapter.scaling_tensor) {
-    check_memory("scaling", *scaling, v);
-    check_size(scaling->numel() == 1, "scaling", "[]", *scaling);
-  }
+  check_number("scaling", call.adapter.scaling_tensor, v);
 }
 
 // x [..., K] and bias [N] or none.

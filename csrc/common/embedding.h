@@ -26,12 +26,6 @@ struct EmbeddingCall {
 
 namespace arguments {
 
-inline void check_number(const char* name, const OptionalTensor& t, const Tensor& like) {
-  if (!t) return;
-  check_memory(name, *t, like);
-  check_size(t->numel() == 1, name, "[]", *t);
-}
-
 // Both directions, beside v, W or dy; reads the ids, each a row of W.
 inline void check_embedding(const Tensor& ids, const Tensor& v, EmbeddingCall& call) {
   const Tensor &a = call.adapter.a, &b = call.adapter.b;

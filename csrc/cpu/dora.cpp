@@ -86,11 +86,6 @@ bool is_zero(const Tensor& b) {
   return std::all_of(numbers.get(), numbers.get() + b.numel(), [](float v) { return v == 0; });
 }
 
-void check_served(const char* name, const Tensor& v) {
-  const ScalarType type = v.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name, ": expected float32 or bfloat16");
-}
-
 Tensor narrow_rows(const Tensor& t, int64_t first, int64_t count) { return torch::stable::narrow(t, 0, first, count); }
 
 int64_t rows_at_a_time(int64_t columns) {

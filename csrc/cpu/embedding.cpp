@@ -22,12 +22,6 @@ constexpr int64_t kCachedRows = 32;  // of y, that lie in L2
 
 float number_of(const Tensor& t) { return *static_cast<const float*>(as_floats(t).const_data_ptr()); }
 
-void check_input(const char* name, const Tensor& v) {
-  arguments::check_memory(name, v, v);
-  const ScalarType type = v.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name, ": expected float32 or bfloat16");
-}
-
 // What the branch is multiplied by.
 float factor_of(const EmbeddingCall& call) {
   return scale_of(call.adapter) * (call.embed_scale ? number_of(*call.embed_scale) : 1.0f);
@@ -78,13 +72,14 @@ Tensor gradient_of_a(const float* dxa, int64_t stride, const EmbeddingCall& call
 
 std::tuple<Tensor, Tensor> backward(const Tensor& dy, const EmbeddingCall& call, bool wants_da, bool wants_db) {
   const int64_t m = call.rows(), stride = round_up(call.r(), kLanes);
+  const float times = factor_of(call);
   const Tensor none = stack_of({0}, dy.scalar_type(), false);
   Tensor da = none, db = none;
   if (wants_da) {
     const Panel over_h = kernels().panel_over_rows(matrix(factor(call.adapter.b, dy)));
     const Buffer<float> dxa(m * stride);
     in_parallel(m, kRowGroup, stride * call.h(), [&](int64_t begin, int64_t end) {
-      kernels().rows_product(matrix(dy), over_h, factor_of(call), dxa.get(), {}, begin, end);
+      kernels().rows_product(matrix(dy), over_h, times, dxa.get(), {}, begin, end);
     });
     da = gradient_of_a(dxa.get(), stride, call);
   }
@@ -92,7 +87,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const EmbeddingCall& call,
     const Buffer<float> xa = gathered(call, dy);
     const Sums sums(stride, call.h());
     column_sums(dy, {xa.get(), stride}, sums);
-    db = sums.as_columns(call.r(), call.adapter.b, factor_of(call));
+    db = sums.as_columns(call.r(), call.adapter.b, times);
   }
   return {da, db};
 }
@@ -106,7 +101,8 @@ Tensor embedding_forward(
   EmbeddingCall call{std::move(weight), {std::move(lora_A), std::move(lora_B), std::move(scaling_tensor), scaling},
                      padding_idx, std::move(embed_scale), {}};
   const Tensor& w = *call.weight;
-  check_input("weight", w);
+  arguments::check_memory("weight", w, w);
+  check_served("weight", w);
   arguments::check_embedding(ids, w, call);
   arguments::check_size(w.dim() == 2 && w.size(0) == call.v() && w.size(1) == call.h(), "weight", "[V, H]", w);
   std::vector<int64_t> sizes(ids.sizes().begin(), ids.sizes().end());
@@ -119,7 +115,8 @@ std::tuple<Tensor, Tensor> embedding_backward(
     OptionalTensor embed_scale, std::vector<bool> flags) {
   EmbeddingCall call{std::nullopt, {std::move(lora_A), std::move(lora_B), std::move(scaling_tensor), scaling}, padding_idx,
                      std::move(embed_scale), {}};
-  check_input("dy", dy);
+  arguments::check_memory("dy", dy, dy);
+  check_served("dy", dy);
   arguments::check_embedding(ids, dy, call);
   const bool fits = dy.dim() == ids.dim() + 1 && dy.size(-1) == call.h() && dy.numel() == call.rows() * call.h();
   arguments::check_size(fits, "dy", "[..., H] with the rows of ids", dy);

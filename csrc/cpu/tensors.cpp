@@ -69,6 +69,11 @@ Tensor left_operand(const Tensor& v) {
   return read_beyond ? torch::stable::contiguous(rows) : rows;
 }
 
+void check_served(const char* name, const Tensor& v) {
+  const ScalarType type = v.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name, ": expected float32 or bfloat16");
+}
+
 Tensor as_floats(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
 }

@@ -28,6 +28,9 @@ struct FloatRows {
 // columns, by a zero, but a NaN in the gap between two rows spreads: such rows are copied.
 Tensor left_operand(const Tensor& v);
 
+// Raises unless v is of a type that the kernels compute in.
+void check_served(const char* name, const Tensor& v);
+
 // The same numbers as float32.
 Tensor as_floats(const Tensor& t);
 

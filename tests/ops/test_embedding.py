@@ -371,3 +371,23 @@ def test_an_emptied_table_is_named():
     weight.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="weight: expected memory"):
         lk.lora_embedding(IDS, weight, GOOD["a"], GOOD["b"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("change", [1, -1])
+def test_an_id_outside_the_table_is_torchs_error(change, impl):
+    with pytest.raises(IndexError, match="index out of range"):
+        lk.lora_embedding(IDS + change, W, GOOD["a"], GOOD["b"], impl=impl)
+
+
+@compiled_part
+@pytest.mark.parametrize("change", [1, -1])
+def test_the_compiled_part_looks_at_ids_itself(change):
+    """Operators may be reached past Python's look: by graphs, for instance."""
+    both, flat = operators("lora_embedding", "cpu"), (GOOD["a"], GOOD["b"], None, 1.0, -1, None)
+    with pytest.raises(RuntimeError, match="ids: expected numbers from 0 to 3"):
+        both.forward(IDS + change, W, *flat)
+    with pytest.raises(RuntimeError, match="ids: expected numbers from 0 to 3"):
+        both.backward(torch.ones(1, 2, 6), IDS + change, *flat, (True, True))
+    with pytest.raises(RuntimeError, match="dy: expected float32 or bfloat16"):
+        both.backward(torch.ones(1, 2, 6).double(), IDS, *flat, (True, True))
