@@ -46,7 +46,7 @@ test-old-peft: $(READY)
 		-r requirements-old-peft.txt
 	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -c \
 		'import peft; assert peft.__version__ == "$(OLD_PEFT)", peft.__version__'
-	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -m pytest $(ARGS) --no-cov \
+	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) \
 		tests/peft/test_peft.py tests/peft/test_adapter_files.py tests/peft/test_adapter_layout.py
 
 lint: $(READY)
@@ -93,15 +93,16 @@ census: $(READY)
 # Of the cases a third; SHARE=1/1 runs all.
 SHARE ?= 2/3
 SANITIZED := build/sanitized/lora_kernels/_cpu.abi3.so
+SANITIZED_TESTS := $(addprefix tests/impl/cpu/test_,cpu.py dora.py quantised.py) \
+	$(addprefix tests/ops/test_,parity.py embedding.py)
 LIBRARIES := libasan.so libubsan.so libstdc++.so
 UNDER_SANITIZERS := LD_PRELOAD="$(foreach name,$(LIBRARIES),$(shell $(CXX) -print-file-name=$(name)))" \
 	ASAN_OPTIONS=detect_leaks=0 LORA_KERNELS_TEST_LIBRARY=$(SANITIZED) $(BIN)/python -m pytest --no-cov
 sanitize: $(READY)
 	LORA_KERNELS_CPU=1 LORA_KERNELS_CUDA=0 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
 		build_ext --build-lib build/sanitized --build-temp build/sanitized-objects > /dev/null
-	$(UNDER_SANITIZERS) $(addprefix tests/impl/cpu/test_,cpu.py dora.py quantised.py) -k "cpu and not lesser" --share $(SHARE)
-	$(UNDER_SANITIZERS) tests/ops/test_parity.py tests/ops/test_embedding.py -k "cpu and not lesser" --share $(SHARE)
-	LORA_KERNELS_FUZZ=100 $(UNDER_SANITIZERS) $(addprefix tests/stacks/test_fuzz_,live.py experts.py mixed.py)
+	$(UNDER_SANITIZERS) -n $(JOBS) --dist worksteal $(SANITIZED_TESTS) -k "cpu and not lesser" --share $(SHARE)
+	LORA_KERNELS_FUZZ=100 $(UNDER_SANITIZERS) -n $(JOBS) $(addprefix tests/stacks/test_fuzz_,live.py experts.py mixed.py)
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Icsrc/cpu tests/native/threads.cpp \
 		csrc/cpu/select.cpp $(wildcard csrc/cpu/isa/*.cpp) -o build/threads
 	for isa in amx avx512_bf16 avx512 avx2; do \

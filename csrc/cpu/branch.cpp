@@ -92,7 +92,7 @@ Tensor add_adapter(
   const OptionalTensor from = wanted.da ? OptionalTensor(as_matrix(*x)) : std::nullopt;
   const Sums sums(wanted.da ? stride : 0, call.k());
   column_pass(into, from, over_r, {q.get(), stride}, mask, sums);
-  return wanted.da ? sums.as_rows(call.r(), a, 1) : torch::stable::new_empty(dy_rows, {0});
+  return wanted.da ? sums.as_rows(call.r(), a, 1) : not_wanted(dy_rows);
 }
 
 Tensor gradient_of_b(const Tensor& dy_rows, const Tensor& xa, const LinearCall& call) {

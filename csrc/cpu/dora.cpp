@@ -277,8 +277,8 @@ DoraGradients backward(const Tensor& dy, const DoraKept& kept, const DoraCall& c
   std::fill(sums.get(), sums.get() + gain.padded, 0.0f);
   const OptionalTensor u = wanted.dm ? OptionalTensor(as_matrix(*kept.u)) : std::nullopt;
   const OptionalTensor dx = base_gradients(rows, u, linear, gain, wanted.dx, sums.get());
-  const auto empty = [&] { return torch::stable::new_empty(dy, {0}); };
-  DoraGradients gradients{dx ? *dx : empty(), empty(), empty(), empty(), empty()};
+  const auto none = [&] { return not_wanted(dy); };
+  DoraGradients gradients{dx ? *dx : none(), none(), none(), none(), none()};
   if (wanted.dx || wanted.da) {
     const Adapter rescaled{linear.adapter.a, gain.times(linear.adapter.b, rows), linear.adapter.scaling_tensor,
                            linear.adapter.scaling};

@@ -73,8 +73,7 @@ Tensor gradient_of_a(const float* dxa, int64_t stride, const EmbeddingCall& call
 std::tuple<Tensor, Tensor> backward(const Tensor& dy, const EmbeddingCall& call, bool wants_da, bool wants_db) {
   const int64_t m = call.rows(), stride = round_up(call.r(), kLanes);
   const float times = factor_of(call);
-  const Tensor none = stack_of({0}, dy.scalar_type(), false);
-  Tensor da = none, db = none;
+  Tensor da = not_wanted(dy), db = not_wanted(dy);
   if (wants_da) {
     const Panel over_h = kernels().panel_over_rows(matrix(factor(call.adapter.b, dy)));
     const Buffer<float> dxa(m * stride);

@@ -121,7 +121,7 @@ Gradients backward(
   const bool by_rows = !groups.rows.empty();
   const Tensor &a = call.adapter.a, &b = call.adapter.b;
   const auto zeros = [](bool of, const std::vector<int64_t>& sizes, ScalarType of_type) {
-    return of ? stack_of(sizes, of_type, true) : stack_of({0}, of_type, false);
+    return of ? stack_of(sizes, of_type, true) : empty({0}, of_type);
   };
   const Tensor dx = zeros(wanted.dx, {call.tokens, call.k()}, by_rows ? ScalarType::Float : type);
   const Tensor da = zeros(wanted.da, {a.size(0), a.size(1), a.size(2)}, ScalarType::Float);

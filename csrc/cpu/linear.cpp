@@ -32,8 +32,8 @@ Gradients backward(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& xa, const LinearCall& call, const Wanted& wanted) {
   check_packed(call.weight, call.k(), call.n(), dy);
   const Tensor rows = left_operand(dy);
-  const auto empty = [&] { return torch::stable::new_empty(dy, {0}); };
-  Gradients gradients{empty(), empty(), empty(), empty()};
+  const auto none = [&] { return not_wanted(dy); };
+  Gradients gradients{none(), none(), none(), none()};
   if (wanted.dx) gradients.dx = base_backward(rows, call.weight);
   const bool adapted = call.r() > 0;
   if (adapted && (wanted.dx || wanted.da)) gradients.da = add_adapter(gradients.dx, rows, x, call, wanted);

@@ -76,9 +76,9 @@ Tensor zeros_like(const Tensor& factor) { return stack_of({factor.size(0), facto
 
 Lists backward(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& xa, const MixedCall& call, const Wanted& wanted) {
-  const Tensor rows = left_operand(dy), none = stack_of({0}, dy.scalar_type(), false);
+  const Tensor rows = left_operand(dy);
   const Weight weight{call.weight, std::nullopt, "dense", {}, call.n(), call.k()};
-  const Tensor dx = wanted.dx ? base_backward(rows, weight) : none;
+  const Tensor dx = wanted.dx ? base_backward(rows, weight) : not_wanted(dy);
   std::vector<Tensor> da, db;
   for (size_t i = 0; wanted.da && i < call.a.size(); ++i) da.push_back(zeros_like(call.a[i]));
   for (size_t i = 0; wanted.db && i < call.b.size(); ++i) db.push_back(zeros_like(call.b[i]));
@@ -87,7 +87,7 @@ Lists backward(
     const auto index = static_cast<size_t>(span.adapter);
     const Tensor some = left_operand(part.read(rows));
     if (wanted.dx || wanted.da) {
-      const Tensor out = wanted.dx ? part.read(dx) : none;
+      const Tensor out = wanted.dx ? part.read(dx) : dx;
       const OptionalTensor read = wanted.da ? OptionalTensor(part.read(*x)) : std::nullopt;
       const Tensor sums = add_adapter(out, some, read, part.call(), wanted);
       if (wanted.dx) part.write(out, dx);
@@ -98,7 +98,7 @@ Lists backward(
       db[index] = gradient_of_b(some, columns_of(shrunk, part.call().r()), part.call());
     }
   }
-  const Tensor dbias = wanted.dbias ? torch::stable::sum(rows, std::vector<int64_t>{0}) : none;
+  const Tensor dbias = wanted.dbias ? torch::stable::sum(rows, std::vector<int64_t>{0}) : not_wanted(dy);
   return {dx, da, db, dbias};
 }
 

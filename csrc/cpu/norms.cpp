@@ -92,7 +92,7 @@ Tensor row_norms(const LinearCall& call, float scale) {
                     Buffer<float>(n * pitch), pitch};
   std::for_each(terms.b.get(), terms.b.get() + n * pitch, [=](float& v) { v *= scale; });
   multiply_grams(terms);
-  const Tensor norm = torch::stable::new_empty(w, {n}, ScalarType::Float);
+  const Tensor norm = empty({n}, ScalarType::Float);
   float* const out = static_cast<float*>(norm.mutable_data_ptr());
   in_parallel(n, kRowGroup, pitch * w.size(1), [&](int64_t begin, int64_t end) {
     multiply_rows(terms, in_floats, begin, end);

@@ -65,13 +65,7 @@ void copy_rows(const Tensor& v, const std::vector<int64_t>& named, int64_t begin
 }
 
 Tensor stack_of(const std::vector<int64_t>& sizes, ScalarType type, bool zeroed) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(type),
-      aoti_torch_device_type_cpu(), 0, &made));
-  const Tensor out(made);
+  const Tensor out = empty(sizes, type);
   if (zeroed && out.numel()) std::memset(out.mutable_data_ptr(), 0, out.numel() * out.element_size());
   return out;
 }

@@ -54,14 +54,6 @@ Tensor as_type_of(const Tensor& parameter, const Tensor& t) {
 
 }  // namespace
 
-Tensor reinterpreted(
-    const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t offset) {
-  AtenTensorHandle view;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      t.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), offset, &view));
-  return Tensor(view);
-}
-
 Tensor left_operand(const Tensor& v) {
   const Tensor rows = as_matrix(v);
   const bool apart = rows.stride(0) != rows.size(1), whole_steps = rows.size(1) % kOnednnStep == 0;
@@ -80,13 +72,19 @@ Tensor as_floats(const Tensor& t) {
 
 Tensor factor(const Tensor& parameter, const Tensor& x) { return as_matrix(as_type_of(x, parameter)); }
 
-Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType type) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      2, sizes, strides, static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &made));
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(type),
+      aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
+
+Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType type) { return empty({rows, columns}, type); }
+
+Tensor not_wanted(const Tensor& v) { return empty({0}, v.scalar_type()); }
 
 Tensor transposed(const Tensor& t) {
   return reinterpreted(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)});

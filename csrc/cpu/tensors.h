@@ -37,12 +37,12 @@ Tensor as_floats(const Tensor& t);
 // lora_A or lora_B rounded to the type that the products take, that of x.
 Tensor factor(const Tensor& parameter, const Tensor& x);
 
-// An uninitialised matrix.
+// An uninitialised contiguous tensor of at least one dimension.
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type);
 Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType type);
 
-// The same memory with other sizes and strides, from a number on; cheaper than a view through the dispatcher.
-Tensor reinterpreted(
-    const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t offset = 0);
+// Stands for a gradient of v, or of what goes with it, that is not wanted.
+Tensor not_wanted(const Tensor& v);
 
 // The view tT of a matrix.
 Tensor transposed(const Tensor& t);

@@ -305,7 +305,10 @@ def test_captures_train(dtype, capture):
     grads = torch.autograd.grad(expected.square().sum(), list(net.parameters()))
     found.square().sum().backward()
     owners = [p for p in (*captured.parameters(), *net.parameters()) if p.grad is not None]
-    torch.testing.assert_close(tuple(p.grad for p in owners[:2]), grads)
+    for owner, wanted in zip(owners[:2], grads, strict=True):
+        # Sums in another order, whose terms may cancel.
+        error = 8 * torch.finfo(dtype).eps * wanted.abs().max().item()
+        torch.testing.assert_close(owner.grad, wanted, rtol=0, atol=error)
 
 
 @pytest.mark.unpoisoned

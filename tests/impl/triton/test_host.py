@@ -26,14 +26,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def python(tmp_path):
-    """Runs an interpreter whose compiled kernels no later run on a GPU finds."""
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """Runs an interpreter; tests share its compiled kernels, which no later run on a GPU finds."""
+    cache = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        cache = cache.parent  # of all workers
 
     def run(*args, **environment):
         done = subprocess.run(
             [sys.executable, *args], cwd=ROOT, capture_output=True, text=True,
-            env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), **environment},
+            env={**os.environ, "TRITON_CACHE_DIR": str(cache / "triton"), **environment},
         )  # fmt: skip
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         return done.stdout
@@ -350,4 +353,5 @@ if __name__ == "__main__":
         y.backward(made(300, 256))
     assert kernels() == compiled, kernels() ^ compiled
 """)
-    python(str(script), PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    python(str(script), PYTHONPATH=path, TRITON_CACHE_DIR=str(tmp_path / "triton"))
