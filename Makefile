@@ -8,9 +8,9 @@ TORCH := $(shell grep '^torch==' requirements-dev.txt)
 JOBS ?= 2
 # Tests of the host path on a stub of a driver, each a process of its own: `make test-host`.
 HOST := $(wildcard tests/impl/*/test_host.py)
-# Of tests with many cases, most of them in the virtual machine, one in MANY, of slow tests a third,
+# Of tests with many cases, most of them in the virtual machine, one in MANY, of slow tests a sixth,
 # others each time; MANY=1 runs all.
-MANY ?= 30
+MANY ?= 40
 # Also run in Triton's interpreter, which a process has for all kernels or for none.
 INTERPRETED := tests/ops/test_parity.py $(addprefix tests/impl/triton/test_,parity.py mutations.py split_k.py)
 

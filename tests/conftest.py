@@ -52,7 +52,7 @@ def pytest_configure(config):
     os.environ["LORA_KERNELS_TUNED"] = os.devnull
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left alone (compiled code)")
     config.addinivalue_line("markers", "many: of many slow cases, `--one-in N` runs some")
-    config.addinivalue_line("markers", "slow: of these tests `--one-in N` runs a third")
+    config.addinivalue_line("markers", "slow: of these tests `--one-in N` runs a sixth")
 
 
 def pytest_addoption(parser):
@@ -64,7 +64,7 @@ def pytest_addoption(parser):
         metavar="N",
         type=int,
         default=1,
-        help="of the cases of each test marked `many` one in N, of tests marked `slow` a third; "
+        help="of the cases of each test marked `many` one in N, of tests marked `slow` a sixth; "
         "others with each run's seed",
     )
 
@@ -86,7 +86,7 @@ def _beyond_one_in(n, items):
         kept = random.Random(f"{SEED}/{name}").sample(range(len(of_one)), fewer)
         dropped.update(item for i, item in enumerate(of_one) if i not in kept)
     slow = _items_by_test("slow", items)
-    for name in random.Random(SEED).sample(sorted(slow), len(slow) * 2 // 3):
+    for name in random.Random(SEED).sample(sorted(slow), len(slow) * 5 // 6):
         dropped.update(slow[name])
     return dropped
 
