@@ -4,7 +4,6 @@ from itertools import product
 from typing import Any
 
 import pytest
-import torch
 
 from bench.compare.watched_calls import CASES, NAMES, AbsentError, call_of
 from bench.measure.timing import threads
@@ -13,7 +12,6 @@ from bench.measure.timing import threads
 @pytest.mark.parametrize(("case", "name"), list(product(CASES, NAMES)))
 def test_call(benchmark: Any, case: str, name: str) -> None:
     """Time one call after the gate, by one thread, whose CPU time is the clock."""
-    torch.manual_seed(0)
     with threads(1):
         try:
             call = call_of(case, name)

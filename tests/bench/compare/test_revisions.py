@@ -1,8 +1,13 @@
 """Two revisions are compared by calls that both can make, or the comparison fails."""
 
-import pytest
+import ast
+import inspect
 
-from bench.compare import revisions
+import pytest
+import torch
+
+import lora_kernels as lk
+from bench.compare import revisions, watched_calls
 
 
 class _Side:
@@ -34,3 +39,28 @@ def test_another_revision_has_the_part_of_this_one(built, monkeypatch, tmp_path)
     monkeypatch.setattr(revisions, "BUILT", {"cpu": built})
     revisions._run(["sh", "-c", "echo $LORA_KERNELS_CPU > asked"], tmp_path)
     assert (tmp_path / "asked").read_text() == f"{int(built)}\n"
+
+
+def test_watched_calls_need_nothing_that_another_revision_may_lack():
+    tree = ast.parse(inspect.getsource(watched_calls))
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    plain = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    modules += [alias.name for node in plain for alias in node.names]
+    own = [name for name in modules if name.partition(".")[0] in ("", "bench", "lora_kernels")]
+    assert own == ["lora_kernels"]
+    taken = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    names = {t.attr for t in taken if isinstance(t.value, ast.Name) and t.value.id == "lk"}
+    assert names <= set(lk.__all__)
+
+
+def test_a_wrong_call_is_not_timed(monkeypatch):
+    watched_calls.call_of("tiny", "eager")()
+    plain = lk.patch_peft
+
+    def wrong(model, **given):
+        torch.nn.init.zeros_(model.base_model.model[0].lora_B["default"].weight)
+        return plain(model, **given)
+
+    monkeypatch.setattr(lk, "patch_peft", wrong)
+    with pytest.raises(RuntimeError, match="away from PEFT's"):
+        watched_calls.call_of("tiny", "eager")
