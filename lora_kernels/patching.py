@@ -27,11 +27,6 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
 
 
-_OWN_ATTRIBUTES = tuple(
-    f"_lora_kernels_{name}" for name in ("impl", "options", "calls", "packed", "norms")
-)
-
-
 @dataclass(frozen=True)
 class PatchReport(Summary):
     """What `patch_peft` did: paths of layers now fused, and of layers left with the reason.
@@ -169,9 +164,9 @@ def patch_peft(
     except BaseException:
         for module, kind, attributes in before:
             module.__class__ = kind
-            for name in _OWN_ATTRIBUTES:
+            for name in ours.OWN_ATTRIBUTES:
                 vars(module).pop(name, None)
-            vars(module).update({k: v for k, v in attributes.items() if k in _OWN_ATTRIBUTES})
+            vars(module).update({k: v for k, v in attributes.items() if k in ours.OWN_ATTRIBUTES})
         raise
     # Last, since nothing can fail after it: copies are none of the model's own.
     if cast_weights:

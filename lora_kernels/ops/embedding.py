@@ -31,6 +31,8 @@ from lora_kernels.registration import (
 )
 from lora_kernels.transforms import backward_needs_plain_torch
 
+# Of nn.Embedding, which PEFT passes on to torch and `lora_embedding` has not.
+UNSERVED_OPTIONS = ("max_norm", "scale_grad_by_freq", "sparse")
 _BRANCH = (
     "Tensor lora_embedding_A, Tensor lora_embedding_B, Tensor? scaling_tensor, float scaling, "
     "int padding_idx, Tensor? embed_scale"
