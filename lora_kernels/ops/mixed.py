@@ -2,7 +2,7 @@
 
 It has operators and `run`, no public function: `adapter_batch` and `adapter_names` lead here. The
 adapters' factors are a list, read where they lie: to stack those of 16 adapters took a third of a
-call that decodes (2026-11-30, Zen 3).
+call of few rows (2026-11-30, Zen 3).
 """
 
 from typing import Any, NamedTuple
