@@ -88,9 +88,14 @@ def _add_layers(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="has a transformers config.json; with --target-modules",
     )
-    command.add_argument("--target-modules", nargs="+", default=[], metavar="NAME")
-    command.add_argument("--rank", type=_positive, default=16)
-    command.add_argument("--rows", type=_positive, default=8192, help="tokens; default: 8192")
+    command.add_argument(
+        "--target-modules", nargs="+", default=[], metavar="NAME",
+        help="layers of --model, as PEFT's target_modules name them",
+    )  # fmt: skip
+    command.add_argument("--rank", type=_positive, default=16, help="with --model; default: 16")
+    command.add_argument(
+        "--rows", type=_positive, default=8192, help="tokens, with --model; default: 8192"
+    )
     dtypes = ("bfloat16", "float16", "float32")
     command.add_argument("--dtype", default="bfloat16", choices=dtypes)
     command.add_argument("--adapters", choices=dtypes, help="their dtype; default: as --dtype")
@@ -144,8 +149,9 @@ def _tune(options: argparse.Namespace) -> int:
 def _compile(options: argparse.Namespace) -> int:
     if _lacks_triton():
         return 2
-    if options.gpu not in {device.name for device in KNOWN}:
-        print(f"--gpu: expected a name of the table, got {options.gpu!r}", file=sys.stderr)
+    names = [device.name for device in KNOWN]
+    if options.gpu not in names:
+        print(f"--gpu: expected one of {', '.join(names)}, got {options.gpu!r}", file=sys.stderr)
         return 2
     from lora_kernels.impl.triton.tools.ahead import main as compile_ahead
     from lora_kernels.impl.triton.tools.record import Made
@@ -188,10 +194,9 @@ def _lacks_triton() -> bool:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from lora_kernels.transforms import needs_plain_torch
 
 # Where torch.export traces, parameters and inputs are fake.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
+INFERENCE = "an inference tensor can't be saved for backward"
 # Linear layers with a forward of their own, by the module that defines it: none is imported here.
 _OTHER_LINEARS = {
     "transformers.pytorch_utils": "Conv1D",  # x W + bias, for W [K, N]
@@ -228,13 +229,15 @@ def tensors_reason(**tensors: Any) -> str | None:
             return f"{name} is a {type(t).__name__}"
         if t.is_meta:
             return f"{name} is on meta"
-        if (
-            torch.is_grad_enabled()
-            and not torch.compiler.is_dynamo_compiling()
-            and t.is_inference()
-        ):
-            return "an inference tensor can't be saved for backward"
-    return None
+    return inference_reason(*tensors.values())
+
+
+def inference_reason(*tensors: Tensor) -> str | None:
+    """Return that one of a call's tensors couldn't be saved for backward, or None."""
+    # dynamo asks the same by itself.
+    if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+        return None
+    return INFERENCE if any(t.is_inference() for t in tensors) else None
 
 
 def hooks_reason(module: nn.Module) -> str | None:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.bypass import read_linear
-from lora_kernels.checks import is_dtensor, lack_of_memory
 from lora_kernels.operands.held import CastWeight
-from lora_kernels.prepack import adapted_layers
+from lora_kernels.prepack import adapted_layers, reason_uncopied
 from lora_kernels.summary import Group, Summary, grouped
 
 CAST_DTYPES = (torch.bfloat16, torch.float16)
@@ -98,19 +97,4 @@ def reason_uncast(weight: Tensor) -> str | None:
     """Return why a weight gets no 16-bit copy, or None."""
     if weight.dtype != torch.float32:
         return f"the weight is {weight.dtype}, not float32"
-    if is_dtensor(weight):
-        return "the weight is a DTensor"
-    if type(weight) not in (nn.Parameter, Tensor):
-        return f"the weight is a {type(weight).__name__}"
-    if weight.is_meta:
-        return "the weight is on meta"
-    if weight.ndim != 2 or weight.numel() == 0:
-        return f"the weight has shape {list(weight.shape)}"
-    if weight.requires_grad:
-        return "the weight is not frozen"
-    lack = lack_of_memory(weight)
-    if lack is not None:
-        return f"expected {lack}"
-    if weight.is_inference():
-        return "the weight is an inference tensor, whose changes can't be seen"
-    return None
+    return reason_uncopied(weight)

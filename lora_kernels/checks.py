@@ -214,19 +214,22 @@ def check_backward(
         ("x", x, (*dy.shape[:-1], k)),
         ("xa", xa, (math.prod(dy.shape[:-1]), r)),
     ):
-        if t is None:
-            continue
-        error = not_a_float_tensor(name, t, dy)
-        if error is not None:
-            raise error
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+        check_shape(name, t, dy, shape)
     given = (("weight", None if weight.dtype is None else weight.stored), ("x", x), ("xa", xa))
     for name, t in given:
         expected = torch.float32 if name == "xa" and wide_xa else dy.dtype
         if t is not None and t.dtype != expected:
             whose = "" if expected != dy.dtype else "the dtype of dy, "
             raise TypeError(f"{name}: expected {whose}{expected}, got {t.dtype}")
+
+
+def check_shape(name: str, t: Any, like: Tensor, shape: tuple[int, ...], of: str = "x") -> None:
+    """Raise unless t, where given, is a float tensor of a shape where `like`, called `of`, is."""
+    error = None if t is None else not_a_float_tensor(name, t, like, of)
+    if error is not None:
+        raise error
+    if t is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
 
 
 def _plainly_fit_backward(dy: Tensor, x: Tensor, xa: Tensor | None, call: LinearCall) -> bool:
@@ -251,11 +254,9 @@ def check_magnitude(magnitude: Any, x: Tensor, n: int) -> None:
     """
     if is_dtensor(x):
         raise TypeError(f"x: expected a plain tensor beside a magnitude, got a {type(x).__name__}")
-    error = not_a_float_tensor("magnitude", magnitude, x)
-    if error is not None:
-        raise error
-    if magnitude.shape != (n,):
-        raise ValueError(f"magnitude: expected shape [{n}], got {list(magnitude.shape)}")
+    if magnitude is None:
+        raise TypeError("magnitude: expected a torch.Tensor, got NoneType")
+    check_shape("magnitude", magnitude, x, (n,))
 
 
 def check_norm(norm: Any, u: Tensor | None, dy: Tensor, wide_u: bool) -> None:
@@ -270,14 +271,12 @@ def check_norm(norm: Any, u: Tensor | None, dy: Tensor, wide_u: bool) -> None:
     wide = torch.promote_types(dy.dtype, torch.float32)
     rows = math.prod(dy.shape[:-1])
     for name, t, shape, dtype in (("norm", norm, (n,), wide), ("u", u, (rows, n), dy.dtype)):
-        if t is None:
-            continue
-        error = not_a_float_tensor(name, t, dy)
-        if error is not None:
-            raise error
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
-        if t.dtype != dtype and not (wide_u and name == "u" and t.dtype == torch.float32):
+        check_shape(name, t, dy, shape)
+        if (
+            t is not None
+            and t.dtype != dtype
+            and not (wide_u and name == "u" and t.dtype == torch.float32)
+        ):
             raise TypeError(f"{name}: expected {dtype}, got {t.dtype}")
 
 

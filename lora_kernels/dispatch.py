@@ -97,7 +97,7 @@ def unproven(impl: str, request: Request) -> str | None:
 
 
 def passed_over(request: Request) -> dict[str, str]:
-    """Return why "auto" passes over each implementation that it does: `refusals`, and more."""
+    """Return why "auto" passes over each implementation that refuses a request, or is unproven."""
     reasons = {i.name: i.refuse(request) or unproven(i.name, request) for i in IMPLEMENTATIONS}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -179,9 +179,3 @@ def _without_kernel(request: Request) -> str | None:
     if any(name not in reasons for name in ("triton", "cuda")):
         return None
     return f"dropout without a kernel (triton {reasons['triton']}; cuda {reasons['cuda']})"
-
-
-def refusals(request: Request) -> dict[str, str]:
-    """Return the reason of each implementation that refuses the request."""
-    reasons = {i.name: i.refuse(request) for i in IMPLEMENTATIONS}
-    return {name: reason for name, reason in reasons.items() if reason is not None}

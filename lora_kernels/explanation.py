@@ -128,7 +128,7 @@ def explain(*arguments: Any, **named: Any) -> Explanation:
     for implementation in IMPLEMENTATIONS:
         if implementation.name not in (choice, *reasons):
             reasons[implementation.name] = f"serves the call too; {choice} comes first"
-    planned = choice == "triton" and request.op == "lora_linear"
+    planned = choice == "triton" and request.op in ("lora_linear", "lora_dora_linear")
     plans = _triton_plans(x, weight, request) if planned else {}
     peft = slower_than_peft(request)
     if linear and peft is None:
@@ -240,5 +240,5 @@ def _triton_plans(x: Tensor, weight: Weight, request: Request) -> dict[str, str]
     plans = {}
     for name, each in (("forward", layer), ("backward", layer._replace(backward=True))):
         plan = executor.plan(each, device)
-        plans[name] = f"DoRA's passes, {dora_plan(plan, each, device)}" if dora else str(plan)
+        plans[name] = f"DoRA by {dora_plan(plan, each, device)}" if dora else str(plan)
     return plans

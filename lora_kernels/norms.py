@@ -12,6 +12,7 @@ from lora_kernels.impl.eager.dora import row_norms
 from lora_kernels.operands.call import LinearCall
 from lora_kernels.operands.dora import DoraCall
 from lora_kernels.operands.held import HeldWeight
+from lora_kernels.operands.precision import is_outranged
 
 _PLAIN = (nn.Parameter, Tensor)
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -69,8 +70,7 @@ def known_norm(
         or _count_dispatch_modes()
     ):
         return None
-    a, b, _ = linear.adapter
-    if dtype == torch.float16 and not a.dtype == b.dtype == dtype:
+    if is_outranged(dtype, linear.adapter):
         return None
     if linear.weight.dtype != dtype:
         linear = linear.cast(dtype)

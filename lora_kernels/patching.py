@@ -27,11 +27,6 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
 
 
-_OWN_ATTRIBUTES = tuple(
-    f"_lora_kernels_{name}" for name in ("impl", "options", "calls", "packed", "norms")
-)
-
-
 @dataclass(frozen=True)
 class PatchReport(Summary):
     """What `patch_peft` did: paths of layers now fused, and of layers left with the reason.
@@ -95,8 +90,8 @@ def patch_peft(
     """Make a PEFT model's LoRA layers compute with this package's functions, in place.
 
     Parameters, names, hooks and dictionaries stay the same objects: only the class of each
-    `peft.tuners.lora.Linear` changes, and of PEFT's layers over weights that bitsandbytes or
-    torchao quantised, of DoRA, of embeddings and of convolutions. Whether a call is fused is
+    `peft.tuners.lora.Linear` changes, of its layers over weights that bitsandbytes or torchao
+    quantised, and of those of embeddings, convolutions and experts. Whether a call is fused is
     decided at that call, since adapters are switched, merged and added after patching; otherwise
     PEFT's own forward runs, and the logger "lora_kernels" warns once of each reason. `report` tells
     later what became of calls.
@@ -108,8 +103,8 @@ def patch_peft(
         model: a model with PEFT LoRA layers, or one such layer.
         impl: as for `lora_linear`. A named one has to serve the layers where they are and in their
             dtype: move and cast the model first. Layers on meta, and shards, are not asked: there,
-            and for what changes later, a fused call that it can't serve raises. Embeddings and
-            convolutions, of which it has no kernel, are left.
+            and for what changes later, a fused call that it can't serve raises. Embeddings,
+            convolutions and experts, where it doesn't have the op at all, are left.
         prepack: also pack the frozen weights, as `prepack_` does; the report then has its report.
         cast_weights: also hold a copy of each frozen float32 weight, as `cast_weights_` does, in
             that dtype of 16 bits; True stands for that of an autocast around it, or torch.bfloat16.
@@ -169,9 +164,9 @@ def patch_peft(
     except BaseException:
         for module, kind, attributes in before:
             module.__class__ = kind
-            for name in _OWN_ATTRIBUTES:
+            for name in ours.OWN_ATTRIBUTES:
                 vars(module).pop(name, None)
-            vars(module).update({k: v for k, v in attributes.items() if k in _OWN_ATTRIBUTES})
+            vars(module).update({k: v for k, v in attributes.items() if k in ours.OWN_ATTRIBUTES})
         raise
     # Last, since nothing can fail after it: copies are none of the model's own.
     if cast_weights:

@@ -175,10 +175,17 @@ def reason_left(weight: Tensor) -> str | None:
         return f"the weight is {weight.dtype}, not bfloat16 or float32"
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "oneDNN packs no bfloat16 on this processor, which has no AVX512"
+    return reason_uncopied(weight)
+
+
+def reason_uncopied(weight: Tensor) -> str | None:
+    """Return why a layer can hold no copy of a weight beside it, packed or cast; or None."""
     if is_dtensor(weight):
         return "the weight is a DTensor"
     if type(weight) not in (nn.Parameter, Tensor):
         return f"the weight is a {type(weight).__name__}"
+    if weight.is_meta:
+        return "the weight is on meta"
     if weight.ndim != 2 or weight.numel() == 0:
         return f"the weight has shape {list(weight.shape)}"
     if weight.requires_grad:

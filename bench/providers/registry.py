@@ -21,7 +21,7 @@ from bench.providers.plans import Planner, one_launch
 from bench.providers.rivals import addmm_lora, liger_model, lorafusion_lora, unsloth_lora
 from bench.quantised import Coded, peft_class
 from bench.shapes import DENSE, DTYPES, GROWTH, PLANS, SCALING, Case
-from lora_kernels.dispatch import refusals
+from lora_kernels.dispatch import refusal
 from lora_kernels.impl.triton.plan.plan import library_plan
 from lora_kernels.operands.request import Request
 from lora_kernels.prepack import reason_left
@@ -158,7 +158,7 @@ def _our_refusal(impl: str, codes: bool = False) -> Callable[[Case], str | None]
         device = "cuda" if impl in ("triton", "cuda") else "cpu"
         dtype, form = DTYPES[case.dtype], case.base if codes else DENSE
         request = Request(case.spec.op, torch.device(device), dtype, case.r, case.p > 0, form)
-        return refusals(request).get(impl)
+        return refusal(impl, request)
 
     return refuse
 

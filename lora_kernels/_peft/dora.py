@@ -2,18 +2,16 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
 from lora_kernels._peft.variants import variant_reason
-from lora_kernels.bypass import PLAIN_TENSORS, origin
+from lora_kernels.bypass import PLAIN_TENSORS, hooks_reason, inference_reason, origin
 from lora_kernels.checks import FLOAT_DTYPES, is_dtensor
 from lora_kernels.dispatch import slower_than_peft
 from lora_kernels.operands.dora import DoraCall
 from lora_kernels.operands.request import Request
 
 _VARIANTS, _LAYERS = "peft.tuners.lora.variants", "peft.tuners.lora.dora"
-_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
 def read_magnitude(layer: Any, name: str) -> Tensor | str:
@@ -29,12 +27,12 @@ def read_magnitude(layer: Any, name: str) -> Tensor | str:
     if getattr(layer, "ephemeral_gpu_offload", False):
         return "DoRA with ephemeral_gpu_offload"
     module = layer._modules["lora_magnitude_vector"]._modules[name]
-    own = vars(module)
     if type(module).__name__ != "DoraLinearLayer" or origin(type(module).forward) != _LAYERS:
         return f"lora_magnitude_vector is {type(module).__name__}"
-    if "forward" in own or any(own[f"_{kind}_hooks"] for kind in _HOOKS):
-        return "lora_magnitude_vector has hooks"
-    magnitude = own["_parameters"].get("weight")
+    reason = hooks_reason(module)
+    if reason is not None:
+        return f"lora_magnitude_vector {reason}"
+    magnitude = module._parameters.get("weight")
     if type(magnitude) not in PLAIN_TENSORS:
         return f"lora_magnitude_vector's weight is a {type(magnitude).__name__}"
     return magnitude
@@ -49,9 +47,8 @@ def call_reason(x: Tensor, call: DoraCall, p: float, impl: str) -> str | None:
         return "of one vector PEFT's DoRA gives a matrix of one row"
     if magnitude.dtype not in FLOAT_DTYPES or magnitude.device != x.device:
         return f"lora_magnitude_vector is {magnitude.dtype} on {magnitude.device}"
-    if is_grad_enabled() and not torch.compiler.is_dynamo_compiling() and magnitude.is_inference():
-        return "an inference tensor can't be saved for backward"
-    if x.is_cpu or impl != "auto":
-        return None
+    reason = inference_reason(magnitude)
+    if reason is not None or x.is_cpu or impl != "auto":
+        return reason
     rank = call.linear.adapter.a.shape[0]
     return slower_than_peft(Request("lora_dora_linear", x.device, x.dtype, rank, p > 0.0))

@@ -19,9 +19,7 @@ from lora_kernels.bypass import (
 from lora_kernels.operands.call import Adapter
 from lora_kernels.operands.embedding import NO_PADDING, EmbeddingCall
 from lora_kernels.operands.weight import Dense
-from lora_kernels.ops.embedding import check, lora_embedding
-
-_LEFT = ("max_norm", "scale_grad_by_freq", "sparse")
+from lora_kernels.ops.embedding import UNSERVED_OPTIONS, check, lora_embedding
 
 
 class FusedEmbedding(Fused, Embedding):
@@ -70,7 +68,7 @@ def fused_parts(layer: Embedding) -> Parts | str:
     read = read_plain(base, type(base) if scale is not None else nn.Embedding)
     if isinstance(read, str):
         return f"base layer {read}"
-    found = next((option for option in _LEFT if getattr(base, option)), None)
+    found = next((option for option in UNSERVED_OPTIONS if getattr(base, option)), None)
     if found is not None:
         return f"base layer has {found}"
     reason = everywhere_reason() or scaling_reason(layer.scaling[name])

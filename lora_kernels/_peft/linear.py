@@ -18,6 +18,7 @@ from lora_kernels._peft import dora, mixed
 from lora_kernels._peft.read_variant import read_variant, times_diagonal
 from lora_kernels._peft.summed import summed_parts
 from lora_kernels.bypass import (
+    INFERENCE,
     PLAIN_TENSORS,
     dropout_reason,
     everywhere_reason,
@@ -42,6 +43,10 @@ from lora_kernels.usage import Calls
 
 _PEFT = "peft.tuners.lora.layer"  # whose Linear.forward a fused call stands for
 _FORWARD = Linear.forward if origin(Linear.forward) == _PEFT else None
+# All that a patched layer or tuner has in its `__dict__` beside PEFT's own.
+OWN_ATTRIBUTES = tuple(
+    f"_lora_kernels_{name}" for name in ("impl", "options", "calls", "packed", "norms")
+)
 
 
 class FusedLinear(Linear):
@@ -204,8 +209,8 @@ def become(
     module.__class__ = kind
     own = vars(module)
     if asked is None:
-        for name in ("impl", "options", "packed", "calls", "norms"):
-            own.pop(f"_lora_kernels_{name}", None)
+        for name in OWN_ATTRIBUTES:
+            own.pop(name, None)
         return
     own["_lora_kernels_impl"] = asked.impl
     own.pop("_lora_kernels_options", None)
@@ -337,7 +342,7 @@ def call_reason(
             or lora_A.is_inference()
             or lora_B.is_inference()
         ):
-            return "an inference tensor can't be saved for backward"
+            return INFERENCE
         if not x.is_contiguous() and refuses_strides(base, x):
             return "x is no matrix as it lies, which its base layer asks for"
     if x.is_cpu or impl != "auto":
@@ -358,10 +363,9 @@ def _misfit_reason(x: Any, call: LinearCall, cast: torch.dtype | None) -> str | 
         return f"x is a {type(x).__name__}"
     if x.is_meta:
         return "x is a meta tensor"
-    if cast is None and lora_A.dtype != lora_B.dtype:
-        return f"lora_A is {lora_A.dtype}, lora_B {lora_B.dtype}"
-    if cast is not None and torch.float64 in (lora_A.dtype, lora_B.dtype):
-        return "lora_A or lora_B is float64, which autocast leaves as it is"
+    reason = mixed.dtype_reason(lora_A.dtype, lora_B.dtype, cast)
+    if reason is not None:
+        return reason
     misfitting = misfit(x, call, cast)
     return None if misfitting is None else str(misfitting)
 

@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, everywhere_reason, read_linear
+from lora_kernels.bypass import (
+    PLAIN_TENSORS,
+    dropout_reason,
+    everywhere_reason,
+    inference_reason,
+    read_linear,
+)
 from lora_kernels.dispatch import refusal
 from lora_kernels.operands.call import autocast_dtype
 from lora_kernels.operands.dropout import drawn
@@ -117,8 +123,9 @@ def forward(layer: Any, x: Any, samples: Samples, impl: str, path: str = "") -> 
     if impl == "auto" and not x.is_cpu:
         return f"batches of several adapters weren't tried on {x.device.type}"
     all_a, all_b = [a for a, _, _ in factors.values()], [b for _, b, _ in factors.values()]
-    if _saves_inference_tensors(x, weight, *all_a, *all_b):
-        return "an inference tensor can't be saved for backward"
+    reason = inference_reason(x, weight, *all_a, *all_b)
+    if reason is not None:
+        return reason
     cast = autocast_dtype(x)
     if cast is not None:
         x, weight = x.to(cast), weight.to(cast)
@@ -140,12 +147,6 @@ def forward(layer: Any, x: Any, samples: Samples, impl: str, path: str = "") -> 
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _saves_inference_tensors(*tensors: Tensor) -> bool:
-    if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
-        return False
-    return any(t.is_inference() for t in tensors)
-
-
 def _factors(
     layer: Any, name: str, weight: Tensor
 ) -> tuple[Tensor, Tensor, float, nn.Module] | str:
@@ -160,7 +161,7 @@ def _factors(
         return f"lora_B {b}"
     if a[1] is not None or b[1] is not None:
         return "a bias"
-    reason = _dtype_reason(a[0].dtype, b[0].dtype, autocast_dtype(weight))
+    reason = dtype_reason(a[0].dtype, b[0].dtype, autocast_dtype(weight))
     if reason is not None:
         return reason
     (n, k), ranks = weight.shape, a[0].shape[:1]
@@ -174,7 +175,7 @@ def _factors(
     return (a[0], b[0], scaling, dropout) if reason is None else reason
 
 
-def _dtype_reason(a: torch.dtype, b: torch.dtype, cast: torch.dtype | None) -> str | None:
+def dtype_reason(a: torch.dtype, b: torch.dtype, cast: torch.dtype | None) -> str | None:
     """Return why PEFT's products of x, A and B refuse the factors' dtypes, or None."""
     if cast is None and a != b:
         return f"lora_A is {a}, lora_B {b}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, read_linear
+from lora_kernels.bypass import PLAIN_TENSORS, dropout_reason, inference_reason, read_linear
 from lora_kernels.checks import check_memory
 
 MOST_RANKS = 256  # together: kernels take no more
@@ -93,15 +93,12 @@ def _misfit(all_a: list[Tensor], all_b: list[Tensor]) -> str | None:
                 return f"a {name} is no plain matrix"
             if t.dtype != first_a.dtype or t.device != first_a.device:
                 return "their dtypes or devices differ"
-            if (
-                torch.is_grad_enabled()
-                and not torch.compiler.is_dynamo_compiling()
-                and t.is_inference()
-            ):
-                return "an inference tensor can't be saved for backward"
         if a.shape[1] != first_a.shape[1] or b.shape != (first_b.shape[0], a.shape[0]):
             return "their sizes don't fit"
         check_memory(lora_A=a, lora_B=b)
+    reason = inference_reason(*all_a, *all_b)
+    if reason is not None:
+        return reason
     if sum(a.shape[0] for a in all_a) > MOST_RANKS:
         return f"their ranks are more than {MOST_RANKS} together"
     return None

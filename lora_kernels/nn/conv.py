@@ -115,6 +115,11 @@ class _LoRAConv(Adapted):
             TypeError, ValueError: `conv` is not torch's own layer of this many dimensions with a
                 plain float weight, has dilation or padding other than by zeros, which PEFT's
                 adapter lacks, or groups that don't divide r; or as the class. `conv` is as it was.
+
+        Example:
+            >>> conv = nn.Conv2d(4, 6, 3, padding=1)
+            >>> lk.LoRAConv2d.from_conv(conv, r=2).base_layer is conv
+            True
         """
         check_keyword("r", misplaced)
         check_settings(r, lora_alpha, lora_dropout, bias, adapter_dtype, impl)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.bypass import PLAIN_TENSORS
+from lora_kernels.bypass import PLAIN_TENSORS, hooks_reason
 from lora_kernels.checks import FLOAT_DTYPES
 from lora_kernels.impl.reference.dora import row_norms
 from lora_kernels.operands.call import Adapter, LinearCall
@@ -37,16 +37,16 @@ class Magnitude(nn.Module):
 
     def read(self, weight: Tensor) -> Tensor | str:
         """Return the magnitude for a fused call with W, or what that would bypass."""
-        own = vars(self)
-        magnitude = own["_parameters"].get("weight")
+        magnitude: Any = self._parameters.get("weight")
         if type(magnitude) not in PLAIN_TENSORS:
             return "lora_magnitude_vector has no plain weight"
         if type(weight) not in PLAIN_TENSORS:
             return f"DoRA beside a {type(weight).__name__}"
-        if type(self) is not Magnitude or "forward" in own:
+        if type(self) is not Magnitude or "forward" in vars(self):
             return "lora_magnitude_vector has a forward of its own"
-        if any(own[f"_{name}_hooks"] for name in _HOOKS):
-            return "lora_magnitude_vector has hooks"
+        reason = hooks_reason(self)
+        if reason is not None:
+            return f"lora_magnitude_vector {reason}"
         if magnitude.dtype not in FLOAT_DTYPES:
             return f"lora_magnitude_vector is {magnitude.dtype}"
         return magnitude
@@ -69,6 +69,3 @@ class Magnitude(nn.Module):
             )
         adapter = Adapter(layer.lora_A.weight, layer.lora_B.weight, layer.scaling)
         return row_norms(LinearCall(Dense(weight), adapter, None, None))
-
-
-_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")

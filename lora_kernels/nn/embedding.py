@@ -11,11 +11,8 @@ from lora_kernels.checks import check_keyword, check_memory
 from lora_kernels.merging import Update
 from lora_kernels.nn.adapted import Adapted
 from lora_kernels.nn.arguments import check_settings
-from lora_kernels.ops.embedding import lora_embedding
+from lora_kernels.ops.embedding import UNSERVED_OPTIONS, lora_embedding
 from lora_kernels.usage import Calls
-
-# What PEFT passes on to torch and `lora_embedding` has not.
-_LEFT_TO_PEFT = ("max_norm", "scale_grad_by_freq", "sparse")
 
 
 class LoRAEmbedding(Adapted):
@@ -182,5 +179,5 @@ def _reason(embedding: nn.Module) -> str | None:
     read = read_plain(embedding, nn.Embedding)
     if isinstance(read, str):
         return read
-    found = next((name for name in _LEFT_TO_PEFT if getattr(embedding, name)), None)
+    found = next((name for name in UNSERVED_OPTIONS if getattr(embedding, name)), None)
     return None if found is None else f"has {found}"

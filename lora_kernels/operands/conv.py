@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.operands.call import Adapter, LinearCall, call_of
+from lora_kernels.operands.precision import is_outranged
 
 
 class Geometry(NamedTuple):
@@ -44,9 +45,5 @@ def conv_call_of(weight: Tensor, *others: Any) -> tuple[LinearCall, Geometry]:
 
 
 def branch_dtype(x: Tensor, adapter: Adapter) -> torch.dtype:
-    """Return the dtype of the adapter branch: x's, but float32 where adapters beside float16 are.
-
-    They have a longer range than float16, and so have their products.
-    """
-    wide = x.dtype == torch.float16 and not adapter.a.dtype == adapter.b.dtype == torch.float16
-    return torch.float32 if wide else x.dtype
+    """Return the dtype of the adapter branch: x's, or float32 where adapters outrange it."""
+    return torch.float32 if is_outranged(x.dtype, adapter) else x.dtype

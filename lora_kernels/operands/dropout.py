@@ -12,6 +12,11 @@ from torch import Tensor
 
 LEVELS = 65536
 LANES = 8  # elements served by one Philox-4x32 call: four 32-bit words, two 16-bit lanes each
+# Philox-4x32-10's own (Salmon et al., SC 2011).
+WORD = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
 
 
 class Dropout(NamedTuple):

@@ -3,6 +3,7 @@
 from operator import gt
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lora_kernels.operands.call import Adapter
@@ -98,6 +99,15 @@ class GroupedCall(NamedTuple):
                 raise ValueError(
                     f"{name}: expected numbers of {limit} rows, got {low if low < 0 else high}"
                 )
+
+    def summed(self, dx: Tensor) -> Tensor:
+        """Return the sum of sorted rows' gradients over each row of x, in one order."""
+        rows = self.groups.rows
+        if rows is None:
+            return dx
+        total = dx.new_zeros(self.tokens, dx.shape[1], dtype=torch.float32)
+        # index_put_ sorts on a GPU, where index_add_ has no order of its own.
+        return total.index_put_((rows,), dx.float(), accumulate=True).to(dx.dtype)
 
     def flat(self) -> tuple[Any, ...]:
         """Return what an operator takes after x: W, bias aside, which backward doesn't read."""

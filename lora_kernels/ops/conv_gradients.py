@@ -9,7 +9,12 @@ from lora_kernels.impl.convolution import weight_gradient
 from lora_kernels.impl.reference import conv as reference
 from lora_kernels.operands.call import LinearCall, Wanted
 from lora_kernels.operands.conv import Geometry, conv_call_of
-from lora_kernels.ops.linear_gradients import none_of, saved_tensors, see_missing_gradients
+from lora_kernels.ops.linear_gradients import (
+    none_of,
+    saved_tensors,
+    see_missing_gradients,
+    unsaved_x,
+)
 from lora_kernels.registration import Operators, below_autograd
 from lora_kernels.transforms import backward_needs_plain_torch
 
@@ -81,8 +86,5 @@ def _xa_with_graph(
     if x is not None:
         return reference.shrunk(x, call, geometry)
     if need_x:
-        raise RuntimeError(
-            "lora_conv: expected lora_A to require grad for a second derivative through lora_B's "
-            "gradient, got a frozen lora_A: x, which it needs, was not saved"
-        )
+        raise unsaved_x("lora_conv")
     return xa

@@ -1,4 +1,4 @@
-"""`lora_dora_linear`: what may be passed and what comes back."""
+"""`lora_dora_linear`: its operators, what may be passed, and which implementation computes it."""
 
 from typing import Any
 

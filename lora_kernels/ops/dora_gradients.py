@@ -15,6 +15,7 @@ from lora_kernels.ops.linear_gradients import (
     none_of,
     saved_tensors,
     see_missing_gradients,
+    unsaved_x,
 )
 from lora_kernels.registration import below_autograd
 from lora_kernels.transforms import backward_needs_plain_torch
@@ -120,11 +121,7 @@ def _with_graph(kept: Kept, call: LinearCall, need_x: bool) -> Kept:
         _, graph_u, graph_xa = reference.products(x, call)
         return Kept(x, None if xa is None else graph_xa, None if u is None else graph_u, norm)
     if need_x and not (xa is None and u is None):
-        raise RuntimeError(
-            "lora_dora_linear: expected lora_A to require grad for a second derivative through "
-            "the gradient of lora_B or magnitude, got a frozen lora_A: x, which it needs, was not "
-            "saved"
-        )
+        raise unsaved_x("lora_dora_linear", "the gradient of lora_B or magnitude")
     if xa is not None and u is not None:
         b = call.adapter.b
         u = u + (xa @ (b - b.detach()).to(xa.dtype).T * call.adapter.scaling).to(u.dtype)

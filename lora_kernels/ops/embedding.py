@@ -9,6 +9,7 @@ from lora_kernels.checks import (
     check_finite,
     check_memory,
     check_scaling,
+    check_shape,
     is_dtensor,
     not_a_float_tensor,
     scaling_for,
@@ -31,6 +32,8 @@ from lora_kernels.registration import (
 )
 from lora_kernels.transforms import backward_needs_plain_torch
 
+# Of nn.Embedding, which PEFT passes on to torch and `lora_embedding` has not.
+UNSERVED_OPTIONS = ("max_norm", "scale_grad_by_freq", "sparse")
 _BRANCH = (
     "Tensor lora_embedding_A, Tensor lora_embedding_B, Tensor? scaling_tensor, float scaling, "
     "int padding_idx, Tensor? embed_scale"
@@ -76,12 +79,7 @@ def _check_forward(ids: Any, weight: Tensor, *flat: Any) -> None:
 def _check_backward(dy: Tensor, ids: Tensor, *flat: Any) -> None:
     call = embedding_call_of(None, *flat[:-1])
     check(ids, call)
-    error = not_a_float_tensor("dy", dy, ids, "ids")
-    if error is not None:
-        raise error
-    expected = [*ids.shape, call.adapter.b.shape[0]]
-    if list(dy.shape) != expected:
-        raise ValueError(f"dy: expected shape {expected}, got {list(dy.shape)}")
+    check_shape("dy", dy, ids, (*ids.shape, call.adapter.b.shape[0]), "ids")
 
 
 def _fake_forward(impl: str, ids: Tensor, weight: Tensor, *flat: Any) -> Tensor:

@@ -12,6 +12,7 @@ from lora_kernels.impl.reference import grouped as reference
 from lora_kernels.operands.call import Adapter, Wanted, autocast_dtype
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.grouped import GroupedCall, Groups, grouped_call_of
+from lora_kernels.operands.precision import ranged
 from lora_kernels.ops.grouped_checks import check, check_all_memory, check_backward, check_scaling
 from lora_kernels.ops.grouped_gradients import GroupedLoraLinear, Params
 from lora_kernels.registration import (
@@ -48,9 +49,8 @@ def _check_backward(dy: Tensor, x: Any, xa: Any, tokens: int, *flat: Any) -> Non
 def _fake_forward(impl: str, x: Tensor, bias: Any, *flat: Any) -> tuple[Tensor, Tensor]:
     call = grouped_call_of(bias, x.shape[0], *flat)
     check(x, call)
-    wide = torch.float32 if x.dtype == torch.float16 else x.dtype
     shapes = (call.sorted_rows, call.weight.shape[1]), (call.sorted_rows, call.adapter.a.shape[1])
-    return x.new_empty(shapes[0]), x.new_empty(shapes[1], dtype=wide)
+    return x.new_empty(shapes[0]), x.new_empty(shapes[1], dtype=ranged(x.dtype))
 
 
 def _fake_backward(

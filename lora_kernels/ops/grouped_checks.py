@@ -5,8 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.checks import check_finite, check_memory, is_dtensor, not_a_float_tensor
+from lora_kernels.checks import (
+    check_finite,
+    check_memory,
+    check_shape,
+    is_dtensor,
+    not_a_float_tensor,
+)
 from lora_kernels.operands.grouped import GroupedCall, Groups
+from lora_kernels.operands.precision import ranged
 
 _ONE_DTYPE, _EITHER = (torch.int32,), (torch.int32, torch.int64)
 # Of which integers each of `Groups` is.
@@ -70,20 +77,13 @@ def check_backward(dy: Any, x: Tensor | None, xa: Tensor | None, call: GroupedCa
     """
     check(dy, call, "dy")
     k, r = call.weight.shape[2], call.adapter.a.shape[1]
-    xa_dtype = torch.float32 if dy.dtype == torch.float16 else dy.dtype
     for name, t, shape, dtype in (
         ("dy", dy, (call.sorted_rows, dy.shape[1]), dy.dtype),
         ("x", x, (call.tokens, k), dy.dtype),
-        ("xa", xa, (call.sorted_rows, r), xa_dtype),
+        ("xa", xa, (call.sorted_rows, r), ranged(dy.dtype)),
     ):
-        if t is None:
-            continue
-        error = not_a_float_tensor(name, t, dy, "dy")
-        if error is not None:
-            raise error
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
-        if t.dtype != dtype:
+        check_shape(name, t, dy, shape, "dy")
+        if t is not None and t.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {t.dtype}")
 
 

@@ -8,7 +8,12 @@ from torch import Tensor
 from lora_kernels.impl.reference import grouped as reference
 from lora_kernels.operands.call import Wanted
 from lora_kernels.operands.grouped import grouped_call_of
-from lora_kernels.ops.linear_gradients import none_of, saved_tensors, see_missing_gradients
+from lora_kernels.ops.linear_gradients import (
+    none_of,
+    saved_tensors,
+    see_missing_gradients,
+    unsaved_x,
+)
 from lora_kernels.registration import Operators, below_autograd
 from lora_kernels.transforms import backward_needs_plain_torch
 
@@ -85,9 +90,6 @@ def _with_graph(
     """
     if torch.is_grad_enabled() and xa is not None:
         if x is None:
-            raise RuntimeError(
-                "grouped_lora_linear: expected lora_A to require grad for a second derivative "
-                "through lora_B's gradient, got a frozen lora_A: x, which it needs, was not saved"
-            )
+            raise unsaved_x("grouped_lora_linear")
         xa = reference.forward(x, call)[1]
     return reference.backward(dy, x, xa, call, wanted)

@@ -1,4 +1,4 @@
-"""`lora_linear`: what may be passed, what is saved for backward, what comes back."""
+"""`lora_linear`: its operators, what may be passed, and which implementation computes it."""
 
 from typing import Any
 

@@ -142,6 +142,14 @@ def saved_tensors(ctx: Any, layer: str, op: str = "lora_linear") -> tuple[Any, .
         ) from error
 
 
+def unsaved_x(op: str, through: str = "lora_B's gradient") -> RuntimeError:
+    """Return the error of a second derivative that needs x, which forward didn't save."""
+    return RuntimeError(
+        f"{op}: expected lora_A to require grad for a second derivative through {through}, got a "
+        "frozen lora_A: x, which it needs, was not saved"
+    )
+
+
 def _xa_with_graph(
     x: Tensor | None, xa: Tensor | None, call: LinearCall, need_x: bool
 ) -> Tensor | None:
@@ -152,10 +160,7 @@ def _xa_with_graph(
         rows = x.reshape(-1, x.shape[-1]).to(xa.dtype)
         return dropped(rows, call.dropout) @ call.adapter.a.to(xa.dtype).T
     if need_x:
-        raise RuntimeError(
-            "lora_linear: expected lora_A to require grad for a second derivative through lora_B's "
-            "gradient, got a frozen lora_A: x, which it needs, was not saved"
-        )
+        raise unsaved_x("lora_linear")
     return xa
 
 

@@ -2,7 +2,7 @@
 
 It has operators and `run`, no public function: `adapter_batch` and `adapter_names` lead here. The
 adapters' factors are a list, read where they lie: to stack those of 16 adapters took a third of a
-call that decodes (2026-11-30, Zen 3).
+call of few rows (2026-11-30, Zen 3).
 """
 
 from typing import Any, NamedTuple
@@ -10,13 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.checks import check_memory, not_a_float_tensor
+from lora_kernels.checks import check_memory, check_shape
 from lora_kernels.dispatch import IMPLEMENTATIONS, check_plain, choose, has_op
 from lora_kernels.impl.reference import mixed as reference
 from lora_kernels.operands.call import Wanted
 from lora_kernels.operands.mixed import MixedCall, MixedGradients, mixed_call_of
+from lora_kernels.operands.precision import ranged
 from lora_kernels.ops.grouped_checks import check_tensors
-from lora_kernels.ops.linear_gradients import none_of, saved_tensors, see_missing_gradients
+from lora_kernels.ops.linear_gradients import (
+    none_of,
+    saved_tensors,
+    see_missing_gradients,
+    unsaved_x,
+)
 from lora_kernels.registration import (
     Direction,
     Operators,
@@ -87,19 +93,12 @@ def _check_adapters(v: Tensor, call: MixedCall) -> None:
 
 def _check_backward(dy: Tensor, x: Any, xa: Any, call: MixedCall) -> None:
     check(dy, call, "dy")
-    wide = torch.float32 if dy.dtype == torch.float16 else dy.dtype
     for name, t, columns, dtype in (
         ("x", x, call.weight.shape[1], dy.dtype),
-        ("xa", xa, call.ranks, wide),
+        ("xa", xa, call.ranks, ranged(dy.dtype)),
     ):
-        if t is None:
-            continue
-        error = not_a_float_tensor(name, t, dy, "dy")
-        if error is not None:
-            raise error
-        if tuple(t.shape) != (len(dy), columns):
-            raise ValueError(f"{name}: expected {[len(dy), columns]}, got {list(t.shape)}")
-        if t.dtype != dtype:
+        check_shape(name, t, dy, (len(dy), columns), "dy")
+        if t is not None and t.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {t.dtype}")
 
 
@@ -117,9 +116,8 @@ def check_all_memory(call: MixedCall, **others: Tensor | None) -> None:
 def _fake_forward(impl: str, x: Tensor, bias: Any, *flat: Any) -> tuple[Tensor, Tensor]:
     call = mixed_call_of(bias, *flat)
     check(x, call)
-    wide = torch.float32 if x.dtype == torch.float16 else x.dtype
     y = x.new_empty(x.shape[0], call.weight.shape[0])
-    return y, x.new_empty(x.shape[0], call.ranks, dtype=wide)
+    return y, x.new_empty(x.shape[0], call.ranks, dtype=ranged(x.dtype))
 
 
 def _fake_backward(impl: str, dy: Tensor, x: Any, xa: Any, *flat: Any) -> tuple[Any, ...]:
@@ -295,9 +293,6 @@ def _with_graph(
     """
     if torch.is_grad_enabled() and xa is not None:
         if x is None:
-            raise RuntimeError(
-                f"{OP}: expected a lora_A to require grad for a second derivative through "
-                "lora_B's gradient, got frozen ones: x, which it needs, was not saved"
-            )
+            raise unsaved_x(OP)
         xa = reference.forward(x, call)[1]
     return reference.backward(dy, x, xa, call, wanted)

@@ -58,6 +58,9 @@ def test_calls_are_fused_or_composed_with_the_same_result():
         torch.testing.assert_close(layer(x), y)
         assert "has hooks" in layer.left_reason()
         hook.remove()
+    layer.lora_magnitude_vector._call_impl = lambda *args: torch.zeros_like(y)
+    assert not layer(x).any()
+    del layer.lora_magnitude_vector._call_impl
     assert layer.left_reason() is None
     layer.lora_dropout = 0.5
     with torch.no_grad():

@@ -45,7 +45,7 @@ def test_fullgraph_gives_the_gradients_of_eager(impl, dynamic):
         torch.testing.assert_close(gradients(compiled, args, impl=impl), expected)
 
 
-def test_inductor():
+def test_compiled_gradients_are_the_eager_ones():
     compiled = torch.compile(loss, fullgraph=True)
     args = tensors()
     # Inductor draws random numbers of its own, so the comparison is without dropout.

@@ -331,7 +331,7 @@ def test_what_grouped_mm_does_not_take():
     assert not grouped_mm.fits(inputs.x.half(), call)
 
 
-def test_explained():
+def test_explain_takes_groups():
     x, weight, a, b, offsets = problem(dtype=F32)
     found = lk.explain(lk.grouped_lora_linear, x, weight, a, b, offsets)
     assert found.choice == ("cpu" if absence("cpu") is None else "eager")

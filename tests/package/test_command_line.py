@@ -76,7 +76,9 @@ def test_without_a_command_it_says_which_there_are(capsys):
 def test_what_it_has_not_is_a_usage_error(command, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(command)
-    assert "usage" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "usage" in printed
+    assert "_positive" not in printed
 
 
 @pytest.mark.parametrize(

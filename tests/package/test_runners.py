@@ -205,6 +205,18 @@ class _InThisProcess:
     map = staticmethod(map)
 
 
+def test_cuda_inspect_has_a_column_for_faults(monkeypatch, capsys):
+    from lora_kernels.impl.cuda.tools import inspect
+
+    report = inspect.Report("sm_80", "lora_forward_bf16", 255, 8, "64 HMMA")
+    monkeypatch.setattr(inspect, "absence", lambda part: None)
+    monkeypatch.setattr(inspect, "reports", lambda library: [report])
+    assert inspect.main(None) == 1
+    *table, _ = capsys.readouterr().out.splitlines()
+    head, _, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    assert dict(zip(head, row, strict=True))["faults"] == "spills 8 bytes"
+
+
 def test_cuda_inspect_fails_where_it_reads_no_kernel(monkeypatch, capsys):
     from lora_kernels.impl.cuda.tools import inspect
 

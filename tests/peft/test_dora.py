@@ -149,5 +149,10 @@ def test_what_is_not_fused_keeps_pefts_forward_and_says_why():
     assert "lora_magnitude_vector has hooks" in str(lk.report(patched))
     handle.remove()
     assert_same(patched, plain, x)
+    own = module._call_impl
+    module._call_impl = lambda *args, **kwargs: 2 * own(*args, **kwargs)
+    assert not torch.allclose(patched(x), plain(x))
+    assert "lora_magnitude_vector has hooks" in str(lk.report(patched))
+    del module._call_impl
     lk.unpatch_peft(patched)
     torch.testing.assert_close(patched(x), plain(x))

@@ -241,7 +241,7 @@ def results(layer, x, dy):
 @pytest.mark.parametrize("kind", LINEARS)
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (3, 5, 24), (70, 24), (0, 24)], ids=str)
 @pytest.mark.parametrize("apart", [False, True], ids=["", "strided weight"])
-def test_layers(kind, shape, apart):
+def test_other_linears_are_fused_as_unpatched(kind, shape, apart):
     base = LINEARS[kind]()
     plain = layer_of(base, fan_in_fan_out=isinstance(base, Conv1D), lora_bias=True)
     nn.init.normal_(plain.lora_B["default"].bias)

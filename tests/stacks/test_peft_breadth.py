@@ -98,7 +98,7 @@ CONFIGURATIONS = {
 
 @pytest.mark.parametrize("case", CONFIGURATIONS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_configurations(case):
+def test_configurations_are_fused_as_unpatched(case):
     config, base, left, fused = CONFIGURATIONS[case]
     seed, models = torch.initial_seed(), []
     for _ in range(2):  # made twice: PEFT's tied adapters can't be copied

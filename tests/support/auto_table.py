@@ -16,9 +16,9 @@ import torch
 
 from lora_kernels.dispatch import (
     IMPLEMENTATIONS,
+    passed_over,
     preferred,
     preferred_of_groups,
-    refusals,
     slower_than_peft,
 )
 from lora_kernels.impl.eager import grouped_mm
@@ -109,7 +109,7 @@ def cells() -> dict[tuple[Machine, Call], Cell]:
 
 def _cell(machine: Machine, call: Call) -> Cell:
     request = Request(call.op, machine.device, call.dtype, RANK, call.dropout, call.form)
-    refused = refusals(request)
+    refused = passed_over(request)
     first = _first(machine, call)
     order = [first, *(each.name for each in IMPLEMENTATIONS)]
     choice = next(name for name in order if name != "auto" and name not in refused)

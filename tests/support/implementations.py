@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lora_kernels.dispatch import IMPLEMENTATIONS, refusals
+from lora_kernels.dispatch import IMPLEMENTATIONS, refusal
 from lora_kernels.native import absence
 from lora_kernels.operands.call import Adapter, LinearCall
 from lora_kernels.operands.dropout import Dropout
@@ -44,6 +44,7 @@ def linear_call(weight, a, b, bias=None, seed=None, scaling=1.0, threshold=0):
 
 def skip_if_refused(impl, dtype=torch.float32, r=16, device="cpu", op="lora_linear"):
     """Skip what an implementation says it doesn't serve; "auto" goes on to the next."""
-    reason = refusals(Request(op, torch.device(device), dtype, r, True)).get(impl)
+    request = Request(op, torch.device(device), dtype, r, True)
+    reason = None if impl == "auto" else refusal(impl, request)
     if reason is not None:
         pytest.skip(f"{impl}: {reason}")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.dispatch import IMPLEMENTATIONS, refusals
+from lora_kernels.dispatch import IMPLEMENTATIONS, refusal
 from lora_kernels.impl.executor import using
 from lora_kernels.operands.request import Request
 from lora_kernels.prepack import reason_left
@@ -69,7 +69,7 @@ class Target:
         request = Request(
             spec.op, torch.device(self.memory), case.dtype, case.rank, case.dropout_p > 0, self.form
         )
-        reason = refusals(request).get(self.impl)
+        reason = refusal(self.impl, request)
         if reason is None and self.form == "onednn":
             reason = reason_left(torch.empty(1, 1, dtype=case.dtype))
         if reason is not None:

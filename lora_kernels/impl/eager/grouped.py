@@ -17,6 +17,7 @@ from lora_kernels.impl.eager.mask import keep_rows, masked
 from lora_kernels.impl.eager.products import as_dtype, left_operand
 from lora_kernels.operands.call import Gradients, Wanted
 from lora_kernels.operands.grouped import NO_ADAPTER, GroupedCall, Span
+from lora_kernels.operands.precision import ranged
 
 Masks = Iterator[tuple[slice, Tensor | None]]
 
@@ -30,7 +31,7 @@ def forward(x: Tensor, call: GroupedCall) -> tuple[Tensor, Tensor]:
     if grouped_mm.serves(x, call):
         return grouped_mm.forward(x, call)
     call.check_rows()
-    spans, wide, scatter = call.spans(), _wide(x.dtype), call.groups.scatter
+    spans, wide, scatter = call.spans(), ranged(x.dtype), call.groups.scatter
     a, b = _factor(call.adapter.a, wide), _factor(call.adapter.b, wide)
     # Who names rows of y need not name all.
     y = (x.new_empty if scatter is None else x.new_zeros)(call.sorted_rows, call.weight.shape[1])
@@ -66,7 +67,7 @@ def backward(
     if grouped_mm.serves(dy, call):
         return grouped_mm.backward(dy, x, xa, call, wanted)
     call.check_rows()
-    (lora_A, lora_B, _), wide, spans = call.adapter, _wide(dy.dtype), call.spans()
+    (lora_A, lora_B, _), wide, spans = call.adapter, ranged(dy.dtype), call.spans()
     a, b, rows = _factor(lora_A, wide), _factor(lora_B, wide), call.groups.rows
     sums = torch.promote_types(dy.dtype, torch.float32)
     # Several groups read a row of x; of sorted rows each has one.
@@ -141,11 +142,6 @@ def _masks(call: GroupedCall, span: Span) -> Masks:
     else:
         named = scatter[span.begin : span.end].long()
     yield from keep_rows(named, call.weight.shape[2], call.dropout)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the branch."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _sums(like: Tensor) -> torch.dtype:

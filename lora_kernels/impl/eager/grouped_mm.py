@@ -78,7 +78,7 @@ def backward(
         dxa = (_product(dys, b, call) * scaling).masked_fill_(outside, 0.0)
     if wanted.dx:
         dx = _product(dys, call.weight, call) + _dropped(_product(dxa, a, call), call)
-        dx = _summed(dx.masked_fill_(outside, 0.0), call)
+        dx = call.summed(dx.masked_fill_(outside, 0.0))
     if wanted.da and x is not None:
         kept = _dropped(_read(x, call), call).masked_fill(outside, 0.0)
         da = _product(dxa.t(), kept, call)[:, :r].to(lora_A.dtype)
@@ -136,13 +136,3 @@ def _dropped(v: Tensor, call: GroupedCall) -> Tensor:
     for some, keep in blocks:
         masked(v[some], keep, out=out[some])
     return out.mul_(call.dropout.scale)
-
-
-def _summed(dx: Tensor, call: GroupedCall) -> Tensor:
-    """Return the sum of sorted rows' gradients over each row of x, in one order."""
-    rows = call.groups.rows
-    if rows is None:
-        return dx
-    total = dx.new_zeros(call.tokens, dx.shape[1], dtype=torch.float32)
-    # index_put_ sorts on a GPU, where index_add_ has no order of its own.
-    return total.index_put_((rows,), dx.float(), accumulate=True).to(dx.dtype)

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from lora_kernels.native import absence
-from lora_kernels.operands.dropout import LANES, LEVELS, Dropout
+from lora_kernels.operands.dropout import (
+    KEY_STEPS,
+    LANES,
+    LEVELS,
+    MULTIPLIERS,
+    ROUNDS,
+    WORD,
+    Dropout,
+)
 
 # (lanes int16 [count, 8], first counter or all of them, threshold): writes 1 or 0 to every lane.
 Fill = Callable[[Tensor, int | Tensor, int], None]
 
-WORD = 0xFFFFFFFF
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-ROUNDS = 10
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # 2026-11-24, Zen 4, 2 threads, 2^15, 2^16, 2^17: forward + backward at 512x2048x2048 takes 0.87,

@@ -25,6 +25,7 @@ from lora_kernels.impl.reference.linear import as_matrix, rounded
 from lora_kernels.impl.reference.mask import dropped
 from lora_kernels.operands.call import Adapter, LinearCall, Wanted
 from lora_kernels.operands.dora import DoraCall, DoraGradients, DoraWanted, Kept
+from lora_kernels.operands.precision import ranged
 from lora_kernels.operands.weight import Dense
 
 
@@ -89,7 +90,7 @@ def backward(dy: Tensor, kept: Kept, call: DoraCall, wanted: DoraWanted) -> Dora
     """
     (weight, adapter, _, dropout), gain = call.linear, call.gain(kept.norm)
     # Of float16 the range of what lies between is float32's, as in `linear`.
-    wide = torch.float32 if dy.dtype == torch.float16 else dy.dtype
+    wide = ranged(dy.dtype)
     a, b = rounded(adapter.a, dy.dtype), rounded(adapter.b, dy.dtype)
     w, dy2 = weight.decode().to(wide), as_matrix(dy).to(wide)
     dz = rounded(gain * dy2, dy.dtype)

@@ -3,11 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_kernels.operands.dropout import LANES, Dropout
-
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-WORD = 0xFFFFFFFF
+from lora_kernels.operands.dropout import KEY_STEPS, LANES, MULTIPLIERS, ROUNDS, WORD, Dropout
 
 
 def philox_4x32_10(counter: Tensor, seed: int | Tensor) -> Tensor:
@@ -25,12 +21,12 @@ def philox_4x32_10(counter: Tensor, seed: int | Tensor) -> Tensor:
     c0, c1 = counter & WORD, (counter >> 32) & WORD
     c2 = c3 = torch.zeros_like(counter)
     k0, k1 = seed & WORD, (seed >> 32) & WORD
-    for _ in range(10):
+    for _ in range(ROUNDS):
         # The 64-bit products wrap into the sign bit; masking after the shift undoes its copies.
-        p0, p1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD
         c2, c3 = ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
-        k0, k1 = (k0 + PHILOX_KEY_STEPS[0]) & WORD, (k1 + PHILOX_KEY_STEPS[1]) & WORD
+        k0, k1 = (k0 + KEY_STEPS[0]) & WORD, (k1 + KEY_STEPS[1]) & WORD
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 

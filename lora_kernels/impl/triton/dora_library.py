@@ -21,6 +21,7 @@ from lora_kernels.impl.triton.operands import Operands
 from lora_kernels.impl.triton.shrink import Shrink
 from lora_kernels.operands.call import Gradients
 from lora_kernels.operands.dora import DoraGradients, Kept
+from lora_kernels.operands.precision import ranged
 
 
 class Forward:
@@ -58,7 +59,7 @@ class Backward:
         self._dz_pass, self._dy_pass = DzPass(kind), DyPass(kind)
         self._x_pass = XPass(kind, base=self._drops)
         # float16's range is short: the pass over x rounds it in units.
-        self._dtype = torch.float32 if kind.dtype == torch.float16 else kind.dtype
+        self._dtype = ranged(kind.dtype)
 
     def __call__(
         self, dy: Tensor, kept: Kept, operands: Operands, magnitude: Tensor, out: DoraGradients

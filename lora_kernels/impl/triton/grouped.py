@@ -8,7 +8,6 @@ names more than once. Not run on a GPU.
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_kernels.impl.triton.grouped_launches import (
@@ -22,6 +21,7 @@ from lora_kernels.impl.triton.launch import current
 from lora_kernels.impl.triton.operands import on_device, unit_rows
 from lora_kernels.operands.call import Gradients, Wanted
 from lora_kernels.operands.grouped import GroupedCall
+from lora_kernels.operands.precision import ranged
 
 
 def forward(x: Tensor, call: GroupedCall) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def forward(x: Tensor, call: GroupedCall) -> tuple[Tensor, Tensor]:
     call.check_rows()
     count, n, r = call.sorted_rows, call.weight.shape[1], call.adapter.a.shape[1]
     y = x.new_empty(count, n)
-    xa = x.new_empty(count, r, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
+    xa = x.new_empty(count, r, dtype=ranged(x.dtype))
     if not call.groups.offsets.shape[0]:
         return y.zero_(), xa.zero_()
     if count and n:
@@ -77,14 +77,7 @@ def backward(
             current().prepared(key, make)(rows, x, xa, operands, out)
     if out.dx is None or call.groups.rows is None:
         return out
-    return out._replace(dx=_summed(out.dx, call.groups.rows, call.tokens))
-
-
-def _summed(dx: Tensor, rows: Tensor, tokens: int) -> Tensor:
-    """Return the sum of sorted rows' gradients over each row of x, in one order."""
-    total = dx.new_zeros(tokens, dx.shape[1], dtype=torch.float32)
-    # index_put_ sorts on a GPU, where index_add_ has no order of its own.
-    return total.index_put_((rows,), dx.float(), accumulate=True).to(dx.dtype)
+    return out._replace(dx=call.summed(out.dx))
 
 
 def _key(rows: Tensor, operands: GroupedOperands, wanted: Any, *others: Tensor | None) -> Any:

@@ -18,13 +18,11 @@ from lora_kernels.impl.triton.plan.grouped import GroupedProblem, grouped_config
 from lora_kernels.operands.call import Gradients, Wanted
 from lora_kernels.operands.dropout import LANES
 from lora_kernels.operands.grouped import GroupedCall, Groups
+from lora_kernels.operands.precision import ranged
 
 
 class GroupedOperands(NamedTuple):
-    """A GroupedCall as launches take it: W and A with adjacent elements in one dimension.
-
-    by_columns: whether W lies as [G, K, N].
-    """
+    """A GroupedCall as launches take it: W and A with adjacent elements in one dimension."""
 
     weight: Tensor
     a: Tensor
@@ -194,8 +192,7 @@ class Backward(_Launches):
         """Store the gradients that are not None in `out`; dx's rows are sorted."""
         panels, dxa = self.panels(operands.sorted_rows), None
         if self._fused:
-            wide = torch.float32 if dy.dtype == torch.float16 else dy.dtype
-            dxa = dy.new_empty(operands.sorted_rows, self.r, dtype=wide)
+            dxa = dy.new_empty(operands.sorted_rows, self.r, dtype=ranged(dy.dtype))
         args = {
             "dy": as_rows(dy), "x": None if x is None else as_rows(x), "xa": xa,
             "call": operands.call(), "groups": operands.groups, "dxa": dxa, "out": out,

@@ -26,6 +26,7 @@ from lora_kernels.impl.triton.plan.config import (
 )
 from lora_kernels.impl.triton.shrink import Shrink, shrink_shape
 from lora_kernels.operands.call import Gradients
+from lora_kernels.operands.precision import ranged
 
 
 class Forward:
@@ -52,7 +53,7 @@ class Backward:
         self._executor = kind.executor
         self._dy_pass, self._x_pass = DyPass(kind), XPass(kind)
         # float16's range is short: the pass over x rounds it in units.
-        self._dtype = torch.float32 if kind.dtype == torch.float16 else kind.dtype
+        self._dtype = ranged(kind.dtype)
 
     def __call__(
         self, dy: Tensor, x: Tensor | None, xa: Tensor | None, operands: Operands, out: Gradients

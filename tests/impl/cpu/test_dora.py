@@ -64,7 +64,7 @@ def test_only_the_gradients_asked_for(wanted, p):
 @pytest.mark.parametrize("left", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("adapters", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_norms(dtype, adapters, left):
+def test_norms_of_rows_that_all_but_cancel(dtype, adapters, left):
     """Of rows of which all but a part `left` cancels, beside rows that don't."""
     n, k = 130, 1037
     a, b = torch.randn(17, k).to(adapters), torch.randn(n, 17).to(adapters)

@@ -55,7 +55,7 @@ def test_mask_is_the_public_one(executor, dtype, threshold):
 @pytest.mark.parametrize("rank", [1, 24, 96])
 @pytest.mark.parametrize("m", [1, 7, 16])
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_decoding(executor, m, rank, adapter_dtype):
+def test_few_rows_are_within_the_budget(executor, m, rank, adapter_dtype):
     """K beyond what one program's warps take at a time, and not a multiple of a step's."""
     case = Case((m,), 200, 1352, rank, (BF16, FP16)[m % 2], adapter_dtype, bias=rank > 1)
     with executor(resident=1 + m % 5, seed=rank):

@@ -77,7 +77,7 @@ def test_programs_that_must_run_together():
         for r, columns in ((16, 1), (64, 1), (65, 2), (256, 4)):
             assert plan(device, 8192, 4096, 4096, r, kind, wanted=wanted)[1][-1] == columns
     assert plan(DEVICES["H100"], 8192, 4096, 4096, 256, wanted=DA)[1][-1] == 1
-    assert plan(DEVICES["H100"], 1, 4096, 4096, 256)[1][-1] == 1  # decoding
+    assert plan(DEVICES["H100"], 1, 4096, 4096, 256)[1][-1] == 1  # few rows
 
 
 def test_tiles_grow_with_the_call():

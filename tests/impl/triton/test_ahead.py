@@ -44,7 +44,10 @@ def test_shapes_are_those_of_adapted_layers():
     lk.patch_peft(model)
     kinds = (torch.bfloat16, torch.float32)
     assert layers.shapes_of_model(model, 64) == {kinds: ["64x32x32x4", "64x32x48x4"]}
-    ours = nn.Sequential(lk.LoRALinear(8, 16, r=2), lk.LoRALinear(8, 16, r=2), nn.Linear(16, 4))
+    ours = nn.Sequential(
+        lk.LoRALinear(8, 16, r=2), lk.LoRALinear(8, 16, r=2), lk.LoRALinear(8, 16, r=300),
+        nn.Linear(16, 4),
+    )  # fmt: skip
     kinds = (torch.float32, torch.float32)
     assert layers.shapes_of_model(ours, 100) == {kinds: ["100x16x8x2"]}
 
@@ -107,6 +110,10 @@ def test_a_job_that_fails_is_told_and_others_go_on():
 WRONG = {
     "an unknown GPU": (["--gpu", "H1", "--shapes", "1x1x1x1"], "--gpu: expected"),
     "a shape": (["--gpu", H100, "--shapes", "8x8"], "shapes: expected MxNxKxR"),
+    "a rank": (
+        ["--gpu", H100, "--shapes", "8x8x8x300"],
+        "shapes: expected ranks up to 256, got '8x",
+    ),
     "no model": (["--gpu", H100, "--model", "/nowhere"], "--model: "),
 }
 

@@ -77,7 +77,7 @@ NEEDS = {
 
 @needs_compiler
 @pytest.mark.parametrize("dropout", [False, True], ids=["p0", "p"])
-def test_launches(dropout):
+def test_a_call_is_three_launches_at_most(dropout):
     """Three at most, and none waits for other programs."""
     from lora_kernels.impl.triton.tools.record import Launch, calls
 

@@ -247,19 +247,26 @@ def test_partial_sums_stay_small():
         assert written <= 0.03 * 2 * (m * (2 * n + 2 * k) + n * k)
 
 
-def test_explain_prints_the_plan_and_what_each_would_take():
-    class Planner:
-        impl = "triton"
-        plan = staticmethod(plan)
+class Planner:
+    impl = "triton"
+    plan = staticmethod(plan)
 
-        def device(self, tensor):
-            return known("NVIDIA H200")
+    def device(self, tensor):
+        return known("NVIDIA H200")
 
-    tensors = [torch.empty(s, dtype=torch.bfloat16) for s in ((512, 256), (128, 256), (8, 256))]
+
+@pytest.mark.parametrize(
+    "function", [lk.lora_linear, lk.lora_dora_linear], ids=lambda f: f.__name__
+)
+def test_explain_prints_the_plan_and_what_each_would_take(function):
+    shapes = ((512, 256), (128, 256), (8, 256), (128, 8), (128,))
+    dora = function is lk.lora_dora_linear
+    tensors = [torch.empty(s, dtype=torch.bfloat16) for s in shapes[: 4 + dora]]
     with using(Planner()):
-        explanation = lk.explain(*tensors, torch.empty(128, 8, dtype=torch.bfloat16))
+        explanation = lk.explain(function, *tensors)
     if explanation.choice == "triton":  # not where triton isn't installed
         assert explanation.plans.keys() == {"forward", "backward"}
+        assert all(("DoRA" in text) is dora for text in explanation.plans.values())
         for word in ("predicted", "frozen", "PEFT", "library", "one launch"):
             assert word in str(explanation)
 

@@ -163,7 +163,7 @@ def test_w_is_decoded_where_it_is_read():
     assert counts == [2, 1, 0]
 
 
-def test_explained():
+def test_explain_says_where_codes_are_decoded():
     x, a, b = torch.randn(3, 64), torch.randn(4, 64), torch.randn(16, 4)
     with running(Machine(80)):
         for name in FORMATS:

@@ -11,7 +11,9 @@ from lora_kernels.impl.cuobjdump import cuobjdump
 from lora_kernels.native import LIBRARIES, absence
 
 TABLE_HEAD = (
-    "| arch | kernel | registers | spill bytes | matrix instructions |\n|---|---|---|---|---|"
+    "| arch | kernel | registers | spill bytes | matrix instructions | faults |\n"
+    + "|---" * 6
+    + "|"
 )
 _MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|FFMA)\b")
 
@@ -90,7 +92,7 @@ def main(json_file: Path | None) -> int:
     for report in found:
         print(
             f"| {report.arch} | {report.kernel} | {report.registers} | {report.spill_bytes} "
-            f"| {report.matrix} | {report.fault or ''}"
+            f"| {report.matrix} | {report.fault or ''} |"
         )
     faulty = sum(report.fault is not None for report in found)
     print(f"{len(found)} kernels, {faulty} with faults; compiled, not run on a GPU")

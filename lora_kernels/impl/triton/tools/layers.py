@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.impl.gpu import MAX_RANK
 from lora_kernels.impl.triton.plan.config import Problem
 
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)")
@@ -17,7 +18,7 @@ def layers_of(shapes: Iterable[str], bits: int) -> list[Problem]:
     """Return the calls that a shape MxNxKxR stands for: both directions, with and without dropout.
 
     Raises:
-        ValueError: a shape is not four positive numbers.
+        ValueError: a shape is not four positive numbers, or has a rank that no kernel takes.
     """
     problems = []
     for shape in shapes:
@@ -25,6 +26,8 @@ def layers_of(shapes: Iterable[str], bits: int) -> list[Problem]:
         m, n, k, r = map(int, found.groups()) if found else (0, 0, 0, 0)
         if min(m, n, k, r) < 1:
             raise ValueError(f"shapes: expected MxNxKxR like 8192x4096x4096x16, got {shape!r}")
+        if r > MAX_RANK:
+            raise ValueError(f"shapes: expected ranks up to {MAX_RANK}, got {shape!r}")
         for backward in (False, True):
             for dropout in (False, True):
                 problems.append(Problem(m, n, k, r, bits, dropout, True, backward))
@@ -59,7 +62,10 @@ def shapes_of_config(directory: Path, targets: Sequence[str], rank: int, rows: i
 def shapes_of_model(
     model: nn.Module, rows: int
 ) -> dict[tuple[torch.dtype, torch.dtype], list[str]]:
-    """Return the shapes of a model's adapted linear layers, by the dtypes of W and of adapters."""
+    """Return the shapes of a model's adapted linear layers, by the dtypes of W and of adapters.
+
+    Adapters whose rank no kernel takes are left out: "eager" computes them.
+    """
     found: dict[tuple[torch.dtype, torch.dtype], set[tuple[int, ...]]] = {}
     for module in model.modules():
         if getattr(module, "_lora_kernels_op", None) != "lora_linear":
@@ -67,7 +73,7 @@ def shapes_of_model(
         weight = getattr(getattr(module, "base_layer", None), "weight", None)
         if weight is None or not weight.is_floating_point() or weight.ndim != 2:
             continue
-        for a in _factors(module):
+        for a in (a for a in _factors(module) if a.shape[0] <= MAX_RANK):
             sizes = (rows, *weight.shape, a.shape[0])
             found.setdefault((weight.dtype, a.dtype), set()).add(sizes)
     texts = ({"x".join(map(str, sizes)) for sizes in each} for each in found.values())
