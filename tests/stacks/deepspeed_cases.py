@@ -11,7 +11,6 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 import lora_kernels as lk
-from lora_kernels._peft.linear import FusedLinear
 from tests.stacks.models import FusedCalls, adapted_llama, assert_close, tokens
 from tests.support.adapters import Net, adapt, listing
 
@@ -35,7 +34,7 @@ def zero(stage, leaves=False, fused_calls=LAYERS):
     if leaves:
         # DeepSpeed takes a leaf module's gradients when its input's is there: it needs to have one.
         model.enable_input_require_grads()
-        deepspeed.utils.set_z3_leaf_modules(model, [FusedLinear])
+        deepspeed.utils.set_z3_leaf_modules(model, ["FusedLinear"])
     engine = engine_of(model, stage)
     mine = rows.chunk(dist.get_world_size())[dist.get_rank()]
     with FusedCalls() as fused:
