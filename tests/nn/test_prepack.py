@@ -315,25 +315,6 @@ def test_a_peft_layer_packed_while_it_is_merged():
 
 
 @needs_packing
-@pytest.mark.parametrize("init", ["olora", "pissa"])
-@pytest.mark.parametrize("cast", [False, True], ids=["packed", "cast"])
-def test_an_added_adapter_that_changes_the_weight(init, cast):
-    """OLoRA writes through .data into the weight's own memory, PiSSA gives it another one."""
-    peft = pytest.importorskip("peft")
-    how = {"r": 4, "target_modules": ["0"]}
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(48, 64)), peft.LoraConfig(**how))
-    other = copy.deepcopy(model)
-    lk.patch_peft(other, cast_weights=cast, prepack=not cast)
-    x, found = torch.randn(9, 48), []
-    for each in (model, other):
-        each.add_adapter("second", peft.LoraConfig(init_lora_weights=init, **how))
-        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            found.append(each(x))
-    torch.testing.assert_close(*found, **({"rtol": 0.02, "atol": 0.02} if cast else {}))
-    assert "weight copies (lost: " in str(lk.report(other))
-
-
-@needs_packing
 def test_a_weight_that_is_trained_is_not_held():
     """Fused optimizers don't move its version."""
     results = []
