@@ -146,6 +146,11 @@ class FusedLinear(Linear):
             read = read_linear(self.base_layer)
             restore(self, f"base layer {read}" if isinstance(read, str) else read[0])
 
+    def olora_init(self, *args: Any, **kwargs: Any) -> None:
+        """Initialise an adapter as PEFT does, which takes it out of the weight through `.data`."""
+        forget(self, "changed by OLoRA; call prepack_ or cast_weights_ again")
+        super().olora_init(*args, **kwargs)
+
 
 class FusedLoraModel(LoraModel):
     """PEFT's tuner of a patched model: it fuses the layers of adapters added later, too."""

@@ -18,6 +18,7 @@ from tests.nn.test_prepack import (
     _replaced,
     gradients,
     make_model,
+    needs_packing,
 )
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -242,3 +243,23 @@ def test_patched_peft_layers(peft_model):
         lk.patch_peft(peft_model, cast_weights=torch.float64)
     lk.unpatch_peft(peft_model)
     assert not any("_lora_kernels_packed" in vars(layer) for layer in model)
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa"])
+@pytest.mark.parametrize(
+    "cast", [pytest.param(False, marks=needs_packing), True], ids=["packed", "cast"]
+)
+def test_an_added_adapter_that_changes_the_weight(init, cast):
+    """OLoRA writes through .data into the weight's own memory, PiSSA gives it another one."""
+    peft = pytest.importorskip("peft")
+    how = {"r": 4, "target_modules": ["0"]}
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(48, 64)), peft.LoraConfig(**how))
+    other = copy.deepcopy(model)
+    lk.patch_peft(other, cast_weights=cast, prepack=not cast)
+    x, found = torch.randn(9, 48), []
+    for each in (model, other):
+        each.add_adapter("second", peft.LoraConfig(init_lora_weights=init, **how))
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            found.append(each(x))
+    torch.testing.assert_close(*found, **({"rtol": 0.02, "atol": 0.02} if cast else {}))
+    assert "weight copies (lost: " in str(lk.report(other))
