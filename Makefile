@@ -36,17 +36,17 @@ OLDEST_TRITON := build/triton-3.6
 test: export LORA_KERNELS_TEST_NEEDS := $(NEEDS) $(LORA_KERNELS_TEST_NEEDS)
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS) --one-in $(MANY) -n $(JOBS) --dist worksteal $(addprefix --ignore=,$(HOST))
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --no-cov --one-in $(MANY) -n $(JOBS) $(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --one-in $(MANY) -n $(JOBS) $(INTERPRETED)
 
 test-host: $(READY) $(OLDEST_TRITON)
-	$(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) --dist worksteal $(HOST)
+	$(BIN)/python -m pytest $(ARGS) -n $(JOBS) --dist worksteal $(HOST)
 
 test-old-peft: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLD_PEFT_AT) \
 		-r requirements-old-peft.txt
 	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -c \
 		'import peft; assert peft.__version__ == "$(OLD_PEFT)", peft.__version__'
-	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -m pytest $(ARGS) --no-cov -n $(JOBS) \
+	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -m pytest $(ARGS) -n $(JOBS) \
 		tests/peft/test_peft.py tests/peft/test_adapter_files.py tests/peft/test_adapter_layout.py
 
 lint: $(READY)
@@ -97,7 +97,7 @@ SANITIZED_TESTS := $(addprefix tests/impl/cpu/test_,cpu.py dora.py quantised.py)
 	$(addprefix tests/ops/test_,parity.py embedding.py)
 LIBRARIES := libasan.so libubsan.so libstdc++.so
 UNDER_SANITIZERS := LD_PRELOAD="$(foreach name,$(LIBRARIES),$(shell $(CXX) -print-file-name=$(name)))" \
-	ASAN_OPTIONS=detect_leaks=0 LORA_KERNELS_TEST_LIBRARY=$(SANITIZED) $(BIN)/python -m pytest --no-cov
+	ASAN_OPTIONS=detect_leaks=0 LORA_KERNELS_TEST_LIBRARY=$(SANITIZED) $(BIN)/python -m pytest
 sanitize: $(READY)
 	LORA_KERNELS_CPU=1 LORA_KERNELS_CUDA=0 LORA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q \
 		build_ext --build-lib build/sanitized --build-temp build/sanitized-objects > /dev/null

@@ -70,7 +70,7 @@ else
     plain=(-k "cpu and not lesser")
     parts=cpu
 fi
-tests=("$python" -m pytest --no-cov -q)
+tests=("$python" -m pytest -q)
 # What decides between plans, the shapes "plans" of bench/shapes.py: a square layer, a wide one, a
 # narrow one, of many rows to few. Adapters are PEFT's: what tune compiles for them runs in `plans`.
 shapes=()
@@ -85,7 +85,7 @@ on_gpu build 180 "$python" -m pip install -v --no-deps --no-build-isolation -e .
 step info 20 "$python" -m lora_kernels info
 # What is absent would only be skipped; the other steps show what is there.
 step parts 20 env LORA_KERNELS_TEST_NEEDS="$parts" \
-    "$python" -m pytest --no-cov -q --collect-only tests/package/test_package.py
+    "$python" -m pytest -q --collect-only tests/package/test_package.py
 # Each implementation in processes of its own: one that crashes loses nothing of the others. Most of
 # the time goes to compilers, so eight tests at once.
 on_gpu parity-triton 240 "${tests[@]}" -n 8 -k "gpu and triton" tests/ops/test_parity.py tests/impl/triton/test_parity.py tests/impl/triton/test_split_k.py

@@ -175,7 +175,7 @@ def test_kernels_of_lesser_processors(isa):
     tests = [f"tests/impl/cpu/test_{name}.py" for name in ("cpu", "dora", "quantised")]
     tests += ["tests/ops/test_parity.py", "tests/ops/test_dropout.py"]
     share = f"{int(os.environ['LORA_KERNELS_TEST_SEED']) % 3 + 1}/3"
-    command = [sys.executable, "-m", "pytest", "-q", "--no-cov", "--share", share]
+    command = [sys.executable, "-m", "pytest", "-q", "--share", share]
     command += [*tests, "-k", "cpu or compiled"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-4000:]

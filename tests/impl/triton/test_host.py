@@ -48,7 +48,7 @@ def python(tmp_path_factory):
 def test_the_suites_cases_of_a_gpu(python, gpu, share):
     """A third of them in all."""
     suites = ["tests/ops/test_parity.py", *PARITY]
-    options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu and triton", "--share", share]
+    options = ["-q", "-p", "cudastub_pytest", "-k", "gpu and triton", "--share", share]
     output = python("-m", "pytest", *options, *suites, CUDASTUB_GPU=gpu)
     assert " passed" in output
     assert "skipped" not in output
@@ -67,7 +67,7 @@ def oldest(python):
 
 def test_cases_of_a_gpu_by_the_oldest_triton(oldest):
     """A dozen."""
-    options = ["-q", "--no-cov", "-p", "cudastub_pytest", "-k", "gpu and triton", "--share", "5/12"]
+    options = ["-q", "-p", "cudastub_pytest", "-k", "gpu and triton", "--share", "5/12"]
     output = oldest("-m", "pytest", *options, "tests/ops/test_parity.py", CUDASTUB_GPU="H100")
     assert " passed" in output
 

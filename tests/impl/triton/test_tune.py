@@ -109,7 +109,8 @@ def test_the_fewest_useful_configurations_are_kept_as_they_come():
 def test_how_many_are_timed_is_a_positive_number(most, capsys):
     with pytest.raises(SystemExit):
         main(["tune", "--shapes", "1x1x1x1", "--most", most])
-    assert "argument --most: invalid" in capsys.readouterr().err
+    expected = f"argument --most: expected a number of at least 1, got '{most}'"
+    assert expected in capsys.readouterr().err
 
 
 def test_the_command_counts_what_it_times(folder, monkeypatch, capsys):
