@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from lora_kernels.impl import executor
 from lora_kernels.impl.cuda.tools import machine
@@ -33,18 +34,27 @@ OPTIONS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_90a", "-w"
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """PTX and ptxas's report of both element types."""
-    folder = tmp_path_factory.mktemp("sm_90a")
-    texts, reports = [], []
+def compiled(shared_folder):
+    """PTX and ptxas's report of both element types, which one process makes for all."""
+    folder, texts, reports = shared_folder / "sm_90a", [], []
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "half.report").exists():
+            folder.mkdir(exist_ok=True)
+            _compile(folder)
+    for name in ("bf16", "half"):
+        reports.append((folder / f"{name}.report").read_text())
+        texts.append((folder / f"{name}.ptx").read_text())
+    head, bf16 = texts[0].split(".address_size 64")
+    return head + ".address_size 64\n" + bf16 + texts[1].split(".address_size 64")[1], reports
+
+
+def _compile(folder):
     for name in ("bf16", "half"):
         source, out = str(SOURCES / f"linear_sm90_{name}.cu"), str(folder / name)
         subprocess.run(["nvcc", *OPTIONS, source, "-ptx", "-o", f"{out}.ptx"], check=True)
         command = ["ptxas", "-arch=sm_90a", "-v", f"{out}.ptx", "-o", f"{out}.cubin"]
-        reports.append(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
-        texts.append(Path(f"{out}.ptx").read_text())
-    head, bf16 = texts[0].split(".address_size 64")
-    return head + ".address_size 64\n" + bf16 + texts[1].split(".address_size 64")[1], reports
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        Path(f"{out}.report").write_text(done.stderr)
 
 
 @pytest.fixture

@@ -27,16 +27,14 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory):
+def python(shared_folder):
     """Runs an interpreter; tests share its compiled kernels, which no later run on a GPU finds."""
-    cache = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        cache = cache.parent  # of all workers
+    cache = str(shared_folder / "triton")
 
     def run(*args, **environment):
         done = subprocess.run(
             [sys.executable, *args], cwd=ROOT, capture_output=True, text=True,
-            env={**os.environ, "TRITON_CACHE_DIR": str(cache / "triton"), **environment},
+            env={**os.environ, "TRITON_CACHE_DIR": cache, **environment},
         )  # fmt: skip
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         return done.stdout
