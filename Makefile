@@ -42,8 +42,7 @@ test-host: $(READY) $(OLDEST_TRITON)
 	$(BIN)/python -m pytest $(ARGS) -n $(JOBS) --dist worksteal $(HOST)
 
 test-old-peft: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLD_PEFT_AT) \
-		-r requirements-old-peft.txt
+	$(PIP) --no-deps --upgrade --target $(OLD_PEFT_AT) -r requirements-old-peft.txt
 	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -c \
 		'import peft; assert peft.__version__ == "$(OLD_PEFT)", peft.__version__'
 	PYTHONPATH="$(OLD_PEFT_AT):$$PYTHONPATH" $(BIN)/python -m pytest $(ARGS) -n $(JOBS) \
@@ -109,21 +108,23 @@ sanitize: $(READY)
 		LORA_KERNELS_TEST_ISA=$$isa build/threads || [ $$? -eq 77 ] || exit 1; done
 	LORA_KERNELS_TEST_ISA=portable build/threads
 
-# torch comes first and pinned: beside it nothing pulls another, larger build.
+# torch comes first and pinned: beside it nothing pulls another, larger build. Python compiles what is
+# imported; pip would compile all, in most of an install's time.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 $(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(PIP) $(TORCH)
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps -r requirements-data.txt
+	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.docs: $(READY) requirements-docs.txt
-	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
+	$(PIP) -r requirements-docs.txt
 	touch $@
 
 $(OLDEST_TRITON): $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ triton==3.6.0
+	$(PIP) --no-deps --upgrade --target $@ triton==3.6.0
 	touch $@
 
 clean:
