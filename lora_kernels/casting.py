@@ -48,9 +48,10 @@ def cast_weights_(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Cast
     read under an autocast to its dtype, in eager calls; elsewhere the weight itself is. It serves
     as long as its weight does, as a packed one (`prepack_`, which packs the copy where there is
     one): once that is replaced, moved or changed in place, the copy is dropped, as `report` says;
-    call this again to copy anew. A patched layer's copy comes back when it is unmerged. Writes
-    through `weight.data` can't be seen: call it again after them. Parameters, state_dict, saving
-    and copying of the model are not touched.
+    call this again to copy anew. A patched layer's copy comes back when it is unmerged. A write
+    through `weight.data` is seen if it reaches the first row or column, on a GPU not at all: call
+    this again after another. Parameters, state_dict, saving and copying of the model are not
+    touched.
 
     Args:
         model: a model with `LoRALinear` layers, or PEFT layers that `patch_peft` patched.

@@ -19,18 +19,16 @@ _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class KnownNorms(HeldWeight):
-    """Norms, and what they were formed of: W by version and address, A and B by their values.
+    """Norms, and what they were formed of: W as it is held, A and B by their values.
 
     Fused optimizers and writes through `.data` don't move a version. To compare values reads
-    R (N + K) numbers, where to form norms reads N K; of W one row and one column are compared,
-    which such a write reaches as a rule: another adapter's BA, a factor, weights of another file.
+    R (N + K) numbers, where to form norms reads N K.
     """
 
     def __init__(self, weight: Tensor, linear: LinearCall) -> None:
         super().__init__(weight)
         a, b, self._scaling = linear.adapter
         self._a, self._b, self._of = a.detach().clone(), b.detach().clone(), linear.weight.dtype
-        self._row, self._column = self.stored[:1].clone(), self.stored[:, :1].clone()
         self.norm = row_norms(linear)
 
     def are_of(self, weight: Tensor, linear: LinearCall) -> bool:
@@ -42,8 +40,6 @@ class KnownNorms(HeldWeight):
             and bool(scaling == self._scaling)
             and _same(a, self._a)
             and _same(b, self._b)
-            and torch.equal(weight[:1], self._row)
-            and torch.equal(weight[:, :1], self._column)
         )
 
 

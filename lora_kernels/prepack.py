@@ -48,12 +48,13 @@ def prepack_(model: nn.Module, *, backward: bool = True) -> PrepackReport:
 
     A packed copy serves as long as its weight does: once that is replaced, moved or changed in
     place, the copy is dropped and the weight itself is used, as `report` says; call this again to
-    pack anew. A patched layer's copies come back when it is unmerged. Writes through `weight.data`
-    can't be seen: call it again after them. Parameters, state_dict, saving and copying of the model
-    are not touched. Results are those of the weight, but for the order of sums. Packed copies serve
-    calls that `impl="cpu"` does, in the dtype of the weight: none under an autocast to another one,
-    and none inside compiled graphs. Where `cast_weights_` made a 16-bit copy of the weight, that is
-    packed instead. `explain` says which "auto" gives it.
+    pack anew. A patched layer's copies come back when it is unmerged. A write through `weight.data`
+    is seen if it reaches the first row or column: call this again after another. Parameters,
+    state_dict, saving and copying of the model are not touched. Results are those of the weight,
+    but for the order of sums. Packed copies serve calls that `impl="cpu"` does, in the dtype of the
+    weight: none under an autocast to another one, and none inside compiled graphs. Where
+    `cast_weights_` made a 16-bit copy of the weight, that is packed instead. `explain` says which
+    "auto" gives it.
 
     Args:
         model: a model with `LoRALinear` layers, or PEFT layers that `patch_peft` patched.

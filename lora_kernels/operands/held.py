@@ -22,14 +22,19 @@ class Recipe(NamedTuple):
 class HeldWeight:
     """W and copies of it: those of one version of one memory.
 
-    A weight that was replaced, moved or written to since is not held any more (writes through
-    `.data` leave no trace), nor one that is trained. A copied or unpickled module starts without.
+    A weight that was replaced, moved or written to since is not held any more, nor one that is
+    trained. A write through `.data`, as PEFT merges, moves no version: on CPUs a row and a column
+    are compared, which it reaches as a rule (a BA, a factor, another file's weights). On a GPU to
+    compare would wait for it. A copied or unpickled module starts without.
     """
 
     def __init__(self, weight: Tensor) -> None:
         # The detached alias shares memory and version counter, and keeps that address from reuse.
         self.stored, self._version = weight.detach(), weight._version
         self.shape, self.dtype = weight.shape, weight.dtype
+        self._nbytes = self.stored.untyped_storage().nbytes()
+        lines = (self.stored[:1], self.stored[:, :1]) if weight.is_cpu else ()
+        self._compared = [(line, line.clone()) for line in lines]
 
     def holds(self, weight: Tensor) -> bool:
         """Whether `weight` is still what was copied."""
@@ -41,6 +46,8 @@ class HeldWeight:
             and weight.data_ptr() == mine.data_ptr()
             and weight.stride() == mine.stride()  # `.data` may be the same memory read otherwise
             and weight.shape == mine.shape
+            and mine.untyped_storage().nbytes() == self._nbytes  # an emptied one can't be read
+            and all(torch.equal(line, known) for line, known in self._compared)
         )
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:

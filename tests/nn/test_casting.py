@@ -263,3 +263,42 @@ def test_an_added_adapter_that_changes_the_weight(init, cast):
             found.append(each(x))
     torch.testing.assert_close(*found, **({"rtol": 0.02, "atol": 0.02} if cast else {}))
     assert "weight copies (lost: " in str(lk.report(other))
+
+
+@pytest.mark.parametrize(
+    "cast", [pytest.param(False, marks=needs_packing), True], ids=["packed", "cast"]
+)
+def test_copies_of_a_weight_that_another_layer_merges_into(cast):
+    """PEFT merges through .data: layers that share the weight see it by the numbers."""
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    base[1].weight = base[0].weight
+    config = peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False)
+    plain = peft.get_peft_model(base, config)
+    model, x = copy.deepcopy(plain), torch.randn(9, 32)
+    lk.patch_peft(model, cast_weights=cast, prepack=not cast)
+    for change in (
+        lambda layers: layers[0].merge(),
+        lambda layers: layers[0].unmerge(),
+        lambda layers: [layer.merge() for layer in layers],
+        lambda layers: [layer.unmerge() for layer in layers],
+        lambda layers: layers[0].base_layer.weight.data.mul_(2.0),
+    ):
+        found = []
+        for each in (plain, model):
+            layers = list(each.base_model.model)
+            change(layers)
+            with torch.no_grad(), torch.autocast("cpu", BF16, enabled=cast):
+                found.append(layers[1](x))
+        error = 2e-2 if cast else 1e-5
+        torch.testing.assert_close(*found, rtol=error, atol=error)
+    assert "lost" in str(lk.report(model))
+
+
+def test_copies_of_an_emptied_weight_are_not_compared():
+    layer = lk.LoRALinear(32, 32)
+    lk.cast_weights_(layer)
+    held = layer._lora_kernels_packed
+    assert held.holds(layer.base_layer.weight)
+    layer.base_layer.weight.untyped_storage().resize_(0)
+    assert not held.holds(layer.base_layer.weight)
