@@ -125,14 +125,14 @@ def _list_of(convert: Callable[[str], object], *known: object) -> Callable[[str]
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _probability(text: str) -> float:
     if not 0 <= (number := float(text)) < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected probabilities in [0, 1), got {text!r}")
     return number
 
 

@@ -13,7 +13,10 @@ def test_unknown_names_are_refused(capsys):
         (["--suite", "layers"], "expected some of layer"),
         (["--providers", "peft,vllm"], "expected some of base"),
         (["--seconds", "0"], "expected a positive number"),
-        (["--dropouts", "1"], "expected a list"),
+        (["--dropouts", "0;1"], "expected a list"),
+        (["--dropouts", "1"], "expected probabilities in [0, 1), got '1'"),
+        (["--threads", "0"], "expected a number of at least 1, got '0'"),
+        (["--tokens", "8,x"], "expected a number of at least 1, got 'x'"),
     ):
         try:
             status = program.main([*asked, "--list"])
