@@ -317,7 +317,8 @@ def test_a_wrapper_made_while_patched_outlives_unpatching(fused):
 
 def losses_of(model, autocast, patch):
     """The losses of 20 steps; the optimizer is made before the model is patched."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    # Its own epsilon makes large steps of tiny gradients: one of 60 draws parted by 1e-3, not 1e-5.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-6)
     assert not patch or len(lk.patch_peft(model).patched) == 14
     tokens, losses = torch.arange(48).reshape(2, 24), []
     for _ in range(20):
@@ -342,8 +343,7 @@ def test_losses_of_20_steps_are_those_of_peft(dtype, autocast, rtol, fused):
     assert len(fused) == 20 * 14
     assert expected[-1] < 0.9 * expected[0]  # so the adapters do learn
     torch.testing.assert_close(losses[:5], expected[:5], rtol=rtol, atol=0)
-    # Where weights differ by 6e-8, AdamW's losses do by 6e-5 then; in 16 bits by 1.1e-2.
-    torch.testing.assert_close(losses, expected, rtol=max(2 * rtol, 1e-3), atol=0)
+    torch.testing.assert_close(losses, expected, rtol=max(2 * rtol, 1e-4), atol=0)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
