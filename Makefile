@@ -39,7 +39,7 @@ test: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS) --one-in $(MANY) -n $(JOBS) $(INTERPRETED)
 
 test-host: $(READY) $(OLDEST_TRITON)
-	$(BIN)/python -m pytest $(ARGS) -n $(JOBS) --dist worksteal $(HOST)
+	$(BIN)/python -m pytest $(ARGS) --one-in $(MANY) -n $(JOBS) --dist worksteal $(HOST)
 
 test-old-peft: $(READY)
 	$(PIP) --no-deps --upgrade --target $(OLD_PEFT_AT) -r requirements-old-peft.txt
@@ -89,8 +89,8 @@ census: $(READY)
 # The compiled part under AddressSanitizer and UndefinedBehaviorSanitizer, by its Python tests; its
 # kernels under ThreadSanitizer by a program of their own, since in a process with torch, which isn't
 # instrumented, every hand-over between its threads would look like a race.
-# Of the cases a third; SHARE=1/1 runs all.
-SHARE ?= 2/3
+# Of the cases a sixth; SHARE=1/1 runs all.
+SHARE ?= 2/6
 SANITIZED := build/sanitized/lora_kernels/_cpu.abi3.so
 SANITIZED_TESTS := $(addprefix tests/impl/cpu/test_,cpu.py dora.py quantised.py) \
 	$(addprefix tests/ops/test_,parity.py embedding.py)

@@ -58,6 +58,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_losses_and_adapters_are_those_of_the_unpatched_model(settings, tmp_path):
     plain, rows = adapted_llama(), Rows(4)

@@ -64,6 +64,7 @@ def _check(monkeypatch, code, target, seeds=(0,), **how):
             assert_parity(case, make_inputs(case), "cuda")
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_is_read_is_ordered(target, compiled, monkeypatch):
     _check(monkeypatch, executor.load(compiled(target)), target, range(4))

@@ -70,6 +70,7 @@ def test_cases_of_a_gpu_by_the_oldest_triton(oldest):
     assert " passed" in output
 
 
+@pytest.mark.slow
 def test_every_kernel_is_read_by_the_oldest_triton(oldest):
     """Each kind that calls launch: what its language lacks is an error at the first call."""
     kernels = "".join(path.read_text() for path in KERNELS.glob("*.py"))
@@ -220,6 +221,7 @@ both = ["forward_kernel", "backward_kernel"]
 )
 
 
+@pytest.mark.slow
 def test_triton_launches_what_is_new_or_watched_and_nothing_else(python):
     """Hooks, as profilers have them, see each launch while they are set; each GPU has its own."""
     python("-c", COUNTED + """
@@ -248,6 +250,7 @@ assert by_triton == both
 """)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_is_launched_directly_is_what_triton_would_launch(python):
     """Of arguments that lie in many ways, by both plans; Triton is asked at each launch."""
     python("-c", COUNTED + """
@@ -313,6 +316,7 @@ assert step("cuda:1", (33,), 40, 72, 5, p=0.1) == [
 """)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_host_times_are_measured(python):
     output = python("-m", "bench.suites.host", "--seconds", "0.1")
     heading, *lines = output.splitlines()
@@ -320,6 +324,7 @@ def test_host_times_are_measured(python):
     assert len(lines) == 14
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_launches_look_for(tmp_path, python):
     """Under the very keys of Triton's own cache, of a call with a bias and float32 adapters."""
     script = tmp_path / "script.py"  # whose processes import it again

@@ -49,6 +49,7 @@ def test_large_ranks(target, r):
 
 
 @needs_machine
+@pytest.mark.many
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_same_bits_whatever_the_schedule(target):
     case = Case((300,), 200, 384, 24, BF16, FP32, 0.1)

@@ -373,6 +373,7 @@ def _check_flags(machine):
     assert not zeros.any(), "flags not left as found"
 
 
+@pytest.mark.slow
 @needs_machine
 def test_sums_in_order_of_arrival_are_caught(tmp_path, monkeypatch):
     kernels = mutated_kernels(
