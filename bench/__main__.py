@@ -16,7 +16,7 @@ from bench.measure.session import Session, start
 from bench.options import Options, parse
 from bench.providers.registry import BY_NAME, chosen
 from bench.report import page, summary
-from bench.shapes import cases
+from bench.shapes import QLORA, cases
 from bench.suites import layer, memory, overhead, step
 
 INTERRUPTED = 130  # the status of a program that Ctrl-C ended
@@ -116,8 +116,12 @@ def _layer_points(options: Options) -> Iterator[Point]:
 
 def _step_points(options: Options) -> Iterator[Point]:
     sizes = step.QUICK if options.quick else step.SIZES[options.device]
-    for case in step.step_cases(sizes, options.grid.dtypes, options.grid.dropouts):
-        yield Point("step", str(case), step.StepRow.HEADER, partial(step.measure, case))
+    # Shapes are a layer's; of them "qlora" says how a step's weights are kept, too.
+    dense, quantised = options.shapes != [QLORA], QLORA in options.shapes
+    cases_of = [step.step_cases] * dense + [step.qlora_cases] * quantised
+    for made in cases_of:
+        for case in made(sizes, options.grid.dtypes, options.grid.dropouts):
+            yield Point("step", str(case), step.StepRow.HEADER, partial(step.measure, case))
 
 
 def _overhead_points(options: Options) -> Iterator[Point]:

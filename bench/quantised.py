@@ -3,6 +3,7 @@
 Imported by nobody but who measures such a case: bitsandbytes is no requirement.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -45,6 +46,23 @@ def _layer(weight: Tensor, base: str) -> nn.Module:
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     moved: nn.Module = layer.to(weight.device)  # quantises
     return moved
+
+
+def quantise(model: Any, names: Collection[str], base: str, codes: bool) -> None:
+    """Replace a model's linears of these names by layers of bitsandbytes, as loading it would.
+
+    codes: False puts linears there of what those decode to, for whom reads no codes.
+    """
+    for path, linear in list(model.named_modules()):
+        if path.rpartition(".")[2] in names:
+            layer = _layer(linear.weight.detach(), base)
+            if codes:
+                model.set_submodule(path, layer)
+            else:
+                linear.weight.data = lk.quantized_weight(layer).decode(linear.weight.dtype)
+    if codes:
+        model.is_loaded_in_4bit = base == "nf4"  # PEFT asks for these
+        model.is_loaded_in_8bit = base == "int8"
 
 
 def peft_class(layer: nn.Module) -> Any:

@@ -106,7 +106,7 @@ class Case:
     @property
     def reference(self) -> str:
         """The provider whose time others' are compared with: PEFT, on W as it is kept."""
-        return "peft" if self.base == DENSE else "bitsandbytes"
+        return reference_of(self)
 
     @property
     def spec(self) -> Spec:
@@ -130,6 +130,11 @@ class Case:
         """The same call without dropout, as the spec describes one."""
         dtypes = DTYPES[self.dtype], DTYPES[self.adapters]
         return testing.Case((self.m,), self.n, self.k, self.r, *dtypes, 0.0, False, SCALING)
+
+
+def reference_of(case: Any) -> str:
+    """Return the provider that others are compared with: PEFT, on W as it is kept."""
+    return "peft" if getattr(case, "base", DENSE) == DENSE else "bitsandbytes"
 
 
 def how_kept(case: Any) -> str:

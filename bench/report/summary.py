@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from bench.measure.correctness import REFUSED, WRONG
 from bench.measure.footprint import MIB
 from bench.measure.timing import TIMED
-from bench.providers.registry import BY_NAME, OURS, REFERENCE, label
+from bench.providers.registry import BY_NAME, OURS, label
 from bench.report.growth import fits
 from bench.report.tables import case_of, is_measured
-from bench.shapes import GROWTH, MODES
+from bench.shapes import GROWTH, MODES, reference_of
 
 
 class Short(NamedTuple):
@@ -95,7 +95,8 @@ def complaint(rows: dict[str, list[Any]]) -> str | None:
 def exceeded(rows: dict[str, list[Any]]) -> list[str]:
     """Return a line for each figure that is over the limit that the project has set it."""
     found = []
-    peaks = {repr(r.case): r.peak_bytes for r in rows.get("step", []) if r.provider == REFERENCE}
+    steps = rows.get("step", [])
+    peaks = {repr(r.case): r.peak_bytes for r in steps if r.provider == reference_of(r.case)}
     for suite, row in _all(rows):
         reached = _limited(row)
         if reached is not None and reached > row.limit:

@@ -17,7 +17,7 @@ from bench.measure.footprint import MIB, peak_bytes, saved_bytes
 from bench.measure.session import Session
 from bench.providers.calls import inputs_for
 from bench.providers.registry import BY_NAME, peft_layer
-from bench.shapes import DTYPES, MODELS, TARGETS, Case, Grid, Shape
+from bench.shapes import DTYPES, MODELS, QLORA, TARGETS, Case, Grid, Shape
 
 SHARING = ("q", "k", "v")
 LIMIT = 0.02  # of x's bytes, for one layer
@@ -65,11 +65,15 @@ class MemoryRow:
 
 
 def groups(names: Iterable[str], grid: Grid) -> Iterator[Group]:
-    """Yield what shape names stand for: a model's q, k and v; of "targets" a single layer."""
+    """Yield what shape names stand for: a model's q, k and v; of others than models one layer."""
     for name in names:
         if name == TARGETS:
             for dtype, p in product(("bf16", "fp32"), (0.05, 0.0)):
                 yield Group(Case(TARGETS, "square", 512, 2048, 2048, 16, dtype, dtype, p), (2048,))
+        elif name == QLORA:
+            for dtype, p in product(grid.dtypes, grid.dropouts):
+                sizes = (QLORA, "square", 512, 4096, 4096, 16, dtype, grid.adapters)
+                yield Group(Case(*sizes, p, base="nf4"), (4096,))
         elif name in MODELS and (sharing := _sharing(MODELS[name])):
             n, k = sharing[0]
             for dtype, m, r, p in product(grid.dtypes, grid.tokens, grid.ranks, grid.dropouts):
@@ -111,7 +115,8 @@ def of_group(group: Group, name: str, device: str) -> tuple[int, int]:
     for width in group.widths:
         sized = replace(case, n=width)
         inputs = inputs_for(provider, sized.inputs(device))
-        layers.append(provider.convert(peft_layer(sized, inputs, case.p)).train())
+        made = peft_layer(sized, inputs, case.p, provider.codes)
+        layers.append(provider.convert(made).train())
         gradients.append(inputs.dy)
     x = inputs.x.requires_grad_()
     leaves = [x, *(p for p in layers.parameters() if p.requires_grad)]

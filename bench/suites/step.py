@@ -20,8 +20,9 @@ from bench.measure.correctness import REFUSED, RIGHT, WRONG
 from bench.measure.footprint import MIB, peak_bytes
 from bench.measure.session import Session
 from bench.measure.timing import BUSY, MIN_ROUNDS, TIMED, Spread, compared
-from bench.providers.registry import BY_NAME, FLOOR, REFERENCE, Provider
-from bench.shapes import DTYPES, SCALING, Case
+from bench.providers.registry import BY_NAME, FLOOR, Provider
+from bench.quantised import quantise
+from bench.shapes import DENSE, DTYPES, SCALING, Case, how_kept, reference_of
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 R = 16
@@ -59,17 +60,27 @@ SIZES = {"cpu": SMALL, "cuda": LARGE}
 
 @dataclass(frozen=True)
 class StepCase:
-    """A step to measure. limits: what the project allows, as time and memory over PEFT's."""
+    """A step to measure.
+
+    limits: what the project allows, as time and memory over PEFT's. base: how the linears' weights
+    are kept, as a layer's case says it.
+    """
 
     sizes: Sizes
     dtype: str
     adapters: str
     p: float
     limits: tuple[tuple[str, float], ...] = ()
+    base: str = DENSE
+
+    @property
+    def reference(self) -> str:
+        """The provider whose time others' are compared with."""
+        return reference_of(self)
 
     def __str__(self) -> str:
         adapters = "" if self.adapters == self.dtype else f", {self.adapters} adapters"
-        return f"{self.sizes}; {self.dtype}{adapters} p={self.p:g}"
+        return f"{self.sizes}; {self.dtype}{adapters} p={self.p:g}{how_kept(self)}"
 
 
 # Of time by provider, and of peak memory.
@@ -90,6 +101,11 @@ def step_cases(sizes: Sizes, dtypes: Sequence[str], dropouts: Sequence[float]) -
         if dtype != "fp32":
             found.append(StepCase(sizes, dtype, "fp32", p))
     return found
+
+
+def qlora_cases(sizes: Sizes, dtypes: Sequence[str], dropouts: Sequence[float]) -> list[StepCase]:
+    """Return the steps of a model whose linears bitsandbytes keeps in NF4, float32 adapters."""
+    return [StepCase(sizes, d, "fp32", p, base="nf4") for d, p in product(dtypes, dropouts)]
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,8 @@ def build_model(case: StepCase, provider: Provider, device: str) -> nn.Module:
     )
     base: Any = LlamaForCausalLM(config)
     base = base.to(device, DTYPES[case.dtype]).requires_grad_(False)
+    if case.base != DENSE:
+        quantise(base, LINEARS, case.base, provider.codes)
     # What a frozen model's backward is needed for: gradients of what stands before it.
     base.enable_input_require_grads()
     alpha = int(SCALING * R)
@@ -201,7 +219,8 @@ def first_loss(case: StepCase, provider: Provider, device: str) -> float:
 
 def _as_layer(case: StepCase) -> Case:
     hidden = case.sizes.hidden
-    return Case("step", "hidden", 1, hidden, hidden, R, case.dtype, case.adapters, case.p)
+    sizes = ("step", "hidden", 1, hidden, hidden, R)
+    return Case(*sizes, case.dtype, case.adapters, case.p, base=case.base)
 
 
 def peak_of_step(case: StepCase, name: str, device: str) -> int:
@@ -214,7 +233,7 @@ def peak_of_step(case: StepCase, name: str, device: str) -> int:
 def measure(case: StepCase, session: Session) -> list[StepRow]:
     """Check every provider, time the steps of those that are right, and take their memory."""
     device = session.device
-    theirs = first_loss(case, BY_NAME[REFERENCE], device)
+    theirs = first_loss(case, BY_NAME[case.reference], device)
     states = {p.name: verdict(case, p, theirs, device) for p in session.providers}
     right = [p for p in session.providers if states[p.name][0] == RIGHT]
     times, rejected = session.step_clock.rounds([[Step(case, p, device) for p in right]])
@@ -228,7 +247,7 @@ def measure(case: StepCase, session: Session) -> list[StepRow]:
             state = TIMED
             fields |= {
                 "ms": Spread.of(columns[name]),
-                "over_peft": compared(columns, name, REFERENCE),
+                "over_peft": compared(columns, name, case.reference),
                 "over_base": compared(columns, name, FLOOR),
                 "peak_bytes": session.probe.run(peak_of_step, case, name, device),
                 "limit": limits.get(name),
