@@ -202,7 +202,7 @@ def scaling_reason(scaling: Any) -> str | None:
                 return f"scaling is {float(scaling)}"
     elif not isinstance(scaling, Real):
         return f"scaling is a {type(scaling).__name__}"
-    elif not math.isfinite(scaling):
+    elif scaling - scaling != 0:  # as `check_finite` asks
         return f"scaling is {scaling}"
     return None
 

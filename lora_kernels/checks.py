@@ -332,25 +332,6 @@ def check_scaling(scaling: Any) -> None:
     check_finite(scaling, name="scaling")
 
 
-def scaling_for(scaling: Any, device: torch.device) -> Any:
-    """Return a checked scaling as kernels on `device` take it: a number, or a tensor there.
-
-    A tensor on the CPU is read, as torch's own operators do beside a GPU's; nobody waits for a GPU.
-
-    Raises:
-        ValueError: a tensor that is neither on `device` nor on the CPU.
-    """
-    if not isinstance(scaling, Tensor) or scaling.device == device:
-        return scaling
-    if scaling.device.type != "cpu":
-        raise ValueError(
-            f"scaling: expected a tensor on {device}, as x is, or on the CPU, got one on "
-            f"{scaling.device}"
-        )
-    # What is traced has no number yet.
-    return scaling.to(device) if torch.compiler.is_compiling() else float(scaling)
-
-
 def check_keyword(name: str, misplaced: tuple[Any, ...]) -> None:
     """Check that nothing came by position where keywords follow, the first of them `name`."""
     if misplaced:
@@ -361,9 +342,10 @@ def check_keyword(name: str, misplaced: tuple[Any, ...]) -> None:
 
 def check_finite(value: Any, *, name: str) -> None:
     """Check that value is a finite number, no bool."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+    kinds: Any = int, float, torch.SymFloat
+    if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if value - value != 0:  # which compiles nothing in of a number that a graph leaves open
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 

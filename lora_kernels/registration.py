@@ -146,8 +146,29 @@ def _define(op: str, impl: str, direction: Direction, body: Callable[..., Any]) 
     name = f"{op}_{direction.name}_{impl}"
     library.define(name + direction.schema)
     library.impl(name, body, "CompositeExplicitAutograd")
-    fake = partial(direction.fake, impl)
+    fake = partial(_fake, direction, op, impl)
     torch.library.register_fake(f"lora_kernels::{name}", fake, lib=library)
+
+
+def _fake(direction: Direction, op: str, impl: str, *args: Any) -> Any:
+    """Return unwritten results for tensors without memory, fake ones or all on meta.
+
+    Torch comes here if a single tensor is on meta: the results would be read as if they were made.
+    """
+    names = [argument.name for argument in _handle(op, direction.name, impl)._schema.arguments]
+    given = [
+        (name, t)
+        for name, arg in zip(names, args, strict=True)
+        for t in (arg if isinstance(arg, (list, tuple)) else [arg])
+        if isinstance(t, Tensor)
+    ]
+    first, device = given[0][0], given[0][1].device
+    for name, t in given:
+        if (t.device.type == "meta") != (device.type == "meta"):
+            raise ValueError(
+                f"{name}: expected a tensor on {device}, as {first} is, got one on {t.device}"
+            )
+    return direction.fake(impl, *args)
 
 
 def _python_body(direction: Direction, impl: str, file: str, *args: Any) -> Any:

@@ -13,12 +13,39 @@ from lora_kernels.operands.weight import Dense, Parts, Weight
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # float64 is left as it is
 
 
+def scaling_for(scaling: Any, device: torch.device) -> Any:
+    """Return a checked scaling as kernels on `device` take it: a number, or a tensor there.
+
+    A tensor on the CPU is read, as torch's own operators do beside a GPU's; nobody waits for a GPU.
+
+    Raises:
+        ValueError: a tensor that is neither on `device` nor on the CPU.
+    """
+    if not isinstance(scaling, Tensor) or scaling.device == device:
+        return scaling
+    if scaling.device.type != "cpu":
+        raise ValueError(
+            f"scaling: expected a tensor on {device}, as x is, or on the CPU, got one on "
+            f"{scaling.device}"
+        )
+    # What is traced has no number yet; one for each group has several.
+    several = scaling.ndim > 0 or torch.compiler.is_compiling()
+    return scaling.to(device) if several else float(scaling)
+
+
 class Adapter(NamedTuple):
     """A [R, K], B [N, R] and the factor on their product: a number or a 0-dim tensor."""
 
     a: Tensor
     b: Tensor
     scaling: float | Tensor
+
+    def flat_scaling(self) -> tuple[Tensor | None, float]:
+        """Return the factor as operators take it: a tensor, or a number."""
+        scaling = scaling_for(self.scaling, self.a.device)
+        if torch.compiler.is_dynamo_compiling():
+            scaling = _of_any_value(scaling, self.a)
+        return (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
 
 
 class LinearCall(NamedTuple):
@@ -39,14 +66,13 @@ class LinearCall(NamedTuple):
     def flat(self) -> tuple[Any, ...]:
         """Return what a forward operator takes after x."""
         weight, (a, b, scaling), bias, dropout = self
-        if dropout is None and type(weight) is Dense and type(scaling) is float:  # in half the time
+        plain = dropout is None and type(weight) is Dense and type(scaling) is float
+        if plain and not torch.compiler.is_dynamo_compiling():  # in half the time
             return weight.stored, None, None, a, b, bias, None, 0, None, scaling
         w, parts = weight.tensors(False)
         form = weight.form
         seed, threshold = (None, 0) if dropout is None else dropout
-        if isinstance(scaling, Tensor):
-            return w, parts, form, a, b, bias, seed, threshold, scaling, 1.0
-        return w, parts, form, a, b, bias, seed, threshold, None, float(scaling)
+        return w, parts, form, a, b, bias, seed, threshold, *self.adapter.flat_scaling()
 
     def flat_backward(self) -> tuple[Any, ...]:
         """Return what a backward operator takes between xa and the gradients wanted."""
@@ -81,6 +107,19 @@ def call_of(
     adapter = Adapter(a, b, number if tensor is None else tensor)
     dropout = None if seed is None or threshold == 0 else Dropout(seed, threshold)
     return LinearCall(weight_of(form, weight, parts), adapter, bias, dropout)
+
+
+def _of_any_value(scaling: float | Tensor, like: Tensor) -> float | Tensor:
+    """Return a number that torch.compile leaves open as a tensor of `like`'s device.
+
+    An operator's number is compiled in: a schedule of scaling would compile at each step.
+    """
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    if isinstance(scaling, Tensor) or has_static_value(scaling):
+        return scaling
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.ones((), dtype=dtype, device=like.device) * scaling
 
 
 def as_autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

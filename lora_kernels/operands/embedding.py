@@ -30,10 +30,8 @@ class EmbeddingCall(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         """Return what a backward operator takes after ids, a forward operator after W."""
-        _, (a, b, scaling), padding_idx, embed_scale = self
-        if isinstance(scaling, Tensor):
-            return a, b, scaling, 1.0, padding_idx, embed_scale
-        return a, b, None, float(scaling), padding_idx, embed_scale
+        _, adapter, padding_idx, embed_scale = self
+        return adapter.a, adapter.b, *adapter.flat_scaling(), padding_idx, embed_scale
 
 
 def embedding_call_of(weight: Tensor | None, *flat: Any) -> EmbeddingCall:

@@ -111,9 +111,8 @@ class GroupedCall(NamedTuple):
 
     def flat(self) -> tuple[Any, ...]:
         """Return what an operator takes after x: W, bias aside, which backward doesn't read."""
-        (a, b, scaling), (seed, threshold) = self.adapter, self.dropout or (None, 0)
-        tensor, number = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
-        return self.weight, a, b, *self.groups, seed, threshold, tensor, number
+        (a, b, _), (seed, threshold) = self.adapter, self.dropout or (None, 0)
+        return self.weight, a, b, *self.groups, seed, threshold, *self.adapter.flat_scaling()
 
 
 def grouped_call_of(bias: Tensor | None, tokens: int, *flat: Any) -> GroupedCall:

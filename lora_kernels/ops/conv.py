@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.checks import check_dropout_p, check_scaling, check_seed, scaling_for
+from lora_kernels.checks import check_dropout_p, check_scaling, check_seed
 from lora_kernels.dispatch import check_impl, choose
 from lora_kernels.impl.reference import conv as reference
-from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype
+from lora_kernels.operands.call import Adapter, LinearCall, autocast_dtype, scaling_for
 from lora_kernels.operands.conv import Geometry
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.weight import Dense

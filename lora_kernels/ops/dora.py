@@ -14,12 +14,18 @@ from lora_kernels.checks import (
     check_norm,
     check_scaling,
     check_seed,
-    scaling_for,
 )
 from lora_kernels.dispatch import IMPLEMENTATIONS, check_plain, choose
 from lora_kernels.impl.eager.dora import scaled
 from lora_kernels.impl.reference import dora as reference
-from lora_kernels.operands.call import Adapter, LinearCall, as_autocast, autocast_dtype, call_of
+from lora_kernels.operands.call import (
+    Adapter,
+    LinearCall,
+    as_autocast,
+    autocast_dtype,
+    call_of,
+    scaling_for,
+)
 from lora_kernels.operands.dora import DoraCall, DoraWanted, Kept
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.onednn import OnednnWeight

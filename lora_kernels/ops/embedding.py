@@ -12,11 +12,10 @@ from lora_kernels.checks import (
     check_shape,
     is_dtensor,
     not_a_float_tensor,
-    scaling_for,
 )
 from lora_kernels.dispatch import IMPLEMENTATIONS, check_impl, choose
 from lora_kernels.impl.reference import embedding as reference
-from lora_kernels.operands.call import Adapter, Wanted
+from lora_kernels.operands.call import Adapter, Wanted, scaling_for
 from lora_kernels.operands.embedding import NO_PADDING, EmbeddingCall, embedding_call_of
 from lora_kernels.operands.weight import Dense
 from lora_kernels.ops.linear_gradients import none_of, saved_tensors, see_missing_gradients

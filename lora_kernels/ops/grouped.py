@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.checks import check_dropout_p, check_memory, check_seed, scaling_for
+from lora_kernels.checks import check_dropout_p, check_memory, check_seed
 from lora_kernels.dispatch import IMPLEMENTATIONS, check_plain, choose, preferred_of_groups
 from lora_kernels.impl.eager import grouped_mm
 from lora_kernels.impl.reference import grouped as reference
-from lora_kernels.operands.call import Adapter, Wanted, autocast_dtype
+from lora_kernels.operands.call import Adapter, Wanted, autocast_dtype, scaling_for
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.grouped import GroupedCall, Groups, grouped_call_of
 from lora_kernels.operands.precision import ranged

@@ -14,7 +14,6 @@ from lora_kernels.checks import (
     check_seed,
     is_dtensor,
     plainly_fit,
-    scaling_for,
 )
 from lora_kernels.dispatch import IMPLEMENTATIONS, Implementation, check_plain, choose, preferred
 from lora_kernels.impl.reference import linear as reference
@@ -25,6 +24,7 @@ from lora_kernels.operands.call import (
     as_autocast,
     autocast_dtype,
     call_of,
+    scaling_for,
 )
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.operands.onednn import OnednnWeight

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.checks import scaling_for
+from lora_kernels.operands.call import scaling_for
 from lora_kernels.dispatch import CHOICES
 from lora_kernels.native import absence
 from lora_kernels.registration import operators

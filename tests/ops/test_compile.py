@@ -63,6 +63,48 @@ def test_changing_batch_sizes_compile_at_most_twice():
     assert counter.frame_count <= 2
 
 
+def _drawn(*shapes):
+    return [torch.randn(shape, requires_grad=i > 0) for i, shape in enumerate(shapes)]
+
+
+# Of each op a call of few numbers, as a function of scaling: W, which is frozen, comes first.
+SCALED = {
+    "linear": (lk.lora_linear, (5, 16), [(24, 16), (4, 16), (24, 4)], {}),
+    "linear, float64": (lk.lora_linear, (5, 16), [(24, 16), (4, 16), (24, 4)], {}),
+    "dora": (lk.lora_dora_linear, (5, 16), [(24, 16), (4, 16), (24, 4), (24,)], {}),
+    "embedding": (lk.lora_embedding, None, [(20, 6), (4, 20), (6, 4)], {}),
+    "conv": (lk.lora_conv2d, (2, 4, 6, 6), [(6, 4, 3, 3), (2, 4, 3, 3), (6, 2, 1, 1)], {}),
+    "grouped": (
+        lk.grouped_lora_linear, (5, 16), [(3, 24, 16), (3, 4, 16), (3, 24, 4)],
+        {"offsets": torch.tensor([2, 2, 5], dtype=torch.int32)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_schedule_of_scaling_is_compiled_twice(name):
+    """As often as torch compiles what multiplies by a number of Python's."""
+    op, x_shape, shapes, others = SCALED[name]
+    dtype = torch.float64 if "float64" in name else torch.float32
+    x = torch.randint(0, 20, (3, 4)) if x_shape is None else torch.randn(x_shape).to(dtype)
+    tensors = [t.to(dtype).detach().requires_grad_(t.requires_grad) for t in _drawn(*shapes)]
+    trained = [t for t in tensors if t.requires_grad]
+
+    def loss_of(scaling):
+        return op(x, *tensors, scaling=scaling, **others).square().mean()
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss_of, fullgraph=True, backend=counter)
+    for scaling in (2.0, 3.0, 0.5, -1.0, 0.0):
+        actual, expected = (
+            [y, *torch.autograd.grad(y, trained)] for y in (compiled(scaling), loss_of(scaling))
+        )
+        torch.testing.assert_close(actual, expected)
+    assert counter.frame_count == 2
+    with pytest.raises(Exception, match="scaling"):
+        compiled(float("nan"))
+
+
 def test_compiled_autocast():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     args = tensors()

@@ -4,6 +4,8 @@ import zipfile
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from tests.stacks.models import (
     adapted_llama,
@@ -129,3 +131,38 @@ def test_export_and_aot_inductor_of_an_inference_model(tmp_path):
             assert_close(program.module()(rows), expected, 1e-4)
             assert_close(loaded(rows), expected, 1e-4)
             assert_close(compiled(rows), expected, 1e-4)
+
+
+class Kinds(torch.nn.Module):
+    """A layer of each kind that has one tensor for input and output."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids = torch.nn.Embedding(20, 16)
+        self.linear = torch.nn.Linear(16, 16)
+        self.conv = torch.nn.Conv1d(16, 16, 3)
+
+    def forward(self, ids):
+        return self.conv(self.linear(self.ids(ids)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_bias": True}], ids=str)
+def test_a_schedule_of_scaling_compiles_no_oftener_than_unpatched(settings):
+    config = LoraConfig(
+        r=4, target_modules=["linear", "conv", "ids"][: 1 if settings else 3],
+        init_lora_weights=False, **settings,
+    )  # fmt: skip
+    model = get_peft_model(Kinds(), config)
+    ids, counts = torch.randint(0, 20, (3, 5)), []
+    for each in (model, patched_copy(model)):
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(each, backend=counter)
+        for scaling in (2.0, 3.0, 0.5, -1.0, 7.0):
+            for layer in (m for m in each.modules() if isinstance(m, LoraLayer)):
+                layer.scaling["default"] = scaling
+            y = compiled(ids)
+            assert_close(y, each(ids), 1e-5)
+            y.sum().backward()
+        counts.append(counter.frame_count)
+    assert counts[1] <= counts[0]

@@ -369,8 +369,7 @@ def _run_schedules(kernels):
 
 
 def _check_flags(machine):
-    zeros = machine.workspace.zeros(1, torch.device("cpu"))
-    assert not zeros.any(), "flags not left as found"
+    assert not machine.workspace.zeros(1, torch.device("cpu")).any(), "flags not left as found"
 
 
 @pytest.mark.slow
