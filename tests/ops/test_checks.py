@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.operands.call import scaling_for
 from lora_kernels.dispatch import CHOICES
 from lora_kernels.native import absence
+from lora_kernels.operands.call import scaling_for
 from lora_kernels.registration import operators
 
 X, W = torch.randn(4, 8), torch.randn(6, 8)

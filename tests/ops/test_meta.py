@@ -1,4 +1,4 @@
-"""A single tensor on meta: torch then asks an operator's fake, whose results nothing has written."""
+"""A single tensor on meta: torch then asks the operator's fake, whose results aren't written."""
 
 import pytest
 import torch
@@ -38,7 +38,8 @@ def _grouped(impl):
     groups = {"rows": order, "scatter": order, "weights": numbers, "adapters": numbers}
     tensors = drawn(5, 16), torch.randn(3, 24, 16), drawn(3, 4, 16), drawn(3, 24, 4)
     offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
-    return lk.grouped_lora_linear(*tensors, offsets, drawn(3, 24), **groups, **_options(), impl=impl)
+    options = groups | _options()
+    return lk.grouped_lora_linear(*tensors, offsets, drawn(3, 24), **options, impl=impl)
 
 
 CALLS = {
