@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -93,9 +94,7 @@ def everywhere_reason() -> str | None:
         calls = nn.Linear.forward, functional.linear, nn.Linear.__call__, nn.Linear._call_impl
         if not all(map(_gives_the_same, calls)):
             return "torch.nn.Linear's forward, its product or its call was replaced"
-    if torch.compiler.is_dynamo_compiling() or not (
-        _count_function_modes() or _count_dispatch_modes()
-    ):
+    if is_dynamo_compiling() or not (_count_function_modes() or _count_dispatch_modes()):
         return None
     modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
     kinds = [type(mode) for mode in modes]
@@ -235,7 +234,7 @@ def tensors_reason(**tensors: Any) -> str | None:
 def inference_reason(*tensors: Tensor) -> str | None:
     """Return that one of a call's tensors couldn't be saved for backward, or None."""
     # dynamo asks the same by itself.
-    if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+    if not torch.is_grad_enabled() or is_dynamo_compiling():
         return None
     return INFERENCE if any(t.is_inference() for t in tensors) else None
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
+from torch.compiler import is_dynamo_compiling
 
 from lora_kernels.impl import executor, gpu
 from lora_kernels.impl.cuda import launch
@@ -89,7 +90,7 @@ def below_autograd(operator: Any, *args: Any) -> Any:
     Python is called itself, unless a mode, a profiler or a subclass of Tensor looks at operators:
     torch's way to it takes three times as long as to a compiled one.
     """
-    if torch.compiler.is_dynamo_compiling():  # which records operators by itself
+    if is_dynamo_compiling():  # which records operators by itself
         return operator(*args)
     body = _BODIES.get(id(operator))
     # `_op` is what an OpOverload's call calls, 0.2 µs later.

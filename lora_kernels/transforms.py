@@ -5,6 +5,7 @@ import sys
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # Asked at every call: finding them costs as much as calling them.
@@ -25,7 +26,7 @@ def needs_plain_torch() -> bool:
     # By type, since dynamo has an object even for None.
     if forward_ad._current_level >= 0 or type(_interpreter()) is not _NOTHING:
         return True
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return False
     return _is_tracing() or counts_flops()
 
@@ -36,7 +37,7 @@ def backward_needs_plain_torch(dy: Tensor | None = None) -> bool:
     dy: given where the operator has a list of tensors, which torch can't call for each gradient of
     a batch (is_grads_batched) as it does others.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return False
     return (
         torch.is_grad_enabled()

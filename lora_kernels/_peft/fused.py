@@ -6,9 +6,9 @@ That one, `FusedLinear`, has a forward of its own, which costs a call less.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from lora_kernels._peft.variants import variant_reason
 from lora_kernels.bypass import origin
@@ -37,7 +37,7 @@ class Fused:
         if impl is None:  # unpatched meanwhile
             return self._lora_kernels_theirs.forward(self, x, *args, **kwargs)
         # A counter would be one of the things that a compiled graph depends on.
-        calls = None if torch.compiler.is_dynamo_compiling() else own.get("_lora_kernels_calls")
+        calls = None if is_dynamo_compiling() else own.get("_lora_kernels_calls")
         call = self._call_of(x, args, kwargs, impl)
         if isinstance(call, str):
             if calls is not None:
@@ -68,7 +68,7 @@ class Fused:
 
 def path_of(layer: Any) -> str:
     """Return the path that an error in backward names; compiled graphs don't depend on it."""
-    calls = None if torch.compiler.is_dynamo_compiling() else vars(layer).get("_lora_kernels_calls")
+    calls = None if is_dynamo_compiling() else vars(layer).get("_lora_kernels_calls")
     return "" if calls is None else str(calls.path)
 
 

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_dynamo_compiling
 
 from lora_kernels._peft import dora, mixed
 from lora_kernels._peft.read_variant import read_variant, times_diagonal
@@ -66,7 +67,7 @@ class FusedLinear(Linear):
         if impl is None:
             return Linear.forward(self, x, *args, **kwargs)
         # A counter would be one of the things that a compiled graph depends on.
-        calls = None if torch.compiler.is_dynamo_compiling() else own.get("_lora_kernels_calls")
+        calls = None if is_dynamo_compiling() else own.get("_lora_kernels_calls")
         if kwargs or "_lora_kernels_batch" in own:
             return self._mixed(x, args, kwargs, impl, calls)
         parts = fused_parts(self)
@@ -340,7 +341,7 @@ def call_reason(
         if reason is not None:
             return reason
     # dynamo asks the same by itself.
-    if not torch.compiler.is_dynamo_compiling():
+    if not is_dynamo_compiling():
         if is_grad_enabled() and (
             x.is_inference()
             or call.weight.stored.is_inference()

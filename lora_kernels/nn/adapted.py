@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from lora_kernels import merging
 from lora_kernels.merging import Update
@@ -88,7 +89,7 @@ class Adapted(nn.Module):
     def _note(self, reason: str | None) -> None:
         """Count a call that is fused, or left for a reason."""
         # A counter would be one of the things that a compiled graph depends on.
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return
         if reason is None:
             self._lora_kernels_calls.fused += 1

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_kernels import merging
@@ -254,7 +255,7 @@ class LoRALinear(Adapted):
         if type(p) is not float or not 0.0 <= p < 1.0:
             check_dropout_p(p, name="lora_dropout")
         # A counter would be one of the things that a compiled graph depends on.
-        if not torch.compiler.is_dynamo_compiling():
+        if not is_dynamo_compiling():
             calls = self._lora_kernels_calls
             calls.fused, calls.autocast = calls.fused + 1, cast or calls.autocast
         if p:
@@ -305,7 +306,7 @@ class LoRALinear(Adapted):
             return self._left(x, parts if isinstance(parts, str) else str(unfit))
         p = self.lora_dropout if self.training else 0.0
         check_dropout_p(p, name="lora_dropout")
-        if not torch.compiler.is_dynamo_compiling():
+        if not is_dynamo_compiling():
             self._lora_kernels_calls.fused += 1
         dropout = drawn(p, None, x.device) if p else None
         base = settled(self.base_layer, base, x)
@@ -313,7 +314,7 @@ class LoRALinear(Adapted):
 
     def _left(self, x: Tensor, reason: str) -> Tensor:
         """Return y by the submodules' own calls, as PEFT computes it, and note the reason."""
-        if not torch.compiler.is_dynamo_compiling():
+        if not is_dynamo_compiling():
             self._lora_kernels_calls.leave(reason)
         with unconverted(self.base_layer):
             y = self.base_layer(x)

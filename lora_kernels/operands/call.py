@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
+from torch.compiler import is_dynamo_compiling
 
 from lora_kernels.operands.dropout import Dropout
 from lora_kernels.operands.formats import weight_of
@@ -43,7 +44,7 @@ class Adapter(NamedTuple):
     def flat_scaling(self) -> tuple[Tensor | None, float]:
         """Return the factor as operators take it: a tensor, or a number."""
         scaling = scaling_for(self.scaling, self.a.device)
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             scaling = _of_any_value(scaling, self.a)
         return (scaling, 1.0) if isinstance(scaling, Tensor) else (None, float(scaling))
 
@@ -67,7 +68,7 @@ class LinearCall(NamedTuple):
         """Return what a forward operator takes after x."""
         weight, (a, b, scaling), bias, dropout = self
         plain = dropout is None and type(weight) is Dense and type(scaling) is float
-        if plain and not torch.compiler.is_dynamo_compiling():  # in half the time
+        if plain and not is_dynamo_compiling():  # in half the time
             return weight.stored, None, None, a, b, bias, None, 0, None, scaling
         w, parts = weight.tensors(False)
         form = weight.form
@@ -129,7 +130,7 @@ def as_autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast asks of x's device; None outside autocast and for float64."""
-    if not torch.compiler.is_dynamo_compiling() and not _is_any_autocast_enabled():
+    if not is_dynamo_compiling() and not _is_any_autocast_enabled():
         return None
     if not isinstance(x, Tensor) or x.dtype == torch.float64:
         return None

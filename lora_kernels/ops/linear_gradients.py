@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from lora_kernels.impl.reference import linear as reference
 from lora_kernels.impl.reference.mask import dropped
@@ -118,7 +119,7 @@ def see_missing_gradients(ctx: Any) -> None:
 
     An optimizer moves a parameter whose gradient is zero, by decay and momentum.
     """
-    if not torch.compiler.is_dynamo_compiling():  # which doesn't know the call
+    if not is_dynamo_compiling():  # which doesn't know the call
         ctx.set_materialize_grads(False)
 
 
