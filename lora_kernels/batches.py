@@ -35,7 +35,9 @@ class Batch:
             raise ValueError(
                 f"names: expected one of each of {len(x)} samples of x, got {len(names)}"
             )
-        if layer.disable_adapters or not mixed.adapters_of(layer, names):
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()  # as PEFT's forward does
+        if layer.disable_adapters or not (layer.merged or mixed.adapters_of(layer, names)):
             return cast(Tensor, layer.base_layer(x))
         y = mixed.forward(layer, x, self.samples, impl, path)
         if isinstance(y, str):
@@ -99,7 +101,6 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 def _layers(model: nn.Module, names: tuple[str, ...]) -> list[Any]:
     """Return the LoRA layers of a model, which serve a batch of such adapters."""
     from lora_kernels._peft import mixed
-    from lora_kernels._peft.linear import FusedLinear
     from lora_kernels.patching import lora_layers
 
     wrong = next((name for name in names if not isinstance(name, str)), None)
@@ -116,22 +117,38 @@ def _layers(model: nn.Module, names: tuple[str, ...]) -> list[Any]:
             f"{mixed.BASE}, got {', '.join(unknown)}"
         )
     for path, layer in found:
-        if not mixed.adapters_of(layer, names):
-            continue
-        reason: Any = None
-        if not isinstance(layer, FusedLinear) or "_lora_kernels_impl" not in vars(layer):
-            reason = f"is {type(layer).__name__}, no patched linear layer"
-        elif _BATCH in vars(layer):
-            reason = "is in an adapter_batch already"
-        else:
-            parts = mixed.mixed_parts(layer, names)
-            reason = parts if isinstance(parts, str) else None
+        reason = _refusal(layer, names)
         if reason is not None:
             raise ValueError(
                 f"model: expected layers that serve several adapters, got {path!r}: {reason}"
             )
     _check_others(model, names)
-    return [layer for _, layer in found if isinstance(layer, FusedLinear)]
+    return [layer for _, layer in found if _is_served(layer)]
+
+
+def _is_served(layer: Any) -> bool:
+    from lora_kernels._peft.linear import FusedLinear
+
+    return isinstance(layer, FusedLinear) and "_lora_kernels_impl" in vars(layer)
+
+
+def _refusal(layer: Any, names: tuple[str, ...]) -> str | None:
+    """Return why a LoRA layer can't compute such a batch, or None."""
+    from lora_kernels._peft import mixed
+
+    named = mixed.adapters_of(layer, names)
+    if not _is_served(layer):
+        # Outside of the batch: what is active in it would be applied to all samples.
+        active = () if layer.disable_adapters else layer.active_adapters
+        applied = named or layer.merged_adapters or mixed.adapters_of(layer, active)
+        return f"is {type(layer).__name__}, no patched linear layer" if applied else None
+    if _BATCH in vars(layer):
+        return "is in an adapter_batch already"
+    if not named:
+        merged = () if layer.disable_adapters else layer.merged_adapters
+        return f"merged: {', '.join(merged)}" if merged else None
+    parts = mixed.mixed_parts(layer, names)
+    return parts if isinstance(parts, str) else None
 
 
 def _check_others(model: nn.Module, names: tuple[str, ...]) -> None:
