@@ -70,7 +70,7 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         ValueError: an unknown adapter, a layer that can't serve it (named with the reason), a
             module that one adapter has for all samples, as `modules_to_save` makes, or a block
             inside another one; nothing is changed then. Inside: a layer is called with another
-            number of samples.
+            number of samples, or with `adapter_names`.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model

@@ -226,6 +226,8 @@ def test_wrong_number_of_samples_and_nesting(pair):
     with lk.adapter_batch(model, NAMES):
         with pytest.raises(ValueError, match="names: expected one of each of 2 samples"):
             model(input_ids=tokens(2))
+        with pytest.raises(ValueError, match="alone in adapter_batch, got adapter_names"):
+            model(input_ids=tokens(), adapter_names=NAMES[::-1])
         with (
             pytest.raises(ValueError, match="in an adapter_batch already"),
             lk.adapter_batch(model, NAMES),
