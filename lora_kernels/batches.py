@@ -142,7 +142,7 @@ def _refusal(layer: Any, names: tuple[str, ...]) -> str | None:
         active = () if layer.disable_adapters else layer.active_adapters
         applied = named or layer.merged_adapters or mixed.adapters_of(layer, active)
         return f"is {type(layer).__name__}, no patched linear layer" if applied else None
-    if _BATCH in vars(layer):
+    if vars(layer).get(_BATCH) is not None:
         return "is in an adapter_batch already"
     if not named:
         merged = () if layer.disable_adapters else layer.merged_adapters

@@ -313,7 +313,10 @@ def test_a_model_copied_inside_a_block_is_outside_of_any(pair, copied):
     model, plain = pair
     ids = tokens()
     with lk.adapter_batch(model, NAMES):
-        other = copied(model)
+        other, another = copied(model), copied(model)
+        expected = model(input_ids=ids).logits
+    with lk.adapter_batch(another, NAMES):
+        torch.testing.assert_close(another(input_ids=ids).logits, expected)
     torch.testing.assert_close(other(input_ids=ids).logits, plain(input_ids=ids).logits)
     layer = other.base_model.model.model.layers[0].self_attn.q_proj
     assert (layer._lora_kernels_calls.fused, layer._lora_kernels_calls.left) == (1, 0)
