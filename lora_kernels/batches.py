@@ -26,11 +26,15 @@ class Batch:
         """Return a layer's output for the batch.
 
         Raises:
-            ValueError: x has another number of samples, or the layer can't serve the call.
+            TypeError, ValueError: x has another number of samples, or the layer can't serve the
+                call.
         """
         from lora_kernels._peft import mixed
 
         names = self.samples.names
+        if not isinstance(x, Tensor) or not x.ndim:
+            got = "a 0-dimensional one" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x: expected a Tensor of {len(names)} samples, got {got}")
         if len(x) != len(names):
             raise ValueError(
                 f"names: expected one of each of {len(x)} samples of x, got {len(names)}"
@@ -66,7 +70,7 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         A context manager.
 
     Raises:
-        TypeError: `model` is no module, `names` is a string, or a name is none.
+        TypeError: `model` is no module, `names` is no sequence, or a name is no string.
         ValueError: an unknown adapter, a layer that can't serve it (named with the reason), a
             module that one adapter has for all samples, as `modules_to_save` makes, or a block
             inside another one; nothing is changed then. Inside: a layer is called with another
@@ -85,6 +89,8 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """
     if isinstance(names, str):
         raise TypeError(f"names: expected a name for each sample, got one string, {names!r}")
+    if not isinstance(names, Sequence):  # a set has no order, an iterator is read once
+        raise TypeError(f"names: expected a sequence of strings, got {type(names).__name__}")
     layers = _layers(model, tuple(names))
     from lora_kernels._peft.mixed import Samples  # where there are such layers, there is peft
 
@@ -103,9 +109,9 @@ def _layers(model: nn.Module, names: tuple[str, ...]) -> list[Any]:
     from lora_kernels._peft import mixed
     from lora_kernels.patching import lora_layers
 
-    wrong = next((name for name in names if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise TypeError(f"names: expected strings, got {wrong!r}")
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"names: expected strings, got {wrong[0]!r}")
     found = lora_layers(model)
     if not found:
         raise ValueError(f"model: expected PEFT LoRA layers, got none in {type(model).__name__}")

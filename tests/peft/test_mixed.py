@@ -189,6 +189,9 @@ REFUSED = {
     ),
     "tokens of another": (_tokens_trained, ["fourth"], ValueError, "TrainableTokens.*now none"),
     "no string": (lambda m: None, [1], TypeError, "names: expected strings, got 1"),
+    "no name": (lambda m: None, ["second", None], TypeError, "names: expected strings, got None"),
+    "none": (lambda m: None, None, TypeError, "names: expected a sequence of strings, got None"),
+    "a set": (lambda m: None, {"second"}, TypeError, "names: expected a sequence of .*, got set"),
     "merged": (lambda m: m.merge_adapter(), NAMES, ValueError, "merged: default"),
     "an embedding": (_embeddings, ["fourth"], ValueError, "no patched linear layer"),
     "DoRA": (
@@ -226,6 +229,10 @@ def test_wrong_number_of_samples_and_nesting(pair):
     with lk.adapter_batch(model, NAMES):
         with pytest.raises(ValueError, match="names: expected one of each of 2 samples"):
             model(input_ids=tokens(2))
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        for x, got in ((None, "NoneType"), (torch.tensor(1.0), "a 0-dimensional one")):
+            with pytest.raises(TypeError, match=f"x: expected a Tensor of 6 samples, got {got}"):
+                layer(x)
         with pytest.raises(ValueError, match="alone in adapter_batch, got adapter_names"):
             model(input_ids=tokens(), adapter_names=NAMES[::-1])
         with (
