@@ -26,16 +26,22 @@ class Batch:
         """Return a layer's output for the batch.
 
         Raises:
-            ValueError: x has another number of samples, or the layer can't serve the call.
+            TypeError, ValueError: x has another number of samples, or the layer can't serve the
+                call.
         """
         from lora_kernels._peft import mixed
 
         names = self.samples.names
+        if not isinstance(x, Tensor) or not x.ndim:
+            got = "a 0-dimensional one" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x: expected a Tensor of {len(names)} samples, got {got}")
         if len(x) != len(names):
             raise ValueError(
                 f"names: expected one of each of {len(x)} samples of x, got {len(names)}"
             )
-        if layer.disable_adapters or not mixed.adapters_of(layer, names):
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()  # as PEFT's forward does
+        if layer.disable_adapters or not (layer.merged or mixed.adapters_of(layer, names)):
             return cast(Tensor, layer.base_layer(x))
         y = mixed.forward(layer, x, self.samples, impl, path)
         if isinstance(y, str):
@@ -64,11 +70,11 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         A context manager.
 
     Raises:
-        TypeError: `model` is no module, `names` is a string, or a name is none.
+        TypeError: `model` is no module, `names` is no sequence, or a name is no string.
         ValueError: an unknown adapter, a layer that can't serve it (named with the reason), a
             module that one adapter has for all samples, as `modules_to_save` makes, or a block
             inside another one; nothing is changed then. Inside: a layer is called with another
-            number of samples.
+            number of samples, or with `adapter_names`.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -83,6 +89,8 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """
     if isinstance(names, str):
         raise TypeError(f"names: expected a name for each sample, got one string, {names!r}")
+    if not isinstance(names, Sequence):  # a set has no order, an iterator is read once
+        raise TypeError(f"names: expected a sequence of strings, got {type(names).__name__}")
     layers = _layers(model, tuple(names))
     from lora_kernels._peft.mixed import Samples  # where there are such layers, there is peft
 
@@ -99,12 +107,11 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 def _layers(model: nn.Module, names: tuple[str, ...]) -> list[Any]:
     """Return the LoRA layers of a model, which serve a batch of such adapters."""
     from lora_kernels._peft import mixed
-    from lora_kernels._peft.linear import FusedLinear
     from lora_kernels.patching import lora_layers
 
-    wrong = next((name for name in names if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise TypeError(f"names: expected strings, got {wrong!r}")
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"names: expected strings, got {wrong[0]!r}")
     found = lora_layers(model)
     if not found:
         raise ValueError(f"model: expected PEFT LoRA layers, got none in {type(model).__name__}")
@@ -116,22 +123,38 @@ def _layers(model: nn.Module, names: tuple[str, ...]) -> list[Any]:
             f"{mixed.BASE}, got {', '.join(unknown)}"
         )
     for path, layer in found:
-        if not mixed.adapters_of(layer, names):
-            continue
-        reason: Any = None
-        if not isinstance(layer, FusedLinear) or "_lora_kernels_impl" not in vars(layer):
-            reason = f"is {type(layer).__name__}, no patched linear layer"
-        elif _BATCH in vars(layer):
-            reason = "is in an adapter_batch already"
-        else:
-            parts = mixed.mixed_parts(layer, names)
-            reason = parts if isinstance(parts, str) else None
+        reason = _refusal(layer, names)
         if reason is not None:
             raise ValueError(
                 f"model: expected layers that serve several adapters, got {path!r}: {reason}"
             )
     _check_others(model, names)
-    return [layer for _, layer in found if isinstance(layer, FusedLinear)]
+    return [layer for _, layer in found if _is_served(layer)]
+
+
+def _is_served(layer: Any) -> bool:
+    from lora_kernels._peft.linear import FusedLinear
+
+    return isinstance(layer, FusedLinear) and "_lora_kernels_impl" in vars(layer)
+
+
+def _refusal(layer: Any, names: tuple[str, ...]) -> str | None:
+    """Return why a LoRA layer can't compute such a batch, or None."""
+    from lora_kernels._peft import mixed
+
+    named = mixed.adapters_of(layer, names)
+    if not _is_served(layer):
+        # Outside of the batch: what is active in it would be applied to all samples.
+        active = () if layer.disable_adapters else layer.active_adapters
+        applied = named or layer.merged_adapters or mixed.adapters_of(layer, active)
+        return f"is {type(layer).__name__}, no patched linear layer" if applied else None
+    if vars(layer).get(_BATCH) is not None:
+        return "is in an adapter_batch already"
+    if not named:
+        merged = () if layer.disable_adapters else layer.merged_adapters
+        return f"merged: {', '.join(merged)}" if merged else None
+    parts = mixed.mixed_parts(layer, names)
+    return parts if isinstance(parts, str) else None
 
 
 def _check_others(model: nn.Module, names: tuple[str, ...]) -> None:

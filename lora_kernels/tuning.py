@@ -32,6 +32,7 @@ def tune(
     Raises:
         ImportError: Triton is absent or too old.
         RuntimeError: no GPU of compute capability 8.0 or newer.
+        TypeError: `model` is no module.
         ValueError: `rows`, `most` or `processes` below 1, or a model without such layers.
 
     Example:
@@ -43,6 +44,8 @@ def tune(
     for name, value in (("rows", rows), ("most", most), ("processes", count)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     found = shapes_of_model(model, rows)
     if not found:
         raise ValueError(

@@ -111,7 +111,12 @@ class FusedLinear(Linear):
         """Return the output of a batch whose samples name their adapters."""
         batch: Any = vars(self).get("_lora_kernels_batch")
         if batch is not None:
-            given: Tensor = batch.forward(self, x, impl, "" if calls is None else calls.path)
+            path = "" if calls is None else calls.path
+            more = [name for name in kwargs if name != "alora_offsets"]  # a plain LoRA reads none
+            if args or more:
+                got = ", ".join(more) or "another argument"
+                raise ValueError(f"layer {path!r}: expected x alone in adapter_batch, got {got}")
+            given: Tensor = batch.forward(self, x, impl, path)
             return given
         if not kwargs:  # a model that was copied inside a block
             vars(self).pop("_lora_kernels_batch", None)

@@ -189,6 +189,9 @@ REFUSED = {
     ),
     "tokens of another": (_tokens_trained, ["fourth"], ValueError, "TrainableTokens.*now none"),
     "no string": (lambda m: None, [1], TypeError, "names: expected strings, got 1"),
+    "no name": (lambda m: None, ["second", None], TypeError, "names: expected strings, got None"),
+    "none": (lambda m: None, None, TypeError, "names: expected a sequence of strings, got None"),
+    "a set": (lambda m: None, {"second"}, TypeError, "names: expected a sequence of .*, got set"),
     "merged": (lambda m: m.merge_adapter(), NAMES, ValueError, "merged: default"),
     "an embedding": (_embeddings, ["fourth"], ValueError, "no patched linear layer"),
     "DoRA": (
@@ -226,6 +229,12 @@ def test_wrong_number_of_samples_and_nesting(pair):
     with lk.adapter_batch(model, NAMES):
         with pytest.raises(ValueError, match="names: expected one of each of 2 samples"):
             model(input_ids=tokens(2))
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        for x, got in ((None, "NoneType"), (torch.tensor(1.0), "a 0-dimensional one")):
+            with pytest.raises(TypeError, match=f"x: expected a Tensor of 6 samples, got {got}"):
+                layer(x)
+        with pytest.raises(ValueError, match="alone in adapter_batch, got adapter_names"):
+            model(input_ids=tokens(), adapter_names=NAMES[::-1])
         with (
             pytest.raises(ValueError, match="in an adapter_batch already"),
             lk.adapter_batch(model, NAMES),
@@ -311,7 +320,54 @@ def test_a_model_copied_inside_a_block_is_outside_of_any(pair, copied):
     model, plain = pair
     ids = tokens()
     with lk.adapter_batch(model, NAMES):
-        other = copied(model)
+        other, another = copied(model), copied(model)
+        expected = model(input_ids=ids).logits
+    with lk.adapter_batch(another, NAMES):
+        torch.testing.assert_close(another(input_ids=ids).logits, expected)
     torch.testing.assert_close(other(input_ids=ids).logits, plain(input_ids=ids).logits)
     layer = other.base_model.model.model.layers[0].self_attn.q_proj
     assert (layer._lora_kernels_calls.fused, layer._lora_kernels_calls.left) == (1, 0)
+
+
+def test_what_a_layer_outside_of_the_batch_would_add_to_all_samples_is_refused(pair):
+    model, _ = pair
+    model.add_adapter("embeds", lora_config(target_modules=["embed_tokens"]))
+    third = model.base_model.model.model.layers[0].self_attn.q_proj
+    ids, names = tokens(2), ["third", "__base__"]
+    with lk.adapter_batch(model, names):
+        expected = model(input_ids=ids).logits
+    model.set_adapter("embeds")  # which neither sample asks for
+    with pytest.raises(ValueError, match="no patched linear layer"), lk.adapter_batch(model, names):
+        pass
+    with model.disable_adapter(), lk.adapter_batch(model, ["__base__"] * 2):
+        pass
+    model.set_adapter("default")
+    with lk.adapter_batch(model, names):
+        assert model(input_ids=ids).logits.equal(expected)
+        with (
+            pytest.raises(ValueError, match="in an adapter_batch already"),
+            lk.adapter_batch(model, ["__base__"] * 2),
+        ):
+            pass
+        assert "_lora_kernels_batch" in vars(third)
+    lk.unpatch_peft(model)
+    with pytest.raises(ValueError, match="is Linear"), lk.adapter_batch(model, ["__base__"] * 2):
+        pass
+
+
+def test_a_merged_layer_without_any_adapter_of_the_batch_is_refused(pair):
+    model, plain = pair
+    ids, names = tokens(2), ["third", "__base__"]  # adapts q_proj alone
+    v = model.base_model.model.model.layers[0].self_attn.v_proj
+    v.merge()
+    with pytest.raises(ValueError, match="merged: default"), lk.adapter_batch(model, names):
+        pass
+    v.unmerge()
+    with lk.adapter_batch(model, names), plain.disable_adapter():
+        v.merge()
+        with pytest.raises(ValueError, match="merged: default"):
+            model(input_ids=ids)
+        with model.disable_adapter():
+            found, expected = (m(input_ids=ids).logits for m in pair)
+    assert not v.merged
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

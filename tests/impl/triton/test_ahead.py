@@ -132,6 +132,8 @@ def test_tuning_a_model_says_what_it_needs():
         lk.tune(model)
     with pytest.raises(ValueError, match="model: expected adapted linear layers, got none"):
         lk.tune(nn.Linear(8, 8))
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got NoneType"):
+        lk.tune(None)
     for name in ("rows", "most", "processes"):
         with pytest.raises(ValueError, match=f"{name}: expected an int of at least 1"):
             lk.tune(model, **{name: 0})
