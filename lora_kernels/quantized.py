@@ -230,7 +230,9 @@ def _fp8_linear(module: Any) -> Base | str:
 
 
 def _torchao_linear(module: Any) -> Base | str:
-    return _as_base(module, _read_torchao(module.__dict__["_parameters"].get("weight")))
+    read = _read_torchao(module.__dict__["_parameters"].get("weight"))
+    # Its int8 product is rounded to x's dtype in the end, its float8 one follows autocast.
+    return _as_base(module, read, None, getattr(read, "format", None) == "int8")
 
 
 def _read_4bit(weight: Any, kept: Any) -> QuantizedWeight | str:

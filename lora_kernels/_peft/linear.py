@@ -342,7 +342,7 @@ def call_reason(
     """Return why a call with x is PEFT's to compute, or to refuse; None where it is fused."""
     lora_A, lora_B, scaling = call.adapter
     if type(scaling) is not float or not plainly_fit(x, call, cast):
-        reason = _misfit_reason(x, call, cast)
+        reason = misfit_reason(x, call, cast)
         if reason is not None:
             return reason
     # dynamo asks the same by itself.
@@ -363,7 +363,7 @@ def call_reason(
     return slower_than_peft(asked)
 
 
-def _misfit_reason(x: Any, call: LinearCall, cast: torch.dtype | None) -> str | None:
+def misfit_reason(x: Any, call: LinearCall, cast: torch.dtype | None) -> str | None:
     """Return what keeps a call from being fused that doesn't fit as most do, or None."""
     lora_A, lora_B, scaling = call.adapter
     if not isinstance(x, Tensor):

@@ -12,12 +12,12 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from lora_kernels._peft.fused import Fused, path_of
-from lora_kernels._peft.linear import FusedParts, call_reason, fused_parts
+from lora_kernels._peft.linear import FusedParts, call_reason, fused_parts, misfit_reason
 from lora_kernels.bypass import origin
 from lora_kernels.operands.call import Adapter
 from lora_kernels.operands.dropout import drawn
 from lora_kernels.ops.linear import run
-from lora_kernels.quantized import Base, apply, as_computed, read_quantized, settled, unconverted
+from lora_kernels.quantized import Base, as_computed, read_quantized, settled, unconverted
 from lora_kernels.transforms import needs_plain_torch
 
 
@@ -36,8 +36,8 @@ class QuantizedForward(Fused):
         parts = parts_of(layer)
         if isinstance(parts, str):
             return parts
-        if not isinstance(x, Tensor):
-            return f"x is a {type(x).__name__}"
+        if not _is_number(x):
+            return f"x is {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
         read, _, lora_A, lora_B, dropout, scaling, _ = parts
         module = layer._modules["base_layer"]
         base = settled(module, read, x)
@@ -55,14 +55,17 @@ class QuantizedForward(Fused):
         """Return PEFT's output; without adapters, which it forms by the base layer, our product."""
         layer: Any = self
         alone = layer._disable_adapters or layer.merged_adapters
-        if alone and isinstance(x, Tensor) and not (args or kwargs or needs_plain_torch()):
+        if alone and _is_number(x) and not (args or kwargs or needs_plain_torch()):
             if layer._disable_adapters and layer.merged_adapters:
                 layer.unmerge()  # as PEFT's forward does
             module = layer._modules["base_layer"]
             read = _readable(layer, module)
             if not isinstance(read, str):
-                impl = layer.__dict__.get("_lora_kernels_impl", "auto")
-                return apply(x, settled(module, read[0], x), None, None, impl)
+                base = settled(module, read[0], x)
+                given, call, cast = as_computed(x, base, None, None)
+                if misfit_reason(given, call, cast) is None:
+                    y = run(given, call, layer.__dict__.get("_lora_kernels_impl", "auto"), cast)
+                    return y.to(x.dtype) if base.casts_back else y
         with unconverted(layer._modules["base_layer"]):
             return super()._unfused(x, *args, **kwargs)
 
@@ -74,6 +77,11 @@ class FusedQuantizedLinear(QuantizedForward, Linear):
 
 
 FUSED = {Linear: FusedQuantizedLinear}
+
+
+def _is_number(x: Any) -> bool:
+    # Cast to the dtype that a layer computes in, others would lose what PEFT's forward keeps.
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def parts_of(layer: Any) -> FusedParts | str:

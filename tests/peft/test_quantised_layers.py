@@ -43,11 +43,30 @@ def test_torchao_weights(word):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     with ours.disable_adapter(), theirs.disable_adapter():
         torch.testing.assert_close(ours(X), theirs(X), rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        dtypes = word == "int8"  # torchao's float8 product and a float32 bias give float32
+        torch.testing.assert_close(ours(X), theirs(X), rtol=0.02, atol=0.02, check_dtype=dtypes)
     torch.testing.assert_close(copy.deepcopy(layer)(X), layer(X))
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), ours(X))
     assert lk.unpatch_peft(ours) == 1
     assert type(layer) is type(theirs.base_model.model[0])
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated")
+def test_without_adapters_what_no_fused_call_takes_is_peft_s():
+    pair = [adapted(torchao_linear("int8"), patched=patched) for patched in (True, False)]
+    for model in pair:
+        model.base_model.disable_adapter_layers()
+    for x in (X.long(), X[:, :40], X.to("meta"), torch.tensor(1.0), X.to_sparse()):
+        errors = []
+        for model in pair:
+            with pytest.raises((RuntimeError, IndexError)) as error:
+                model(x)
+            errors.append((error.type, str(error.value)))
+        assert errors[0] == errors[1]
+    got, expected = (model(X.to(torch.complex64)) for model in pair)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated")
