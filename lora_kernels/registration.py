@@ -19,12 +19,16 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_dynamo_compiling
 
+from lora_kernels.checks import lack_of_memory
 from lora_kernels.impl import executor, gpu
 from lora_kernels.impl.cuda import launch
 from lora_kernels.native import absence
 
 PYTHON = ("reference", "eager", "triton")
 COMPILED = {"cpu": "a CPU", "cuda": "a CUDA device"}  # and what each needs
+
+# An argument of operators, and what callers call it.
+NAMES = {"scaling_tensor": "scaling", "parts": "weight"}
 
 library = torch.library.Library("lora_kernels", "DEF")
 # Below what notes views, too: a result that is one, of what a body allocated, couldn't be changed
@@ -128,7 +132,7 @@ def register(op: str, file: str, *directions: Direction) -> None:
     """Define an op's operators for every implementation; `file` names its module in each."""
     for direction in directions:
         for impl in PYTHON:
-            body = partial(_python_body, direction, impl, file)
+            body = partial(_python_body, direction, op, impl, file)
             _define(op, impl, direction, body)
             _BODIES[id(_handle(op, direction.name, impl))] = body
         for impl in COMPILED:
@@ -151,15 +155,20 @@ def _define(op: str, impl: str, direction: Direction, body: Callable[..., Any]) 
     torch.library.register_fake(f"lora_kernels::{name}", fake, lib=library)
 
 
+def _names(op: str, direction: Direction, impl: str) -> list[str]:
+    """Return what callers call an operator's arguments."""
+    arguments = _handle(op, direction.name, impl)._schema.arguments
+    return [NAMES.get(argument.name, argument.name) for argument in arguments]
+
+
 def _fake(direction: Direction, op: str, impl: str, *args: Any) -> Any:
     """Return unwritten results for tensors without memory, fake ones or all on meta.
 
     Torch comes here if a single tensor is on meta: the results would be read as if they were made.
     """
-    names = [argument.name for argument in _handle(op, direction.name, impl)._schema.arguments]
     given = [
         (name, t)
-        for name, arg in zip(names, args, strict=True)
+        for name, arg in zip(_names(op, direction, impl), args, strict=True)
         for t in (arg if isinstance(arg, (list, tuple)) else [arg])
         if isinstance(t, Tensor)
     ]
@@ -172,7 +181,13 @@ def _fake(direction: Direction, op: str, impl: str, *args: Any) -> Any:
     return direction.fake(impl, *args)
 
 
-def _python_body(direction: Direction, impl: str, file: str, *args: Any) -> Any:
+def _python_body(direction: Direction, op: str, impl: str, file: str, *args: Any) -> Any:
+    """Be the body of an implementation in Python; compiled ones look at memory themselves."""
+    for i, arg in enumerate(args):
+        for t in arg if isinstance(arg, (list, tuple)) else (arg,):
+            lack = lack_of_memory(t) if isinstance(t, Tensor) else None
+            if lack is not None:
+                raise ValueError(f"{_names(op, direction, impl)[i]}: expected {lack}")
     function = getattr(_module(f"lora_kernels.impl.{impl}.{file}"), direction.name)
     return direction.body(impl, function, *args)
 

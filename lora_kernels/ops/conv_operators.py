@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lora_kernels.checks import (
-    check_memory,
     is_dtensor,
     not_a_float_tensor,
 )
@@ -140,10 +139,8 @@ def _fake_backward(
 def _compute(impl: str, forward: Any, x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     _check_forward(x, *given)
     call, geometry = conv_call_of(*given)
-    weight, (a, b, _) = call.weight.decode(), call.adapter
-    check_memory(x=x, weight=weight, lora_A=a, lora_B=b, bias=call.bias)
     y, xa = forward(x, call, geometry)
-    form = memory_format(x, weight)
+    form = memory_format(x, call.weight.decode())
     return y.contiguous(memory_format=form), xa.contiguous(memory_format=form)
 
 
@@ -153,10 +150,8 @@ def _compute_gradients(
     _check_backward(dy, x, xa, size, *given)
     *flat_call, wanted = given
     call, geometry = _backward_call(*flat_call)
-    weight, (a, b, _) = call.weight.decode(), call.adapter
-    check_memory(dy=dy, x=x, xa=xa, weight=weight, lora_A=a, lora_B=b)
     dx, *others = backward(dy, (x, xa, list(size)), call, geometry, Wanted(*wanted))
-    form = memory_format(dy, weight)
+    form = memory_format(dy, call.weight.decode())
     dx = dy.new_empty(0) if dx is None else dx.contiguous(memory_format=form)
     return dx, *as_results(dy, others)
 

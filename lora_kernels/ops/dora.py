@@ -117,7 +117,6 @@ def _fake_backward(impl: str, dy: Tensor, *flat: Any) -> tuple[Tensor, ...]:
 def _compute(impl: str, forward: Any, x: Tensor, *flat: Any) -> Any:
     _check_forward(x, *flat)
     call = _call(*flat)
-    _check_memory(call, x=x, bias=call.linear.bias)
     return forward(x, call)
 
 
@@ -125,14 +124,7 @@ def _compute_gradients(impl: str, backward: Any, dy: Tensor, *flat: Any) -> tupl
     _check_backward(dy, *flat)
     *given, wanted = flat
     kept, call = _backward_call(*given)
-    _check_memory(call, dy=dy, **kept._asdict())
     return as_results(dy, backward(dy, kept, call, DoraWanted(*wanted)))
-
-
-def _check_memory(call: DoraCall, **others: Tensor | None) -> None:
-    (weight, (a, b, scaling), _, _), magnitude = call
-    check_memory(weight=weight.decode(), lora_A=a, lora_B=b, magnitude=magnitude, **others)
-    check_memory(scaling=scaling if isinstance(scaling, Tensor) else None)
 
 
 def _cast_forward(impl: str, dtype: torch.dtype, x: Tensor, *flat: Any) -> tuple[Any, ...]:

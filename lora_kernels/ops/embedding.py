@@ -96,7 +96,6 @@ def _fake_backward(impl: str, dy: Tensor, ids: Tensor, *flat: Any) -> tuple[Tens
 
 def _compute(impl: str, forward: Any, ids: Tensor, weight: Tensor, *flat: Any) -> Tensor:
     _check_forward(ids, weight, *flat)
-    check_memory(ids=ids, weight=weight, lora_embedding_A=flat[0], lora_embedding_B=flat[1])
     return forward(ids, embedding_call_of(weight, *flat)).contiguous()
 
 
@@ -104,7 +103,6 @@ def _compute_gradients(
     impl: str, backward: Any, dy: Tensor, ids: Tensor, *flat: Any
 ) -> tuple[Tensor, ...]:
     _check_backward(dy, ids, *flat)
-    check_memory(dy=dy, ids=ids, lora_embedding_A=flat[0], lora_embedding_B=flat[1])
     *given, (da, db) = flat
     gradients = backward(dy, ids, embedding_call_of(None, *given), Wanted(False, da, db, False))
     return as_results(dy, gradients[1:3])

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lora_kernels.checks import (
     check_finite,
-    check_memory,
     check_shape,
     is_dtensor,
     not_a_float_tensor,
@@ -85,14 +84,6 @@ def check_backward(dy: Any, x: Tensor | None, xa: Tensor | None, call: GroupedCa
         check_shape(name, t, dy, shape, "dy")
         if t is not None and t.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {t.dtype}")
-
-
-def check_all_memory(call: GroupedCall, **others: Tensor | None) -> None:
-    """Check that all tensors of a call have the memory that they span."""
-    a, b, scaling = call.adapter
-    in_memory = scaling if isinstance(scaling, Tensor) else None
-    check_memory(weight=call.weight, lora_A=a, lora_B=b, bias=call.bias, scaling=in_memory)
-    check_memory(**call.groups._asdict(), **others)
 
 
 def check_scaling(scaling: Any) -> None:

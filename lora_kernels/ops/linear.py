@@ -89,7 +89,6 @@ def _fake_backward(impl: str, dy: Tensor, x: Any, xa: Any, *flat: Any) -> tuple[
 def _compute(impl: str, forward: Any, x: Tensor, *flat: Any) -> Any:
     call = call_of(*flat)
     check_call(x, call, cast=None)
-    _check_memory(call, x=x, bias=call.bias)
     return forward(x, call)
 
 
@@ -99,18 +98,8 @@ def _compute_gradients(
     *given, wanted = flat
     call = _backward_call(*given)
     check_backward(dy, x, xa, call, wide_xa=_keeps_xa_wide(impl, dy, call))
-    _check_memory(call, dy=dy, x=x, xa=xa)
     gradients = backward(dy, x, xa, call, Wanted(*wanted))
     return as_results(dy, gradients)
-
-
-def _check_memory(call: LinearCall, **others: Tensor | None) -> None:
-    a, b, scaling = call.adapter
-    w, parts = call.weight.tensors(False)
-    check_memory(weight=w, lora_A=a, lora_B=b, **others)
-    for part in parts or ():
-        check_memory(weight=part)
-    check_memory(scaling=scaling if isinstance(scaling, Tensor) else None)
 
 
 def _check_forward(x: Tensor, *flat: Any) -> None:
