@@ -82,6 +82,7 @@ def test_values_and_gradients_are_pefts(impl, p):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradcheck_with_the_norm_frozen(impl, p, monkeypatch):
@@ -331,6 +332,7 @@ def test_a_joint_graph_can_be_differentiated_again(p):
     torch.testing.assert_close(second(graph), second(step))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_opcheck(p):
     case = DoraCase((5,), 9, 13, 4, dropout_p=p)

@@ -163,6 +163,7 @@ def test_the_script_has_every_public_name():
     assert not names
 
 
+@pytest.mark.slow
 def test_the_check_of_an_installed_package_passes():
     if (reason := absence("cpu")) is not None:
         pytest.skip(f"compiled CPU part {reason}")

@@ -292,6 +292,7 @@ def test_notebooks_show_what_was_packed():
     assert "2 weights packed" in html
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.BUILT["cpu"], reason="needs the compiled CPU part")
 def test_no_triton_is_imported_to_patch_a_cpus_model():
     code = (

@@ -339,6 +339,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_what_was_replaced_before_the_import():
     """And is put back afterwards; deepspeed.zero.Init and profilers are entered in any order."""
     command = [sys.executable, "-c", BEFORE_THE_IMPORT, *REPLACED]

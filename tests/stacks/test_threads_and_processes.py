@@ -158,6 +158,7 @@ class Outputs(torch.utils.data.Dataset):
             return self.model(input_ids=self.rows[index : index + 1]).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_data_loader_workers(start):
     model, rows = adapted_llama().eval(), tokens(4)

@@ -124,6 +124,7 @@ def test_parts_of_xa_are_handed_on(target, r, dtype, xa_columns, dropout_p):
         assert_parity(case, make_inputs(case), "triton")
 
 
+@pytest.mark.slow
 @needs_machine
 @pytest.mark.parametrize("target", [80, 90, 100])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p{}".format)
