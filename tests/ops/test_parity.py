@@ -113,6 +113,7 @@ def test_tensor_scaling_equals_the_number(target):
             LINEAR.assert_parity(each, inputs, target.impl, target.form)
 
 
+@pytest.mark.many
 @hosts
 def test_two_threads(target):
     case = Case((1024,), 768, 256, 16, BF16, dropout_p=0.05)

@@ -92,6 +92,7 @@ def test_a_call_is_three_launches_at_most(dropout):
         assert all(call.how.together == 1 for call in made if isinstance(call, Launch))
 
 
+@pytest.mark.slow
 @needs_machine
 @pytest.mark.parametrize("dropout", [False, True], ids=["p0", "p"])
 def test_bytes_of_the_passes(dropout):

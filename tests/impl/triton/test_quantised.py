@@ -255,6 +255,7 @@ def assert_w_by_an_identity(weight, wanted):
     assert torch.equal(x.grad, wanted)
 
 
+@pytest.mark.slow
 @needs_machine
 @pytest.mark.parametrize("target", [80, 90])
 def test_codes_are_read_packed_and_once(target):
