@@ -78,6 +78,11 @@ CASES["bias"] = {"bias": "lora_only"}
 each = pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 
 
+def assert_same(found, expected):
+    """Sums of six layers may cancel, so that an element's error is one of the largest's."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
+
+
 @each
 def test_peft_loads_what_we_save(settings, tmp_path):
     model = adapted(**settings)
@@ -88,7 +93,7 @@ def test_peft_loads_what_we_save(settings, tmp_path):
     plain.load_state_dict(
         {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if "lora_" not in k}
     )
-    torch.testing.assert_close(theirs(plain, tmp_path)(IDS), model(IDS), rtol=1e-12, atol=1e-12)
+    assert_same(theirs(plain, tmp_path)(IDS), model(IDS))
 
 
 @each
@@ -106,7 +111,7 @@ def test_we_load_what_peft_saves(settings, into, tmp_path):
             named = key if key in bases else key.replace(".", ".base_layer.", 1)
             other.state_dict()[key].copy_(bases[named])
     lk.load_adapter(other, tmp_path)
-    torch.testing.assert_close(other(IDS), model(IDS), rtol=1e-12, atol=1e-12)
+    assert_same(other(IDS), model(IDS))
     assert other.conv2.use_rslora == settings.get("use_rslora", False)
     assert other.conv1.lora_dropout == settings.get("lora_dropout", 0.0)
     lk.save_adapter(other, tmp_path / "again")
