@@ -116,12 +116,15 @@ def _layer_points(options: Options) -> Iterator[Point]:
 
 def _step_points(options: Options) -> Iterator[Point]:
     sizes = step.QUICK if options.quick else step.SIZES[options.device]
+    grid = options.grid
+    planned: list[step.StepCase] = []
     # Shapes are a layer's; of them "qlora" says how a step's weights are kept, too.
-    dense, quantised = options.shapes != [QLORA], QLORA in options.shapes
-    cases_of = [step.step_cases] * dense + [step.qlora_cases] * quantised
-    for made in cases_of:
-        for case in made(sizes, options.grid.dtypes, options.grid.dropouts):
-            yield Point("step", str(case), step.StepRow.HEADER, partial(step.measure, case))
+    if options.shapes != [QLORA]:
+        planned += step.step_cases(sizes, grid.dtypes, grid.dropouts)
+    if QLORA in options.shapes:
+        planned += step.qlora_cases(sizes, grid.dtypes, grid.dropouts)
+    for case in planned:
+        yield Point("step", str(case), step.StepRow.HEADER, partial(step.measure, case))
 
 
 def _overhead_points(options: Options) -> Iterator[Point]:

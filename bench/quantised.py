@@ -49,7 +49,7 @@ def _layer(weight: Tensor, base: str) -> nn.Module:
 
 
 def quantise(model: Any, names: Collection[str], base: str, codes: bool) -> None:
-    """Replace a model's linears of these names by layers of bitsandbytes, as loading it would.
+    """Replace a model's linears of these names, without biases, by layers of bitsandbytes.
 
     codes: False puts linears there of what those decode to, for whom reads no codes.
     """

@@ -17,7 +17,7 @@ from bench.measure.footprint import MIB
 from bench.measure.results_file import load
 from bench.measure.timing import LOUD_MARK, TIMED, Spread
 from bench.report.growth import Fit, fits
-from bench.shapes import TARGETS
+from bench.shapes import TARGETS, how_kept
 from bench.suites.overhead import GRAD, NO_GRAD
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,8 @@ def block(data: dict[str, Any], name: str) -> Iterator[str]:
     targets = [row for row in layers if row.case.model == TARGETS]
     if targets:
         yield from ("", *_layer_table(targets))
-    if steps := [row for row in rows.get("step", []) if row.state == TIMED]:
+    steps = [row for row in rows.get("step", []) if row.state == TIMED]
+    if steps := [row for row in steps if not how_kept(row.case)]:
         yield from ("", *_step_table(steps))
     if grown := fits(layers):
         yield from ("", *_growth_table(grown))

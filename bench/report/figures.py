@@ -222,7 +222,7 @@ def _memory_group(row: Any) -> str:
     case, layers = row.case, len(row.widths)
     adapters = "" if case.adapters == case.dtype else f", {case.adapters} adapters"
     what = f"{case.model}, {layers} layers of one x" if layers > 1 else f"{case.model}, one layer"
-    return f"{what}\nM={case.m} K={case.k} p={case.p:g}\n{case.dtype}{adapters}"
+    return f"{what}\nM={case.m} K={case.k} p={case.p:g}\n{case.dtype}{adapters}{how_kept(case)}"
 
 
 def step(rows: Sequence[Any]) -> Figure:
@@ -249,7 +249,7 @@ def _sizes(sizes: Any) -> str:
 def _step_group(row: Any) -> str:
     case = row.case
     adapters = "" if case.adapters == case.dtype else f"\n{case.adapters} adapters"
-    return f"{case.dtype} p={case.p:g}{adapters}"
+    return f"{case.dtype} p={case.p:g}{adapters}{how_kept(case)}"
 
 
 def kernels(rows: Sequence[Any]) -> Figure:

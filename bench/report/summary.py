@@ -10,7 +10,7 @@ from bench.measure.timing import TIMED
 from bench.providers.registry import BY_NAME, OURS, label
 from bench.report.growth import fits
 from bench.report.tables import case_of, is_measured
-from bench.shapes import GROWTH, MODES, reference_of
+from bench.shapes import GROWTH, MODES, how_kept, reference_of
 
 
 class Short(NamedTuple):
@@ -30,7 +30,8 @@ def in_short(rows: dict[str, list[Any]]) -> list[Short]:
         f"a layer, {name}": [row for row in layers if row.case.mode == mode]
         for mode, name in MODES.items()
     }
-    kinds["training step"] = rows.get("step", [])
+    for row in rows.get("step", []):
+        kinds.setdefault(f"training step{how_kept(row.case)}", []).append(row)
     return [short for what, given in kinds.items() for short in _shorts(what, given)]
 
 

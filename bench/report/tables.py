@@ -101,7 +101,7 @@ def case_of(row: Any) -> str:
         return "a tiny call"
     adapters = "" if case.adapters == case.dtype else f", {case.adapters} adapters"
     if hasattr(case, "sizes"):
-        return f"{case.sizes.name} {case.dtype}{adapters} p={case.p:g}"
+        return f"{case.sizes.name} {case.dtype}{adapters}{how_kept(case)} p={case.p:g}"
     size = f"{case.m}x{case.n}x{case.k} r={case.r}"
     what = f"{case.model} {case.projection} {size} {case.dtype}{adapters}{how_kept(case)}"
     return f"{what} p={case.p:g} {case.mode}"
