@@ -14,7 +14,13 @@ from torch import Tensor
 
 from lora_kernels._peft.fused import Fused
 from lora_kernels._peft.summed import MOST_RANKS, joined
-from lora_kernels.bypass import everywhere_reason, hooks_reason, origin, scaling_reason
+from lora_kernels.bypass import (
+    everywhere_reason,
+    hooks_reason,
+    inference_reason,
+    origin,
+    scaling_reason,
+)
 from lora_kernels.bypass import read_linear as read_factor
 from lora_kernels.checks import check_memory
 from lora_kernels.experts import (
@@ -139,6 +145,9 @@ def _summed(adapters: list[Adapter]) -> Adapter | str:
         return "their sizes, dtypes or devices differ"
     for a, b, _ in adapters:
         check_memory(lora_A=a, lora_B=b)
+        # What is joined is no inference tensor any more, and PEFT's own product refuses one.
+        if (reason := inference_reason(a, b)) is not None:
+            return reason
     wide = [b.float() if b.dtype.itemsize == 2 else b for _, b, _ in adapters]
     scaled = [b * scaling for b, (_, _, scaling) in zip(wide, adapters, strict=True)]
     return Adapter(joined([a for a, _, _ in adapters], 1), joined(scaled, 2), 1.0)

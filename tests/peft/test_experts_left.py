@@ -89,6 +89,22 @@ def test_factors_that_somebody_emptied_are_refused():
         model(*given)
 
 
+def test_a_factor_of_inference_mode_among_several_is_pefts_to_refuse():
+    """Joined with others it would be none any more, and trained beside."""
+    plain, given = block(adapters=2)
+    model = patched(plain)
+    for each in (model, plain):
+        each.base_model.set_adapter(["default", "a1"])
+        own = layer_of(each).lora_B["a1"]
+        with torch.inference_mode():
+            weight = nn.Parameter(own.weight.clone(), requires_grad=False)
+        own.weight = weight
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            each(*given)
+        with torch.no_grad():
+            each(*given)
+
+
 def test_weights_of_inference_mode_are_peft_s_to_refuse():
     plain, given = block()
     model = patched(plain)
