@@ -25,7 +25,7 @@ from torch.nn.modules.module import (
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from lora_kernels.checks import FLOAT_DTYPES, check_memory, is_dtensor
+from lora_kernels.checks import FLOAT_DTYPES, check_memory, is_dtensor, is_finite
 from lora_kernels.transforms import needs_plain_torch
 
 # Where torch.export traces, parameters and inputs are fake.
@@ -201,7 +201,7 @@ def scaling_reason(scaling: Any) -> str | None:
                 return f"scaling is {float(scaling)}"
     elif not isinstance(scaling, Real):
         return f"scaling is a {type(scaling).__name__}"
-    elif scaling - scaling != 0:  # as `check_finite` asks
+    elif not is_finite(scaling):
         return f"scaling is {scaling}"
     return None
 

@@ -340,12 +340,18 @@ def check_keyword(name: str, misplaced: tuple[Any, ...]) -> None:
         raise TypeError(f"{name}: expected as a keyword, {name}=..., got {got} by position")
 
 
+def is_finite(number: Any) -> bool:
+    """Whether a number is finite; one that torch.compile leaves open stays so."""
+    if type(number) is float:  # as an open one is, too; numpy would warn of the difference
+        return number - number == 0.0
+    return math.isfinite(number)
+
+
 def check_finite(value: Any, *, name: str) -> None:
     """Check that value is a finite number, no bool."""
-    kinds: Any = int, float, torch.SymFloat
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if value - value != 0:  # which compiles nothing in of a number that a graph leaves open
+    if not is_finite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 

@@ -8,7 +8,7 @@ import torch
 import lora_kernels as lk
 from lora_kernels.dispatch import CHOICES
 from lora_kernels.native import absence
-from lora_kernels.operands.call import scaling_for
+from lora_kernels.operands.call import Adapter, scaling_for
 from lora_kernels.registration import operators
 
 X, W = torch.randn(4, 8), torch.randn(6, 8)
@@ -125,8 +125,18 @@ def test_scaling_beside_another_device():
     assert scaling_for(2.5, gpu) == 2.5
     there = here.to("meta")
     assert scaling_for(there, gpu) is there
+    assert scaling_for(torch.ones(3), gpu).device == gpu, "one for each group"
+    # Modules come to operators without a look at scaling.
+    assert Adapter(A.to(gpu), B.to(gpu), here).flat_scaling() == (None, 1.5)
     with pytest.raises(ValueError, match=r"scaling: expected a tensor on cpu, .* got one on meta"):
         scaling_for(there, cpu)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # numpy's, of a difference of infinities
+def test_an_infinite_number_of_numpys_is_refused_without_a_warning():
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(ValueError, match="scaling: expected a finite number, got inf"):
+        lk.lora_dora_linear(X, W, A, B, W[:, 0], scaling=numpy.float64("inf"))
 
 
 @pytest.mark.parametrize("impl", ["eager", "reference"])
