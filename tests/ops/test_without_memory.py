@@ -9,7 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels as lk
+from lora_kernels.operands.dropout import Dropout
+from lora_kernels.operands.mixed import MixedCall
+from lora_kernels.ops.mixed import run as run_mixed
+from lora_kernels.registration import NAMES
 from tests.support.implementations import IMPLS
+from tests.support.quantised import drawn as quantised
 
 
 def drawn(*shape):
@@ -46,6 +51,20 @@ def _grouped(impl):
     return lk.grouped_lora_linear(*tensors, offsets, drawn(3, 24), **options, impl=impl)
 
 
+def _mixed(impl):
+    """Of two samples, of an adapter each."""
+    numbers = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([1, 0]).int()
+    a, b = ([drawn(r, 16) for r in (2, 3)], [drawn(24, r) for r in (2, 3)])
+    dropout = Dropout(torch.tensor(3), 1 << 15)
+    call = MixedCall(torch.randn(24, 16), a, b, *numbers, drawn(24), dropout)
+    return run_mixed(drawn(4, 16), call, impl)
+
+
+def _quantised(impl):
+    a, b = drawn(4, 128), drawn(64, 4)
+    return lk.lora_linear(drawn(5, 128), quantised("nf4-nested", 64, 128), a, b, impl=impl)
+
+
 CALLS = {
     "lora_linear": lambda impl: lk.lora_linear(*matrix_call(), drawn(24), **_options(), impl=impl),
     "lora_dora_linear": lambda impl: lk.lora_dora_linear(
@@ -54,6 +73,8 @@ CALLS = {
     "lora_embedding": _embedding,
     "lora_conv": _conv,
     "grouped_lora_linear": _grouped,
+    "mixed_lora_linear": _mixed,
+    "quantised lora_linear": _quantised,
 }
 
 
@@ -84,16 +105,32 @@ def test_one_tensor_without_memory_is_an_error(op, impl, lost):
         pytest.skip("cpu has no lora_conv")
     with Operators() as seen:
         CALLS[op](impl).sum().backward()
-    ways = [call for call in seen.calls if call[0].__name__.startswith((f"{op}_for", f"{op}_back"))]
+    name = op.split()[-1]
+    ways = [c for c in seen.calls if c[0].__name__.startswith((f"{name}_for", f"{name}_back"))]
     assert len(ways) == 2, "forward and backward"
     for operator, args in ways:
-        for i, argument in enumerate(operator._schema.arguments):
-            if not isinstance(args[i], torch.Tensor):
-                continue
-            given = [*args[:i], lost(args[i].detach()), *args[i + 1 :]]
+        for i, given in _each_lost(args, lost):
             with torch.no_grad(), pytest.raises((ValueError, RuntimeError)) as caught:
                 operator(*given)
-            name, text = argument.name.removesuffix("_tensor"), str(caught.value)
-            # Of the first on meta the second is named; some are refused by torch itself.
-            named = f"{name}: expected" in text or (i == 0 and "expected" in text)
-            assert named or (lost is not emptied and "meta" in text), (name, text)
+            _check_named(operator._schema.arguments[i].name, i == 0, lost, str(caught.value))
+
+
+def _each_lost(args, lost):
+    """Yield the arguments with each tensor lost in turn, and where it is among them."""
+    for i, arg in enumerate(args):
+        if isinstance(arg, torch.Tensor):
+            yield i, [*args[:i], lost(arg.detach()), *args[i + 1 :]]
+        elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
+            for j, t in enumerate(arg):
+                less = [*arg[:j], lost(t.detach()), *arg[j + 1 :]]
+                yield i, [*args[:i], less, *args[i + 1 :]]
+
+
+def _check_named(name, first, lost, text):
+    """Of the first on meta the second is named; some on meta are refused by torch itself.
+
+    Compiled parts call the parts of a format by their names.
+    """
+    named = f"{NAMES.get(name, name)}: expected" in text
+    named |= (first or name == "parts") and ": expected" in text
+    assert named or (lost is not emptied and "meta" in text), (name, text)
