@@ -188,7 +188,7 @@ def norm_not_detached(peft_layer, p):
 
     def call(x, a, b, m, bias):
         norm = (weight + SCALING * b @ a).norm(dim=1)
-        keep = lk.dropout_mask(x.shape, p, 7) / (1 - round(65536 * p) / 65536) if p else 1
+        keep = lk.dropout_mask(x.shape, p, 7).double() / (1 - round(65536 * p) / 65536) if p else 1
         low = SCALING * (x * keep) @ a.T @ b.T
         return x @ weight.T + low + bias + (m / norm - 1) * ((x * keep) @ weight.T + low)
 
@@ -279,7 +279,7 @@ def test_derivatives_are_those_of_the_definition(name, p):
     def definition(x, a, b, m, bias):
         norm = (weight + SCALING * b @ a).norm(dim=1).detach()
         shape = (3, 13) if name == "vmap" else x.shape  # a mask belongs to a row's number
-        keep = lk.dropout_mask(shape, p, 7) / (1 - round(65536 * p) / 65536) if p else 1
+        keep = lk.dropout_mask(shape, p, 7).double() / (1 - round(65536 * p) / 65536) if p else 1
         u = (x * keep) @ weight.T + SCALING * (x * keep) @ a.T @ b.T
         return x @ weight.T + SCALING * (x * keep) @ a.T @ b.T + bias + (m / norm - 1) * u
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import lora_kernels as lk
 import lora_kernels._peft.linear as peft_layer
+from tests.support.closeness import assert_close
 
 hooks = pytest.importorskip("accelerate.hooks")
 peft = pytest.importorskip("peft")
@@ -60,11 +61,6 @@ def make_llama(dtype=torch.float32, **config):
 
 def up(model):
     return model.base_model.model.up
-
-
-def assert_close(ours, theirs, tolerance=1e-5):
-    """Within `tolerance` of the largest element; in float32 some ten roundings."""
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
 
 
 @pytest.fixture

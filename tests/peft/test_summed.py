@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
+from tests.support.closeness import assert_close
 
 peft = pytest.importorskip("peft")
 
@@ -63,8 +64,7 @@ def assert_alike(theirs, ours, x, fused=1):
     assert fused_calls(ours) - before == fused
     assert found.keys() == expected.keys()
     for name, t in expected.items():
-        atol = TOLERANCES[x.dtype] * t.abs().max().item()
-        torch.testing.assert_close(found[name], t, rtol=0, atol=atol, msg=name)
+        assert_close(found[name], t, TOLERANCES[x.dtype], name)
 
 
 @pytest.mark.parametrize("alphas", [(6, 6, 6), (6, -1, 0)], ids=["alike", "apart"])
@@ -104,7 +104,7 @@ def test_float16_under_autocast(alphas):
     x = torch.randn(64, 24, dtype=torch.float16)
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = ours(x), theirs(x)
-    torch.testing.assert_close(got, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    assert_close(got, expected, 0.02)
     assert fused_calls(ours) == 1
 
 
@@ -192,4 +192,4 @@ def test_compiled_whole():
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     expected, found = results(theirs, x), results(compiled, x)
     for (name, t), other in zip(expected.items(), found.values(), strict=True):
-        torch.testing.assert_close(other, t, rtol=0, atol=1e-5 * t.abs().max().item(), msg=name)
+        assert_close(other, t, what=name)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lora_kernels as lk
-from tests.stacks.models import assert_close
+from tests.support.closeness import assert_close
 
 peft = pytest.importorskip("peft")
 variants = pytest.importorskip("peft.tuners.lora.variants")

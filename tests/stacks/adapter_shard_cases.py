@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora_kernels as lk
 from lora_kernels.tensor_parallel import ColwiseLoRA, RowwiseLoRA
-from tests.stacks.models import assert_close
 from tests.support.adapters import Net, adapt, listing
+from tests.support.closeness import assert_close
 
 SETTINGS = {"q": {"r": 3}, "z.q": {"lora_alpha": 2}, "z.k": {}}
 

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 import lora_kernels as lk
-from tests.stacks.models import FusedCalls, adapted_llama, assert_close, tokens
+from tests.stacks.models import FusedCalls, adapted_llama, tokens
 from tests.support.adapters import Net, adapt, listing
+from tests.support.closeness import assert_close
 
 LAYERS = 14
 # Else each process compiles a collective of DeepSpeed's own, for a minute and a half.

@@ -13,6 +13,7 @@ import lora_kernels._peft.conv as peft_conv
 import lora_kernels._peft.embedding as peft_embedding
 import lora_kernels._peft.linear as peft_layer
 import lora_kernels._peft.quantized as peft_quantized
+from tests.support.closeness import assert_close
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -108,13 +109,6 @@ def tokenizer(corpus):
     trained.train_from_iterator(corpus, vocab_size=VOCABULARY, special_tokens=special)
     names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **names)
-
-
-def assert_close(ours, theirs, tolerance=1e-5, what=""):
-    """Within `tolerance` of the largest element; in float32 some ten roundings."""
-    largest = theirs.abs().max().item()
-    message = None if not what else lambda text: f"{what}: {text}"
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * largest, msg=message)
 
 
 def assert_same_choices(model, ours, theirs):

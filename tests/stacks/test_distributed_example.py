@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from tests.stacks.models import assert_close
 from tests.stacks.processes import ROOT
+from tests.support.closeness import assert_close
 
 SCRIPT = ROOT / "examples" / "finetune_distributed.py"
 SPLITS = {

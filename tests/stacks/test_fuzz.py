@@ -20,7 +20,8 @@ from lora_kernels.dispatch import IMPLEMENTATIONS
 from lora_kernels.operands.request import Request
 from lora_kernels.testing import Case, make_inputs, reference_results, run
 from tests.conftest import SEED
-from tests.stacks.models import assert_close, gradients, peft, randomize
+from tests.stacks.models import gradients, peft, randomize
+from tests.support.closeness import assert_close
 
 CASES = int(os.environ.get("LORA_KERNELS_FUZZ", "200"))
 assert CASES > 0, f"LORA_KERNELS_FUZZ: expected a number of cases, got {CASES}"

@@ -14,7 +14,8 @@ import torch
 import lora_kernels as lk
 from lora_kernels.impl.gpu import in_shared_pool
 from lora_kernels.impl.triton import workspace
-from tests.stacks.models import FusedCalls, adapted_llama, adapters, assert_close, tokens
+from tests.stacks.models import FusedCalls, adapted_llama, adapters, tokens
+from tests.support.closeness import assert_close
 from tests.support.paths import ROOT
 
 STEPS = 6
