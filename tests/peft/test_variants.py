@@ -158,7 +158,8 @@ def test_their_dropout_is_that_of_lora(make):
 @pytest.mark.parametrize("make", [mica, kasa])
 def test_they_train_as_unpatched_under_autocast(make):
     patched, plain = adapted(torch.float32, **settings_of(make))
-    x, losses = torch.randn(20, 13), []
+    # Of fewer rows a loss of KaSA is off by up to 6 % for bfloat16's roundings alone.
+    x, losses = torch.randn(200, 13), []
     for model in (patched, plain):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer, found = torch.optim.AdamW(trained, lr=0.01, fused=True), []
