@@ -100,10 +100,10 @@ struct Numbers {
 
   // Takes the next number ahead: the tile at hand has waited for all that it waits for. Nothing is kept over a tile for it:
   // the ticket is a kernel's parameter, and the thread is asked for anew.
-  __device__ void take() { ahead = take_number(ticket.next, kept_in_register(threadIdx.x) == 0); }
+  __device__ void take() { ahead = take_number(ticket.next, ticket.last, kept_in_register(threadIdx.x) == 0); }
   // Tells it to all threads; from `count` on there is nothing left to do.
   __device__ int next() const {
-    hand_number(ticket.next, ahead, ticket.last, shared, kept_in_register(threadIdx.x) == 0);
+    hand_number(ahead, shared, kept_in_register(threadIdx.x) == 0);
     __syncthreads();
     return broadcast_number(shared);
   }

@@ -210,8 +210,9 @@ struct Wait {
   }
 };
 
-// Adds one to a ticket and returns what was there: a number that nobody else has. `does`: as above.
-__device__ inline int take_number(int* ticket, bool does) {
+// Adds one to a ticket and returns what was there: a number that nobody else has. After `last`, a launch's, it is zero
+// again. `does`: as above.
+__device__ inline int take_number(int* ticket, int last, bool does) {
   int number;
   // Other threads' numbers are nothing. On sm_120 the one before is kept for it over a tile, and spilled, unless it is zero; on
   // sm_80 the zero is what makes a kernel spill.
@@ -220,21 +221,19 @@ __device__ inline int take_number(int* ticket, bool does) {
 #else
 #define LORA_ELSE_ZERO
 #endif
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; " LORA_ELSE_ZERO
-               "@p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }"
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; " LORA_ELSE_ZERO
+               "@p atom.relaxed.gpu.global.inc.u32 %0, [%1], %2; }"
 #undef LORA_ELSE_ZERO
                : "=&r"(number)
-               : "l"(ticket), "r"(static_cast<int>(does))
+               : "l"(ticket), "r"(last), "r"(static_cast<int>(does))
                : "memory");
   return number;
 }
-// Leaves a number in shared memory; the last of a launch leaves a zero behind. `does`: as above.
-__device__ inline void hand_number(int* ticket, int number, int last, uint32_t to, bool does) {
-  asm volatile(
-      "{ .reg .pred p, q; setp.ne.b32 p, %4, 0; setp.eq.and.s32 q, %1, %2, p; @p st.shared.b32 [%3], %1; "
-      "@q st.relaxed.gpu.global.s32 [%0], 0; }" ::"l"(ticket),
-      "r"(number), "r"(last), "r"(to), "r"(static_cast<int>(does))
-      : "memory");
+// Leaves a number in shared memory. `does`: as above.
+__device__ inline void hand_number(int number, uint32_t to, bool does) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.shared.b32 [%1], %0; }" ::"r"(number), "r"(to),
+               "r"(static_cast<int>(does))
+               : "memory");
 }
 __device__ inline int broadcast_number(uint32_t at) {
   int number;

@@ -46,14 +46,14 @@ DRAWN_LAST = """
 TICKET_MUTANTS = {
     "ticket not taken at once": (
         "ptx.cuh",
-        "@p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }",
+        "@p atom.relaxed.gpu.global.inc.u32 %0, [%1], %2; }",
         ".reg .s32 next; @p ld.relaxed.gpu.global.s32 %0, [%1]; add.s32 next, %0, 1; "
         "@p st.relaxed.gpu.global.s32 [%1], next; }",
     ),
     "ticket not reset": (
         "ptx.cuh",
-        '%1; "\n      "@q st.relaxed.gpu.global.s32 [%0], 0; }',
-        '%1; "\n      "}',
+        "@p atom.relaxed.gpu.global.inc.u32 %0, [%1], %2; }",
+        "@p atom.relaxed.gpu.global.add.u32 %0, [%1], 1; }",
     ),
 }
 MUTANTS = {
@@ -73,8 +73,8 @@ MUTANTS = {
     ),
     "a number for each thread": (
         "order.cuh",
-        "take_number(ticket.next, kept_in_register(threadIdx.x) == 0)",
-        "take_number(ticket.next, true)",
+        "take_number(ticket.next, ticket.last, kept_in_register(threadIdx.x) == 0)",
+        "take_number(ticket.next, ticket.last, true)",
     ),
     "drawn after the tiles": ("forward.cuh", DRAWN_FIRST, DRAWN_LAST),
     "step not waited for": ("mainloop.cuh", "wait_for_copies<S::kStages - 2>()", "(void)0"),

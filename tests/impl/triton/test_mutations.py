@@ -78,8 +78,8 @@ MUTANTS = {
     ),
     "ticket not reset": (
         "order",
-        "@last st.relaxed.gpu.global.u32 [$1], 0;\n            bar",
-        "bar",
+        "@first atom.relaxed.gpu.global.inc.u32 taken, [$1], $2;",
+        "@first atom.relaxed.gpu.global.add.u32 taken, [$1], 1;",
         True,
     ),
     "number read before it is there": ("order", "taken;\n            bar.sync 0;", "taken;", True),

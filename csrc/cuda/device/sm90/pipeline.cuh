@@ -81,10 +81,10 @@ struct CopyingSide {
       : memory(memory), ticket(ticket), one(threadIdx.x == S::kThreads) {
     take();
   }
-  __device__ void take() { ahead = take_number(ticket.next, one); }
+  __device__ void take() { ahead = take_number(ticket.next, ticket.last, one); }
   __device__ int next() const {
     wait_for_phase(memory.read(at.stage), at.parity);
-    hand_number(ticket.next, ahead, ticket.last, memory.number(at.stage), one);
+    hand_number(ahead, memory.number(at.stage), one);
     synchronize<2, kHopperCopying>();
     return broadcast_number(memory.number(at.stage));
   }

@@ -11,7 +11,8 @@ def take(ticket, tiles):
     """Return the number of this program's next tile; from `tiles` on there is none.
 
     Numbers go out in order, each to a program that runs. So a tile that waits for lower ones alone
-    waits for programs that run, however few do. The ticket is zero before and after a launch.
+    waits for programs that run, however few do. The ticket is zero before and after a launch: who
+    takes the last number, one that no tile has, wraps it.
     """
     last = tiles + tl.num_programs(0) - 1
     if arguments.INTERPRETED:
@@ -24,14 +25,12 @@ def take(ticket, tiles):
         # out in shared memory comes after the slot, and has to begin at a multiple of 1 KB.
         return tl.inline_asm_elementwise(
             """{
-            .reg .pred first, last;
+            .reg .pred first;
             .reg .b32 thread, taken;
             .shared .align 1024 .b32 slot[256];
             mov.u32 thread, %tid.x;
             setp.eq.u32 first, thread, 0;
-            @first atom.relaxed.gpu.global.add.u32 taken, [$1], 1;
-            setp.eq.and.u32 last, taken, $2, first;
-            @last st.relaxed.gpu.global.u32 [$1], 0;
+            @first atom.relaxed.gpu.global.inc.u32 taken, [$1], $2;
             bar.sync 0;
             @first st.shared.b32 [slot], taken;
             bar.sync 0;
