@@ -15,6 +15,8 @@ MANY ?= 40
 INTERPRETED := tests/ops/test_parity.py $(addprefix tests/impl/triton/test_,parity.py mutations.py split_k.py)
 
 export HF_HUB_OFFLINE := 1
+# Else each process compiles torch, peft and transformers anew: 21 s of imports instead of 7.
+unexport PYTHONDONTWRITEBYTECODE
 # What can be compiled here is, or `make` stops: tests of a part that is absent would only skip. Of
 # the CUDA part one architecture, and its PTX for the virtual machine.
 export LORA_KERNELS_CPU ?= 1
