@@ -3,7 +3,7 @@
     python -m lora_kernels.impl.triton.tools.spill_free [--only TEXT] [--processes 2]
 
 Compiles every configuration of plan/config.py for every padded rank and each of sm_80, sm_90 and
-sm_100, over an hour on two cores. With --only, rows that hold TEXT, such as
+sm_100, some hours of two cores. With --only, rows that hold TEXT, such as
 "90,descriptors,backward", are compiled again and the others kept. The layer has N = K = 1024.
 """
 
