@@ -7,14 +7,9 @@ adapters the branch is float32, and is added sample by sample.
 import torch
 from torch import Tensor
 
-from lora_kernels.impl.convolution import (
-    convolve,
-    input_gradient,
-    memory_format,
-    rows_of,
-    weight_gradient,
-)
+from lora_kernels.impl.convolution import memory_format, rows_of, weight_gradient
 from lora_kernels.impl.eager.conv_mask import kept, kept_both
+from lora_kernels.impl.eager.conv_products import convolve, input_gradient
 from lora_kernels.operands.call import Gradients, LinearCall, Wanted
 from lora_kernels.operands.conv import Geometry, branch_dtype
 
