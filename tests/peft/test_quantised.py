@@ -17,7 +17,7 @@ pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:Merge lora module", "ignore:Unmerge lora module")
 KINDS = ("nf4", "fp4", "int8")
-X = torch.linspace(-2, 2, 6 * 48).reshape(2, 3, 48)
+X = torch.linspace(-2, 2, 6 * 56).reshape(2, 3, 56)
 
 
 def bytes_of(model):
@@ -323,10 +323,10 @@ def test_what_is_not_quantised_yet_is_named():
 def test_bad_states_are_named_and_nothing_is_written():
     bad = {
         "is fp5 of shape": lambda layer, state: setattr(state, "quant_type", "fp5"),
-        "weight is \\[48, 40\\], not \\[40, 48\\]": lambda layer, state: setattr(
-            state, "shape", torch.Size((48, 40))
+        "weight is \\[56, 40\\], not \\[40, 56\\]": lambda layer, state: setattr(
+            state, "shape", torch.Size((56, 40))
         ),
-        "expected 960 elements of codes": lambda layer, state: setattr(
+        "expected 1120 elements of codes": lambda layer, state: setattr(
             layer.weight, "data", layer.weight.data[1:]
         ),
         "nested blocks of 128 scales": lambda layer, state: setattr(state.state2, "blocksize", 128),

@@ -7,7 +7,7 @@ import lora_kernels as lk
 from tests.support.quantised import adapted, results
 
 pytest.importorskip("bitsandbytes")
-X = torch.linspace(-2, 2, 6 * 48).reshape(2, 3, 48)
+X = torch.linspace(-2, 2, 6 * 56).reshape(2, 3, 56)
 
 
 @pytest.fixture
