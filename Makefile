@@ -113,7 +113,7 @@ sanitize: $(READY)
 # torch comes first and pinned: beside it nothing pulls another, larger build. Python compiles what is
 # imported; pip would compile all, in most of an install's time.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
-$(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(shell find csrc -type f)
+$(READY): requirements-dev.txt requirements-data.txt pyproject.toml setup.py $(shell find csrc -type f ! -name '*.pyc')
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) -r requirements-dev.txt

@@ -14,27 +14,22 @@ namespace lora_kernels {
 
 namespace {
 
-struct Rows {
-  int64_t least, most, most_beside_tiles;
-};
-
-// For how many rows the package's own products are faster. 2026-11-24, Zen 5, one thread, 2048x2048
+// 2026-11-24, Zen 5, one thread, 2048x2048
 // out of cache: forward 0.54 of the library's time for 1 row and 0.84 for 16 (bfloat16), 0.73 for 1
 // and 0.91 for 4 (float32); dy W 0.55 for 16 and 0.67 for 32, 0.65 for 16 and 0.86 for 64. 2026-11-26,
 // Xeon, whose matrix unit the library takes, bfloat16, one and two threads: forward 0.4 to 0.7 for 1
 // row, 0.6 to 0.9 for 4, 1.6 to 2.4 for 16; dy W 0.4 to 0.9 for 1, 0.5 to 0.8 for 16, 0.9 to 1.4 for 24.
-constexpr Rows kForwardBf16{1, 16, 4}, kForwardFloat{1, 4, 4}, kBackwardBf16{1, 32, 16}, kBackwardFloat{4, 64, 64};
+constexpr OwnRows kForwardBf16{1, 16, 4}, kForwardFloat{1, 4, 4}, kBackwardBf16{1, 32, 16}, kBackwardFloat{4, 64, 64};
 // Of float32 dy W alone where W comes from memory, too. 2026-11-30, Zen 3, one thread, 1 to 64 rows: 0.7 to 0.9 of the
 // library's time at 2048x2048, 0.9 to 1.4 of it at 384x512 and 768x768, which a cache holds.
 constexpr int64_t kLargeWeight = 1 << 21;
 // x times a weight stored as [K, N]. 2026-11-29, Zen 3: 0.06 to 0.5 of the library's time in bfloat16, 0.95 to 1.5 in
 // float32.
-constexpr Rows kStoredBf16 = kBackwardBf16, kStoredFloat{1, 0, 0};
+constexpr OwnRows kStoredBf16 = kBackwardBf16, kStoredFloat{1, 0, 0};
 
-bool within(const Tensor& v, const Tensor& weight, Rows of_bf16, Rows of_float) {
-  const Rows rows = v.scalar_type() == ScalarType::BFloat16 ? of_bf16 : of_float;
-  const int64_t most = kernels().has_tiles ? rows.most_beside_tiles : rows.most;
-  return rows.least <= v.size(0) && v.size(0) <= most && weight.size(0) >= kRowGroup;
+bool within(const Tensor& v, const Tensor& weight, OwnRows of_bf16, OwnRows of_float) {
+  const OwnRows rows = v.scalar_type() == ScalarType::BFloat16 ? of_bf16 : of_float;
+  return rows.holds(v.size(0)) && weight.size(0) >= kRowGroup;
 }
 
 // Whether the columns of w are what lies adjacent in memory, as in the view of a weight stored as [K, N].
@@ -54,7 +49,7 @@ Tensor times_transposed(const Tensor& v, const Tensor& w, const OptionalTensor& 
 }
 
 // v w + bias, for w with adjacent rows; by the package's own products for as many rows of v as are named.
-Tensor times(const Tensor& v, const Tensor& w, const OptionalTensor& bias, Rows of_bf16, Rows of_float) {
+Tensor times(const Tensor& v, const Tensor& w, const OptionalTensor& bias, OwnRows of_bf16, OwnRows of_float) {
   const bool from_cache = v.scalar_type() == ScalarType::Float && w.size(0) * w.size(1) < kLargeWeight;
   if (from_cache || !within(v, w, of_bf16, of_float)) return library_product(v, w, bias);
   const int64_t m = v.size(0), n = w.size(1), stride = round_up(m, kLanes);

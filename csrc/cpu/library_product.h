@@ -4,9 +4,16 @@
 
 #include <vector>
 
+#include "kernels.h"
 #include "tensors.h"
 
 namespace lora_kernels {
+
+// For how many rows the package's own products are faster than the library's.
+struct OwnRows {
+  int64_t least, most, most_beside_tiles;
+  bool holds(int64_t rows) const { return least <= rows && rows <= (kernels().has_tiles ? most_beside_tiles : most); }
+};
 
 // v factor + bias: v [M, L], factor [L, C].
 Tensor library_product(const Tensor& v, const Tensor& factor, const OptionalTensor& bias);

@@ -16,12 +16,12 @@ constexpr int64_t kPanelBytes = 2 << 20;
 constexpr int64_t kLeastPanel = 64;  // rows or columns of W: fewer waste the library's tiles
 constexpr int64_t kDecodeWork = 4;   // multiplications that take the time of decoding a number
 
-// Rows of x or dy that take the package's own products. 2026-11-29, Zen 3, float32, 2048x2048: forward 16 rows take 0.8 to 0.9
-// of what 17 take by panels; dy W as much as with a dense W. 2026-12-01, Xeon, whose matrix unit the library takes, bfloat16,
-// 2048x2048 and 4096x4096: forward 0.55 of the time by panels for 1 row, 0.95 for 6, 1.4 for 12; dy W 0.75 for 1 to 12, 1.0 for 24.
-constexpr int64_t kForwardRows = 16, kForwardRowsBesideTiles = 6;
-constexpr int64_t kLeastBackwardRows = 4, kLeastBackwardRowsOfPairs = 1, kBackwardRows = 32, kBackwardRowsBesideTiles = 24;
-constexpr int64_t kWidestStrip = 128;  // columns of W that a thread decodes for few rows of dy
+// 2026-11-29, Zen 3, float32, 2048x2048: forward 16 rows take 0.8 to 0.9 of what 17 take by panels; dy W as much as with a dense
+// W. 2026-12-01, Xeon, whose matrix unit both take, bfloat16, 2048x2048 and 4096x4096: forward 0.55 to 0.6 of the time by panels
+// for 1 to 16 rows, 0.8 for 128, 1.06 for 256; dy W 0.7 for 1 to 16, 0.9 for 32, 1.1 for 128. There in float32 forward 0.5 for 16
+// rows, 0.6 to 0.8 for 32; dy W 1.0 to 1.3 for 4 to 32.
+constexpr OwnRows kForwardBf16{1, 16, 192}, kForwardFloat{1, 16, 32}, kBackwardBf16{1, 32, 64}, kBackwardFloat{4, 32, 0};
+constexpr int64_t kStrip = 256;  // columns of W, of few rows of dy, that a thread takes at a time
 
 // Codes beside the tensors that they are views of, or of which they are copies.
 struct Held {
@@ -94,6 +94,10 @@ OptionalTensor multiplied(const OptionalTensor& bias) {
   return same;
 }
 
+OwnRows own_rows(const Tensor& v, OwnRows of_bf16, OwnRows of_float) {
+  return v.scalar_type() == ScalarType::BFloat16 ? of_bf16 : of_float;
+}
+
 // Rows or columns of W in a panel, of `length` numbers each.
 int64_t panel_of(int64_t length, const Tensor& v) {
   const int64_t bytes = length * static_cast<int64_t>(v.element_size());
@@ -147,23 +151,14 @@ void few_rows_forward(const Codes& codes, const Tensor& x, const OptionalTensor&
   });
 }
 
-// dy W, each thread by strips of W's columns of its own.
+// dy W, each thread by columns of W of its own.
 Tensor few_rows_backward(const Codes& codes, const Tensor& dy) {
   const int64_t m = dy.size(0), n = codes.rows, k = codes.columns, stride = round_up(m, kLanes);
   const Buffer<float> q = to_columns(dy, stride);
   const Sums sums(stride, k);
-  const Panel none(0, 0);
-  const int64_t width = std::min(kWidestStrip, panel_of(n, dy));
   const bool is_bf16 = dy.scalar_type() == ScalarType::BFloat16;
-  const int64_t bytes = static_cast<int64_t>(dy.element_size());
-  in_parallel(k, width, (stride + kDecodeWork) * n, [&](int64_t begin, int64_t end) {
-    const Buffer<char> strip(n * width * bytes);
-    for (int64_t column = begin; column < end; column += width) {
-      const int64_t columns = std::min(width, end - column);
-      const Matrix w{strip.get(), width, n, columns, is_bf16};
-      kernels().decode(codes, 0, column, w);
-      kernels().column_pass({}, w, none, q.get(), stride, sums.data.get() + column, sums.pitch, {}, 0, columns);
-    }
+  in_parallel(k, kStrip, (stride + kDecodeWork) * n, [&](int64_t begin, int64_t end) {
+    kernels().column_sums_of_codes(codes, q.get(), stride, sums.data.get(), sums.pitch, is_bf16, begin, end);
   });
   return sums.as_rows(m, dy, 1);
 }
@@ -172,8 +167,8 @@ Tensor few_rows_backward(const Codes& codes, const Tensor& dy) {
 
 Tensor quantised_forward(const Tensor& x, const Weight& weight, const OptionalTensor& bias) {
   const Held w = held(weight, x);
-  const bool few = x.size(0) <= (kernels().has_tiles ? kForwardRowsBesideTiles : kForwardRows);
   const Tensor v = multiplied(x);
+  const bool few = own_rows(v, kForwardBf16, kForwardFloat).holds(x.size(0));
   // Of many rows each panel's columns are rounded at once: y isn't held in float32.
   const Tensor y = empty_matrix(x.size(0), weight.n, few ? v.scalar_type() : x.scalar_type());
   const OptionalTensor added = multiplied(bias);
@@ -184,9 +179,7 @@ Tensor quantised_forward(const Tensor& x, const Weight& weight, const OptionalTe
 Tensor quantised_backward(const Tensor& dy, const Weight& weight) {
   const Held w = held(weight, dy);
   const Tensor v = multiplied(dy);
-  const int64_t m = v.size(0), most = kernels().has_tiles ? kBackwardRowsBesideTiles : kBackwardRows;
-  const bool has_pairs = kernels().has_pairs && v.scalar_type() == ScalarType::BFloat16;
-  const bool few = (has_pairs ? kLeastBackwardRowsOfPairs : kLeastBackwardRows) <= m && m <= most;
+  const bool few = own_rows(v, kBackwardBf16, kBackwardFloat).holds(v.size(0));
   return few ? as_type(few_rows_backward(w.codes, v), dy.scalar_type())
              : backward_by_panels(w.codes, v, dy.scalar_type());
 }

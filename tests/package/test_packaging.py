@@ -116,7 +116,8 @@ def test_wheel_and_sdist_hold_what_they_should(packed):
         inside = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {*data, "CHANGELOG.md", "LICENSE", "README.md", "setup.py"}
     documents = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").rglob("*.*")}
+    files_of_part = (ROOT / "csrc" / "cpu").rglob("*.*")
+    sources = {str(path.relative_to(ROOT)) for path in files_of_part if path.suffix != ".pyc"}
     assert not (wanted | documents | sources) - inside
 
 

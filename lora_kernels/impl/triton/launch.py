@@ -93,8 +93,11 @@ class Forgetful:
 
 
 def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add left right to a matrix in place, by torch: on a GPU by its library, cuBLAS."""
-    out.addmm_(left, right)
+    """Add left right to a matrix in place, by torch: on a GPU by its library, cuBLAS.
+
+    A CPU's, in a GPU's stead, may read what lies between left's rows.
+    """
+    out.addmm_(left.contiguous() if left.is_cpu else left, right)
 
 
 _MOST_KINDS = 4096

@@ -124,12 +124,25 @@ def test_faults_in_decoding_are_seen(fault):
 def test_numbers_of_rows_and_borders_of_panels(name, dtype):
     """Few rows take products of their own; panels hold 2 MiB, and 64 rows or columns at least."""
     shapes = [(m, 43, 75) for m in (1, 3, 4, 16, 17, 33)]
+    shapes += [(65, 150, 1100), (193, 43, 600)]  # beyond a matrix unit's few
     for m, n, k in (*shapes, (17, 70, 8200), (33, 8200, 70), (0, 8, 64)):
         case = Case((m,), n, k, 6, dtype, FP32, 0.1)
         inputs, weight = make_inputs(case), drawn(name, n, k)
         given = type(inputs)(**{**vars(inputs), "weight": weight})
         inputs.weight = expected(weight, dtype)
         assert_results(case, inputs, run(case, given, "cpu"), "cpu")
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_an_infinite_number_is_multiplied_by_its_own_alone(dtype):
+    """Not by the zeros that fill a last chunk of columns, which would make it a NaN."""
+    weight = drawn("nf4", 40, 528)
+    weight.stored.fill_(0xFF)  # ones
+    weight.parts[0].fill_(1.0)[0] = float("inf")
+    a, b = torch.zeros(1, 528, dtype=dtype), torch.zeros(40, 1, dtype=dtype)
+    y = lk.lora_linear(torch.ones(3, 528, dtype=dtype), weight, a, b, impl="cpu")
+    assert y[:, 0].isposinf().all()
+    assert (y[:, 1:] == 528).all()
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
