@@ -25,8 +25,9 @@ from lora_kernels.operands.call import LinearCall, Wanted
 from lora_kernels.operands.dora import DoraCall, DoraGradients, DoraWanted, Kept
 from lora_kernels.operands.precision import has_wide_branch
 
-# Of ‖w‖² + ‖s b A‖²: below it float32's n is off by more than 1e-5 (2026-11-28).
-CANCELLED = 1e-2
+# Of ‖w‖² + ‖s b A‖²: float32's n is off by up to 4e-6 above it, and by 2e-5 where 1e-2 is left
+# (2026-12-01, Xeon with AMX, 150 draws of 256 rows).
+CANCELLED = 5e-2
 
 
 def row_norms(call: LinearCall) -> Tensor:
