@@ -19,17 +19,17 @@ namespace {
 // and 0.91 for 4 (float32); dy W 0.55 for 16 and 0.67 for 32, 0.65 for 16 and 0.86 for 64. 2026-11-26,
 // Xeon, whose matrix unit the library takes, bfloat16, one and two threads: forward 0.4 to 0.7 for 1
 // row, 0.6 to 0.9 for 4, 1.6 to 2.4 for 16; dy W 0.4 to 0.9 for 1, 0.5 to 0.8 for 16, 0.9 to 1.4 for 24.
-constexpr OwnRows kForwardBf16{1, 16, 4}, kForwardFloat{1, 4, 4}, kBackwardBf16{1, 32, 16}, kBackwardFloat{4, 64, 64};
+constexpr OwnRows kForwardBf16{{1, 16}, {1, 4}}, kForwardFloat{{1, 4}, {1, 4}};
+constexpr OwnRows kBackwardBf16{{1, 32}, {1, 16}}, kBackwardFloat{{4, 64}, {4, 64}};
 // Of float32 dy W alone where W comes from memory, too. 2026-11-30, Zen 3, one thread, 1 to 64 rows: 0.7 to 0.9 of the
 // library's time at 2048x2048, 0.9 to 1.4 of it at 384x512 and 768x768, which a cache holds.
 constexpr int64_t kLargeWeight = 1 << 21;
 // x times a weight stored as [K, N]. 2026-11-29, Zen 3: 0.06 to 0.5 of the library's time in bfloat16, 0.95 to 1.5 in
 // float32.
-constexpr OwnRows kStoredBf16 = kBackwardBf16, kStoredFloat{1, 0, 0};
+constexpr OwnRows kStoredBf16 = kBackwardBf16, kStoredFloat{{1, 0}, {1, 0}};
 
 bool within(const Tensor& v, const Tensor& weight, OwnRows of_bf16, OwnRows of_float) {
-  const OwnRows rows = v.scalar_type() == ScalarType::BFloat16 ? of_bf16 : of_float;
-  return rows.holds(v.size(0)) && weight.size(0) >= kRowGroup;
+  return own_rows(v, of_bf16, of_float).holds(v.size(0)) && weight.size(0) >= kRowGroup;
 }
 
 // Whether the columns of w are what lies adjacent in memory, as in the view of a weight stored as [K, N].

@@ -9,11 +9,22 @@
 
 namespace lora_kernels {
 
-// For how many rows the package's own products are faster than the library's.
+// For how many rows the package's own products are faster than the library's, which may have a matrix unit.
 struct OwnRows {
-  int64_t least, most, most_beside_tiles;
-  bool holds(int64_t rows) const { return least <= rows && rows <= (kernels().has_tiles ? most_beside_tiles : most); }
+  struct Range {
+    int64_t least, most;
+  } usually, beside_tiles;
+
+  bool holds(int64_t rows) const {
+    const Range& range = kernels().has_tiles ? beside_tiles : usually;
+    return range.least <= rows && rows <= range.most;
+  }
 };
+
+// Those for v's type, one of two.
+inline OwnRows own_rows(const Tensor& v, const OwnRows& of_bf16, const OwnRows& of_float) {
+  return v.scalar_type() == ScalarType::BFloat16 ? of_bf16 : of_float;
+}
 
 // v factor + bias: v [M, L], factor [L, C].
 Tensor library_product(const Tensor& v, const Tensor& factor, const OptionalTensor& bias);

@@ -17,10 +17,12 @@ constexpr int64_t kLeastPanel = 64;  // rows or columns of W: fewer waste the li
 constexpr int64_t kDecodeWork = 4;   // multiplications that take the time of decoding a number
 
 // 2026-11-29, Zen 3, float32, 2048x2048: forward 16 rows take 0.8 to 0.9 of what 17 take by panels; dy W as much as with a dense
-// W. 2026-12-01, Xeon, whose matrix unit both take, bfloat16, 2048x2048 and 4096x4096: forward 0.55 to 0.6 of the time by panels
-// for 1 to 16 rows, 0.8 for 128, 1.06 for 256; dy W 0.7 for 1 to 16, 0.9 for 32, 1.1 for 128. There in float32 forward 0.5 for 16
-// rows, 0.6 to 0.8 for 32; dy W 1.0 to 1.3 for 4 to 32.
-constexpr OwnRows kForwardBf16{1, 16, 192}, kForwardFloat{1, 16, 32}, kBackwardBf16{1, 32, 64}, kBackwardFloat{4, 32, 0};
+// W. 2026-12-01, Xeon, bfloat16, 2048x2048 and 4096x4096, both by the matrix unit: forward 0.55 to 0.6 of the time by panels for
+// 1 to 16 rows, 0.8 for 128, 1.06 for 256; dy W 0.7 for 1 to 16, 0.9 for 32, 1.1 for 128. By pairs alone forward 0.6 for 1 row,
+// 0.8 for 16; dy W 1.4 for 1, 1.2 for 4, 0.8 for 16, 0.9 for 32. There in float32 forward 0.5 for 16 rows, 0.6 to 0.8 for 32; dy W
+// 1.0 to 1.3 for 4 to 32.
+constexpr OwnRows kForwardBf16{{1, 16}, {1, 192}}, kForwardFloat{{1, 16}, {1, 32}};
+constexpr OwnRows kBackwardBf16{{8, 32}, {1, 64}}, kBackwardFloat{{4, 32}, {1, 0}};
 constexpr int64_t kStrip = 256;  // columns of W, of few rows of dy, that a thread takes at a time
 
 // Codes beside the tensors that they are views of, or of which they are copies.
@@ -92,10 +94,6 @@ OptionalTensor multiplied(const OptionalTensor& bias) {
   OptionalTensor same = bias;
   if (bias) same = multiplied(*bias);
   return same;
-}
-
-OwnRows own_rows(const Tensor& v, OwnRows of_bf16, OwnRows of_float) {
-  return v.scalar_type() == ScalarType::BFloat16 ? of_bf16 : of_float;
 }
 
 // Rows or columns of W in a panel, of `length` numbers each.
