@@ -14,11 +14,10 @@ namespace lora_kernels {
 
 namespace {
 
-// 2026-11-24, Zen 5, one thread, 2048x2048
-// out of cache: forward 0.54 of the library's time for 1 row and 0.84 for 16 (bfloat16), 0.73 for 1
-// and 0.91 for 4 (float32); dy W 0.55 for 16 and 0.67 for 32, 0.65 for 16 and 0.86 for 64. 2026-11-26,
-// Xeon, whose matrix unit the library takes, bfloat16, one and two threads: forward 0.4 to 0.7 for 1
-// row, 0.6 to 0.9 for 4, 1.6 to 2.4 for 16; dy W 0.4 to 0.9 for 1, 0.5 to 0.8 for 16, 0.9 to 1.4 for 24.
+// 2026-11-24, Zen 5, one thread, 2048x2048 out of cache: forward 0.54 of the library's time for 1 row and 0.84 for 16 (bfloat16),
+// 0.73 for 1 and 0.91 for 4 (float32); dy W 0.55 for 16 and 0.67 for 32, 0.65 for 16 and 0.86 for 64. 2026-11-26, Xeon, whose
+// matrix unit the library takes, bfloat16, one and two threads: forward 0.4 to 0.7 for 1 row, 0.6 to 0.9 for 4, 1.6 to 2.4 for 16;
+// dy W 0.4 to 0.9 for 1, 0.5 to 0.8 for 16, 0.9 to 1.4 for 24.
 constexpr OwnRows kForwardBf16{{1, 16}, {1, 4}}, kForwardFloat{{1, 4}, {1, 4}};
 constexpr OwnRows kBackwardBf16{{1, 32}, {1, 16}}, kBackwardFloat{{4, 64}, {4, 64}};
 // Of float32 dy W alone where W comes from memory, too. 2026-11-30, Zen 3, one thread, 1 to 64 rows: 0.7 to 0.9 of the

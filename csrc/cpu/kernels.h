@@ -123,7 +123,7 @@ struct Kernels {
   void (*decode)(const Codes& w, int64_t row, int64_t column, Matrix out);
   // few_rows with a W that is decoded on the way; x, bias and y are of one type, as decode's out.
   void (*few_rows_of_codes)(Matrix x, const Codes& w, Matrix bias, Matrix y, int64_t begin, int64_t end);
-  // sums[r, c] = sum over n of q[n, r] W[n, c] as column_pass's, W decoded as float32 or bfloat16, which x is.
+  // sums[r, c] = sum over n of q[n, r] W[n, c], as column_pass has them; W is decoded as bfloat16 or float32.
   void (*column_sums_of_codes)(
       const Codes& w, const float* q, int64_t q_stride, float* sums, int64_t pitch, bool is_bf16, int64_t begin,
       int64_t end);
